@@ -1,0 +1,312 @@
+"""RunConfig: everything that can be set for a run, and the checks over it. Imports no torch.
+
+A run is frozen once, by the process where the command is typed, into ONE YAML file
+(`RunConfig.to_yaml`); every worker reads that text (`RunConfig.from_yaml`) and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from posttrain_dist.checkpoint import CheckpointConfig
+from posttrain_dist.data import DataConfig
+from posttrain_dist.engine import AdamW, DeepSpeed, Engine, Optimizer, Single
+from posttrain_dist.errors import ConfigError, PosttrainError, raise_all
+from posttrain_dist.metrics import LoggingConfig
+from posttrain_dist.models import ModelConfig
+from posttrain_dist.models.tuning import Full, Tuning
+from posttrain_dist.objectives.base import Objective
+from posttrain_dist.objectives.pretrain import Pretrain
+from posttrain_dist.objectives.sft import Sft
+
+# --------------------------------------------------------------------------------- groups
+
+
+@dataclass(kw_only=True, slots=True)
+class Cluster:
+    """The slot `cluster`: how the processes of a run come about."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Local(Cluster):
+    """This process, no Ray."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Ray(Cluster):
+    """Ray Train workers, on a local Ray or on a running cluster."""
+
+    workers: int | None = None  # null: one per GPU of the cluster, or 1 where it has none
+    address: str | None = None  # "host:port" of a running Ray; null: start one here
+    cpus_per_worker: float = 1.0
+    max_failures: int = 1  # times that a lost worker is replaced and the run resumed
+
+
+@dataclass(kw_only=True, slots=True)
+class Slurm(Ray):
+    """Ray inside a Slurm job; `posttrain submit` writes the job. `address` is set in the job."""
+
+    nodes: int = 1
+    gpus_per_node: int = 0
+    cpus_per_node: int = 2
+    memory_per_node: str | None = None  # as Slurm's --mem: "64G"
+    partition: str | None = None
+    account: str | None = None
+    time: str = "01:00:00"  # as Slurm's --time
+    network_interface: str | None = None  # for gloo and NCCL, e.g. "eth0"; null: they choose
+    extra: list[str] = field(default_factory=list)  # more sbatch options: ["--qos=high"]
+
+
+class Dtype(Enum):
+    """Number format of weights and activations; optimizer state is always float32."""
+
+    auto = "auto"  # bfloat16 where the hardware multiplies it fast, else float32
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int | None = None  # optimizer steps; null: from `epochs`
+    epochs: float | None = None  # passes over the data; null: 1 if `steps` is null too
+    batch_size: int = 8  # packs per optimizer step, over all ranks
+    micro_batch_size: int = 1  # packs per forward per rank
+    dtype: Dtype = Dtype.auto
+    log_every: int = 1  # steps between lines of metrics.jsonl
+    eval_every: int | None = None  # steps; null: before training and at its end only
+    save_every: int | None = None  # steps; null: at the end only
+    resume: str = "auto"  # auto: newest checkpoint of the run folder; never; or a checkpoint
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """Held-out evaluation."""
+
+    generate_rows: int = 0  # checkable rows per channel answered by generation, before and after
+    samples: int = 3  # generated answers that are shown, of channels without one right answer
+    max_new_tokens: int = 32
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """A whole run. Slots (`objective`, `tuning`, ...) left alone take their first option."""
+
+    name: str = "run"
+    seed: int = 0
+    output_root: str = "outputs"  # run folders are made below: <output_root>/<name>/<time>
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: Objective = field(default_factory=Objective)
+    tuning: Tuning = field(default_factory=Tuning)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    engine: Engine = field(default_factory=Engine)
+    cluster: Cluster = field(default_factory=Cluster)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def to_yaml(self) -> str:
+        """The frozen form: every value, and each slot's option as its `kind`."""
+        plain = _plain(self)
+        for group, options in SLOTS.items():
+            kind = _kind(options, getattr(self, group))
+            plain[group] = {"kind": kind, **plain[group]}
+        return OmegaConf.to_yaml(OmegaConf.create(plain))
+
+    @classmethod
+    def from_yaml(cls, text: str) -> RunConfig:
+        """Read what `to_yaml` wrote.
+
+        Raises:
+            ConfigError: a key or value that this version does not know.
+        """
+        try:
+            values: Any = OmegaConf.to_container(OmegaConf.create(text))
+            schema = OmegaConf.structured(cls)
+            for group, options in SLOTS.items():
+                kind = values[group].pop("kind")
+                schema[group] = OmegaConf.structured(options[kind])
+            merged = OmegaConf.merge(schema, values)
+            return OmegaConf.to_object(merged)  # type: ignore[return-value]
+        except (OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"the frozen config cannot be read: {error}",
+                fix="it is written by the version that started the run; use that version",
+            ) from error
+
+
+# The one table of options: group -> name -> dataclass. The first is the default.
+SLOTS: dict[str, dict[str, type]] = {
+    "objective": {"sft": Sft, "pretrain": Pretrain},
+    "tuning": {"full": Full},
+    "optimizer": {"adamw": AdamW},
+    "engine": {"single": Single, "deepspeed": DeepSpeed},
+    "cluster": {"local": Local, "ray": Ray, "slurm": Slurm},
+}
+
+
+def _kind(options: dict[str, type], value: object) -> str:
+    return next(name for name, option in options.items() if type(value) is option)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.name
+    return value
+
+
+# --------------------------------------------------------------------------------- checks
+
+
+def complete(config: RunConfig) -> RunConfig:
+    """A copy with every untouched slot filled by its first option, checked.
+
+    Raises:
+        ConfigError, SeveralErrors: all problems of the configuration, reported together.
+    """
+    filled = {
+        group: next(iter(options.values()))()
+        for group, options in SLOTS.items()
+        if type(getattr(config, group)) not in options.values()
+    }
+    config = dataclasses.replace(config, **filled)
+    raise_all(problems(config))
+    return config
+
+
+def problems(config: RunConfig) -> list[PosttrainError]:
+    """Every problem that can be seen without reading data or model."""
+    found: list[PosttrainError] = []
+
+    def require(ok: bool, key: str, what: str, fix: str) -> None:
+        if not ok:
+            found.append(ConfigError(what, where=key, fix=fix))
+
+    def positive(key: str, value: float | None, least: float = 1) -> None:
+        require(
+            value is None or value >= least,
+            key,
+            f"is {value}, must be at least {least}",
+            f"set {key} to {least} or more",
+        )
+
+    train, data, engine, cluster = config.train, config.data, config.engine, config.cluster
+    positive("train.steps", train.steps)
+    positive("train.batch_size", train.batch_size)
+    positive("train.micro_batch_size", train.micro_batch_size)
+    positive("train.log_every", train.log_every)
+    positive("train.eval_every", train.eval_every)
+    positive("train.save_every", train.save_every)
+    positive("data.max_length", data.max_length, 2)
+    positive("data.pack_window", data.pack_window)
+    positive("eval.max_new_tokens", config.eval.max_new_tokens)
+    for key, count in (
+        ("eval.generate_rows", config.eval.generate_rows),
+        ("eval.samples", config.eval.samples),
+        ("checkpoint.keep", config.checkpoint.keep),
+    ):
+        positive(key, count, 0)
+    require(
+        train.epochs is None or train.epochs > 0,
+        "train.epochs",
+        f"is {train.epochs}, must be above 0",
+        "set a positive number of passes over the data",
+    )
+    require(
+        train.steps is None or train.epochs is None,
+        "train.epochs",
+        "is set together with train.steps",
+        "set one of the two",
+    )
+    require(
+        0 <= data.eval_fraction < 1,
+        "data.eval_fraction",
+        f"is {data.eval_fraction}, must be in [0, 1)",
+        "set a share such as 0.05",
+    )
+    require(
+        bool(config.name) and not set(config.name) & set('/\\:*?"<>| '),
+        "name",
+        f"is {config.name!r}: it becomes a folder's name",
+        "use letters, digits, '-', '_' and '.'",
+    )
+    found += _optimizer_problems(config.optimizer)
+    if isinstance(engine, DeepSpeed):
+        require(
+            engine.stage in (0, 1, 2, 3),
+            "engine.stage",
+            f"is {engine.stage}",
+            "use engine=zero0, zero1, zero2 or zero3",
+        )
+        require(
+            not engine.offload or engine.stage >= 1,
+            "engine.offload",
+            "needs a sharded optimizer, and engine.stage is 0",
+            "use engine=zero3_offload, or engine.stage=1, 2 or 3",
+        )
+        positive("engine.persistence_threshold", engine.persistence_threshold, 0)
+        if engine.config is not None:
+            require(
+                Path(engine.config).is_file(),
+                "engine.config",
+                f"there is no file {engine.config}",
+                "give the path of a DeepSpeed JSON file",
+            )
+    if isinstance(cluster, Ray):
+        positive("cluster.workers", cluster.workers)
+        positive("cluster.max_failures", cluster.max_failures, 0)
+        require(
+            cluster.cpus_per_worker > 0,
+            "cluster.cpus_per_worker",
+            f"is {cluster.cpus_per_worker}, must be above 0",
+            "set it to 1 or more",
+        )
+        require(
+            not (isinstance(engine, Single) and (cluster.workers or 1) > 1),
+            "engine",
+            f"single runs in one process, and cluster.workers is {cluster.workers}",
+            "use engine=zero0 (or zero1, zero2, zero3), or cluster.workers=1",
+        )
+    if isinstance(cluster, Slurm):
+        positive("cluster.nodes", cluster.nodes)
+        positive("cluster.cpus_per_node", cluster.cpus_per_node)
+        positive("cluster.gpus_per_node", cluster.gpus_per_node, 0)
+    return found
+
+
+def _optimizer_problems(optimizer: Optimizer) -> list[PosttrainError]:
+    found: list[PosttrainError] = []
+    if isinstance(optimizer, AdamW):
+        ranges = {
+            "lr": (0 < optimizer.lr < 10, "above 0 and below 10"),
+            "beta1": (0 <= optimizer.beta1 < 1, "in [0, 1)"),
+            "beta2": (0 <= optimizer.beta2 < 1, "in [0, 1)"),
+            "eps": (optimizer.eps > 0, "above 0"),
+            "weight_decay": (optimizer.weight_decay >= 0, "0 or more"),
+            "clip": (optimizer.clip >= 0, "0 (no clipping) or more"),
+            "warmup_ratio": (0 <= optimizer.warmup_ratio <= 1, "in [0, 1]"),
+            "min_lr_ratio": (0 <= optimizer.min_lr_ratio <= 1, "in [0, 1]"),
+        }
+        for name, (ok, wanted) in ranges.items():
+            if not ok:
+                value = getattr(optimizer, name)
+                found.append(
+                    ConfigError(
+                        f"is {value}, must be {wanted}",
+                        where=f"optimizer.{name}",
+                        fix=f"set optimizer.{name} to a value {wanted}",
+                    )
+                )
+    return found

@@ -1,0 +1,58 @@
+"""Engines run the model and hold its optimizer state; one interface, single or sharded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = ["AdamW", "DeepSpeed", "Engine", "Optimizer", "Schedule", "Single"]
+
+
+@dataclass(kw_only=True, slots=True)
+class Engine:
+    """The slot `engine`: one of the options below."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Single(Engine):
+    """Plain torch in one process; the yardstick that the other engines are tested against."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DeepSpeed(Engine):
+    """DeepSpeed ZeRO (Rajbhandari et al. 2020): shards state over the data-parallel ranks."""
+
+    stage: int = 0  # 0 none, 1 optimizer state, 2 and gradients, 3 and parameters
+    offload: bool = False  # optimizer state and, at stage 3, parameters in CPU memory
+    # Parameters with fewer elements stay whole on every rank at stage 3.
+    persistence_threshold: int = 100_000
+    # A DeepSpeed JSON of your own, merged in; keys that the run itself sets are refused.
+    config: str | None = None
+
+
+class Schedule(Enum):
+    """Learning rate after warm-up."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+@dataclass(kw_only=True, slots=True)
+class Optimizer:
+    """The slot `optimizer`: one of the options below."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    lr: float = 1e-5  # peak learning rate
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # on matrices only: never on norms and biases
+    clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    schedule: Schedule = Schedule.cosine
+    warmup_ratio: float = 0.03  # share of all steps in which lr rises from 0
+    min_lr_ratio: float = 0.1  # lr at the last step, as a share of the peak

@@ -1,0 +1,66 @@
+"""The errors a user can mend: each says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class PosttrainError(Exception):
+    """An error caused by input (config, data, files, machine), shown without a stack trace.
+
+    Args:
+        what: one sentence that names the fault.
+        where: the place: `file:line`, a YAML key, a folder.
+        fix: what the user can do about it.
+    """
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        lines = [f"{where}: {what}" if where else what]
+        if fix:
+            lines.append(f"  fix: {fix}")
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[object, ...]:  # travels between Ray processes
+        return _rebuild, (type(self), self.what, self.where, self.fix)
+
+
+def _rebuild(cls: type[PosttrainError], what: str, where: str, fix: str) -> PosttrainError:
+    return cls(what, where=where, fix=fix)
+
+
+class ConfigError(PosttrainError):
+    """A value of the configuration is wrong; `where` is its key (`train.batch_size`)."""
+
+
+class DataError(PosttrainError):
+    """A row or file of data is wrong; `where` is `file:line`."""
+
+
+class ModelError(PosttrainError):
+    """A model folder cannot be used; `where` is the folder or file."""
+
+
+class CheckpointError(PosttrainError):
+    """A checkpoint cannot be written, found or used; `where` is its folder."""
+
+
+class ClusterError(PosttrainError):
+    """Processes, devices or nodes are not there; `where` is the key or address."""
+
+
+class SeveralErrors(PosttrainError):
+    """Several faults found in one pass and reported together."""
+
+    def __init__(self, problems: list[PosttrainError]) -> None:
+        self.problems = problems
+        super().__init__(f"{len(problems)} problems:\n" + "\n".join(f"- {p}" for p in problems))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return SeveralErrors, (self.problems,)
+
+
+def raise_all(problems: list[PosttrainError]) -> None:
+    """Raise nothing, the one problem, or all of them in one SeveralErrors."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise SeveralErrors(problems)

@@ -1,0 +1,110 @@
+"""The nouns of training, in their order of flow. Read this file first.
+
+    file line -> Record -> Example -> Batch -> Loss -> StepInfo -> sinks, checkpoint
+
+Shape legend, used in names all over the project:
+    T  tokens of one packed row            S  samples in the row
+    N  supervised tokens of the row        D  hidden size
+    V  vocabulary                          C  channels
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+# ------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row as the user wrote it, already validated."""
+
+    channel: str  # the row's `task_type`, else the name of its file
+    where: str  # "file:line", for every message about this row
+    messages: tuple[dict[str, str], ...] = ()  # {"role", "content"}; empty for a text row
+    text: str | None = None  # a row for plain next-token training
+    check: str | None = None  # "exact": the last assistant turn is the one right answer
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A Record as tokens. `weight_L[i]` is the weight of token i as a TARGET (0 = masked)."""
+
+    input_ids_L: npt.NDArray[np.int32]
+    weight_L: npt.NDArray[np.float32]
+    channel: int  # index into the run's list of channel names
+    sample_id: int  # position of the row in its data set, stable over epochs
+    truncated: bool = False  # the row was longer than data.max_length
+
+
+@dataclass(slots=True)
+class Batch:
+    """One packed row: samples laid end to end, no padding between them.
+
+    The model input is T tokens; the loss needs only the N supervised positions. `labels_N` is
+    already shifted: the hidden state at `supervised_N[i]` predicts `labels_N[i]`.
+    Attention and positions never cross a sample.
+    """
+
+    input_ids_T: torch.Tensor  # int64
+    position_ids_T: torch.Tensor  # int64, restarts at 0 with every sample
+    cu_seqlens_S: list[int]  # S + 1 host integers: sample s is [cu[s], cu[s + 1])
+    supervised_N: torch.Tensor  # int64, positions in the row whose hidden state is used
+    labels_N: torch.Tensor  # int64, the token that each such position predicts
+    channel_N: torch.Tensor  # int64, channel of each supervised token
+    weight_N: torch.Tensor  # float32; 0 only in fillers
+    sample_id_S: list[int]  # -1 for a filler
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens of the row: those of fillers are not counted."""
+        ends = zip(self.cu_seqlens_S, self.cu_seqlens_S[1:], self.sample_id_S, strict=True)
+        return sum(end - start for start, end, sample_id in ends if sample_id >= 0)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`."""
+        names = ("input_ids_T", "position_ids_T", "supervised_N")
+        names += ("labels_N", "channel_N", "weight_N")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return Batch(cu_seqlens_S=self.cu_seqlens_S, sample_id_S=self.sample_id_S, **moved)
+
+
+# ------------------------------------------------------------------------------------- loss
+
+
+@dataclass(slots=True)
+class Loss:
+    """What an objective returns for one micro-batch.
+
+    `total` is already divided by the step's global denominator, so that the totals of all
+    micro-batches on all ranks add up to the loss of the step. `channels_C4` is detached:
+    columns (loss sum, weight, correct, count), one row a channel; sums, so they add up too.
+    """
+
+    total: torch.Tensor  # scalar, carries the gradient
+    channels_C4: torch.Tensor  # float32 [C, 4]
+    nll_N: torch.Tensor | None = None  # detached float32, unweighted loss of each token
+
+
+# ------------------------------------------------------------------------------------- step
+
+
+@dataclass(slots=True)
+class StepInfo:
+    """One line of metrics.jsonl. Step k means: after k updates; step 0 is before training."""
+
+    step: int
+    metrics: dict[str, float] = field(default_factory=dict)  # name -> value, see docs/metrics
+    sample_ids: list[int] = field(default_factory=list)  # samples of this rank in this step
+    last: bool = False  # the run ends after this step
+    stopped: bool = False  # ... because someone asked it to stop
+
+    def row(self) -> dict[str, Any]:
+        """The object written to metrics.jsonl."""
+        return {"step": self.step, **self.metrics}

@@ -1,0 +1,34 @@
+"""Hugging Face causal LMs as a Policy: load, attention over packed rows, the head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = ["Attention", "ModelConfig", "Weights"]
+
+
+class Attention(Enum):
+    """How attention inside each sample of a packed row is computed."""
+
+    auto = "auto"  # sdpa, or eager where the model caps its attention logits (Gemma 2)
+    sdpa = "sdpa"  # torch's scaled_dot_product_attention, sample by sample
+    eager = "eager"  # plain matmul and softmax: the reference
+
+
+class Weights(Enum):
+    """Where the weights come from."""
+
+    load = "load"  # from the folder's safetensors
+    random = "random"  # fresh, from config.json and the seed: for pretraining
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The model to train."""
+
+    # A Hugging Face folder; `tiny_base` is the small base model that comes with the package.
+    path: str = "tiny_base"
+    attention: Attention = Attention.auto
+    weights: Weights = Weights.load
+    activation_checkpointing: bool = False  # recompute activations in backward, save memory

@@ -1,0 +1,59 @@
+"""What an objective is, and the token loss that SFT and pretraining share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+
+    from posttrain_dist.flow import Batch, Loss
+
+
+@dataclass(kw_only=True, slots=True)
+class Objective:
+    """The slot `objective`: a dataclass whose fields are its knobs.
+
+    `count` gives the share of a micro-batch in the step's denominator; `loss` the already
+    normalised loss. `rows` names what data it reads: "messages" or "text".
+    """
+
+    rows: ClassVar[str] = "messages"
+
+    def count(self, batch: Batch) -> float:
+        """Weight of this micro-batch in the global denominator of its step."""
+        raise NotImplementedError
+
+    def loss(self, hidden_TD: torch.Tensor, head: Any, batch: Batch, denominator: float) -> Loss:
+        """Loss of one micro-batch, divided by `denominator`."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenLoss(Objective):
+    """Cross-entropy of the supervised tokens.
+
+    Reference, with logits = head(hidden[supervised]):
+
+        loss = (F.cross_entropy(logits_NV, labels_N, reduction="none") * weight_N).sum()
+        loss = loss / denominator
+    """
+
+    def count(self, batch: Batch) -> float:
+        """Sum of the token weights."""
+        return float(batch.weight_N.double().sum())
+
+    def loss(self, hidden_TD: torch.Tensor, head: Any, batch: Batch, denominator: float) -> Loss:
+        """Fused over the supervised rows only."""
+        from posttrain_dist.flow import Loss
+
+        result = head(
+            hidden_TD,
+            batch.labels_N,
+            supervised=batch.supervised_N,
+            token_weight=batch.weight_N,
+            channel=batch.channel_N,
+            denominator=denominator,
+        )
+        return Loss(total=result.loss, channels_C4=result.channels_C4, nll_N=result.nll_N)
