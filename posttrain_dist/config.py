@@ -115,13 +115,17 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
-    def to_yaml(self) -> str:
-        """The frozen form: every value, and each slot's option as its `kind`."""
+    def to_dict(self) -> dict[str, Any]:
+        """Every value as plain data, and each slot's option as its `kind`."""
         plain = _plain(self)
         for group, options in SLOTS.items():
             kind = _kind(options, getattr(self, group))
             plain[group] = {"kind": kind, **plain[group]}
-        return OmegaConf.to_yaml(OmegaConf.create(plain))
+        return dict(plain)
+
+    def to_yaml(self) -> str:
+        """The frozen form: `to_dict` as YAML."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
 
     @classmethod
     def from_yaml(cls, text: str) -> RunConfig:

@@ -11,6 +11,7 @@ Shape legend, used in names all over the project:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -64,8 +65,8 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Real tokens of the row: those of fillers are not counted."""
-        ends = zip(self.cu_seqlens_S, self.cu_seqlens_S[1:], self.sample_id_S, strict=True)
-        return sum(end - start for start, end, sample_id in ends if sample_id >= 0)
+        bounds = zip(pairwise(self.cu_seqlens_S), self.sample_id_S, strict=True)
+        return sum(end - start for (start, end), sample_id in bounds if sample_id >= 0)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""

@@ -1,0 +1,59 @@
+"""What every engine does; `single.py` and `deepspeed.py` are the two that do it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from posttrain_dist.flow import Batch, Loss
+
+
+class TrainEngine(Protocol):
+    """Runs a Policy and holds its optimizer state. All calls are collective over the ranks."""
+
+    device: torch.device
+    world: int
+
+    def materialise(self) -> AbstractContextManager[Any]:
+        """The context in which a model is built, so that no rank holds more than its share."""
+
+    def attach(self, policy: nn.Module) -> None:
+        """Take the loaded policy: place it, make the optimizer."""
+
+    def forward(self, batch: Batch, objective: Any, denominator: float) -> Loss:
+        """The loss of one micro-batch; with gradients unless under `torch.no_grad`."""
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add the gradients of one micro-batch; `last` marks the step's last one."""
+
+    def step(self, lr: float) -> float:
+        """Update the parameters; returns the global gradient norm before clipping."""
+
+    def train(self, mode: bool) -> None:
+        """Switch between training (dropout) and evaluation."""
+
+    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter whole, one after the other; each valid until the next is asked for."""
+
+    def save_state(self, folder: Path) -> None:
+        """Write this rank's share of parameters and optimizer state."""
+
+    def load_state(self, folder: Path) -> None:
+        """Read what `save_state` wrote in the same layout."""
+
+
+def stored_tensors(policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters (tied ones once) and persistent buffers under the names of the causal LM."""
+    named = dict(policy.named_parameters())
+    for module_name, module in policy.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                named[f"{module_name}.{name}"] = buffer  # type: ignore[assignment]
+    for name, tensor in named.items():
+        yield name.removeprefix("causal_lm."), tensor

@@ -1,0 +1,138 @@
+"""DeepSpeed ZeRO 0 to 3, the only file that imports deepspeed.
+
+DeepSpeed averages gradients over the ranks; a loss that is already divided by the global
+denominator must be summed. That mean is undone here, by `world` times the loss.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from posttrain_dist.engine import AdamW, DeepSpeed
+from posttrain_dist.engine.base import stored_tensors
+from posttrain_dist.engine.ds_config import deepspeed_config
+from posttrain_dist.engine.optim import adamw, parameter_groups
+from posttrain_dist.flow import Batch, Loss
+
+TAG = "deepspeed"  # folder of DeepSpeed's own files inside a checkpoint
+
+
+def import_deepspeed() -> ModuleType:
+    """Import DeepSpeed for the device that is here, without compiling anything."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # Its CPU start-up would compile an extension (30 s, needs g++ and ninja) that gloo replaces.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed  # type: ignore[no-any-return]
+
+
+class DeepSpeedEngine:
+    """A Policy under `deepspeed.initialize`; needs a process group."""
+
+    def __init__(
+        self, config: DeepSpeed, optimizer: AdamW, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.device, self.world = device, torch.distributed.get_world_size()
+        self._stage, self._optimizer = config.stage, optimizer
+        self._offload = config.offload
+        bf16 = dtype == torch.bfloat16
+        self._json = deepspeed_config(config, clip=optimizer.clip, bf16=bf16)
+        self._deepspeed = import_deepspeed()
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        self._deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+
+    @contextmanager
+    def materialise(self) -> Iterator[None]:
+        if self._stage < 3:
+            yield
+            return
+        # transformers partitions while it loads as long as this object is alive.
+        from transformers.integrations import deepspeed as hf
+
+        alive = hf.HfDeepSpeedConfig({**self._json, "train_batch_size": self.world})
+        try:
+            yield
+        finally:
+            hf.unset_hf_deepspeed_config()
+            del alive
+
+    def attach(self, policy: nn.Module) -> None:
+        if self._stage < 3:
+            policy.to(self.device)
+        groups = parameter_groups(policy.named_parameters(), self._optimizer.weight_decay)
+        self._engine, self._zero, *_ = self._deepspeed.initialize(
+            model=policy, optimizer=self._make_optimizer(groups), config=self._json
+        )
+
+    def _make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        if self._offload and self.device.type == "cuda":
+            from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled: needs g++ and ninja
+
+            betas = (self._optimizer.beta1, self._optimizer.beta2)
+            return DeepSpeedCPUAdam(  # type: ignore[no-any-return]
+                groups, lr=self._optimizer.lr, betas=betas, eps=self._optimizer.eps
+            )
+        return adamw(groups, self._optimizer)
+
+    def forward(self, batch: Batch, objective: Any, denominator: float) -> Loss:
+        loss: Loss = self._engine(batch, objective, denominator)
+        return loss
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.world)
+
+    def step(self, lr: float) -> float:
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        norm = None
+        if self._stage == 0 and not self._json["bf16"]["enabled"]:
+            limit = self._optimizer.clip or float("inf")
+            norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit)
+        self._engine.step()
+        if norm is None:
+            norm = self._engine.get_global_grad_norm()
+        return float(norm)  # type: ignore[arg-type]
+
+    def train(self, mode: bool) -> None:
+        self._engine.train(mode)
+
+    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in stored_tensors(self._engine.module):
+            if not hasattr(tensor, "ds_id"):
+                yield name, tensor.detach()
+                continue
+            with self._deepspeed.zero.GatheredParameters([tensor]):
+                yield name, tensor.detach()
+
+    def save_state(self, folder: Path) -> None:
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load_state(self, folder: Path) -> None:
+        self._engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
+
+
+def read_full_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a saved state, float32, one after the other, without a process group."""
+    import_deepspeed()
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    whole = folder / TAG / "mp_rank_00_model_states.pt"
+    if not list((folder / TAG).glob("*optim_states.pt")):  # stage 0 keeps no shards
+        state = torch.load(whole, map_location="cpu", weights_only=False, mmap=True)["module"]
+    else:
+        state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG, lazy_mode=True)
+    for name, tensor in state.items():
+        yield name.removeprefix("causal_lm."), tensor.contiguous()

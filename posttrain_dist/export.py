@@ -1,0 +1,67 @@
+"""A checkpoint -> a Hugging Face folder, streamed tensor by tensor, without a GPU or a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from posttrain_dist.checkpoint import store
+from posttrain_dist.config import RunConfig
+from posttrain_dist.errors import CheckpointError
+
+
+def export_checkpoint(run_folder: Path, out: Path | None = None, step: int | None = None) -> Path:
+    """Write a checkpoint of a run as a model folder that plain transformers loads.
+
+    Args:
+        out: the new folder; None: `export/` of the run.
+        step: which checkpoint; None: the newest.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint, or `out` is already there.
+    """
+    import torch
+
+    from posttrain_dist.checkpoint.hf_folder import write_hf_folder
+    from posttrain_dist.models.folder import resolve
+
+    if not (run_folder / "config.yaml").is_file():
+        raise CheckpointError(
+            "is no run folder: it has no config.yaml",
+            where=str(run_folder),
+            fix="give a folder such as outputs/<name>/<time>",
+        )
+    config = RunConfig.from_yaml((run_folder / "config.yaml").read_text())
+    source = _choose(run_folder, step)
+    target = out or run_folder / "export"
+    if out is not None and target.exists():
+        raise CheckpointError("is already there", where=str(target), fix="name a new folder")
+    manifest = store.read_manifest(source)
+    if manifest.layout["engine"] == "single":
+        from posttrain_dist.engine.single import read_full_tensors
+    else:
+        from posttrain_dist.engine.deepspeed import read_full_tensors
+    return write_hf_folder(
+        read_full_tensors(source / "state"),
+        resolve(config.model.path),
+        target,
+        dtype=getattr(torch, manifest.layout["dtype"]),
+        end_token_id=manifest.lineage.get("end_token_id"),
+    )
+
+
+def _choose(run_folder: Path, step: int | None) -> Path:
+    whole = store.whole_checkpoints(run_folder)
+    if step is None and whole:
+        return whole[-1]
+    named = store.folder_of(run_folder, step or 0)
+    if named in whole:
+        return named
+    steps = ", ".join(str(store.read_manifest(path).step) for path in whole)
+    raise CheckpointError(
+        f"has no whole checkpoint{f' of step {step}' if step is not None else ''}"
+        + (f"; there are steps {steps}" if steps else ""),
+        where=str(run_folder / "checkpoints"),
+        fix="train first (train.save_every=N saves on the way)"
+        if not steps
+        else "name one of these",
+    )

@@ -1,0 +1,145 @@
+"""The training loop. Read this file second, after flow.py.
+
+It names no objective, no engine and no sink: it fetches, counts, goes forward and backward,
+steps, and calls hooks. A generator, so that a test can take it step by step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from posttrain_dist import dist
+from posttrain_dist.errors import DataError
+from posttrain_dist.flow import Batch, StepInfo
+
+
+class Source(Protocol):
+    """Batches of this rank, as a pure function of the step."""
+
+    def step(self, step: int) -> list[Batch]:
+        """The micro-batches of update `step` (from 1); as many on every rank."""
+
+
+class Meter(Protocol):
+    """Adds up micro-batches and turns them into metrics."""
+
+    def add(self, loss: Any, batch: Batch) -> None:
+        """Take in one micro-batch of this rank."""
+
+    def flush(self) -> tuple[torch.Tensor, int]:
+        """The global channel table and token count since the last flush."""
+
+
+@dataclass(slots=True)
+class Hook:
+    """A function called after some steps: every `every` steps, and at the ends if asked."""
+
+    run: Callable[[StepInfo], None]
+    every: int | None = None
+    at_start: bool = False  # at step 0, before training
+    at_end: bool = False  # at the last step, also of a stopped run
+
+    def due(self, info: StepInfo) -> bool:
+        """Whether this hook is called after the step of `info`."""
+        if info.step == 0:
+            return self.at_start
+        regular = self.every is not None and info.step % self.every == 0
+        return regular or (self.at_end and info.last)
+
+
+@dataclass(slots=True, kw_only=True)
+class Fit:
+    """Everything that one training needs.
+
+    Attributes:
+        steps: total optimizer updates; `start` of them are already done.
+        learning_rate: update -> rate.
+        describe: channel table -> metrics.
+        stop_requested: asked on rank 0 once a step; ends the run after that step.
+    """
+
+    engine: Any
+    source: Source
+    objective: Any
+    meter: Meter
+    describe: Callable[[torch.Tensor], dict[str, float]]
+    learning_rate: Callable[[int], float]
+    steps: int
+    start: int = 0
+    seed: int = 0
+    log_every: int = 1
+    stop_requested: Callable[[], bool] = lambda: False
+    hooks: tuple[Hook, ...] = ()
+
+    def run(self) -> Iterator[StepInfo]:
+        """Train from `start` to `steps`; yields every step after its hooks ran.
+
+        Raises:
+            DataError: a step has no supervised token.
+        """
+        if self.start == 0:
+            yield self._finish(StepInfo(step=0))
+        since = time.perf_counter()
+        for step in range(self.start + 1, self.steps + 1):
+            info, lr, norm = self._update(step)
+            if step % self.log_every == 0 or info.last:
+                table_C4, tokens = self.meter.flush()
+                seconds, since = time.perf_counter() - since, time.perf_counter()
+                info.metrics = {
+                    **self.describe(table_C4),
+                    "train/lr": lr,
+                    "train/grad_norm": norm,
+                    "train/tokens_per_s": tokens / seconds,
+                }
+            paused = time.perf_counter()
+            yield self._finish(info)
+            since += time.perf_counter() - paused  # hooks are not training
+            if info.last:
+                return
+
+    def _update(self, step: int) -> tuple[StepInfo, float, float]:
+        # Each step is seeded by itself, so that a resumed run draws the same dropout.
+        torch.manual_seed(hash((self.seed, step, dist.rank())) & 0x7FFFFFFF)
+        batches = self.source.step(step)
+        denominator, stopped = self._agree(sum(self.objective.count(b) for b in batches))
+        if denominator <= 0:
+            raise DataError(f"step {step} has no supervised token", where="data.train")
+        samples: list[int] = []
+        self.engine.train(True)
+        for i, batch in enumerate(batches):
+            loss = self.engine.forward(batch.to(self.engine.device), self.objective, denominator)
+            self.engine.backward(loss.total, last=i == len(batches) - 1)
+            self.meter.add(loss, batch)
+            samples += [sample for sample in batch.sample_id_S if sample >= 0]
+        lr = self.learning_rate(step)
+        norm = self.engine.step(lr)
+        last = stopped or step == self.steps
+        return StepInfo(step, sample_ids=samples, last=last, stopped=stopped), lr, norm
+
+    def _agree(self, count: float) -> tuple[float, bool]:
+        """Global denominator, and rank 0's wish to stop, in one reduction."""
+        wish = float(dist.rank() == 0 and self.stop_requested())
+        both = torch.tensor([count, wish], dtype=torch.float64, device=self.engine.device)
+        total, stop = dist.all_sum(both).tolist()
+        return total, stop > 0
+
+    def _finish(self, info: StepInfo) -> StepInfo:
+        for hook in self.hooks:
+            if hook.due(info):
+                hook.run(info)
+        return info
+
+
+def evaluate(engine: Any, batches: list[Batch], objective: Any, meter: Meter) -> torch.Tensor:
+    """The global channel table [C, 4] over `batches`, without gradients; collective."""
+    engine.train(False)
+    with torch.no_grad():
+        for batch in batches:
+            meter.add(engine.forward(batch.to(engine.device), objective, 1.0), batch)
+    table_C4, _ = meter.flush()
+    return table_C4

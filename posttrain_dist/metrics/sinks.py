@@ -1,0 +1,71 @@
+"""Where the numbers of a run go: metrics.jsonl always, W&B as a mirror of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from posttrain_dist.flow import StepInfo
+
+
+class Sink(Protocol):
+    """Takes each logged step once, on rank 0."""
+
+    def write(self, info: StepInfo) -> None:
+        """Take in one step."""
+
+    def close(self) -> None:
+        """Flush; nothing is written after."""
+
+
+class JsonlSink:
+    """`metrics.jsonl`: one object a logged step. A resumed run drops the rows after its step."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        kept = [row for row in read_rows(path) if row["step"] <= start_step] if start_step else []
+        aside = path.with_suffix(".partial")
+        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        aside.replace(path)
+        self._file = path.open("a")
+
+    def write(self, info: StepInfo) -> None:
+        self._file.write(json.dumps(info.row()) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class SampleLog:
+    """`samples.log`: which samples were in which step, a line a step."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        lines = path.read_text().splitlines() if start_step and path.is_file() else []
+        kept = [line for line in lines if line.split("\t")[0].isdigit()]
+        kept = [line for line in kept if int(line.split("\t")[0]) <= start_step]
+        aside = path.with_suffix(".partial")
+        aside.write_text("".join(line + "\n" for line in kept))
+        aside.replace(path)
+        self._file = path.open("a")
+
+    def write(self, info: StepInfo) -> None:
+        if info.sample_ids:
+            self._file.write(f"{info.step}\t{' '.join(map(str, info.sample_ids))}\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a metrics.jsonl; a torn last line, left by a kill, is passed over."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows

@@ -1,0 +1,83 @@
+"""A Hugging Face folder -> transformers model, inside the engine's own loading context."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from posttrain_dist.errors import ModelError
+from posttrain_dist.models import ModelConfig, Weights
+from posttrain_dist.models.attention import implementation, register
+from posttrain_dist.models.folder import check_folder
+from posttrain_dist.models.shape import head_shape
+
+
+def load_model(
+    config: ModelConfig,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    materialise: AbstractContextManager[Any],
+) -> nn.Module:
+    """The causal LM of `folder` for packed training.
+
+    Args:
+        materialise: the engine's context: under ZeRO-3 every rank keeps its shard only.
+        dtype: of the weights.
+        seed: for `weights=random`, where no file is read.
+
+    Raises:
+        ModelError: the folder cannot be used, or weights are missing from it.
+    """
+    import transformers
+
+    fresh = config.weights is Weights.random
+    check_folder(folder, need_weights=not fresh)
+    register()
+    hf_config = transformers.AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    attention = implementation(config.attention, head_shape(hf_config).attention_softcap)
+    with materialise:
+        if fresh:
+            torch.manual_seed(seed)
+            model = transformers.AutoModelForCausalLM.from_config(
+                hf_config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
+        else:
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=attention,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+            _refuse_incomplete(report, folder)
+    model.config.use_cache = False
+    if config.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model  # type: ignore[no-any-return]
+
+
+def _refuse_incomplete(report: dict[str, Any], folder: Path) -> None:
+    missing = sorted(report.get("missing_keys", ()))
+    if missing:
+        raise ModelError(
+            f"{len(missing)} weights are not in the files, first of them {missing[0]}",
+            where=str(folder),
+            fix="copy the whole model folder again, or use model.weights=random to start afresh",
+        )
+    errors = list(report.get("error_msgs", ())) + sorted(report.get("mismatched_keys", ()))
+    if errors:
+        raise ModelError(
+            f"weights do not fit the model: {errors[0]}",
+            where=str(folder),
+            fix="config.json and the safetensors are of different models",
+        )

@@ -1,0 +1,120 @@
+"""Policy: the module that an engine wraps; backbone, head and objective in one forward.
+
+The head is the model's own lm_head module with its forward replaced: called with labels it is
+the fused loss, called without it is the plain projection. Being the real module, its hooks fire
+under ZeRO-3 and its weight may be tied to the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from posttrain_dist.errors import ModelError
+from posttrain_dist.flow import Batch, Loss
+from posttrain_dist.models.shape import HeadShape, head_shape
+
+
+class Policy(nn.Module):
+    """A causal LM as `forward(batch, objective, denominator) -> Loss`.
+
+    Args:
+        causal_lm: a transformers `…ForCausalLM` with a backbone and an output embedding.
+        linear_cross_entropy: the fused head, handed over by the assembly
+            (signature of `posttrain_kernels.linear_cross_entropy`).
+        num_channels: C, rows of the channel table.
+    """
+
+    def __init__(
+        self,
+        causal_lm: nn.Module,
+        linear_cross_entropy: Callable[..., Any],
+        num_channels: int,
+    ) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.config: Any = causal_lm.config
+        head = causal_lm.get_output_embeddings()  # type: ignore[operator]
+        shape = head_shape(causal_lm.config)
+        head.forward = _fused_forward(head, shape, linear_cross_entropy, num_channels)
+
+    @property
+    def head(self) -> nn.Module:
+        """The lm_head module, with its fused forward."""
+        head: nn.Module = self.causal_lm.get_output_embeddings()  # type: ignore[operator]
+        return head
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """Last hidden states [T, D] of one packed row, after the final norm."""
+        backbone: nn.Module = getattr(self.causal_lm, self.causal_lm.base_model_prefix)  # type: ignore[arg-type]
+        output = backbone(
+            input_ids=batch.input_ids_T[None],
+            position_ids=batch.position_ids_T[None],
+            cu_seqlens=batch.cu_seqlens_S,
+            use_cache=False,
+        )
+        hidden_TD: torch.Tensor = output.last_hidden_state[0]
+        return hidden_TD
+
+    def forward(self, batch: Batch, objective: Any, denominator: float) -> Loss:
+        """Loss of one micro-batch, divided by the step's global `denominator`."""
+        loss: Loss = objective.loss(self.hidden(batch), self.head, batch, denominator)
+        return loss
+
+    @torch.no_grad()
+    def check_head(self, batch: Batch, objective: Any) -> float:
+        """Compare the fused loss with the model's own logits; returns the largest difference.
+
+        A softcap or logit scale that the fused head does not know would train another model than
+        the one that is served.
+
+        Raises:
+            ModelError: a token's loss differs by more than rounding.
+        """
+        fused = self(batch, objective, 1.0).nll_N
+        logits_TV = self.causal_lm(
+            input_ids=batch.input_ids_T[None],
+            position_ids=batch.position_ids_T[None],
+            cu_seqlens=batch.cu_seqlens_S,
+            use_cache=False,
+        ).logits[0]
+        logits_NV = logits_TV[batch.supervised_N].float()
+        own = nn.functional.cross_entropy(logits_NV, batch.labels_N, reduction="none")
+        difference = float((fused - own).abs().max()) if len(own) else 0.0
+        largest = float(own.abs().max()) if len(own) else 0.0
+        tolerance = (2e-5 if logits_TV.dtype == torch.float32 else 3e-2) * max(1.0, largest)
+        if not difference <= tolerance:
+            name = type(self.causal_lm).__name__
+            raise ModelError(
+                f"the fused loss differs from the logits of {name} by {difference:.2e} "
+                f"(tolerance {tolerance:.0e}): its head does more than softcap and logit scale",
+                where="model.path",
+                fix="this architecture is not supported yet",
+            )
+        return difference
+
+
+def _fused_forward(
+    head: nn.Module, shape: HeadShape, linear_cross_entropy: Callable[..., Any], num_channels: int
+) -> Callable[..., Any]:
+    def forward(
+        hidden_TD: torch.Tensor, labels_N: torch.Tensor | None = None, **options: Any
+    ) -> Any:
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if labels_N is None:
+            return nn.functional.linear(hidden_TD, weight, bias)  # type: ignore[arg-type]
+        return linear_cross_entropy(
+            hidden_TD,
+            weight,
+            labels_N,
+            bias=bias,
+            num_channels=num_channels,
+            softcap=shape.softcap,
+            logit_scale=shape.logit_scale,
+            **options,
+        )
+
+    return forward

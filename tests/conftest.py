@@ -1,0 +1,155 @@
+"""Fixtures: a small model of a real architecture, small data, and several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Two cores: one thread a process keeps several ranks from fighting for them.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
+SIZE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
+
+
+def make_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>"
+    )
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+
+
+def make_model(folder: Path, architecture: str = "Llama", seed: int = 0, **changes) -> Path:
+    """A random model of a real architecture, float32, with a tokenizer."""
+    import torch
+    import transformers
+
+    make_tokenizer(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    config = getattr(transformers, f"{architecture}Config")(
+        **{**SIZE, "vocab_size": len(tokenizer) + 3, "eos_token_id": 0, "pad_token_id": 1, **changes}
+    )
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+    with torch.no_grad():  # far from zero, so that a forgotten cap or scale shows
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(4.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def chat(user: str, assistant: str, task: str) -> dict:
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return {"messages": messages, "task_type": task}
+
+
+def make_rows(count: int = 90, seed: int = 0) -> list[dict]:
+    draw = random.Random(seed)
+    rows = []
+    for i in range(count):
+        word = "".join(draw.choices("abcdefgh", k=draw.randint(1, 9)))
+        task = ("copy", "reverse", "upper")[i % 3]
+        answer = {"copy": word, "reverse": word[::-1], "upper": word.upper()}[task]
+        rows.append(chat(f"{task} {word} {i}", answer, task))
+    return rows
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", make_rows())
+
+
+@pytest.fixture(scope="session")
+def builders():
+    """The functions above, for tests that build their own (tests/ is no package)."""
+
+    class Builders:
+        model = staticmethod(make_model)
+        tokenizer = staticmethod(make_tokenizer)
+        rows = staticmethod(make_rows)
+        write = staticmethod(write_rows)
+        chat = staticmethod(chat)
+
+    return Builders
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def run_workers() -> Callable[..., list[str]]:
+    """Run tests/workers/<name>.py in `world` processes; returns their outputs."""
+
+    def run(name: str, world: int, *args: str, timeout_s: float = 300) -> list[str]:
+        script = Path(__file__).parent / "workers" / name
+        port = free_port()
+        started = [
+            subprocess.Popen(
+                [sys.executable, str(script), str(rank), str(world), str(port), *map(str, args)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(world)
+        ]
+        try:
+            outputs = [process.communicate(timeout=timeout_s)[0] for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        codes = [process.returncode for process in started]
+        assert codes == [0] * world, "\n".join(output[-3000:] for output in outputs)
+        return outputs
+
+    return run
