@@ -136,6 +136,7 @@ class RunConfig:
         """
         try:
             values: Any = OmegaConf.to_container(OmegaConf.create(text))
+            values.pop("choices", None)  # for readers: which option each group was given
             schema = OmegaConf.structured(cls)
             for group, options in SLOTS.items():
                 kind = values[group].pop("kind")

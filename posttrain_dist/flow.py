@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,9 +79,10 @@ class Batch:
 # ------------------------------------------------------------------------------------- loss
 
 
-@dataclass(slots=True)
-class Loss:
+class Loss(NamedTuple):
     """What an objective returns for one micro-batch.
+
+    A tuple, because the hooks of ZeRO-3 find the tensors of tuples and dicts only.
 
     `total` is already divided by the step's global denominator, so that the totals of all
     micro-batches on all ranks add up to the loss of the step. `channels_C4` is detached:
@@ -102,7 +103,7 @@ class StepInfo:
 
     step: int
     metrics: dict[str, float] = field(default_factory=dict)  # name -> value, see docs/metrics
-    sample_ids: list[int] = field(default_factory=list)  # samples of this rank in this step
+    sample_ids: list[int] = field(default_factory=list)  # of all ranks, for samples.log
     last: bool = False  # the run ends after this step
     stopped: bool = False  # ... because someone asked it to stop
 

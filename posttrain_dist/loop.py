@@ -109,17 +109,15 @@ class Fit:
         denominator, stopped = self._agree(sum(self.objective.count(b) for b in batches))
         if denominator <= 0:
             raise DataError(f"step {step} has no supervised token", where="data.train")
-        samples: list[int] = []
         self.engine.train(True)
         for i, batch in enumerate(batches):
             loss = self.engine.forward(batch.to(self.engine.device), self.objective, denominator)
             self.engine.backward(loss.total, last=i == len(batches) - 1)
             self.meter.add(loss, batch)
-            samples += [sample for sample in batch.sample_id_S if sample >= 0]
         lr = self.learning_rate(step)
         norm = self.engine.step(lr)
         last = stopped or step == self.steps
-        return StepInfo(step, sample_ids=samples, last=last, stopped=stopped), lr, norm
+        return StepInfo(step, last=last, stopped=stopped), lr, norm
 
     def _agree(self, count: float) -> tuple[float, bool]:
         """Global denominator, and rank 0's wish to stop, in one reduction."""

@@ -213,7 +213,7 @@ class _Run:
         if info.metrics:
             info.metrics["system/memory_bytes"] = memory_bytes(self.engine.device)
             info.metrics["time_s"] = time.time() - self.began
-        if self.process.world > 1 and info.step:
+        if self.process.is_main and info.step:
             info.sample_ids = self.source.sample_ids(info.step)
         for sink in self.sinks:
             sink.write(info)

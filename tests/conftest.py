@@ -63,7 +63,13 @@ def make_model(folder: Path, architecture: str = "Llama", seed: int = 0, **chang
     make_tokenizer(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     config = getattr(transformers, f"{architecture}Config")(
-        **{**SIZE, "vocab_size": len(tokenizer) + 3, "eos_token_id": 0, "pad_token_id": 1, **changes}
+        **{
+            **SIZE,
+            "vocab_size": len(tokenizer) + 3,
+            "eos_token_id": 0,
+            "pad_token_id": 1,
+            **changes,
+        }
     )
     torch.manual_seed(seed)
     model = getattr(transformers, f"{architecture}ForCausalLM")(config)

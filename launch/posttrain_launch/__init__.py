@@ -1,0 +1,1 @@
+"""The command line: composes a config, makes the run folder, starts the processes."""

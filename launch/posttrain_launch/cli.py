@@ -1,0 +1,155 @@
+"""`posttrain <verb> ...`: finds the verb. Imports nothing heavy, so that help is quick."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One row of the table below."""
+
+    what: str
+    example: str
+    module: str  # below posttrain_launch
+    hydra: bool = False  # takes overrides, and is a Hydra application
+
+
+VERBS: dict[str, Verb] = {
+    "train": Verb(
+        "fine-tune a model; without arguments, the demo",
+        "posttrain train model.path=/models/M data.train=/data/chat.jsonl cluster=ray engine=zero3",
+        "hydra_verbs",
+        hydra=True,
+    ),
+    "inspect": Verb(
+        "show what would be trained on: rows, supervised tokens, packs",
+        "posttrain inspect data.train=/data/chat.jsonl",
+        "hydra_verbs",
+        hydra=True,
+    ),
+    "evaluate": Verb(
+        "held-out loss of a model, for every channel",
+        "posttrain evaluate model.path=outputs/demo/20260101-120000/export",
+        "hydra_verbs",
+        hydra=True,
+    ),
+    "submit": Verb(
+        "send a training to Slurm (--dry-run: only write the job)",
+        "posttrain submit +experiment=demo cluster.nodes=2 --dry-run",
+        "hydra_verbs",
+        hydra=True,
+    ),
+    "run": Verb(
+        "go on with the run of a run folder, or start a frozen one",
+        "posttrain run outputs/demo/20260101-120000",
+        "run_verbs",
+    ),
+    "chat": Verb(
+        "talk to a model folder or to the export of a run",
+        "posttrain chat outputs/demo/20260101-120000",
+        "chat",
+    ),
+    "export": Verb(
+        "write the newest checkpoint of a run as a Hugging Face folder",
+        "posttrain export outputs/demo/20260101-120000 /models/mine",
+        "run_verbs",
+    ),
+    "report": Verb(
+        "write report.html of a run, finished or not",
+        "posttrain report outputs/demo/20260101-120000",
+        "run_verbs",
+    ),
+    "init": Verb(
+        "write a commented YAML to start from",
+        "posttrain init my_run",
+        "starter",
+    ),
+    "doctor": Verb(
+        "look at this machine: what works, what is missing",
+        "posttrain doctor",
+        "doctor",
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; the exit code: 0, 1 failed, 2 wrong input, 130 stopped."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    _set_environment()
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(help_text())
+        return 0
+    if words[0] == "--version":
+        from posttrain_dist import __version__
+
+        print(f"posttrain {__version__}")
+        return 0
+    name, *rest = words
+    if name not in VERBS:
+        return _unknown(name)
+    from posttrain_launch.failures import BAD_CONFIG, FAILED, STOPPED, tell
+
+    try:
+        command: Callable[[str, list[str], bool], int]
+        command = importlib.import_module(f"posttrain_launch.{VERBS[name].module}").command
+        return command(name, rest, debug)
+    except KeyboardInterrupt:
+        return STOPPED
+    except BrokenPipeError:  # `posttrain ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except SystemExit as left:  # argparse has said why
+        return left.code if isinstance(left.code, int) else BAD_CONFIG if left.code else 0
+    except Exception as error:
+        tell(error, debug=debug)
+        return FAILED
+
+
+def help_text() -> str:
+    """What `posttrain --help` prints."""
+    width = max(map(len, VERBS))
+    lines = [
+        "posttrain: post-training of large language models, from one GPU to a Slurm cluster.",
+        "",
+        "usage: posttrain <verb> [arguments]       posttrain <verb> --help",
+        "",
+    ]
+    for name, verb in VERBS.items():
+        lines += [f"  {name:<{width}}  {verb.what}", f"  {'':<{width}}    {verb.example}"]
+    lines += [
+        "",
+        "train, inspect, evaluate and submit take key=value and group=option, and Hydra's flags.",
+        "--debug, with any verb, shows the stack trace of an error.",
+    ]
+    return "\n".join(lines)
+
+
+def _unknown(name: str) -> int:
+    import difflib
+
+    near = difflib.get_close_matches(name, VERBS, n=1)
+    fix = f"did you mean `posttrain {near[0]}`?" if near else f"verbs: {', '.join(VERBS)}"
+    if "=" in name:
+        fix = f"give the verb first: posttrain train {name}"
+    print(f"error: there is no verb {name}\n  fix: {fix}", file=sys.stderr)
+    return 2
+
+
+def _set_environment() -> None:
+    """No telemetry, and whole errors from Hydra, which we word ourselves."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["DO_NOT_TRACK"] = "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

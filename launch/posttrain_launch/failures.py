@@ -1,0 +1,37 @@
+"""How an error reaches the user: one message; the trace goes to a log, or is asked for."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import IO
+
+from posttrain_dist.errors import PosttrainError
+
+BAD_CONFIG, FAILED, STOPPED = 2, 1, 130  # exit codes
+
+
+def tell(
+    error: BaseException, *, debug: bool = False, log: Path | None = None, err: IO[str] | None = None
+) -> None:
+    """Print what went wrong.
+
+    Args:
+        debug: print the whole trace too.
+        log: a file that takes the trace.
+        err: where to print; None: standard error.
+    """
+    err = err or sys.stderr
+    trace = "".join(traceback.format_exception(error))
+    if log is not None:
+        with log.open("a", encoding="utf-8") as stream:
+            stream.write(trace)
+    if debug:
+        print(trace, file=err, end="")
+    if isinstance(error, PosttrainError):
+        print(f"error: {error}", file=err, flush=True)
+        return
+    place = f"the trace is in {log}" if log else "add --debug for the trace"
+    what = str(error).strip() or "no message"
+    print(f"error: {type(error).__name__}: {what}\n  ({place})", file=err, flush=True)

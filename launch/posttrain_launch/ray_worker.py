@@ -1,0 +1,92 @@
+"""What runs inside a Ray Train worker: set the process up, then call the library."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from posttrain_dist.errors import ClusterError, PosttrainError
+
+
+class WorkerError(Exception):
+    """A worker's failure in a form that always travels between processes.
+
+    Args:
+        rank: of the worker.
+        text: one line, `ValueError: …`.
+        trace: the worker's stack trace.
+        error: the error itself where it is one that the user can mend; never retried.
+    """
+
+    def __init__(self, rank: int, text: str, trace: str, error: PosttrainError | None) -> None:
+        super().__init__(rank, text, trace, error)
+        self.rank, self.text, self.trace, self.error = rank, text, trace, error
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}: {self.text}"
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Train as one of the workers that Ray Train placed.
+
+    Args:
+        settings: `config` (the frozen YAML) and `run_folder`.
+
+    Raises:
+        WorkerError: whatever went wrong here.
+    """
+    import ray.train
+
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    try:
+        run_folder = Path(settings["run_folder"])
+        _enter(run_folder, rank)
+        from posttrain_dist.config import RunConfig
+        from posttrain_dist.dist import Process
+        from posttrain_dist.train import train
+
+        process = Process(
+            rank=rank,
+            world=context.get_world_size(),
+            local_rank=context.get_local_rank(),
+            master_address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
+            master_port=int(os.environ.get("MASTER_PORT", "0")),
+        )
+        train(RunConfig.from_yaml(settings["config"]), run_folder, process)
+    except BaseException as failure:
+        trace = traceback.format_exc()
+        print(trace, file=sys.stderr, flush=True)
+        first_line = (str(failure).splitlines() or [""])[0]
+        text = f"{type(failure).__name__}: {first_line}"
+        error = failure if isinstance(failure, PosttrainError) else None
+        raise WorkerError(rank, text, trace, error) from None
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _enter(run_folder: Path, rank: int) -> None:
+    """Make the run folder the working directory and its log the target of all output."""
+    if not run_folder.is_dir():
+        raise ClusterError(
+            f"the node {socket.gethostname()} does not see the run folder",
+            where=str(run_folder),
+            fix="set output_root to a folder that all nodes share",
+        )
+    os.chdir(run_folder)
+    log = os.open(
+        run_folder / "logs" / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for descriptor in (1, 2):  # the descriptors, so that libraries in C and C++ land there too
+        os.dup2(log, descriptor)
+    os.close(log)
+    # Ray may have given this process streams of its own; ours write to the descriptors above.
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)

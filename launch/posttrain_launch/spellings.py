@@ -1,0 +1,147 @@
+"""Names that other training programs give to our keys: what to write here instead."""
+
+from __future__ import annotations
+
+# Spelling of Hugging Face, axolotl, LLaMA-Factory or ms-swift -> our key.
+KEYS: dict[str, str] = {
+    # optimizer
+    "learning_rate": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "adam_beta1": "optimizer.beta1",
+    "adam_beta2": "optimizer.beta2",
+    "adam_epsilon": "optimizer.eps",
+    "max_grad_norm": "optimizer.clip",
+    "gradient_clipping": "optimizer.clip",
+    "lr_scheduler": "optimizer.schedule",
+    "lr_scheduler_type": "optimizer.schedule",
+    "warmup_ratio": "optimizer.warmup_ratio",
+    "cosine_min_lr_ratio": "optimizer.min_lr_ratio",
+    # train
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "num_steps": "train.steps",
+    "total_batch_size": "train.batch_size",
+    "global_batch_size": "train.batch_size",
+    "train_batch_size": "train.batch_size",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "per_device_batch_size": "train.micro_batch_size",
+    "micro_batch_size": "train.micro_batch_size",
+    "logging_steps": "train.log_every",
+    "eval_steps": "train.eval_every",
+    "save_steps": "train.save_every",
+    "resume_from_checkpoint": "train.resume",
+    "auto_resume_from_checkpoints": "train.resume",
+    "torch_dtype": "train.dtype",
+    "precision": "train.dtype",
+    # data
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "dataset_name": "data.train",
+    "train_file": "data.train",
+    "train_files": "data.train",
+    "train_dataset": "data.train",
+    "data_path": "data.train",
+    "val_dataset": "data.eval",
+    "eval_dataset": "data.eval",
+    "test_datasets": "data.eval",
+    "validation_file": "data.eval",
+    "val_size": "data.eval_fraction",
+    "val_set_size": "data.eval_fraction",
+    "split_dataset_ratio": "data.eval_fraction",
+    "sequence_len": "data.max_length",
+    "seq_length": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "model_max_length": "data.max_length",
+    # model
+    "base_model": "model.path",
+    "model_name_or_path": "model.path",
+    "model_name": "model.path",
+    "model_id": "model.path",
+    "attn_impl": "model.attention",
+    "attn_implementation": "model.attention",
+    "gradient_checkpointing": "model.activation_checkpointing",
+    # run
+    "output_dir": "output_root",
+    "run_name": "name",
+    "wandb_project": "logging.project",
+    "wandb_entity": "logging.entity",
+    "wandb_mode": "logging.wandb",
+    "wandb_name": "name",
+    "save_total_limit": "checkpoint.keep",
+    "save_limit": "checkpoint.keep",
+    "data_seed": "seed",
+    "max_new_tokens": "eval.max_new_tokens",
+    "num_workers": "cluster.workers",
+    "num_gpus": "cluster.workers",
+    "nproc_per_node": "cluster.workers",
+    "nnodes": "cluster.nodes",
+    "num_nodes": "cluster.nodes",
+}
+
+_PACKED = "rows are always packed, with attention and positions kept inside each sample: leave it out"
+_ONLY_FULL = "this version trains every parameter (tuning=full); adapters are not there yet"
+
+# Spellings without a key of the same meaning -> what to do.
+EXPLAINED: dict[str, str] = {
+    "gradient_accumulation_steps": "set train.batch_size (packs per step over all workers) and "
+    "train.micro_batch_size; accumulation follows from the two",
+    "gradient_accumulation": "set train.batch_size and train.micro_batch_size; accumulation "
+    "follows from the two",
+    "warmup_steps": "set optimizer.warmup_ratio, the share of all steps",
+    "lr_warmup_steps": "set optimizer.warmup_ratio, the share of all steps",
+    "bf16": "set train.dtype=bfloat16",
+    "fp32": "set train.dtype=float32",
+    "fp16": "float16 is not supported: set train.dtype=bfloat16, or float32",
+    "tf32": "leave it out; number formats are set by train.dtype",
+    "flash_attention": "leave it out, or set model.attention",
+    "flash_attn": "leave it out, or set model.attention",
+    "deepspeed": "choose engine=zero0, zero1, zero2, zero3 or zero3_offload; a DeepSpeed JSON of "
+    "your own is merged in by engine.config=/path/ds.json",
+    "fsdp": "choose engine=zero3",
+    "optim": "choose optimizer=adamw",
+    "stage": "choose objective=sft or objective=pretrain; the ZeRO stage is engine=zero0 to zero3",
+    "rlhf_type": "choose objective=sft or objective=pretrain",
+    "finetuning_type": f"leave it out: {_ONLY_FULL}",
+    "train_type": f"leave it out: {_ONLY_FULL}",
+    "adapter": f"leave it out: {_ONLY_FULL}",
+    "lora_r": f"leave it out: {_ONLY_FULL}",
+    "lora_rank": f"leave it out: {_ONLY_FULL}",
+    "lora_alpha": f"leave it out: {_ONLY_FULL}",
+    "lora_dropout": f"leave it out: {_ONLY_FULL}",
+    "lora_target": f"leave it out: {_ONLY_FULL}",
+    "lora_target_modules": f"leave it out: {_ONLY_FULL}",
+    "target_modules": f"leave it out: {_ONLY_FULL}",
+    "load_in_4bit": f"leave it out: {_ONLY_FULL}",
+    "load_in_8bit": f"leave it out: {_ONLY_FULL}",
+    "quantization_bit": f"leave it out: {_ONLY_FULL}",
+    "packing": _PACKED,
+    "sample_packing": _PACKED,
+    "pad_to_sequence_len": _PACKED,
+    "train_on_inputs": "leave it out: objective=sft supervises what the assistant says, "
+    "objective=pretrain every token",
+    "assistant_only_loss": "leave it out: objective=sft always does so",
+    "completion_only_loss": "leave it out: objective=sft always does so",
+    "chat_template": "the template of the model's tokenizer is used: set it there, in "
+    "chat_template.jinja of model.path",
+    "template": "the template of the model's tokenizer is used: set it there, in "
+    "chat_template.jinja of model.path",
+    "trust_remote_code": "leave it out: code that comes with a model is never run",
+    "report_to": "set logging.wandb=auto, offline, online or off",
+    "do_train": "leave it out: the verb says what is done (posttrain train, posttrain evaluate)",
+    "do_eval": "leave it out: the verb says what is done (posttrain train, posttrain evaluate)",
+    "per_device_eval_batch_size": "leave it out: evaluation uses train.micro_batch_size",
+    "overwrite_output_dir": "leave it out: every run has a folder of its own",
+    "use_liger_kernel": "leave it out: the loss is always fused",
+    "neftune_noise_alpha": "leave it out: not there yet",
+}
+
+
+def foreign(key: str) -> str | None:
+    """What to do about a key in the spelling of another program; None if we do not know it."""
+    leaf = key.rsplit(".", 1)[-1].lower().replace("-", "_")
+    if leaf in KEYS and KEYS[leaf] != key:
+        return f"write {KEYS[leaf]} (that is the name here)"
+    return EXPLAINED.get(leaf)

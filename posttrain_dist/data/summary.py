@@ -1,0 +1,73 @@
+"""What preparing the data found, channel by channel."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain_dist.errors import DataError
+
+
+@dataclass(slots=True)
+class Counts:
+    """What became of the rows of one channel in one split."""
+
+    rows: int = 0  # as read
+    tokens: int = 0  # of the rows kept, after cutting
+    supervised: int = 0  # tokens with a weight
+    truncated: int = 0  # rows cut to data.max_length
+    dropped: int = 0  # rows left without a supervised token by the cut
+
+
+@dataclass(slots=True)
+class Summary:
+    """What `prepare` found and wrote."""
+
+    channels: list[str]  # sorted; Example.channel is an index into them
+    splits: dict[str, dict[str, Counts]]  # "train", "eval" -> channel -> counts
+    duplicates_moved: int  # held-out rows that also stand in train, and are kept there only
+    inputs: dict[str, Any]  # settings and SHA-256 digests of everything that went in
+
+    @classmethod
+    def read(cls, folder: Path) -> Summary:
+        """The summary of a prepared folder.
+
+        Raises:
+            DataError: the folder was written by another version, or is damaged.
+        """
+        try:
+            values = json.loads((folder / "summary.json").read_bytes())
+            splits = {
+                split: {channel: Counts(**counts) for channel, counts in channels.items()}
+                for split, channels in values.pop("splits").items()
+            }
+            return cls(splits=splits, **values)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"the summary of the prepared data cannot be read: {error}",
+                where=str(folder / "summary.json"),
+                fix=f"delete {folder}: the data is then prepared again",
+            ) from error
+
+    def table(self) -> str:
+        """One line a channel and split, for the terminal."""
+        heads = ("channel", "split", "rows", "tokens", "supervised", "truncated", "dropped")
+        lines = [
+            (channel, "held-out" if split == "eval" else split, *map(str, asdict(counts).values()))
+            for channel in self.channels
+            for split, channels in self.splits.items()
+            if (counts := channels.get(channel))
+        ]
+        widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
+        text = [
+            "  ".join(
+                cell.ljust(width) if i < 2 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in (heads, *lines)
+        ]
+        if self.duplicates_moved:
+            text.append(f"{self.duplicates_moved} held-out rows also stood in train: left out")
+        return "\n".join(text)

@@ -1,0 +1,249 @@
+"""A Hugging Face model folder on disk: found, and checked before anything is loaded. No torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from posttrain_dist.errors import ModelError, PosttrainError, raise_all
+
+TINY_BASE = "tiny_base"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_EXPERT_KEYS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "n_experts",
+)
+_MULTIMODAL_KEYS = ("vision_config", "audio_config", "text_config", "thinker_config")
+_CONVERT = (
+    "convert them once: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+)
+
+
+def resolve(path: str) -> Path:
+    """Absolute folder of a model; `tiny_base` is the one that comes with the package.
+
+    Raises:
+        ModelError: there is no such folder.
+    """
+    if path == TINY_BASE:
+        return Path(__file__).resolve().parent.parent / "assets" / TINY_BASE
+    folder = Path(path).expanduser().absolute()
+    if not folder.is_dir():
+        raise ModelError(
+            "there is no such model folder",
+            where=str(folder),
+            fix="set model.path to a folder with config.json, tokenizer.json and *.safetensors "
+            "(names of the Hugging Face hub are not downloaded), or to tiny_base",
+        )
+    return folder
+
+
+def check_folder(path: Path, need_weights: bool = True) -> dict[str, Any]:
+    """The folder's config.json, after every check that needs no weight in memory.
+
+    Raises:
+        ModelError, SeveralErrors: all that is wrong with the folder, together.
+    """
+    if not path.is_dir():
+        raise ModelError(
+            "there is no such model folder", where=str(path), fix="check the path of the model"
+        )
+    config = _read_object(path / "config.json", "the folder of a Hugging Face causal LM has one")
+    found = _architecture_problems(config, path / "config.json")
+    if need_weights:
+        found += _weight_problems(path)
+    raise_all(found)
+    return config
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder, from its files alone.
+
+    Raises:
+        ModelError: there is none, or it needs code of its own.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raise bare Exception on a damaged file
+        raise ModelError(
+            f"the tokenizer cannot be loaded: {error}",
+            where=str(folder),
+            fix="get tokenizer.json and tokenizer_config.json of this model",
+        ) from error
+
+
+def check_tokenizer(tokenizer: Any, folder: Path, need_chat_template: bool) -> None:
+    """Refuse a tokenizer without end token, pad token, offsets or (for chat) a template.
+
+    Raises:
+        ModelError, SeveralErrors: what is missing, and where to set it.
+    """
+    where = str(folder / "tokenizer_config.json")
+    found: list[PosttrainError] = []
+    if tokenizer.eos_token_id is None:
+        found.append(
+            ModelError(
+                "the tokenizer has no end token, so no answer could learn where to stop",
+                where=where,
+                fix='set "eos_token" to the token that ends a turn, e.g. "eos_token": "<|im_end|>"',
+            )
+        )
+    if tokenizer.pad_token_id is None:
+        found.append(
+            ModelError(
+                "the tokenizer has no pad token",
+                where=where,
+                fix='set "pad_token" to a token that is no end token, e.g. '
+                '"pad_token": "<|endoftext|>"',
+            )
+        )
+    if need_chat_template and not tokenizer.chat_template:
+        found.append(
+            ModelError(
+                "the tokenizer has no chat template, so messages cannot be turned into text",
+                where=where,
+                fix='set "chat_template", or put the template into '
+                f"{folder / 'chat_template.jinja'}; a base model is often given the template of "
+                "its instruct sibling",
+            )
+        )
+    if not tokenizer.is_fast:
+        found.append(
+            ModelError(
+                "the tokenizer is not a fast one, and masks need its character offsets",
+                where=str(folder),
+                fix="add tokenizer.json: AutoTokenizer.from_pretrained(path).save_pretrained(path)",
+            )
+        )
+    raise_all(found)
+
+
+# ------------------------------------------------------------------------------- config.json
+
+
+def _read_object(file: Path, fix: str) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise ModelError(f"has no {file.name}", where=str(file.parent), fix=fix) from error
+    except OSError as error:
+        raise ModelError(f"cannot be read: {error.strerror}", where=str(file), fix=fix) from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(
+            f"is not valid JSON: {error}", where=str(file), fix="get the file again"
+        ) from error
+    if not isinstance(value, dict):
+        raise ModelError("is not a JSON object", where=str(file), fix="get the file again")
+    return value
+
+
+def _architecture_problems(config: dict[str, Any], file: Path) -> list[PosttrainError]:
+    found: list[PosttrainError] = []
+    dense = "use a dense text-only causal LM such as Llama, Qwen3, Mistral or Gemma 2"
+
+    def refuse(what: str, fix: str = dense) -> None:
+        found.append(ModelError(what, where=str(file), fix=fix))
+
+    architectures = config.get("architectures") or []
+    if not isinstance(config.get("model_type"), str):
+        refuse("has no model_type", "use a folder written by transformers' save_pretrained")
+    experts = [
+        key for key in _EXPERT_KEYS if isinstance(config.get(key), int) and config[key] > 1
+    ] or [name for name in architectures if "moe" in name.lower() or "mixtral" in name.lower()]
+    nested = [key for key in _MULTIMODAL_KEYS if config.get(key)]
+    if experts:
+        refuse(f"is a mixture-of-experts model ({experts[0]}), not supported yet")
+    elif nested:
+        refuse(f"is a multimodal model ({nested[0]}), not supported yet")
+    elif config.get("is_encoder_decoder"):
+        refuse("is an encoder-decoder model (is_encoder_decoder), not supported")
+    elif architectures and not any("CausalLM" in n or "LMHead" in n for n in architectures):
+        refuse(f"is not a causal LM: its architecture is {architectures[0]}")
+    if config.get("quantization_config"):
+        refuse(
+            "holds quantised weights (quantization_config), which cannot be trained in full",
+            "use the folder of the unquantised model",
+        )
+    return found
+
+
+# ----------------------------------------------------------------------------------- weights
+
+
+def _weight_problems(folder: Path) -> list[PosttrainError]:
+    if (folder / INDEX).is_file():
+        return _index_problems(folder)
+    if (folder / SINGLE).is_file():
+        return _shard_problems(folder / SINGLE, set())
+    other = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
+    if other:
+        what = f"has no *.safetensors; {other[0]} is not read (pickle can run code)"
+        return [ModelError(what, where=str(folder), fix=_CONVERT)]
+    what = f"has no weights: neither {SINGLE} nor {INDEX}"
+    fix = "get the weights, or set model.weights=random to start from fresh ones"
+    return [ModelError(what, where=str(folder), fix=fix)]
+
+
+def _index_problems(folder: Path) -> list[PosttrainError]:
+    file = folder / INDEX
+    try:
+        weight_map = _read_object(file, "get the folder again").get("weight_map")
+    except ModelError as error:
+        return [error]
+    if not isinstance(weight_map, dict) or not weight_map:
+        return [ModelError("has no weight_map", where=str(file), fix="get the file again")]
+    tensors: dict[str, set[str]] = {}
+    for tensor, shard in weight_map.items():
+        tensors.setdefault(str(shard), set()).add(tensor)
+    found: list[PosttrainError] = []
+    for shard, names in sorted(tensors.items()):
+        name = PurePosixPath(shard)
+        # By its name only: in the Hugging Face cache a shard is a link to a folder of blobs.
+        if name.is_absolute() or ".." in name.parts or "\\" in shard or ":" in shard:
+            what = f"names a shard outside of the folder: {shard!r}"
+            found.append(ModelError(what, where=str(file), fix="do not use this folder"))
+        elif not (folder / shard).is_file():
+            what = f"names a shard that is not there: {shard}"
+            found.append(ModelError(what, where=str(file), fix="get the missing file"))
+        else:
+            found += _shard_problems(folder / shard, names)
+    return found
+
+
+def _shard_problems(file: Path, expected: set[str]) -> list[PosttrainError]:
+    """Compare a safetensors header with the size of its file and the tensors expected in it."""
+
+    def refuse(what: str, fix: str = "get the file again") -> list[PosttrainError]:
+        return [ModelError(what, where=str(file), fix=fix)]
+
+    size_bytes = file.stat().st_size
+    with file.open("rb") as stream:
+        first = stream.read(8)
+        if first.startswith(b"version "):
+            return refuse("is a Git LFS pointer, not weights", "run `git lfs pull` in the folder")
+        header_bytes = int.from_bytes(first, "little")
+        if len(first) < 8 or size_bytes < 8 + header_bytes:
+            return refuse(f"is truncated: {size_bytes} bytes do not hold its header")
+        try:
+            header = json.loads(stream.read(header_bytes))
+            entries = {k: v for k, v in header.items() if k != "__metadata__"}
+            end = max((int(v["data_offsets"][1]) for v in entries.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            return refuse("is not a safetensors file: its header cannot be read")
+    full_bytes = 8 + header_bytes + end
+    if size_bytes < full_bytes:
+        return refuse(f"is truncated: {size_bytes} bytes of {full_bytes}")
+    if size_bytes > full_bytes:
+        return refuse(f"is damaged: {size_bytes} bytes, its header tells of {full_bytes}")
+    missing = sorted(expected - set(entries))
+    if missing:
+        return refuse(f"lacks {len(missing)} tensors that the index places in it: {missing[0]}")
+    return []

@@ -1,0 +1,50 @@
+"""JSON of any shape as blocks of a page: pairs and tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from posttrain_dist.report.numbers import UNKNOWN
+
+
+def blocks(values: Any) -> list[dict[str, Any]]:
+    """Nested JSON as blocks for the page: scalars as pairs, like objects as one table."""
+    found: list[dict[str, Any]] = []
+    _add_blocks(found, "", values)
+    return found
+
+
+def _add_blocks(found: list[dict[str, Any]], title: str, values: Any) -> None:
+    if not isinstance(values, dict) or not values:
+        return
+    flat = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    if flat:
+        pairs = [(_words(key), _cell(value)) for key, value in flat.items()]
+        found.append({"title": title, "head": [], "rows": pairs})
+    nested = {key: value for key, value in values.items() if isinstance(value, dict)}
+    heads = [tuple(value) for value in nested.values()]
+    cells = [cell for value in nested.values() for cell in value.values()]
+    scalar = not any(isinstance(cell, dict | list) for cell in cells)
+    if len(nested) > 1 and heads[0] and len(set(heads)) == 1 and scalar:
+        rows = [[key, *map(_cell, value.values())] for key, value in nested.items()]
+        head = ["", *map(_words, heads[0])]
+        found.append({"title": "" if flat else title, "head": head, "rows": rows})
+        return
+    for key, value in nested.items():
+        _add_blocks(found, f"{title} / {_words(key)}" if title else _words(key), value)
+
+
+def _words(key: Any) -> str:
+    return str(key).replace("_", " ")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: UNKNOWN}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value)) or UNKNOWN
+    return str(value)

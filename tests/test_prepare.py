@@ -1,0 +1,276 @@
+"""Files to prepared folder: counts, the split, atomicity, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain_dist.config import RunConfig, complete
+from posttrain_dist.data import DataConfig
+from posttrain_dist.data.loader import Examples
+from posttrain_dist.data.records import read_records
+from posttrain_dist.data.splitting import content_key, split_off
+from posttrain_dist.data.summary import Summary
+from posttrain_dist.errors import ConfigError, DataError, ModelError, PosttrainError
+from posttrain_dist.flow import Record
+from posttrain_dist.inspection import inspect_text
+from posttrain_dist.models import ModelConfig
+from posttrain_dist.models.folder import load_tokenizer
+from posttrain_dist.objectives.pretrain import Pretrain
+from posttrain_dist.prepare import prepare
+
+
+@pytest.fixture
+def make(tiny_llama: Path, rows_file: Path) -> Any:
+    def build(**data: Any) -> RunConfig:
+        values = {"train": str(rows_file), "max_length": 64, "eval_fraction": 0.1, **data}
+        return complete(
+            RunConfig(model=ModelConfig(path=str(tiny_llama)), data=DataConfig(**values))
+        )
+
+    return build
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_every_row_arrives_with_its_mask(make: Any, rows_file: Path, tmp_path: Path) -> None:
+    config = make()
+    folder = tmp_path / "prepared"
+    summary = prepare(config, folder)
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    tokenizer = load_tokenizer(Path(config.model.path))
+    seen = []
+    for split in ("train", "eval"):
+        examples = Examples.open(folder, split)
+        assert examples.channels == summary.channels == ["copy", "reverse", "upper"]
+        for example in (examples[i] for i in range(len(examples))):
+            row = rows[example.sample_id]
+            user, assistant = (message["content"] for message in row["messages"])
+            assert examples.channels[example.channel] == row["task_type"]
+            assert tokenizer.decode(example.input_ids_L) == (
+                f"<|user|>{user}<|end|><|assistant|>{assistant}<|end|>"
+            )
+            targets = example.input_ids_L[example.weight_L > 0]
+            assert tokenizer.decode(targets) == assistant + "<|end|>"
+            seen.append(example.sample_id)
+        counts = summary.splits[split].values()
+        assert sum(c.rows for c in counts) == len(examples)
+        assert sum(c.tokens for c in counts) == examples.lengths.sum()
+    assert sorted(seen) == list(range(len(rows)))
+    assert {c.rows for c in summary.splits["eval"].values()} == {3}  # a tenth of 30
+    kept = [rows[Examples.open(folder, "eval")[i].sample_id] for i in range(9)]
+    written = read_records(str(folder / "heldout_records.jsonl"), "messages")
+    assert [list(record.messages) for record in written] == [row["messages"] for row in kept]
+    assert [record.channel for record in written] == [row["task_type"] for row in kept]
+    digest = hashlib.sha256(rows_file.read_bytes()).hexdigest()
+    assert digest in summary.inputs["data"]["train"].values()
+    assert "copy     train" in summary.table()
+
+
+def test_a_killed_preparation_leaves_nothing_behind(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(make(), tmp_path / "whole")
+    folder = tmp_path / "prepared"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(make(), folder)
+    assert not folder.exists()
+    (tmp_path / "prepared.partial" / "train" / "tokens.npy").write_bytes(b"half")
+    prepare(make(), folder)
+    assert files(folder) == files(tmp_path / "whole")  # and the same bytes every time
+    assert not (tmp_path / "prepared.partial").exists()
+
+
+def test_a_second_call_uses_what_is_there(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "prepared"
+    first = prepare(make(), folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    monkeypatch.setattr("posttrain_dist.prepare.Encoder", None)  # would fail if it were used
+    assert prepare(make(), folder) == first == Summary.read(folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_changed_input_under_a_prepared_folder_is_refused(
+    make: Any, builders: Any, tmp_path: Path
+) -> None:
+    folder, data = tmp_path / "prepared", tmp_path / "rows.jsonl"
+    builders.write(data, builders.rows(9))
+    prepare(make(train=str(data)), folder)
+    with pytest.raises(DataError, match="other input: max_length changed"):
+        prepare(make(train=str(data), max_length=63), folder)
+    builders.write(data, builders.rows(9, seed=1))
+    with pytest.raises(DataError, match="other input: data changed"):
+        prepare(make(train=str(data)), folder)
+    (folder / "summary.json").write_text("{}")
+    with pytest.raises(DataError, match="cannot be read"):
+        prepare(make(train=str(data)), folder)
+
+
+def test_no_row_is_trained_on_and_held_out(make: Any, builders: Any, tmp_path: Path) -> None:
+    rows = builders.rows(30)
+    rows += [{**rows[i], "task_type": "other"} for i in range(5)]  # same text, other channel
+    data = builders.write(tmp_path / "rows.jsonl", rows)
+    for seed in range(5):
+        folder = tmp_path / f"prepared{seed}"
+        prepare(dataclasses.replace(make(train=str(data), eval_fraction=0.5), seed=seed), folder)
+        texts = {
+            split: {
+                json.dumps(rows[e.sample_id]["messages"])
+                for e in map(examples.__getitem__, range(len(examples)))
+            }
+            for split in ("train", "eval")
+            for examples in [Examples.open(folder, split)]
+        }
+        assert texts["train"] and texts["eval"]
+        assert not texts["train"] & texts["eval"]
+
+
+def test_eval_rows_that_stand_in_train_are_left_out(
+    make: Any, builders: Any, tmp_path: Path
+) -> None:
+    rows = builders.rows(12)
+    train = builders.write(tmp_path / "train.jsonl", rows[:9])
+    new = builders.chat("q", "a", "zeta")
+    heldout = builders.write(tmp_path / "eval.jsonl", [*rows[6:], new])
+    summary = prepare(make(train=str(train), eval=str(heldout)), tmp_path / "prepared")
+    examples = Examples.open(tmp_path / "prepared", "eval")
+    assert [examples[i].sample_id for i in range(len(examples))] == [3, 4, 5, 6]
+    assert summary.duplicates_moved == 3
+    assert summary.channels == ["copy", "reverse", "upper", "zeta"]  # one is held-out only
+    with pytest.raises(DataError, match="every held-out row"):
+        prepare(make(train=str(train), eval=str(train)), tmp_path / "again")
+
+
+def _records(sizes: dict[str, int]) -> list[Record]:
+    names = [name for name, size in sizes.items() for _ in range(size)]
+    return [Record(channel=name, where="", text=f"{i}") for i, name in enumerate(names)]
+
+
+def test_every_channel_gives_and_keeps_a_row() -> None:
+    train, heldout, moved = split_off(_records({"one": 1, "two": 2, "big": 100}), 0.04, seed=0)
+    count = lambda rows, name: sum(record.channel == name for _, record in rows)  # noqa: E731
+    assert [count(heldout, name) for name in ("one", "two", "big")] == [0, 1, 4]
+    assert [count(train, name) for name in ("one", "two", "big")] == [1, 1, 96]
+    assert moved == 0
+    assert split_off(_records({"big": 100}), 0.0, seed=0)[1] == []
+
+
+def test_the_split_depends_on_the_seed_and_on_its_own_channel_only() -> None:
+    alone, more = _records({"big": 100}), _records({"big": 100, "new": 50})
+    held = lambda rows, seed: [i for i, _ in split_off(rows, 0.1, seed)[1] if i < 100]  # noqa: E731
+    assert held(alone, 1) == held(more, 1)
+    assert held(alone, 1) != held(alone, 2)
+
+
+def test_content_key_tells_rows_apart_by_what_they_say() -> None:
+    a = Record(channel="x", where="1", text="a")
+    assert content_key(a) == content_key(Record(channel="y", where="2", text="a"))
+    messages = ({"role": "user", "content": "a"},)
+    assert content_key(a) != content_key(Record(channel="x", where="1", messages=messages))
+
+
+def test_cut_rows_are_counted_and_those_left_with_nothing_dropped(
+    make: Any, builders: Any, tmp_path: Path
+) -> None:
+    rows = [builders.chat("q" * n, "answer", "t") for n in (1, 22, 60, 70)]
+    data = builders.write(tmp_path / "rows.jsonl", rows)
+    summary = prepare(make(train=str(data), max_length=26, eval_fraction=0), tmp_path / "p")
+    counts = summary.splits["train"]["t"]
+    assert (counts.rows, counts.truncated, counts.dropped) == (4, 3, 2)
+    examples = Examples.open(tmp_path / "p", "train")
+    assert [examples[i].sample_id for i in range(len(examples))] == [0, 1]
+    assert [examples[i].truncated for i in range(2)] == [False, True]
+    assert counts.tokens == examples.lengths.sum()
+
+
+def test_a_channel_with_no_supervised_token_names_its_rows(
+    make: Any, builders: Any, tmp_path: Path
+) -> None:
+    rows = [builders.chat("q", "a", "fine"), builders.chat("q" * 90, "b", "lost")]
+    data = builders.write(tmp_path / "rows.jsonl", [*rows, rows[0] | {"task_type": "more"}])
+    with pytest.raises(DataError, match="channel 'lost' has no supervised token") as caught:
+        prepare(make(train=str(data), eval_fraction=0), tmp_path / "p")
+    assert caught.value.where == f"{data}:2"
+    assert "data.max_length=64" in str(caught.value)
+
+
+def test_rows_that_do_not_fit_the_model_are_refused(
+    make: Any, builders: Any, tmp_path: Path
+) -> None:
+    rows = [
+        builders.chat(" ".join(random.Random(i).choices("abcdef", k=300)), "a", "t") for i in (1, 2)
+    ]
+    data = builders.write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ConfigError, match=r"data\.max_length.*256 positions"):
+        prepare(make(train=str(data), max_length=5000, eval_fraction=0), tmp_path / "p")
+    other = builders.model(tmp_path / "small_vocabulary", vocab_size=100)
+    config = make()
+    config.model.path = str(other)
+    with pytest.raises(ModelError, match="vocab_size is 100"):
+        prepare(config, tmp_path / "p")
+
+
+def test_text_rows(make: Any, builders: Any, tmp_path: Path) -> None:
+    data = builders.write(tmp_path / "docs.jsonl", [{"text": f"the fox {i}"} for i in range(10)])
+    config = dataclasses.replace(make(train=str(data)), objective=Pretrain())
+    summary = prepare(config, tmp_path / "p")
+    counts = [summary.splits[split]["docs"] for split in ("train", "eval")]
+    assert [c.rows for c in counts] == [9, 1]
+    assert all(c.supervised == c.tokens - c.rows for c in counts)
+    assert read_records(str(tmp_path / "p" / "heldout_records.jsonl"), "text")[0].channel == "docs"
+    with pytest.raises(ConfigError, match="embedded data holds conversations"):
+        prepare(dataclasses.replace(make(train="embedded"), objective=Pretrain()), tmp_path / "q")
+
+
+def test_the_embedded_data_set_has_its_own_heldout_rows(make: Any, tmp_path: Path) -> None:
+    config = make(train="embedded", max_length=4096)
+    try:
+        summary = prepare(config, tmp_path / "p")
+    except ConfigError as error:  # the test's model has few positions
+        assert "positions" in str(error)
+        config.data.max_length = 256
+        summary = prepare(config, tmp_path / "p")
+    assert len(summary.channels) >= 5
+    assert summary.splits["train"].keys() == summary.splits["eval"].keys()
+
+
+def test_faults_of_rows_come_before_anything_is_written(
+    make: Any, builders: Any, tmp_path: Path
+) -> None:
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"messages": [{"role": "user", "content": "x"}]}\n{\n')
+    with pytest.raises(PosttrainError) as caught:
+        prepare(make(train=str(data)), tmp_path / "p")
+    assert f"{data}:1 " in str(caught.value) and f"{data}:2 " in str(caught.value)
+    assert not (tmp_path / "p").exists()
+
+
+def test_inspection_marks_exactly_the_supervised_text(
+    make: Any, builders: Any, tmp_path: Path
+) -> None:
+    rows = [builders.chat("ask", "say this", "t"), builders.chat("hm", "well", "u")]
+    data = builders.write(tmp_path / "rows.jsonl", rows)
+    config = make(train=str(data), eval_fraction=0)
+    prepare(config, tmp_path / "p")
+    text = inspect_text(config, tmp_path / "p")
+    assert "<|user|>ask<|end|><|assistant|>⟦say this<|end|>⟧" in text
+    assert "<|user|>hm<|end|><|assistant|>⟦well<|end|>⟧" in text
+    # The assistant's header is where the first answer token is predicted.
+    header = next(line for line in text.splitlines() if "'<|assistant|>'" in line)
+    assert header.split()[3] != "·"
