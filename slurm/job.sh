@@ -35,24 +35,37 @@ POSTTRAIN_TEMP=${TMPDIR:-/tmp}/ray-$SLURM_JOB_ID
 [ ${#POSTTRAIN_TEMP} -le 40 ] || POSTTRAIN_TEMP=/tmp/ray-$SLURM_JOB_ID
 export POSTTRAIN_TEMP
 
+# This script runs on the first node. An address, not a name: gRPC has a resolver of its own, which
+# does not always find what the system finds.
+own_address() {
+  local found
+  if [ -n "$POSTTRAIN_INTERFACE" ]; then
+    found=$(ip -4 -o addr show dev "$POSTTRAIN_INTERFACE" | sed -n '1s/.* inet \([0-9.]*\).*/\1/p')
+  else
+    found=$(getent ahostsv4 "$(hostname)" | sed -n '1s/ .*//p')
+    case $found in '' | 127.*) found=$(hostname -I | sed 's/ .*//') ;; esac
+  fi
+  echo "$found"
+}
+export -f own_address
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export POSTTRAIN_HEAD=${nodes[0]} POSTTRAIN_PORT=$((20000 + SLURM_JOB_ID % 10000))
-export RAY_ADDRESS=$POSTTRAIN_HEAD:$POSTTRAIN_PORT
+export RAY_ADDRESS
+RAY_ADDRESS=$(own_address):$POSTTRAIN_PORT
 say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, nodes ${nodes[*]}, Ray at $RAY_ADDRESS"
 
 # --- one step for Ray, one for the driver ---------------------------------------------------
 
 # shellcheck disable=SC2016  # expanded on the nodes
 start_ray='
-  ip=$(getent ahostsv4 "$(hostname)" | { read -r first _; echo "$first"; })
   common=(--num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}"
-    --object-store-memory=200000000 --disable-usage-stats --block --node-ip-address="$ip")
+    --object-store-memory=200000000 --disable-usage-stats --block --node-ip-address="$(own_address)")
   if [ "$SLURMD_NODENAME" = "$POSTTRAIN_HEAD" ]; then
     exec ray start --head --port="$POSTTRAIN_PORT" --include-dashboard=false \
       --temp-dir="$POSTTRAIN_TEMP" "${common[@]}"
   fi
   for _ in $(seq 240); do # `ray start` does not wait for the head
-    (exec 3<>"/dev/tcp/$POSTTRAIN_HEAD/$POSTTRAIN_PORT") 2>/dev/null && break
+    (exec 3<>"/dev/tcp/${RAY_ADDRESS/:/\/}") 2>/dev/null && break
     sleep 0.5
   done
   exec ray start --address="$RAY_ADDRESS" "${common[@]}"

@@ -21,7 +21,7 @@ from posttrain_kernels.targets import Rows, Targets, statistics_dtype
 
 # Float32 elements of a strip of rows: on a CPU its passes stay in cache, on a GPU it is large
 # enough to hide the launches of its kernels.
-STRIP_ELEMENTS_CPU = 1 << 16
+STRIP_ELEMENTS_CPU = 1 << 18
 STRIP_ELEMENTS_GPU = 1 << 25
 
 

@@ -146,7 +146,8 @@ def run_hydra_app(job: Callable[[DictConfig, DictConfig], Any], help_text: str) 
 
     @hydra_main(version_base="1.3", config_path=CONF, config_name="config")
     def app(config: DictConfig) -> Any:
-        return job(config, HydraConfig.get())
+        hydra: Any = HydraConfig.get()
+        return job(config, hydra)
 
     GlobalHydra.instance().clear()
     app()

@@ -147,16 +147,14 @@ def _misused(override: Override, word: str, sweep: bool) -> ConfigError | None:
 def _values(override: Override) -> Iterator[Any]:
     if not override.is_sweep_override():
         yield override.value()
-    elif override.is_interval_sweep():  # type: ignore[no-untyped-call]
+    elif override.is_interval_sweep():
         interval: Any = override.value()
         yield from (interval.start, interval.end)
     else:
         yield from (v.text if hasattr(v, "text") else v for v in override.sweep_iterator())
 
 
-def _option_problems(
-    composer: Composer, override: Override, word: str
-) -> Iterator[PosttrainError]:
+def _option_problems(composer: Composer, override: Override, word: str) -> Iterator[PosttrainError]:
     group = override.key_or_group
     options = composer.options(group)
     if override.is_add() and group != "experiment":

@@ -13,7 +13,11 @@ BAD_CONFIG, FAILED, STOPPED = 2, 1, 130  # exit codes
 
 
 def tell(
-    error: BaseException, *, debug: bool = False, log: Path | None = None, err: IO[str] | None = None
+    error: BaseException,
+    *,
+    debug: bool = False,
+    log: Path | None = None,
+    err: IO[str] | None = None,
 ) -> None:
     """Print what went wrong.
 

@@ -21,7 +21,7 @@ from posttrain_dist.errors import ClusterError, ConfigError, PosttrainError, Sev
 from posttrain_launch.cli import VERBS
 from posttrain_launch.compose import Composed, Composer, run_hydra_app, to_composed
 from posttrain_launch.diagnose import check
-from posttrain_launch.failures import BAD_CONFIG, FAILED, tell
+from posttrain_launch.failures import BAD_CONFIG, FAILED, STOPPED, tell
 from posttrain_launch.freeze import freeze
 from posttrain_launch.sweep import Sweep
 
@@ -103,6 +103,10 @@ def command(verb: str, words: list[str], debug: bool) -> int:
         except (ConfigError, SeveralErrors) as error:
             tell(error, debug=debug)
             return BAD_CONFIG
+        except KeyboardInterrupt:
+            if sweep.trials:
+                print(sweep.table())
+            return STOPPED
     if arguments.multirun and not call.shows_only:
         print(sweep.table())
         return sweep.exit_code()

@@ -47,13 +47,13 @@ def value_problems(
                     base, f"{key}.{name}", v, f"{where}.{name}" if where else None
                 )
             ]
-        example = next(iter(target), None)
+        names = ", ".join(f"{key}.{name!s}" for name in target)
         return [
             ConfigError(
                 f"is a group of keys, not one value ({value!r})",
                 where=place,
-                fix=f"set one of its keys: {', '.join(f'{key}.{k}' for k in target)}"
-                if example
+                fix=f"set one of its keys: {names}"
+                if names
                 else f"it has no keys of its own; choose an option: {key}=<option>",
             )
         ]
@@ -62,9 +62,7 @@ def value_problems(
     except OmegaConfBaseException:
         wanted = _wanted(_hint(node, leaf))
         shown = "null" if value is None else repr(value)
-        return [
-            ConfigError(f"{shown} is not {wanted}", where=place, fix=f"set {key} to {wanted}")
-        ]
+        return [ConfigError(f"{shown} is not {wanted}", where=place, fix=f"set {key} to {wanted}")]
     return []
 
 
@@ -112,7 +110,7 @@ def nearest_key(base: DictConfig, key: str) -> str | None:
 
 
 def _dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    for name in node:
+    for name in map(str, node):
         value = node.get(name)
         if isinstance(value, DictConfig):
             yield from _dotted(value, f"{prefix}{name}.")
@@ -143,6 +141,6 @@ def _wanted(hint: Any) -> str:
     if isinstance(hint, type) and issubclass(hint, Enum):
         return "one of " + ", ".join(hint.__members__)
     if origin is list:
-        return "a list, such as '[\"a\", \"b\"]'"
+        return 'a list, such as \'["a", "b"]\''
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return names.get(hint, str(hint))

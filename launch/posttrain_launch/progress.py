@@ -60,9 +60,8 @@ class Progress:
         plan = _read_json(self.folder / "logs" / "plan.json")
         total = int(plan.get("total_steps", 0))
         rows = self._rows.read()
-        for row in rows:
-            self._pace = [*self._pace[-20:], (row["step"], row.get("time_s", 0.0))]
         for i, row in enumerate(rows):
+            self._pace = [*self._pace[-20:], (row["step"], row.get("time_s", 0.0))]
             self._view.row(row, total, self._left_s(total), final and i == len(rows) - 1)
         if not rows:
             self._view.wait(time.monotonic() - self.began)

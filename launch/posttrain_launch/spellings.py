@@ -81,7 +81,7 @@ KEYS: dict[str, str] = {
     "num_nodes": "cluster.nodes",
 }
 
-_PACKED = "rows are always packed, with attention and positions kept inside each sample: leave it out"
+_PACKED = "leave it out: rows are always packed, attention and positions never cross a sample"
 _ONLY_FULL = "this version trains every parameter (tuning=full); adapters are not there yet"
 
 # Spellings without a key of the same meaning -> what to do.

@@ -59,6 +59,8 @@ def _samples(samples: list[dict[str, str]]) -> str:
         lines = [f"sample of {sample['channel']}"]
         for name in ("prompt", "reference", "before", "after"):
             text = " ⏎ ".join(sample.get(name, "").strip().splitlines())
+            # A model may say anything, the terminal's control characters included.
+            text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
             if len(text) > SHOWN_CHARACTERS:
                 text = text[:SHOWN_CHARACTERS] + " …"
             lines.append(f"  {name:<9}  {text}")

@@ -91,7 +91,7 @@ def _signals_to(child: subprocess.Popen[Any]) -> Iterator[None]:
         child.send_signal(number)
 
     handlers: dict[int, Any] = {signal.SIGINT: lambda *_: None}
-    handlers |= {n: forward for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    handlers |= dict.fromkeys((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2), forward)
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

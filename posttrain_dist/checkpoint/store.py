@@ -52,14 +52,11 @@ def save(
         CheckpointError: the disk refused; the run goes no further, older checkpoints are whole.
     """
     final = folder_of(run_folder, manifest.step)
-    if is_whole(final):
-        return final
     partial = final.with_name(final.name + ".partial")
     main = dist.rank() == 0
     try:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(final, ignore_errors=True)
             (partial / "state").mkdir(parents=True)
         dist.barrier()
         write_state(partial / "state")
@@ -87,6 +84,8 @@ def _commit(partial: Path, final: Path, manifest: Manifest) -> None:
     (partial / MANIFEST).write_text(text)
     _sync(partial / MANIFEST)
     _sync(partial)
+    if final.exists():  # of an earlier try: train.resume=never, or torn
+        shutil.rmtree(final)
     partial.replace(final)
     _sync(final.parent)
     latest = final.parent / "latest"

@@ -12,8 +12,8 @@ FIXED_CHANNELS = ("arithmetic", "count", "extract", "reverse", "sort")  # one ri
 OPEN_CHANNELS = ("docstring", "describe")  # real text, from Python's standard library
 CHANNELS = FIXED_CHANNELS + OPEN_CHANNELS
 SHA256 = {
-    "train": "6930c8899e8619161f662dce3de8649e12e084c4c4819b046cea9729b2b1475f",
-    "heldout": "dbeae35c75f11309d702e7dfe571839e66530ad9e9249096cf2c728b08999a38",
+    "train": "ae64c3deaf5165a1425190cb056e27e538509f03b6d57035b7278a268d57fa91",
+    "heldout": "e6df8305065dbd53c3da3cbb1dc8e6ee57c14b4ee1d7ae05bfba58adfd06ad1b",
 }
 
 

@@ -49,8 +49,8 @@ def deepspeed_config(engine: DeepSpeed, *, clip: float, bf16: bool) -> dict[str,
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        # Stage 0 clips in our engine, which also needs the norm.
-        "gradient_clipping": clip if engine.stage else 0.0,
+        # At stage 0 in float32 DeepSpeed tells no norm: our engine clips, and has it.
+        "gradient_clipping": clip if engine.stage or bf16 else 0.0,
         "bf16": {"enabled": bf16},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

@@ -31,6 +31,7 @@ def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers.utils.logging import disable_progress_bar
 
     if not (folder / "config.json").is_file():
         raise ModelError(
@@ -38,6 +39,7 @@ def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             where=str(folder),
             fix="give a Hugging Face folder; `posttrain export RUN` writes that of a run",
         )
+    disable_progress_bar()  # loading bars would stand between a chat's lines
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model = AutoModelForCausalLM.from_pretrained(

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from posttrain_dist.errors import PosttrainError
-from posttrain_dist.report.blocks import blocks
+from posttrain_dist.report.blocks import blocks, data_blocks
 from posttrain_dist.report.charts import MAX_CHANNEL_CHARTS, charts_of
 from posttrain_dist.report.figures import (
     cards_of,
@@ -64,6 +64,9 @@ def _render(run: Run) -> str:
     )
     charts = charts_of(run)
     channels = channel_rows(run)
+    lineage = {key: value for key, value in run.lineage.items() if key != "command"}
+    if inputs := run.summary.get("inputs"):
+        lineage["prepared from"] = inputs
     # Everything else on the page is data and is escaped.
     return environment.from_string(texts["html.j2"]).render(
         css=Markup(texts["css"]),
@@ -78,11 +81,11 @@ def _render(run: Run) -> str:
         has_match=any(run.matches.values()),
         has_base=bool(run.matches["before"]) or any(s.get("before") for s in run.samples),
         samples=[sample_of(sample) for sample in run.samples],
-        data=blocks(run.summary),
+        data=data_blocks(run.summary),
         command=command_of(run),
         overrides=run.overrides,
         config=run.config_text.strip(),
-        lineage=blocks({key: value for key, value in run.lineage.items() if key != "command"}),
+        lineage=blocks(lineage),
         written=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
         folder=str(run.folder.resolve()),
     )

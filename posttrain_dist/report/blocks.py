@@ -14,6 +14,17 @@ def blocks(values: Any) -> list[dict[str, Any]]:
     return found
 
 
+def data_blocks(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The prepared data: a table of counts per channel for each split."""
+    splits = summary.get("splits")
+    if not isinstance(splits, dict):
+        return blocks({key: value for key, value in summary.items() if key != "inputs"})
+    named = {"training": splits.get("train"), "held-out": splits.get("eval")}
+    if moved := summary.get("duplicates_moved"):
+        named["held-out rows left to training"] = moved
+    return blocks({key: value for key, value in named.items() if value})
+
+
 def _add_blocks(found: list[dict[str, Any]], title: str, values: Any) -> None:
     if not isinstance(values, dict) or not values:
         return

@@ -141,6 +141,8 @@ inside() { # I; this is process 1 of the node, and all in it ends with this proc
   mount -t proc proc /proc
   hostname "node$1"
   mount --bind "$state/hosts" /etc/hosts
+  echo 'nameserver 127.0.0.1' >"$state/resolv.conf" # refuses at once; others are out of reach
+  mount --bind "$state/resolv.conf" /etc/resolv.conf
   mount -t tmpfs -o mode=1777 shm /dev/shm
   mount -t tmpfs -o mode=1777 tmp "$state/tmp"
   ulimit -c 0

@@ -63,7 +63,7 @@
       make("text", { x: left - 8, y: py(t) + 4, "text-anchor": "end" }, svg).textContent = format(t);
     }
     make("line", { class: "axis", x1: left, x2: width - right, y1: height - bottom, y2: height - bottom }, svg);
-    const xTicks = ticks(first, last, Math.min(10, (width - left) / 80), true).filter((t) => t >= 0);
+    const xTicks = ticks(first, last, Math.min(10, (width - left) / 62), true).filter((t) => t >= 0);
     for (const t of xTicks) {
       const text = format(t);
       const half = text.length * 3.4;

@@ -1,0 +1,235 @@
+"""Ray runs: the same numbers as without Ray, a lost worker, bad input, and nothing left behind."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sysconfig
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from posttrain_launch import ray_driver
+
+from posttrain_dist import errors
+from posttrain_dist.config import (
+    DataConfig,
+    ModelConfig,
+    Ray,
+    RunConfig,
+    Slurm,
+    TrainConfig,
+    complete,
+)
+from posttrain_dist.engine import AdamW, DeepSpeed
+from posttrain_dist.errors import ClusterError, ConfigError, DataError, ModelError, SeveralErrors
+from posttrain_dist.metrics import LoggingConfig, WandbMode
+from posttrain_dist.prepare import prepare
+
+POSTTRAIN = Path(sysconfig.get_path("scripts")) / "posttrain"
+
+
+@pytest.fixture(scope="module")
+def base(tiny_llama, rows_file):
+    return complete(
+        RunConfig(
+            model=ModelConfig(path=str(tiny_llama)),
+            data=DataConfig(train=str(rows_file), max_length=64),
+            optimizer=AdamW(lr=3e-3),
+            engine=DeepSpeed(stage=1),
+            cluster=Ray(workers=2),
+            train=TrainConfig(steps=8, batch_size=4, micro_batch_size=2, save_every=2),
+            logging=LoggingConfig(wandb=WandbMode.off),
+        )
+    )
+
+
+def freeze(folder: Path, config: RunConfig) -> Path:
+    folder.mkdir(parents=True)
+    prepare(config, folder / "prepared")
+    (folder / "config.yaml").write_text(config.to_yaml())
+    return folder
+
+
+def losses(folder: Path) -> list[float]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Everything that was started for the run: its folder is in the command line or the cwd."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (entry / "cmdline").read_bytes()
+            cwd = str((entry / "cwd").readlink())
+            if str(folder).encode() in command or cwd.startswith(str(folder)):
+                found.append(int(entry.name))
+    return found
+
+
+def wait_until(condition, timeout_s: float):
+    end = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return value
+
+
+# ------------------------------------------------------------------------------- no Ray needed
+
+
+def test_workers_follow_what_is_there():
+    from posttrain_launch.ray_job import place
+
+    two_cpus, gpu_node = {"CPU": 2.0}, {"CPU": 32.0, "GPU": 4.0}
+    assert place(Ray(), [two_cpus]) == (1, False)
+    assert place(Ray(workers=2), [two_cpus]) == (2, False)
+    assert place(Ray(workers=4, cpus_per_worker=0.5), [two_cpus]) == (4, False)
+    assert place(Ray(cpus_per_worker=8), [gpu_node]) == (4, True)
+    assert place(Ray(cpus_per_worker=8), [gpu_node, gpu_node]) == (8, True)
+    assert place(Slurm(nodes=3), [two_cpus] * 3) == (3, False)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "nodes", "is_there", "fix"),
+    [
+        (Ray(workers=5), [{"CPU": 2.0}], "2 CPUs and no GPU", "cluster.workers to at most 2"),
+        (Ray(workers=5), [{"CPU": 2.0}], "2 CPUs", "cluster.cpus_per_worker to at most 0.4"),
+        # Three CPUs in all, but a worker lives on one node.
+        (Ray(cpus_per_worker=2, workers=2), [{"CPU": 2.0}, {"CPU": 1.0}], "2 nodes", "at most 1"),
+        (Ray(workers=3), [{"CPU": 9.0, "GPU": 2.0}], "2 GPUs", "cluster.workers to at most 2"),
+    ],
+)
+def test_more_workers_than_resources_is_told(cluster, nodes, is_there, fix):
+    from posttrain_launch.ray_job import place
+
+    with pytest.raises(ClusterError) as failure:
+        place(cluster, nodes)
+    assert failure.value.where == "cluster.workers"
+    assert is_there in failure.value.what
+    assert fix in failure.value.fix
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DataError("no assistant turn", where="rows.jsonl:3", fix="add one"),
+        SeveralErrors([ConfigError("is 0", where="train.steps"), ModelError("no weights")]),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_survives_its_file(error, tmp_path):
+    file = tmp_path / "error.json"
+    file.write_text(json.dumps(ray_driver.error_fields(error, 1, "a trace")))
+    back = ray_driver.read_error(file, tmp_path / "driver.log")
+    assert type(back) is type(error)
+    assert str(back) == str(error)
+    assert json.loads(file.read_text())["rank"] == 1
+
+
+def test_a_slurm_run_outside_of_a_job_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = complete(RunConfig(cluster=Slurm()))
+    with pytest.raises(ClusterError, match="posttrain submit"):
+        ray_driver.run(config, tmp_path, None)
+
+
+# --------------------------------------------------------------------------------- a real Ray
+
+
+@pytest.mark.ray
+def test_a_killed_worker_is_replaced_and_the_numbers_are_those_without_ray(
+    base, tmp_path, run_workers
+):
+    plain = freeze(tmp_path / "plain", base)
+    run_workers("train_runs.py", 2, plain)
+    folder = freeze(tmp_path / "ray", base)
+    killed = []
+
+    def kill_one_worker():
+        def saved():
+            return list((folder / "checkpoints").glob("step-*/MANIFEST.json"))
+
+        wait_until(saved, 300)
+        workers = [pid for pid in processes_of(folder) if is_worker(pid)]
+        os.kill(max(workers), signal.SIGKILL)
+        killed.extend(workers)
+
+    killer = threading.Thread(target=kill_one_worker)
+    killer.start()
+    ray_driver.run(base, folder)
+    killer.join()
+    assert len(killed) == 2
+    starts = (folder / "ray" / "logs" / "train").glob("ray-train-sys-controller-*.log")
+    assert any("[FailurePolicy] RETRY" in log.read_text() for log in starts)
+    assert json.loads((folder / "logs" / "outcome.json").read_text())["outcome"] == "completed"
+    assert losses(folder) == pytest.approx(losses(plain), rel=1e-6)
+    assert len(losses(folder)) == 8
+    assert processes_of(folder) == []
+
+
+def is_worker(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+@pytest.mark.ray
+def test_a_users_error_in_a_worker_comes_back_whole_and_is_not_retried(base, tmp_path, builders):
+    model = builders.model(tmp_path / "model")
+    config = replace(base, model=ModelConfig(path=str(model)))
+    folder = freeze(tmp_path / "run", config)
+    weights = model / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(ModelError) as failure:
+        ray_driver.run(config, folder)
+    assert str(model) in failure.value.where
+    assert failure.value.fix
+    log = (folder / "logs" / "rank-0.log").read_text()
+    assert log.count("Traceback (most recent call last)") == 1
+    told = json.loads((folder / "logs" / "error.json").read_text())
+    assert told["kind"] == errors.ModelError.__name__
+    assert told["what"] == failure.value.what
+    assert processes_of(folder) == []
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("ending", ["two Ctrl-C", "a killed driver"])
+def test_nothing_is_left_running(ending, base, tmp_path):
+    folder = freeze(tmp_path / "run", base)
+    driver = subprocess.Popen([POSTTRAIN, "run", folder], stdout=subprocess.PIPE, text=True)
+
+    def ray_runs():
+        return [pid for pid in processes_of(folder) if pid != driver.pid] and any(
+            b"raylet" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            for pid in ray_driver.session_members(job_of(driver.pid))
+        )
+
+    wait_until(lambda: job_of(driver.pid), 60)
+    job = job_of(driver.pid)
+    wait_until(ray_runs, 60)
+    if ending == "two Ctrl-C":
+        driver.send_signal(signal.SIGINT)
+        wait_until((folder / "STOP").exists, 10)
+        driver.send_signal(signal.SIGINT)
+        assert driver.wait(timeout=30) == 130
+        assert ray_driver.session_members(job) == []  # at once: the driver sees to it itself
+    else:
+        driver.kill()
+        driver.wait()
+        wait_until(lambda: not ray_driver.session_members(job), 30)
+    wait_until(lambda: not processes_of(folder), 30)
+    assert not (folder / "FINISHED").exists()
+
+
+def job_of(driver: int) -> int:
+    """The Ray job's pid: the driver's child that leads a session of its own."""
+    for child in Path(f"/proc/{driver}/task/{driver}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            if os.getsid(int(child)) == int(child):
+                return int(child)
+    return 0

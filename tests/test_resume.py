@@ -1,0 +1,159 @@
+"""Save, stop, resume: the resumed run is the uninterrupted run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from posttrain_dist.checkpoint import store
+from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, TrainConfig, complete
+from posttrain_dist.engine import AdamW, DeepSpeed, Single
+from posttrain_dist.errors import CheckpointError
+from posttrain_dist.export import export_checkpoint
+from posttrain_dist.metrics import LoggingConfig, WandbMode
+from posttrain_dist.prepare import prepare
+from posttrain_dist.train import train
+
+ZERO3 = DeepSpeed(stage=3, persistence_threshold=0)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_llama, rows_file):
+    return complete(
+        RunConfig(
+            model=ModelConfig(path=str(tiny_llama)),
+            data=DataConfig(train=str(rows_file), max_length=64),
+            optimizer=AdamW(lr=3e-3),
+            train=TrainConfig(steps=6, batch_size=4, micro_batch_size=2, save_every=3),
+            logging=LoggingConfig(wandb=WandbMode.off),
+        )
+    )
+
+
+def freeze(folder, config):
+    folder.mkdir(parents=True)
+    prepare(config, folder / "prepared")
+    (folder / "config.yaml").write_text(config.to_yaml())
+    return folder
+
+
+def numbers(folder):
+    """metrics.jsonl without what depends on the clock and the machine."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    outside = ("time_s", "system/memory_bytes", "train/tokens_per_s")
+    return [{k: v for k, v in row.items() if k not in outside} for row in rows]
+
+
+def lose_everything_after(folder, step):
+    """What a kill after `step` leaves: later checkpoints, results and rows are not there."""
+    for path in store.whole_checkpoints(folder):
+        if store.read_manifest(path).step > step:
+            (path / store.MANIFEST).unlink()  # torn: its manifest was never written
+    (folder / "logs" / "outcome.json").unlink()
+    with (folder / "metrics.jsonl").open("a") as rows:
+        rows.write('{"step": 7, "train/lo')  # torn last line
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(base, tmp_path):
+    folder = freeze(tmp_path / "run", replace(base, engine=Single()))
+    config = replace(base, engine=Single())
+    train(config, folder)
+    whole = numbers(folder)
+    assert [row["step"] for row in whole] == [0, 1, 2, 3, 4, 5, 6]
+    lose_everything_after(folder, 3)
+    train(config, folder)
+    assert numbers(folder) == whole  # bit for bit
+    steps = [line.split("\t")[0] for line in (folder / "samples.log").read_text().splitlines()]
+    assert steps == ["1", "2", "3", "4", "5", "6"]
+
+
+def test_two_runs_of_one_config_are_the_same_bit_for_bit(base, tmp_path):
+    first = freeze(tmp_path / "first", base)
+    second = freeze(tmp_path / "second", base)
+    train(base, first)
+    train(base, second)
+    assert numbers(first) == numbers(second)
+    other = freeze(tmp_path / "other", replace(base, seed=1))
+    train(replace(base, seed=1), other)
+    assert numbers(first) != numbers(other)
+
+
+def test_zero3_on_two_ranks_resumes_and_its_checkpoint_exports(base, tmp_path, run_workers):
+    folder = freeze(tmp_path / "run", replace(base, engine=ZERO3))
+    run_workers("train_runs.py", 2, folder)
+    whole = numbers(folder)
+    lose_everything_after(folder, 3)
+    run_workers("train_runs.py", 2, folder)
+    assert numbers(folder) == whole
+    # Streamed from the shards, without ranks: the tensors that the training itself exported.
+    from safetensors.torch import load_file
+
+    out = export_checkpoint(folder, tmp_path / "out")
+    streamed = load_file(out / "model.safetensors")
+    exported = load_file(folder / "export" / "model.safetensors")
+    assert streamed.keys() == exported.keys()
+    assert all(torch.equal(streamed[name], exported[name]) for name in exported)
+    earlier = export_checkpoint(folder, tmp_path / "earlier", step=3)
+    moved = load_file(earlier / "model.safetensors")
+    assert any(not torch.equal(moved[name], exported[name]) for name in exported)
+
+
+def test_stop_saves_and_leaves_and_the_run_goes_on(base, tmp_path):
+    folder = freeze(tmp_path / "run", base)
+    train(base, folder)
+    whole = numbers(folder)
+    stopped = freeze(tmp_path / "stopped", base)
+    (stopped / "STOP").touch()
+    train(base, stopped)
+    outcome = json.loads((stopped / "logs" / "outcome.json").read_text())
+    assert outcome == {"outcome": "stopped", "step": 1, "total_steps": 6}
+    assert [path.name for path in store.whole_checkpoints(stopped)] == ["step-000001"]
+    assert not (stopped / "export").exists()
+    (stopped / "STOP").unlink()
+    train(base, stopped)
+    assert numbers(stopped) == whole
+
+
+def test_never_starts_again_and_a_path_starts_from_there(base, tmp_path):
+    folder = freeze(tmp_path / "run", base)
+    train(base, folder)
+    whole = numbers(folder)
+    train(replace(base, train=replace(base.train, resume="never")), folder)
+    assert numbers(folder) == whole
+    named = replace(
+        base, train=replace(base.train, resume=str(folder / "checkpoints" / "step-000003"))
+    )
+    other = freeze(tmp_path / "other", named)
+    train(named, other)
+    assert numbers(other) == whole[4:]
+
+
+def test_another_layout_is_refused_by_name(base, tmp_path):
+    folder = freeze(tmp_path / "run", base)
+    train(base, folder)
+    other = replace(base, engine=DeepSpeed(stage=0))
+    with pytest.raises(CheckpointError, match="engine=single, workers=1.*this run has engine=zero0"):
+        train(other, folder)
+
+
+def test_only_the_newest_checkpoints_stay(base, tmp_path):
+    config = replace(base, train=replace(base.train, save_every=1))
+    folder = freeze(tmp_path / "run", config)
+    train(config, folder)
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["latest", "step-000005", "step-000006"]
+    assert (folder / "checkpoints" / "latest").read_text() == "step-000006\n"
+
+
+def test_a_cut_file_is_no_checkpoint(base, tmp_path):
+    folder = freeze(tmp_path / "run", base)
+    train(base, folder)
+    newest = store.whole_checkpoints(folder)[-1]
+    state = newest / "state" / "single.pt"
+    state.write_bytes(state.read_bytes()[:-1])
+    assert [path.name for path in store.whole_checkpoints(folder)] == ["step-000003"]
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        store.read_manifest(newest)
