@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -18,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from posttrain_dist.checkpoint import CheckpointConfig
 from posttrain_dist.data import DataConfig
 from posttrain_dist.engine import AdamW, DeepSpeed, Engine, Optimizer, Single
+from posttrain_dist.engine.ds_config import deepspeed_config
 from posttrain_dist.errors import ConfigError, PosttrainError, raise_all
 from posttrain_dist.metrics import LoggingConfig
 from posttrain_dist.models import ModelConfig
@@ -193,125 +193,141 @@ def complete(config: RunConfig) -> RunConfig:
 
 def problems(config: RunConfig) -> list[PosttrainError]:
     """Every problem that can be seen without reading data or model."""
-    found: list[PosttrainError] = []
+    rules = [
+        *_run_rules(config),
+        *_optimizer_rules(config.optimizer),
+        *_engine_rules(config.engine),
+        *_cluster_rules(config.cluster, config.engine),
+    ]
+    found: list[PosttrainError] = [
+        ConfigError(what, where=key, fix=fix) for ok, key, what, fix in rules if not ok
+    ]
+    if isinstance(config.engine, DeepSpeed) and config.engine.config is not None:
+        try:
+            deepspeed_config(config.engine, clip=1.0, bf16=False)
+        except ConfigError as error:
+            found.append(error)
+    return found
 
-    def require(ok: bool, key: str, what: str, fix: str) -> None:
-        if not ok:
-            found.append(ConfigError(what, where=key, fix=fix))
 
-    def positive(key: str, value: float | None, least: float = 1) -> None:
-        require(
-            value is None or value >= least,
-            key,
-            f"is {value}, must be at least {least}",
-            f"set {key} to {least} or more",
+# A rule: (holds, key, what is wrong, how to mend it).
+Rule = tuple[bool, str, str, str]
+
+
+def _at_least(key: str, value: float | None, least: float = 1) -> Rule:
+    what = f"is {value}, must be at least {least}"
+    return value is None or value >= least, key, what, f"set {key} to {least} or more"
+
+
+def _run_rules(config: RunConfig) -> list[Rule]:
+    train, data = config.train, config.data
+    return [
+        _at_least("train.steps", train.steps),
+        _at_least("train.batch_size", train.batch_size),
+        _at_least("train.micro_batch_size", train.micro_batch_size),
+        _at_least("train.log_every", train.log_every),
+        _at_least("train.eval_every", train.eval_every),
+        _at_least("train.save_every", train.save_every),
+        _at_least("data.max_length", data.max_length, 2),
+        _at_least("data.pack_window", data.pack_window),
+        _at_least("eval.max_new_tokens", config.eval.max_new_tokens),
+        _at_least("eval.generate_rows", config.eval.generate_rows, 0),
+        _at_least("eval.samples", config.eval.samples, 0),
+        _at_least("checkpoint.keep", config.checkpoint.keep, 0),
+        (
+            train.epochs is None or train.epochs > 0,
+            "train.epochs",
+            f"is {train.epochs}, must be above 0",
+            "set a positive number of passes over the data",
+        ),
+        (
+            train.steps is None or train.epochs is None,
+            "train.epochs",
+            "is set together with train.steps",
+            "set one of the two",
+        ),
+        (
+            0 <= data.eval_fraction < 1,
+            "data.eval_fraction",
+            f"is {data.eval_fraction}, must be in [0, 1)",
+            "set a share such as 0.05",
+        ),
+        (
+            bool(config.name) and not set(config.name) & set('/\\:*?"<>| '),
+            "name",
+            f"is {config.name!r}: it becomes a folder's name",
+            "use letters, digits, '-', '_' and '.'",
+        ),
+    ]
+
+
+def _optimizer_rules(optimizer: Optimizer) -> list[Rule]:
+    if not isinstance(optimizer, AdamW):
+        return []
+    ranges = {
+        "lr": (0 < optimizer.lr < 10, "above 0 and below 10"),
+        "beta1": (0 <= optimizer.beta1 < 1, "in [0, 1)"),
+        "beta2": (0 <= optimizer.beta2 < 1, "in [0, 1)"),
+        "eps": (optimizer.eps > 0, "above 0"),
+        "weight_decay": (optimizer.weight_decay >= 0, "0 or more"),
+        "clip": (optimizer.clip >= 0, "0 (no clipping) or more"),
+        "warmup_ratio": (0 <= optimizer.warmup_ratio <= 1, "in [0, 1]"),
+        "min_lr_ratio": (0 <= optimizer.min_lr_ratio <= 1, "in [0, 1]"),
+    }
+    return [
+        (
+            ok,
+            f"optimizer.{name}",
+            f"is {getattr(optimizer, name)}, must be {wanted}",
+            f"set optimizer.{name} to a value {wanted}",
         )
+        for name, (ok, wanted) in ranges.items()
+    ]
 
-    train, data, engine, cluster = config.train, config.data, config.engine, config.cluster
-    positive("train.steps", train.steps)
-    positive("train.batch_size", train.batch_size)
-    positive("train.micro_batch_size", train.micro_batch_size)
-    positive("train.log_every", train.log_every)
-    positive("train.eval_every", train.eval_every)
-    positive("train.save_every", train.save_every)
-    positive("data.max_length", data.max_length, 2)
-    positive("data.pack_window", data.pack_window)
-    positive("eval.max_new_tokens", config.eval.max_new_tokens)
-    for key, count in (
-        ("eval.generate_rows", config.eval.generate_rows),
-        ("eval.samples", config.eval.samples),
-        ("checkpoint.keep", config.checkpoint.keep),
-    ):
-        positive(key, count, 0)
-    require(
-        train.epochs is None or train.epochs > 0,
-        "train.epochs",
-        f"is {train.epochs}, must be above 0",
-        "set a positive number of passes over the data",
-    )
-    require(
-        train.steps is None or train.epochs is None,
-        "train.epochs",
-        "is set together with train.steps",
-        "set one of the two",
-    )
-    require(
-        0 <= data.eval_fraction < 1,
-        "data.eval_fraction",
-        f"is {data.eval_fraction}, must be in [0, 1)",
-        "set a share such as 0.05",
-    )
-    require(
-        bool(config.name) and not set(config.name) & set('/\\:*?"<>| '),
-        "name",
-        f"is {config.name!r}: it becomes a folder's name",
-        "use letters, digits, '-', '_' and '.'",
-    )
-    found += _optimizer_problems(config.optimizer)
-    if isinstance(engine, DeepSpeed):
-        require(
+
+def _engine_rules(engine: Engine) -> list[Rule]:
+    if not isinstance(engine, DeepSpeed):
+        return []
+    return [
+        (
             engine.stage in (0, 1, 2, 3),
             "engine.stage",
             f"is {engine.stage}",
             "use engine=zero0, zero1, zero2 or zero3",
-        )
-        require(
+        ),
+        (
             not engine.offload or engine.stage >= 1,
             "engine.offload",
             "needs a sharded optimizer, and engine.stage is 0",
             "use engine=zero3_offload, or engine.stage=1, 2 or 3",
-        )
-        positive("engine.persistence_threshold", engine.persistence_threshold, 0)
-        if engine.config is not None:
-            require(
-                Path(engine.config).is_file(),
-                "engine.config",
-                f"there is no file {engine.config}",
-                "give the path of a DeepSpeed JSON file",
-            )
-    if isinstance(cluster, Ray):
-        positive("cluster.workers", cluster.workers)
-        positive("cluster.max_failures", cluster.max_failures, 0)
-        require(
+        ),
+        _at_least("engine.persistence_threshold", engine.persistence_threshold, 0),
+    ]
+
+
+def _cluster_rules(cluster: Cluster, engine: Engine) -> list[Rule]:
+    if not isinstance(cluster, Ray):
+        return []
+    rules = [
+        _at_least("cluster.workers", cluster.workers),
+        _at_least("cluster.max_failures", cluster.max_failures, 0),
+        (
             cluster.cpus_per_worker > 0,
             "cluster.cpus_per_worker",
             f"is {cluster.cpus_per_worker}, must be above 0",
             "set it to 1 or more",
-        )
-        require(
+        ),
+        (
             not (isinstance(engine, Single) and (cluster.workers or 1) > 1),
             "engine",
             f"single runs in one process, and cluster.workers is {cluster.workers}",
             "use engine=zero0 (or zero1, zero2, zero3), or cluster.workers=1",
-        )
+        ),
+    ]
     if isinstance(cluster, Slurm):
-        positive("cluster.nodes", cluster.nodes)
-        positive("cluster.cpus_per_node", cluster.cpus_per_node)
-        positive("cluster.gpus_per_node", cluster.gpus_per_node, 0)
-    return found
-
-
-def _optimizer_problems(optimizer: Optimizer) -> list[PosttrainError]:
-    found: list[PosttrainError] = []
-    if isinstance(optimizer, AdamW):
-        ranges = {
-            "lr": (0 < optimizer.lr < 10, "above 0 and below 10"),
-            "beta1": (0 <= optimizer.beta1 < 1, "in [0, 1)"),
-            "beta2": (0 <= optimizer.beta2 < 1, "in [0, 1)"),
-            "eps": (optimizer.eps > 0, "above 0"),
-            "weight_decay": (optimizer.weight_decay >= 0, "0 or more"),
-            "clip": (optimizer.clip >= 0, "0 (no clipping) or more"),
-            "warmup_ratio": (0 <= optimizer.warmup_ratio <= 1, "in [0, 1]"),
-            "min_lr_ratio": (0 <= optimizer.min_lr_ratio <= 1, "in [0, 1]"),
-        }
-        for name, (ok, wanted) in ranges.items():
-            if not ok:
-                value = getattr(optimizer, name)
-                found.append(
-                    ConfigError(
-                        f"is {value}, must be {wanted}",
-                        where=f"optimizer.{name}",
-                        fix=f"set optimizer.{name} to a value {wanted}",
-                    )
-                )
-    return found
+        rules += [
+            _at_least("cluster.nodes", cluster.nodes),
+            _at_least("cluster.cpus_per_node", cluster.cpus_per_node),
+            _at_least("cluster.gpus_per_node", cluster.gpus_per_node, 0),
+        ]
+    return rules

@@ -10,7 +10,7 @@ Shape legend, used in names all over the project:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,10 +70,11 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        names = ("input_ids_T", "position_ids_T", "supervised_N")
-        names += ("labels_N", "channel_N", "weight_N")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return Batch(cu_seqlens_S=self.cu_seqlens_S, sample_id_S=self.sample_id_S, **moved)
+        moved = {
+            name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
+            for name, value in ((f.name, getattr(self, f.name)) for f in fields(self))
+        }
+        return Batch(**moved)
 
 
 # ------------------------------------------------------------------------------------- loss

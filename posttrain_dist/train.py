@@ -1,4 +1,4 @@
-"""RunConfig -> objects -> fit. Read this file third: the one place where everything meets."""
+"""One training of one worker: its objects, its hooks, its end. Read this file third."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from posttrain_kernels import linear_cross_entropy
 
 from posttrain_dist import dist
+from posttrain_dist.build import build_policy, make_engine, make_source, pick_dtype
 from posttrain_dist.checkpoint import resume, store
 from posttrain_dist.checkpoint.hf_folder import write_hf_folder
-from posttrain_dist.config import Dtype, RunConfig, complete
+from posttrain_dist.config import RunConfig, complete
 from posttrain_dist.data.collate import collate
-from posttrain_dist.data.loader import Examples, PackedSource
+from posttrain_dist.data.loader import Examples
 from posttrain_dist.dist import Process
-from posttrain_dist.engine import DeepSpeed, Single
-from posttrain_dist.engine.base import TrainEngine
+from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.engine.optim import learning_rate
-from posttrain_dist.errors import ConfigError
 from posttrain_dist.flow import Batch, StepInfo
 from posttrain_dist.loop import Fit, Hook, evaluate
 from posttrain_dist.metrics import WandbMode
@@ -30,8 +28,6 @@ from posttrain_dist.metrics.channels import ChannelMeter, eval_metrics, train_me
 from posttrain_dist.metrics.sinks import JsonlSink, SampleLog, Sink
 from posttrain_dist.metrics.throughput import memory_bytes
 from posttrain_dist.models.folder import resolve
-from posttrain_dist.models.load import load_model
-from posttrain_dist.models.policy import Policy
 
 # ------------------------------------------------------------------------------ entry
 
@@ -39,9 +35,9 @@ from posttrain_dist.models.policy import Policy
 def train(config: RunConfig, run_folder: Path, process: Process | None = None) -> None:
     """Train one run in this worker; every worker of the run calls it once.
 
-    Data that is not yet prepared is prepared first, when this is the only worker. The run goes
-    on from its newest checkpoint if `train.resume` says so. It ends early, with a checkpoint,
-    when a file `STOP` appears in the run folder.
+    `posttrain_dist.prepare.prepare(config, run_folder / "prepared")` comes first. The run goes on
+    from its newest checkpoint if `train.resume` says so. It ends early, with a checkpoint, when a
+    file `STOP` appears in the run folder.
 
     Raises:
         PosttrainError: config, data, model or checkpoint cannot be used.
@@ -50,82 +46,12 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
     config = complete(config)
     run_folder = Path(run_folder).absolute()
     (run_folder / "logs").mkdir(parents=True, exist_ok=True)
-    if not (run_folder / "prepared").is_dir() and process.world == 1:
-        from posttrain_dist.prepare import prepare
-
-        prepare(config, run_folder / "prepared")
     owns_group = isinstance(config.engine, DeepSpeed) and dist.start(process)
     try:
         _Run(config, run_folder, process).train()
     finally:
         if owns_group:
             dist.stop()
-
-
-def pick_dtype(choice: Dtype) -> torch.dtype:
-    """`auto`: bfloat16 on GPUs that have it and on CPUs with AMX, else float32.
-
-    Without AMX a CPU multiplies bfloat16 many times slower than float32.
-    """
-    if choice is not Dtype.auto:
-        return torch.bfloat16 if choice is Dtype.bfloat16 else torch.float32
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    cpuinfo = Path("/proc/cpuinfo")
-    has_amx = cpuinfo.is_file() and " amx_bf16" in cpuinfo.read_text()
-    return torch.bfloat16 if has_amx else torch.float32
-
-
-def make_engine(config: RunConfig, process: Process, dtype: torch.dtype) -> TrainEngine:
-    """The engine of the config; DeepSpeed needs the process group to be there.
-
-    Raises:
-        ConfigError: engine=single with several workers.
-    """
-    device = dist.device(process)
-    if isinstance(config.engine, Single):
-        if process.world > 1:
-            raise ConfigError(
-                f"single runs in one process, and there are {process.world} workers",
-                where="engine",
-                fix="use engine=zero0 (or zero1, zero2, zero3), or cluster.workers=1",
-            )
-        from posttrain_dist.engine.single import SingleEngine
-
-        return SingleEngine(config.optimizer, device)  # type: ignore[arg-type]
-    from posttrain_dist.engine.deepspeed import DeepSpeedEngine
-
-    return DeepSpeedEngine(config.engine, config.optimizer, device, dtype)  # type: ignore[arg-type]
-
-
-def build_policy(
-    config: RunConfig, engine: TrainEngine, dtype: torch.dtype, channels: list[str]
-) -> Policy:
-    """Load the model inside the engine's context and hand it to the engine."""
-    model = load_model(
-        config.model,
-        resolve(config.model.path),
-        dtype=dtype,
-        seed=config.seed,
-        materialise=engine.materialise(),
-    )
-    policy = Policy(model, linear_cross_entropy, len(channels))
-    engine.attach(policy)
-    return policy
-
-
-def source_of(config: RunConfig, examples: Examples, process: Process) -> PackedSource:
-    """The batches of this rank."""
-    return PackedSource(
-        examples,
-        max_length=config.data.max_length,
-        window=config.data.pack_window,
-        seed=config.seed,
-        batch_size=config.train.batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        rank=process.rank,
-        world=process.world,
-    )
 
 
 # -------------------------------------------------------------------------------- run
@@ -142,7 +68,7 @@ class _Run:
         self.dtype = pick_dtype(config.train.dtype)
         self.engine = make_engine(config, process, self.dtype)
         self.policy = build_policy(config, self.engine, self.dtype, self.channels)
-        self.source = source_of(config, examples, process)
+        self.source = make_source(config, examples, process)
         self.held_out = self._eval_batches(prepared)
         self.end_token_id = _end_token(examples)
         self.steps = self.source.total_steps(config.train.steps, config.train.epochs)
@@ -234,7 +160,7 @@ class _Run:
         examples = Examples.open(prepared, "eval")
         if len(examples) == 0:
             return []
-        return source_of(self.config, examples, self.process).eval_batches()
+        return make_source(self.config, examples, self.process).eval_batches()
 
     def _probe(self, examples: Examples) -> Batch:
         """The first tokens of the first sample, all of them supervised."""

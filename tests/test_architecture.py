@@ -27,16 +27,18 @@ LIBRARY = {
 FOLDERS = [*LIBRARY.values(), ROOT / "conf", ROOT / "slurm", ROOT / "tests", ROOT / "benchmarks"]
 
 LAYERS = {
-    "posttrain_launch": 5,
+    "posttrain_launch": 6,
     **dict.fromkeys(
-        ("train", "prepare", "evaluation", "synthesis", "export", "report", "assets"), 4
+        ("train", "prepare", "inspection", "evaluation", "synthesis", "export", "report", "assets"),
+        5,
     ),
+    "build": 4,
     **dict.fromkeys(("loop", "planner", "rollouts", "config"), 3),
     **dict.fromkeys(("objectives", "engine", "checkpoint", "metrics"), 2),
     **dict.fromkeys(("data", "models"), 1),
     **dict.fromkeys(("flow", "errors", "dist"), 0),
 }
-KERNEL_USERS = {"objectives", "train", "posttrain_launch"}
+KERNEL_USERS = {"objectives", "build", "posttrain_launch"}
 # Dependency -> modules, with all below them, that may import it.
 CONFINED = {
     "ray": ("posttrain_launch",),
@@ -243,6 +245,26 @@ def test_name_says_the_subject(path: Path) -> None:
 # --------------------------------------------------------------------------- docstrings
 
 
+def protocol_methods() -> set[str]:
+    """Methods that a Protocol of ours documents once, for all that implement it."""
+    classes = [
+        node
+        for path in source_files(*LIBRARY.values())
+        if path.suffix == ".py"
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and "Protocol" in map(ast.unparse, node.bases)
+    ]
+    return {
+        item.name
+        for node in classes
+        for item in node.body
+        if isinstance(item, Function) and ast.get_docstring(item)
+    }
+
+
+PROTOCOL_METHODS = protocol_methods()
+
+
 def undocumented(body: list[ast.stmt], prefix: str = "") -> Iterator[str]:
     """Public functions, classes and methods without a docstring, as `line N: name`."""
     for node in body:
@@ -253,7 +275,8 @@ def undocumented(body: list[ast.stmt], prefix: str = "") -> Iterator[str]:
         if not isinstance(node, Function | ast.ClassDef) or node.name.startswith("_"):
             continue
         decorators = {ast.unparse(d).rpartition(".")[2] for d in node.decorator_list}
-        if ast.get_docstring(node) is None and not decorators & {"overload", "setter"}:
+        said = decorators & {"overload", "setter"} or (prefix and node.name in PROTOCOL_METHODS)
+        if ast.get_docstring(node) is None and not said:
             yield f"line {node.lineno}: {prefix}{node.name}"
         if isinstance(node, ast.ClassDef):
             yield from undocumented(node.body, f"{prefix}{node.name}.")

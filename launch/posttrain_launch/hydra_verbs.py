@@ -199,6 +199,7 @@ def _inspect(composed: Composed, _: _Call) -> int:
 
 def _evaluate(composed: Composed, _: _Call) -> int:
     from posttrain_dist.evaluation.heldout import evaluate
+    from posttrain_dist.prepare import prepare
     from posttrain_launch.summary import align
 
     config = complete(composed.config)
@@ -206,7 +207,9 @@ def _evaluate(composed: Composed, _: _Call) -> int:
         tempfile.TemporaryDirectory(prefix="posttrain-") as folder,
         contextlib.redirect_stderr(io.StringIO()),  # progress bars of libraries
     ):
-        found: dict[str, Any] = evaluate(config, Path(folder))
+        prepared = Path(folder) / "prepared"
+        prepare(config, prepared)
+        found: dict[str, Any] = evaluate(config, prepared)
     rows = [(name, f"{loss:.4f}") for name, loss in sorted(found["channels"].items())]
     print(align([("channel", "held-out loss"), *rows, ("all channels", f"{found['loss']:.4f}")]))
     return 0

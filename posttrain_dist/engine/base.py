@@ -50,10 +50,10 @@ class TrainEngine(Protocol):
 
 def stored_tensors(policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters (tied ones once) and persistent buffers under the names of the causal LM."""
-    named = dict(policy.named_parameters())
+    named: dict[str, torch.Tensor] = dict(policy.named_parameters())
     for module_name, module in policy.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
-                named[f"{module_name}.{name}"] = buffer  # type: ignore[assignment]
+                named[f"{module_name}.{name}"] = buffer
     for name, tensor in named.items():
         yield name.removeprefix("causal_lm."), tensor

@@ -72,9 +72,16 @@ class DeepSpeedEngine:
         if self._stage < 3:
             policy.to(self.device)
         groups = parameter_groups(policy.named_parameters(), self._optimizer.weight_decay)
+        optimizer = self._make_optimizer(groups)
+        # DeepSpeed takes a step with zero gradients to make the state: rate 0, so that weight
+        # decay moves nothing; stage 0 in bfloat16 also leaves Adam's step count at 1.
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
         self._engine, self._zero, *_ = self._deepspeed.initialize(
-            model=policy, optimizer=self._make_optimizer(groups), config=self._json
+            model=policy, optimizer=optimizer, config=self._json
         )
+        if self._stage == 0:
+            optimizer.state.clear()
 
     def _make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         if self._offload and self.device.type == "cuda":
@@ -104,7 +111,7 @@ class DeepSpeedEngine:
         self._engine.step()
         if norm is None:
             norm = self._engine.get_global_grad_norm()
-        return float(norm)  # type: ignore[arg-type]
+        return float(norm)
 
     def train(self, mode: bool) -> None:
         self._engine.train(mode)

@@ -69,8 +69,11 @@ class SingleEngine:
 
     def save_state(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        state = {"policy": self.policy.state_dict(), "optimizer": self._optimizer.state_dict()}
-        state["masters"] = [m.detach() for m in self._masters]
+        state: dict[str, Any] = {
+            "policy": self.policy.state_dict(),
+            "masters": [m.detach() for m in self._masters],
+            "optimizer": self._optimizer.state_dict(),
+        }
         torch.save(state, folder / "single.pt")
 
     def load_state(self, folder: Path) -> None:

@@ -70,7 +70,7 @@ class WandbSink:
         )
         resuming = mode == "online" and start_step > 0
         self._run = wandb.init(
-            mode=mode,
+            mode="online" if mode == "online" else "offline",
             project=config.project,
             entity=config.entity,
             id=run_id,

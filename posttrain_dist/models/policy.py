@@ -49,7 +49,7 @@ class Policy(nn.Module):
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Last hidden states [T, D] of one packed row, after the final norm."""
-        backbone: nn.Module = getattr(self.causal_lm, self.causal_lm.base_model_prefix)  # type: ignore[arg-type]
+        backbone: nn.Module = getattr(self.causal_lm, str(self.causal_lm.base_model_prefix))
         output = backbone(
             input_ids=batch.input_ids_T[None],
             position_ids=batch.position_ids_T[None],
