@@ -305,7 +305,7 @@ def test_public_names_have_a_docstring(path: Path) -> None:
         ("data.pack", "from posttrain_dist import __version__", False),
         ("config", "from posttrain_dist.engine import AdamW", False),
         ("config", "from posttrain_dist.loop import fit", True),
-        ("train", "import posttrain_dist.loop, posttrain_kernels", False),
+        ("build", "import posttrain_dist.config, posttrain_kernels", False),
         ("train", "from posttrain_launch import cli", True),
         ("report", "from posttrain_dist.train import train", True),
         ("models.policy", "import posttrain_kernels", True),

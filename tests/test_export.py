@@ -91,6 +91,7 @@ def test_export_carries_tokenizer_template_and_end_token(runs, tiny_llama):
 def test_every_engine_trains_bfloat16_like_single(runs, base, tmp_path):
     """The float32 master weights are there: two steps agree with plain torch's master weights."""
     config = replace(base, engine=Single(), train=replace(base.train, dtype=Dtype.bfloat16))
+    prepare(config, tmp_path / "single" / "prepared")
     train(config, tmp_path / "single")
     expected = last_row(tmp_path / "single")["eval/loss"]
     start = json.loads((tmp_path / "single" / "metrics.jsonl").read_text().splitlines()[0])

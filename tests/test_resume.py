@@ -135,7 +135,8 @@ def test_another_layout_is_refused_by_name(base, tmp_path):
     folder = freeze(tmp_path / "run", base)
     train(base, folder)
     other = replace(base, engine=DeepSpeed(stage=0))
-    with pytest.raises(CheckpointError, match="engine=single, workers=1.*this run has engine=zero0"):
+    message = r"engine=single, workers=1.*this run has engine=zero0"
+    with pytest.raises(CheckpointError, match=message):
         train(other, folder)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import resource
@@ -22,19 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, ScalingConfig, UserCallback
-from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from posttrain_dist.config import Ray, RunConfig, Slurm
 from posttrain_dist.errors import ClusterError, PosttrainError
-from posttrain_launch.ray_driver import error_fields, quiet_environment, session_members
-from posttrain_launch.ray_worker import WorkerError, train_worker
+from posttrain_launch.ray_driver import error_fields, session_members
+from posttrain_launch.ray_worker import WorkerError
 
 OBJECT_STORE_BYTES = 200_000_000  # nothing large travels through it
-JOIN_TIMEOUT_S = 120.0  # for Ray to listen and for all nodes of a Slurm job to come
-CONTROLLER_RETRIES = 4  # of a minute each, for workers to find their places after a lost node
+JOIN_TIMEOUT_S = 10.0  # for a running Ray to answer
+SLURM_TIMEOUT_S = 120.0  # the same in a Slurm job, where it is still starting; and for all nodes
 
 
 def main() -> None:
@@ -47,6 +44,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a Ray driver that gets TERM may dump 300 MB
     run_folder = arguments.run_folder.resolve()
     threading.Thread(target=_end_with_driver, args=(arguments.temp_dir,), daemon=True).start()
+    # Ray Train needs it, and it takes seconds; meanwhile Ray's own processes start.
+    threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
     try:
         run_job(run_folder, arguments.address, arguments.temp_dir)
     except Exception as failure:
@@ -78,7 +77,7 @@ def run_job(run_folder: Path, address: str | None, temp_dir: Path | None) -> Non
 
     Raises:
         ClusterError: Ray cannot be reached, or the workers do not fit.
-        TrainingFailedError: what Ray Train makes of a failed worker.
+        WorkerError: the training failed.
     """
     config = RunConfig.from_yaml((run_folder / "config.yaml").read_text(encoding="utf-8"))
     cluster = config.cluster
@@ -86,7 +85,7 @@ def run_job(run_folder: Path, address: str | None, temp_dir: Path | None) -> Non
     # Ray puts the driver's working directory on the workers' sys.path: never the checkout's.
     os.chdir(run_folder)
     if address:
-        _join(address)
+        join(address, SLURM_TIMEOUT_S if isinstance(cluster, Slurm) else JOIN_TIMEOUT_S)
     else:
         ray.init(
             include_dashboard=False,
@@ -98,63 +97,17 @@ def run_job(run_folder: Path, address: str | None, temp_dir: Path | None) -> Non
     _stage("ray is there")
     nodes = _nodes(cluster)
     workers, use_gpu = place(cluster, nodes)
-    loopback = not address and sys.platform == "linux"  # all workers are here
-    per_worker = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"config": config.to_yaml(), "run_folder": str(run_folder)},
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=use_gpu,
-            resources_per_worker=per_worker,
-            placement_strategy="PACK" if use_gpu or len(nodes) == 1 else "SPREAD",
-        ),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        run_config=RayRunConfig(
-            storage_path=str(run_folder / "ray"),
-            failure_config=FailureConfig(
-                max_failures=cluster.max_failures, controller_failure_limit=CONTROLLER_RETRIES
-            ),
-            callbacks=[RefuseRetry()],
-            worker_runtime_env={"env_vars": worker_environment(cluster, use_gpu, loopback)},
-        ),
-    )
-    trainer.fit()
+    from posttrain_launch.ray_train import fit  # imports torch
+
+    spread = len(nodes) > 1 and not use_gpu
+    fit(config, run_folder, workers, use_gpu=use_gpu, spread=spread, here=not address)
     _stage("the workers have ended")
-
-
-def worker_environment(cluster: Ray, use_gpu: bool, loopback: bool) -> dict[str, str]:
-    """Variables that a worker has from its first moment, before it imports torch."""
-    environment = quiet_environment()
-    environment["OMP_NUM_THREADS"] = str(max(1, int(cluster.cpus_per_worker)))
-    if not use_gpu:
-        environment["DS_ACCELERATOR"] = "cpu"
-    if loopback:
-        environment["GLOO_SOCKET_IFNAME"] = "lo"  # else the one that the host's name resolves to
-    if isinstance(cluster, Slurm) and cluster.network_interface:
-        environment["GLOO_SOCKET_IFNAME"] = cluster.network_interface
-        environment["NCCL_SOCKET_IFNAME"] = cluster.network_interface
-    return environment
-
-
-class RefuseRetry(UserCallback):  # type: ignore[misc]
-    """Ends the run at once when a worker meets an error that the user has to mend.
-
-    What a callback raises is an error of the controller, and Ray Train retries only those of
-    workers: training again on the same bad input would fail again.
-    """
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raise the first worker's fault that carries a user's error."""
-        for _, failure in sorted(worker_exceptions.items()):
-            if isinstance(failure, WorkerError) and failure.error is not None:
-                raise failure
 
 
 # ------------------------------------------------------------------------------- the cluster
 
 
-def _join(address: str) -> None:
+def join(address: str, timeout_s: float) -> None:
     """Connect to a running Ray, which may still be starting."""
     fix = "start Ray on this machine: `ray start --head`, or `ray start --address=HOST:PORT`"
     if "://" in address:
@@ -163,7 +116,7 @@ def _join(address: str) -> None:
             where=f"cluster.address={address}",
             fix="give HOST:PORT of the cluster's head node",
         )
-    deadline = time.monotonic() + JOIN_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while True:
         try:
             if address != "auto":
@@ -178,7 +131,7 @@ def _join(address: str) -> None:
         except (OSError, RuntimeError) as refused:  # not listening yet, or no node of it here yet
             if time.monotonic() > deadline:
                 raise ClusterError(
-                    f"no Ray answers there after {JOIN_TIMEOUT_S:.0f} s: {refused}",
+                    f"no Ray answers there after {timeout_s:g} s: {refused}",
                     where=f"cluster.address={address}",
                     fix=fix,
                 ) from refused
@@ -188,14 +141,14 @@ def _join(address: str) -> None:
 def _nodes(cluster: Ray) -> list[dict[str, float]]:
     """Resources of every node that is alive; in a Slurm job after all its nodes have come."""
     wanted = cluster.nodes if isinstance(cluster, Slurm) else 1
-    deadline = time.monotonic() + JOIN_TIMEOUT_S
+    deadline = time.monotonic() + SLURM_TIMEOUT_S
     while True:
         found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if len(found) >= wanted:
             return found
         if time.monotonic() > deadline:
             raise ClusterError(
-                f"{len(found)} of {wanted} nodes joined Ray within {JOIN_TIMEOUT_S:.0f} s",
+                f"{len(found)} of {wanted} nodes joined Ray within {SLURM_TIMEOUT_S:g} s",
                 where="cluster.nodes",
                 fix="read logs/ray-*.log of the run folder for what the others say",
             )
@@ -249,43 +202,14 @@ def _stage(what: str) -> None:
 def _describe(failure: Exception, run_folder: Path) -> dict[str, Any]:
     """The content of `logs/error.json`."""
     trace = "".join(traceback.format_exception(failure))
+    if isinstance(failure, WorkerError) and failure.error is not None:
+        return error_fields(failure.error, failure.rank, failure.trace)
     if isinstance(failure, PosttrainError):
         return error_fields(failure, None, trace)
-    if isinstance(failure, ControllerError):
-        cause = failure.controller_failure
-        if isinstance(cause, WorkerError) and cause.error is not None:
-            return error_fields(cause.error, cause.rank, cause.trace)
-        what = f"Ray Train failed: {_first_line(cause)}"
-    elif isinstance(failure, WorkerGroupError):
-        return _describe_worker(failure.worker_failures, run_folder)
-    elif isinstance(failure, TrainingFailedError):
-        what = f"Ray Train failed: {_first_line(failure)}"
-    else:
-        what = f"{type(failure).__name__}: {_first_line(failure)}"
+    first_line = (str(failure).strip().splitlines() or ["no message"])[0]
+    what = f"{type(failure).__name__}: {first_line}"
     log = str(run_folder / "logs" / "driver.log")
     return error_fields(ClusterError(what, where=log, fix="read that log"), None, trace)
-
-
-def _describe_worker(failures: dict[int, Exception], run_folder: Path) -> dict[str, Any]:
-    """The failure of the worker that failed first, as far as that can be told.
-
-    A lost process comes first: what the others then raise (a broken connection) follows from it.
-    """
-    lost = [rank for rank in failures if not isinstance(failures[rank], WorkerError)]
-    rank = min(lost or failures)
-    failure = failures[rank]
-    if isinstance(failure, WorkerError):
-        what, trace = str(failure), failure.trace
-    else:
-        what = f"rank {rank}: its process was lost (killed, out of memory, or its node went away)"
-        trace = str(failure)
-    log = run_folder / "logs" / f"rank-{rank}.log"
-    fix = "read that log; started again, the run goes on from its newest checkpoint"
-    return error_fields(ClusterError(what, where=str(log), fix=fix), rank, trace)
-
-
-def _first_line(failure: BaseException) -> str:
-    return (str(failure).strip().splitlines() or [type(failure).__name__])[0]
 
 
 if __name__ == "__main__":

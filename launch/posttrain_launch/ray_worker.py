@@ -13,16 +13,18 @@ from posttrain_dist.errors import ClusterError, PosttrainError
 
 
 class WorkerError(Exception):
-    """A worker's failure in a form that always travels between processes.
+    """A failed training in a form that always travels between processes.
 
     Args:
-        rank: of the worker.
+        rank: of the worker; None: Ray Train itself.
         text: one line, `ValueError: …`.
         trace: the worker's stack trace.
-        error: the error itself where it is one that the user can mend; never retried.
+        error: as the user is told; a worker sets it for what the user can mend, never retried.
     """
 
-    def __init__(self, rank: int, text: str, trace: str, error: PosttrainError | None) -> None:
+    def __init__(
+        self, rank: int | None, text: str, trace: str, error: PosttrainError | None
+    ) -> None:
         super().__init__(rank, text, trace, error)
         self.rank, self.text, self.trace, self.error = rank, text, trace, error
 

@@ -96,7 +96,8 @@ class WandbSink:
 
 def _supersede(folder: Path) -> None:
     older = [path for path in folder.glob("offline-run-*") if path.is_dir()]
-    if older:
-        (folder / "superseded").mkdir(exist_ok=True)
+    aside = folder / "superseded"
     for path in older:
-        path.replace(folder / "superseded" / path.name)
+        aside.mkdir(exist_ok=True)
+        taken = len(list(aside.glob(f"{path.name}*")))  # names go by the second
+        path.replace(aside / (f"{path.name}-{taken}" if taken else path.name))

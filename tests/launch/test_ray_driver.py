@@ -138,6 +138,23 @@ def test_a_slurm_run_outside_of_a_job_is_refused(tmp_path, monkeypatch):
         ray_driver.run(config, tmp_path, None)
 
 
+@pytest.mark.parametrize(
+    ("address", "what"),
+    [
+        ("127.0.0.1:9", "no Ray answers there after 0.2 s"),
+        ("127.0.0.1:many", "is no address of a Ray"),
+        ("ray://127.0.0.1:10001", "client address"),
+    ],
+)
+def test_an_address_without_a_ray_is_named(address, what):
+    from posttrain_launch.ray_job import join
+
+    with pytest.raises(ClusterError) as failure:
+        join(address, timeout_s=0.2)
+    assert failure.value.where == f"cluster.address={address}"
+    assert what in failure.value.what
+
+
 # --------------------------------------------------------------------------------- a real Ray
 
 

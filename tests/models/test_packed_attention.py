@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from posttrain_kernels import linear_cross_entropy
 
 from posttrain_dist.data.collate import collate
 from posttrain_dist.errors import ModelError
@@ -16,7 +17,6 @@ from posttrain_dist.models.attention import EAGER, SDPA, implementation
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
 from posttrain_dist.objectives.sft import Sft
-from posttrain_kernels import linear_cross_entropy
 
 # Caps so low that forgetting one changes the loss in its first digits.
 CAPS = {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}

@@ -44,7 +44,7 @@ class Cluster:
         self.folder = folder
         self("up", "2")
 
-    def __call__(self, *words: str) -> str:
+    def __call__(self, *words: str, code: int = 0) -> str:
         environment = {
             **os.environ,
             "SLURM_CONF": str(self.folder / "slurm.conf"),
@@ -52,11 +52,11 @@ class Cluster:
         }
         command = ["bash", str(CLUSTER), str(self.folder), *words]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, f"{words}:\n{done.stdout}\n{done.stderr}"
-        return done.stdout
+        assert done.returncode == code, f"{words}:\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
 
-    def login(self, *words: str) -> str:
-        return self("login", *words)
+    def login(self, *words: str, code: int = 0) -> str:
+        return self("login", *words, code=code)
 
     def state(self, job: str) -> str:
         return self.login("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
@@ -114,17 +114,22 @@ def test_two_nodes_train_as_two_local_workers_do(cluster, tmp_path, tiny_llama, 
         "cluster.workers=2",
     ]
 
-    submitted = cluster.login(
+    submit = [
         str(POSTTRAIN),
         "submit",
         *run,
-        f"output_root={tmp_path / 'slurm'}",
         "cluster=slurm",
         "cluster.nodes=2",
         "cluster.cpus_per_node=1",
         "cluster.network_interface=eth0",
         "cluster.time='00:15:00'",
-    )
+    ]
+    elsewhere = ["cluster.partition=nowhere", f"output_root={tmp_path / 'refused'}"]
+    refused = cluster.login(*submit, *elsewhere, code=1)
+    assert "sbatch refused the job" in refused
+    assert "invalid partition specified: nowhere" in refused
+
+    submitted = cluster.login(*submit, f"output_root={tmp_path / 'slurm'}")
     job = submitted.partition("submitted job ")[2].split()[0]
     run_folder = the_run(tmp_path / "slurm")
     end = time.monotonic() + TIMEOUT_S

@@ -1,0 +1,79 @@
+"""W&B offline: what its own file holds is what metrics.jsonl holds; one run over a restart."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, TrainConfig, complete
+from posttrain_dist.errors import ConfigError
+from posttrain_dist.metrics import LoggingConfig, WandbMode
+from posttrain_dist.metrics.wandb_sink import resolve_mode
+from posttrain_dist.prepare import prepare
+from posttrain_dist.train import train
+
+
+def read_wandb(path):
+    """(history rows, run record) of a .wandb file, by W&B's own reader."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    store = DataStore()
+    store.open_for_scan(str(path))
+    rows, run = [], None
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            rows.append(
+                {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items}
+            )
+        elif record.WhichOneof("record_type") == "run":
+            run = record.run
+    return rows, run
+
+
+def test_wandb_mirrors_metrics_jsonl_and_survives_a_restart(tiny_llama, rows_file, tmp_path):
+    config = complete(
+        RunConfig(
+            name="mirror",
+            model=ModelConfig(path=str(tiny_llama)),
+            data=DataConfig(train=str(rows_file), max_length=64),
+            train=TrainConfig(steps=4, batch_size=2, save_every=2),
+            logging=LoggingConfig(wandb=WandbMode.offline, project="tests"),
+        )
+    )
+    folder = tmp_path / "run"
+    prepare(config, folder / "prepared")
+    (folder / "run.json").write_text(json.dumps({"wandb_id": "abc123"}))
+    short = replace(config, train=replace(config.train, steps=2))
+    train(short, folder)
+    (first,) = (folder / "wandb").glob("offline-run-*")
+    first_file = next(first.glob("*.wandb"))
+    first_file.write_bytes(first_file.read_bytes()[:7])  # what a kill can leave
+
+    train(config, folder)
+    (second,) = (folder / "wandb").glob("offline-run-*")
+    assert second.name.endswith("abc123")
+    assert (folder / "wandb" / "superseded" / first.name).is_dir()
+    rows, run = read_wandb(next(second.glob("*.wandb")))
+    assert (run.run_id, run.project) == ("abc123", "tests")
+    logged = {i.key: json.loads(i.value_json) for i in run.config.update}
+    assert logged["train"]["steps"] == 4 and logged["lineage"]["wandb_id"] == "abc123"
+    expected = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in expected] == [0, 1, 2, 3, 4]
+    ours = [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]
+    assert ours == expected
+
+
+def test_online_without_a_key_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert resolve_mode(WandbMode.auto) == "offline"
+    with pytest.raises(ConfigError, match="there is no W&B key"):
+        resolve_mode(WandbMode.online)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert resolve_mode(WandbMode.auto) == "online"
