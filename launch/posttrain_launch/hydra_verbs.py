@@ -216,10 +216,11 @@ def _evaluate(composed: Composed, _: _Call) -> int:
 
 
 def _submit(composed: Composed, call: _Call) -> int:
+    from posttrain_launch.execute import read_frozen
     from posttrain_launch.submit import submit
 
     folder = freeze(composed, call.typed)
-    submit(complete(composed.config), folder, call.dry_run)
+    submit(read_frozen(folder), folder, call.dry_run)
     return 0
 
 

@@ -23,7 +23,7 @@ from posttrain_launch.summary import align
 class Trial:
     """One row of the closing table."""
 
-    words: str  # its overrides
+    words: list[str]  # its overrides
     state: str
     code: int
     held_out: float | None  # the last held-out loss
@@ -43,8 +43,8 @@ class Sweep:
         act: Callable[[Composed], tuple[int, Path | None]],
     ) -> float | None:
         """Run one trial; returns its last held-out loss, which a sweeper may minimise."""
-        words = " ".join(hydra.overrides.task)
-        print(f"\ntrial {len(self.trials)}: {words}", flush=True)
+        words: list[str] = list(hydra.overrides.task)
+        print(f"\ntrial {len(self.trials)}: {' '.join(words)}", flush=True)
         folder, code = None, BAD_CONFIG
         try:
             code, folder = act(to_composed(config, hydra))
@@ -66,10 +66,11 @@ class Sweep:
             return child.wait()
 
     def table(self) -> str:
-        """One line a trial."""
+        """One line a trial, named by what the trials do not all share."""
+        shared = set.intersection(*(set(trial.words) for trial in self.trials))
         rows = [
             (
-                trial.words or "-",
+                " ".join(w for w in trial.words if w not in shared) or "-",
                 trial.state,
                 "-" if trial.held_out is None else f"{trial.held_out:.4f}",
                 str(trial.folder or "-"),

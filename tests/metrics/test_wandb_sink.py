@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import replace
 
 import pytest
@@ -15,22 +16,37 @@ from posttrain_dist.prepare import prepare
 from posttrain_dist.train import train
 
 
-def read_wandb(path):
-    """(history rows, run record) of a .wandb file, by W&B's own reader."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+BLOCK = 32 * 1024
+FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
-    store = DataStore()
-    store.open_for_scan(str(path))
+
+def records(data: bytes):
+    """The records of a .wandb file: LevelDB's log format after a header of 7 bytes."""
+    at, parts = 7, b""
+    while at + 7 <= len(data):
+        if BLOCK - at % BLOCK < 7:  # no header fits into the rest of this block
+            at += BLOCK - at % BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (FULL, LAST):
+            yield parts
+            parts = b""
+
+
+def read_wandb(path):
+    """(history rows, run record) of a .wandb file, by W&B's own message types."""
+    from wandb.proto import wandb_internal_pb2
+
     rows, run = [], None
-    while (data := store.scan_data()) is not None:
+    for data in records(path.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
-            rows.append(
-                {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items}
-            )
+            keys = [item.key or "/".join(item.nested_key) for item in items]
+            rows.append(dict(zip(keys, (json.loads(i.value_json) for i in items), strict=True)))
         elif record.WhichOneof("record_type") == "run":
             run = record.run
     return rows, run
