@@ -15,6 +15,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from posttrain_dist.config import complete, problems
 from posttrain_dist.errors import ConfigError, PosttrainError, raise_all
@@ -22,7 +23,15 @@ from posttrain_launch.compose import Composed, Composer, to_composed, without_hy
 from posttrain_launch.experiment_file import experiment_problems
 from posttrain_launch.keys import value_problems
 
-FAULTS = (HydraException, OmegaConfBaseException, AttributeError, TypeError, ValueError, OSError)
+FAULTS = (
+    HydraException,
+    OmegaConfBaseException,
+    YAMLError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    OSError,
+)
 
 
 def check(

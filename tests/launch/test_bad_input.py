@@ -40,7 +40,11 @@ CASES = {
     "contradiction": (["train.steps=1", "train.epochs=1"], "train.epochs: ", "one of the two"),
     "single with workers": (["cluster=ray", "cluster.workers=2"], "engine: single", "zero0"),
     "name that is a path": (["name=a/b"], "name: ", "letters"),
-    "folder of YAML": (["--config-dir", "/nosuch"], "--config-dir: there is no folder", "YAML"),
+    "folder of YAML": (
+        ["--config-dir", "/nosuch", "seed=1"],
+        "--config-dir: there is no folder",
+        "YAML",
+    ),
     "training on Slurm": (["cluster=slurm"], "cluster: slurm", "posttrain submit"),
     "an unwritable place": (["output_root=/dev/null/x"], "output_root: ", "may write to"),
 }
