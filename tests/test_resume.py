@@ -10,6 +10,7 @@ import torch
 
 from posttrain_dist.checkpoint import store
 from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, TrainConfig, complete
+from posttrain_dist.data.loader import Examples
 from posttrain_dist.engine import AdamW, DeepSpeed, Single
 from posttrain_dist.errors import CheckpointError
 from posttrain_dist.export import export_checkpoint
@@ -138,6 +139,23 @@ def test_another_layout_is_refused_by_name(base, tmp_path):
     message = r"engine=single, workers=1.*this run has engine=zero0"
     with pytest.raises(CheckpointError, match=message):
         train(other, folder)
+
+
+def test_log_every_averages_over_its_steps(base, tmp_path):
+    folder = freeze(tmp_path / "each", base)
+    train(base, folder)
+    each = numbers(folder)
+    rare = replace(base, train=replace(base.train, log_every=4))
+    folder = freeze(tmp_path / "rare", rare)
+    train(rare, folder)
+    rows = numbers(folder)
+    assert [row["step"] for row in rows] == [0, 4, 6]
+    examples = Examples.open(folder / "prepared", "train")
+    weights = {examples[i].sample_id: examples[i].weight_L.sum() for i in range(len(examples))}
+    samples = [line.split("\t")[1] for line in (folder / "samples.log").read_text().splitlines()]
+    tokens = [sum(weights[int(sample)] for sample in line.split()) for line in samples]
+    total = sum(t * row["train/loss"] for t, row in zip(tokens[:4], each[1:5], strict=True))
+    assert rows[1]["train/loss"] == pytest.approx(total / sum(tokens[:4]), rel=1e-6)
 
 
 def test_only_the_newest_checkpoints_stay(base, tmp_path):

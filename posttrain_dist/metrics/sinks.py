@@ -10,7 +10,7 @@ from posttrain_dist.flow import StepInfo
 
 
 class Sink(Protocol):
-    """Takes each logged step once, on rank 0."""
+    """Takes every step once, on rank 0."""
 
     def write(self, info: StepInfo) -> None:
         """Take in one step."""
@@ -30,8 +30,9 @@ class JsonlSink:
         self._file = path.open("a")
 
     def write(self, info: StepInfo) -> None:
-        self._file.write(json.dumps(info.row()) + "\n")
-        self._file.flush()
+        if info.metrics:  # not every step is logged
+            self._file.write(json.dumps(info.row()) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()

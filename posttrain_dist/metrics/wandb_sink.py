@@ -88,7 +88,8 @@ class WandbSink:
                     self._run.log(row)
 
     def write(self, info: StepInfo) -> None:
-        self._run.log(info.row())
+        if info.metrics:
+            self._run.log(info.row())
 
     def close(self) -> None:
         self._run.finish()

@@ -1,0 +1,210 @@
+"""The verbs, as typed: a run from its command to its report, stopped and gone on with."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from posttrain_launch.cli import VERBS, main
+
+BASE = ["data.max_length=128", "train.batch_size=2", "train.dtype=float32", "optimizer.lr=1e-2"]
+BASE += ["logging.wandb=off", "data.eval_fraction=0.2"]
+
+
+@pytest.fixture
+def words(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> list[str]:
+    places = [f"model.path={tiny_llama}", f"data.train={rows_file}", f"output_root={tmp_path}/out"]
+    return [*places, *BASE]
+
+
+def run_folder(tmp_path: Path) -> Path:
+    (found,) = (tmp_path / "out" / "run").glob("2*")
+    return found
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_help_shows_every_verb_with_its_example(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name, verb in VERBS.items():
+        assert re.search(rf"^  {name} +{re.escape(verb.what)}$", text, re.M)
+        assert verb.example in text
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_each_verb_has_help_with_an_example(name, capsys):
+    assert main([name, "--help"]) == 0
+    shown = capsys.readouterr()
+    assert f"posttrain {name}" in shown.out
+    assert VERBS[name].example in shown.out
+    if VERBS[name].hydra:
+        assert "engine      single, zero0, zero1" in shown.out
+        assert "persistence_threshold" not in shown.out  # the config as typed: engine=single
+        assert "max_length: 2048" in shown.out
+
+
+def test_a_verb_that_is_not_there(capsys):
+    assert main(["trian"]) == 2
+    assert "posttrain train" in capsys.readouterr().err
+    assert main(["engine=zero3"]) == 2
+    assert "posttrain train engine=zero3" in capsys.readouterr().err
+
+
+def test_a_run_from_command_to_report(words, tmp_path, capsys):
+    assert main(["train", *words, "train.steps=4", "eval.generate_rows=1"]) == 0
+    shown = capsys.readouterr()
+    folder = run_folder(tmp_path)
+    assert json.loads((folder / "FINISHED").read_text()) == {"reason": "completed", "step": 4}
+    rows = rows_of(folder)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    # What is printed at the end is what was measured.
+    first, last = rows[0]["eval/loss"], rows[-1]["eval/loss"]
+    assert last < first
+    table = [line.split() for line in shown.out.splitlines()]
+    assert ["all", "channels", f"{first:.4f}", f"{last:.4f}"] in table
+    for name in ("report.html", "export/model.safetensors", "answers.json"):
+        assert (folder / name).is_file()
+    assert "Loading weights" not in shown.out + shown.err  # noise of libraries
+
+    assert main(["run", str(folder)]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert len(rows_of(folder)) == 5
+
+    # The export's held-out loss is that of the run's last step.
+    evaluated = [w for w in words if not w.startswith("model.path")]
+    assert main(["evaluate", f"model.path={folder}/export", *evaluated]) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert float({" ".join(r[:-1]): r[-1] for r in table if r}["all channels"]) == (
+        pytest.approx(last, abs=2e-4)
+    )
+
+
+def test_ctrl_c_saves_and_run_goes_on(words, tmp_path):
+    command = [sys.executable, "-m", "posttrain_launch.cli", "train", *words, "train.steps=2000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            found = list((tmp_path / "out" / "run").glob("2*/metrics.jsonl"))
+            if found and found[0].read_text().count("\n") > 3:
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    folder = run_folder(tmp_path)
+    assert f"posttrain run {folder}" in output
+    assert not (folder / "FINISHED").exists()
+    stopped = json.loads((folder / "logs" / "outcome.json").read_text())
+    assert stopped["outcome"] == "stopped"
+    assert 0 < stopped["step"] < 2000
+    assert (folder / "checkpoints" / f"step-{stopped['step']:06d}").is_dir()
+
+    # Shorten the run by hand, so that it ends soon.
+    end = stopped["step"] + 2
+    frozen = folder / "config.yaml"
+    frozen.write_text(frozen.read_text().replace("steps: 2000", f"steps: {end}"))
+    before = [row for row in rows_of(folder) if row["step"] <= stopped["step"]]
+    assert main(["run", str(folder)]) == 0
+    after = rows_of(folder)
+    assert after[: len(before)] == before
+    assert [row["step"] for row in after] == list(range(end + 1))
+    assert not (folder / "STOP").exists()
+
+
+def test_a_second_driver_is_refused(words, tmp_path, capsys):
+    import fcntl
+
+    from posttrain_launch.diagnose import check
+    from posttrain_launch.freeze import freeze
+
+    composed = check([*words, "train.steps=1"])
+    assert composed is not None
+    folder = freeze(composed, "c")
+    with (folder / "logs" / "driver.lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        assert main(["run", str(folder)]) == 1
+    assert "another process drives this run" in capsys.readouterr().err
+
+
+def test_a_sweep_goes_on_after_a_failed_trial(words, tmp_path, capfd):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{not json\n")
+    sweep = [w for w in words if not w.startswith("data.train")]
+    rows = next(w for w in words if w.startswith("data.train"))
+    trials = f"data.train={bad},{rows.removeprefix('data.train=')}"
+    assert main(["train", "-m", *sweep, "train.steps=1", trials]) == 1
+    shown = capfd.readouterr()
+    assert f"{bad}:1" in shown.err
+    assert "Traceback" not in shown.err
+    lines = [line for line in shown.out.splitlines() if line.startswith("data.train=")]
+    assert [("failed" in line, "done" in line) for line in lines] == [(True, False), (False, True)]
+    folders = sorted((tmp_path / "out" / "run").glob("2*"))
+    assert [(folder / "FINISHED").exists() for folder in folders] == [False, True]
+    assert not (Path.cwd() / "multirun").exists()
+
+
+def test_inspect_marks_what_is_supervised(words, capsys):
+    assert main(["inspect", *words]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"<\|user\|>copy (\w+) \d+<\|end\|><\|assistant\|>⟦\1<\|end\|>⟧", text)
+
+
+def test_faults_of_data_and_model_are_one_message(words, tmp_path, capsys):
+    cases = {
+        "data.train=/no/such.jsonl": "/no/such.jsonl",
+        f"model.path={tmp_path}": f"{tmp_path}: has no config.json",
+    }
+    for word, place in cases.items():
+        given = [w for w in words if w.split("=")[0] != word.split("=")[0]]
+        assert main(["train", *given, word, "train.steps=1"]) == 1
+        shown = capsys.readouterr().err
+        assert shown.startswith("error: ") and place in shown and "fix:" in shown
+        assert "Traceback" not in shown
+    logs = list((tmp_path / "out" / "run").glob("*/logs/driver.log"))
+    assert len(logs) == 2 and all("Traceback" in log.read_text() for log in logs)
+
+
+def test_chat_answers_each_line_of_a_pipe(tiny_llama, capsys, monkeypatch):
+    from posttrain_dist.evaluation.answers import generate
+
+    prompts = ["copy abc", "reverse x"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(prompts) + "\n"))
+    assert main(["chat", str(tiny_llama), "--max-new-tokens", "4"]) == 0
+    told = capsys.readouterr().out.split("\n")[:-1]
+    asked = [[{"role": "user", "content": p}] for p in prompts]
+    replies = generate(tiny_llama, asked, max_new_tokens=4)
+    assert told == [reply.strip().replace("\n", "\\n") for reply in replies]
+
+
+def test_init_writes_yaml_that_composes(tmp_path, capsys):
+    assert main(["init", "mine", "--dir", str(tmp_path)]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].split("posttrain ")[1].split()
+    assert main([*command, "--cfg", "job", "-p", "train"]) == 0
+    assert "steps: 20\n" in capsys.readouterr().out
+    text = (tmp_path / "experiment" / "mine.yaml").read_text()
+    assert main(["init", "mine", "--dir", str(tmp_path)]) == 1
+    assert "already there" in capsys.readouterr().err
+    assert (tmp_path / "experiment" / "mine.yaml").read_text() == text
+
+
+def test_doctor_finds_what_is_installed(capsys):
+    import torch
+
+    assert main(["doctor"]) == 0
+    lines = {line[6:20].strip(): line for line in capsys.readouterr().out.splitlines() if line}
+    assert torch.__version__ in lines["torch"]
+    assert lines["deepspeed"].startswith("ok")
+    assert lines["ray"].startswith("ok")
