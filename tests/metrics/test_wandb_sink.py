@@ -15,7 +15,6 @@ from posttrain_dist.metrics.wandb_sink import resolve_mode
 from posttrain_dist.prepare import prepare
 from posttrain_dist.train import train
 
-
 BLOCK = 32 * 1024
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
