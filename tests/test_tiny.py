@@ -20,7 +20,11 @@ from posttrain_dist.prepare import prepare
 # The losses of this very run, to the last bit, by CPU, its capability and torch. A refactor leaves
 # them as they are; on a machine that is not in the list the run is only made twice and compared.
 KNOWN: dict[str, list[str]] = {
-    "AMD EPYC, AVX2, torch 2.13.0+cpu": ["0x1.7c011e0000000p+2", "0x1.7c011e0000000p+2"],
+    "AMD EPYC, AVX2, torch 2.13.0+cpu": [
+        "0x1.7c011e0000000p+2",
+        "0x1.3b93ee0000000p+2",
+        "0x1.0ef7a08000000p+2",
+    ],
 }
 
 
