@@ -76,6 +76,30 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value))
 
 
+ANSWERS = {
+    "exact_match": {
+        "before": {"arithmetic": {"right": 1, "of": 32}, "sort": {"right": 2, "of": 32}},
+        "after": {"arithmetic": {"right": 30, "of": 32}, "sort": {"right": 29, "of": 32}},
+    },
+    "samples": [
+        {
+            "channel": "docstring",
+            "prompt": "Write the docstring.\n\ndef mean(values):\n    return sum(values)",
+            "reference": "Return the mean of values.",
+            "before": "the the " + "x" * 300,
+            "after": "Return the arithmetic mean of the values.",
+        },
+        {
+            "channel": EVIL,
+            "prompt": "Say " + EVIL,
+            "reference": "</pre></div>",
+            "before": "",
+            "after": f"sure: {EVIL}",
+        },
+    ],
+}
+
+
 def build_run(folder: Path) -> Path:
     """A whole run folder of a completed run."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,31 +143,7 @@ def build_run(folder: Path) -> Path:
             "inputs": {"max_length": 512, "data": {"train": {"0:train.jsonl": "c" * 64}}},
         },
     )
-    write_json(
-        folder / "answers.json",
-        {
-            "exact_match": {
-                "before": {"arithmetic": {"right": 1, "of": 32}, "sort": {"right": 2, "of": 32}},
-                "after": {"arithmetic": {"right": 30, "of": 32}, "sort": {"right": 29, "of": 32}},
-            },
-            "samples": [
-                {
-                    "channel": "docstring",
-                    "prompt": "Write the docstring.\n\ndef mean(values):\n    return sum(values)",
-                    "reference": "Return the mean of values.",
-                    "before": "the the " + "x" * 300,
-                    "after": "Return the arithmetic mean of the values.",
-                },
-                {
-                    "channel": EVIL,
-                    "prompt": "Say " + EVIL,
-                    "reference": "</pre></div>",
-                    "before": "",
-                    "after": f"sure: {EVIL}",
-                },
-            ],
-        },
-    )
+    write_json(folder / "answers.json", ANSWERS)
     return folder
 
 

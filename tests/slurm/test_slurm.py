@@ -100,11 +100,11 @@ def last_words(run_folder: Path) -> str:
     return "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in logs)
 
 
-def test_two_nodes_train_as_two_local_workers_do(cluster, tmp_path, tiny_llama, rows_file):
+def test_two_nodes_train_as_two_local_workers_do(cluster, tmp_path):
     run = [
-        f"model.path={tiny_llama}",
-        f"data.train={rows_file}",
-        "data.max_length=64",
+        "model.path=tiny_base",
+        "data.train=embedded",
+        "data.max_length=256",
         "engine=zero1",
         "train.steps=4",
         "train.batch_size=4",
