@@ -9,12 +9,18 @@ from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import CheckpointError
 
 
-def export_checkpoint(run_folder: Path, out: Path | None = None, step: int | None = None) -> Path:
+def export_checkpoint(
+    run_folder: Path,
+    out: Path | None = None,
+    step: int | None = None,
+    dtype: str | None = None,
+) -> Path:
     """Write a checkpoint of a run as a model folder that plain transformers loads.
 
     Args:
         out: the new folder; None: `export/` of the run.
         step: which checkpoint; None: the newest.
+        dtype: of the weights, "bfloat16" or "float32"; None: what the run trained in.
 
     Raises:
         CheckpointError: there is no whole checkpoint, or `out` is already there.
@@ -44,7 +50,7 @@ def export_checkpoint(run_folder: Path, out: Path | None = None, step: int | Non
         read_full_tensors(source / "state"),
         resolve(config.model.path),
         target,
-        dtype=getattr(torch, manifest.layout["dtype"]),
+        dtype=getattr(torch, dtype or manifest.layout["dtype"]),
         end_token_id=manifest.lineage.get("end_token_id"),
     )
 

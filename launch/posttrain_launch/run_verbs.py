@@ -31,6 +31,10 @@ def command(verb: str, words: list[str], debug: bool) -> int:
         parser.add_argument(
             "out", type=Path, nargs="?", metavar="OUT", help="the new folder; left out: RUN/export"
         )
+        parser.add_argument("--step", type=int, help="of a checkpoint; left out: the newest")
+        parser.add_argument(
+            "--dtype", choices=("bfloat16", "float32"), help="left out: what the run trained in"
+        )
     arguments = parser.parse_args(words)
     if verb == "run":
         from posttrain_launch.execute import run_frozen
@@ -39,7 +43,11 @@ def command(verb: str, words: list[str], debug: bool) -> int:
     if verb == "export":
         from posttrain_dist.export import export_checkpoint
 
-        print(export_checkpoint(arguments.run.absolute(), arguments.out))
+        print(
+            export_checkpoint(
+                arguments.run.absolute(), arguments.out, arguments.step, arguments.dtype
+            )
+        )
         return 0
     from posttrain_dist.report import write_report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -110,6 +111,7 @@ class _ShardWriter:
             name = f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors"
             name = "model.safetensors" if len(self._shards) == 1 else name
             path = (self._folder / f"shard-{i}.safetensors").rename(self._folder / name)
+            path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner reads
             with safe_open(path, "pt") as reopened:
                 if set(reopened.keys()) != set(shard):
                     raise CheckpointError("does not hold what was written", where=str(path))
@@ -118,6 +120,12 @@ class _ShardWriter:
             total = sum(sum(shard.values()) for shard in self._shards)
             body = {"metadata": {"total_size": total}, "weight_map": index}
             (self._folder / "model.safetensors.index.json").write_text(json.dumps(body, indent=1))
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _write_config(config: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
