@@ -7,6 +7,7 @@ A run is frozen once, by the process where the command is typed, into ONE YAML f
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -20,7 +21,7 @@ from posttrain_dist.engine import AdamW, DeepSpeed, Engine, Optimizer, Single
 from posttrain_dist.engine.ds_config import deepspeed_config
 from posttrain_dist.errors import ConfigError, PosttrainError, raise_all
 from posttrain_dist.metrics import LoggingConfig
-from posttrain_dist.models import ModelConfig
+from posttrain_dist.models import ModelConfig, Weights
 from posttrain_dist.models.tuning import Full, Tuning
 from posttrain_dist.objectives.base import Objective
 from posttrain_dist.objectives.pretrain import Pretrain
@@ -117,9 +118,10 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every value as plain data, and each slot's option as its `kind`."""
-        plain = _plain(self)
+        plain = _plain(dataclasses.replace(self, **_untouched_slots(self)))
         for group, options in SLOTS.items():
-            kind = _kind(options, getattr(self, group))
+            value = getattr(self, group)
+            kind = next((n for n, o in options.items() if type(value) is o), next(iter(options)))
             plain[group] = {"kind": kind, **plain[group]}
         return dict(plain)
 
@@ -160,10 +162,6 @@ SLOTS: dict[str, dict[str, type]] = {
 }
 
 
-def _kind(options: dict[str, type], value: object) -> str:
-    return next(name for name, option in options.items() if type(value) is option)
-
-
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -181,14 +179,31 @@ def complete(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError, SeveralErrors: all problems of the configuration, reported together.
     """
-    filled = {
+    config = dataclasses.replace(config, **_untouched_slots(config))
+    raise_all(_wrong_slots(config) or problems(config))
+    return config
+
+
+def _untouched_slots(config: RunConfig) -> dict[str, Any]:
+    """The default option of every slot that still holds its empty base."""
+    bases: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(config)}
+    return {
         group: next(iter(options.values()))()
         for group, options in SLOTS.items()
-        if type(getattr(config, group)) not in options.values()
+        if type(getattr(config, group)) is bases[group]
     }
-    config = dataclasses.replace(config, **filled)
-    raise_all(problems(config))
-    return config
+
+
+def _wrong_slots(config: RunConfig) -> list[PosttrainError]:
+    return [
+        ConfigError(
+            f"is {getattr(config, group)!r}",
+            where=group,
+            fix=f"use one of {', '.join(option.__name__ for option in options.values())}",
+        )
+        for group, options in SLOTS.items()
+        if type(getattr(config, group)) not in options.values()
+    ]
 
 
 def problems(config: RunConfig) -> list[PosttrainError]:
@@ -196,7 +211,7 @@ def problems(config: RunConfig) -> list[PosttrainError]:
     rules = [
         *_run_rules(config),
         *_optimizer_rules(config.optimizer),
-        *_engine_rules(config.engine),
+        *_engine_rules(config.engine, config.model.weights),
         *_cluster_rules(config.cluster, config.engine),
     ]
     found: list[PosttrainError] = [
@@ -235,9 +250,9 @@ def _run_rules(config: RunConfig) -> list[Rule]:
         _at_least("eval.samples", config.eval.samples, 0),
         _at_least("checkpoint.keep", config.checkpoint.keep, 0),
         (
-            train.epochs is None or train.epochs > 0,
+            train.epochs is None or 0 < train.epochs < math.inf,
             "train.epochs",
-            f"is {train.epochs}, must be above 0",
+            f"is {train.epochs}, must be above 0 and finite",
             "set a positive number of passes over the data",
         ),
         (
@@ -253,7 +268,7 @@ def _run_rules(config: RunConfig) -> list[Rule]:
             "set a share such as 0.05",
         ),
         (
-            bool(config.name) and not set(config.name) & set('/\\:*?"<>| '),
+            config.name not in ("", ".", "..") and not set(config.name) & set('/\\:*?"<>| '),
             "name",
             f"is {config.name!r}: it becomes a folder's name",
             "use letters, digits, '-', '_' and '.'",
@@ -268,9 +283,9 @@ def _optimizer_rules(optimizer: Optimizer) -> list[Rule]:
         "lr": (0 < optimizer.lr < 10, "above 0 and below 10"),
         "beta1": (0 <= optimizer.beta1 < 1, "in [0, 1)"),
         "beta2": (0 <= optimizer.beta2 < 1, "in [0, 1)"),
-        "eps": (optimizer.eps > 0, "above 0"),
-        "weight_decay": (optimizer.weight_decay >= 0, "0 or more"),
-        "clip": (optimizer.clip >= 0, "0 (no clipping) or more"),
+        "eps": (0 < optimizer.eps < 1, "above 0 and below 1"),
+        "weight_decay": (0 <= optimizer.weight_decay < math.inf, "0 or more, and finite"),
+        "clip": (0 <= optimizer.clip < math.inf, "0 (no clipping) or more, and finite"),
         "warmup_ratio": (0 <= optimizer.warmup_ratio <= 1, "in [0, 1]"),
         "min_lr_ratio": (0 <= optimizer.min_lr_ratio <= 1, "in [0, 1]"),
     }
@@ -285,7 +300,7 @@ def _optimizer_rules(optimizer: Optimizer) -> list[Rule]:
     ]
 
 
-def _engine_rules(engine: Engine) -> list[Rule]:
+def _engine_rules(engine: Engine, weights: Weights) -> list[Rule]:
     if not isinstance(engine, DeepSpeed):
         return []
     return [
@@ -300,6 +315,12 @@ def _engine_rules(engine: Engine) -> list[Rule]:
             "engine.offload",
             "needs a sharded optimizer, and engine.stage is 0",
             "use engine=zero3_offload, or engine.stage=1, 2 or 3",
+        ),
+        (
+            not (engine.stage == 3 and weights is Weights.random),
+            "model.weights",
+            "is random with engine.stage=3, which draws other weights than the other engines do",
+            "use engine=zero2, or make the weights once with engine=single and load them",
         ),
         _at_least("engine.persistence_threshold", engine.persistence_threshold, 0),
     ]

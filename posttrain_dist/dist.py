@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     import torch
@@ -37,12 +41,15 @@ def device(process: Process) -> torch.device:
     return torch.device("cpu")
 
 
-def start(process: Process) -> bool:
-    """Join the process group unless there is one; True when this call made it."""
+def start(process: Process) -> None:
+    """Join the process group unless there is one; it stays until the process ends.
+
+    DeepSpeed keeps the group that it first saw, so that a second one would not serve it.
+    """
     import torch
 
     if torch.distributed.is_initialized():
-        return False
+        return
     port = process.master_port or _free_port()
     environment = {
         "RANK": process.rank,
@@ -59,7 +66,7 @@ def start(process: Process) -> bool:
         rank=process.rank,
         world_size=process.world,
     )
-    return True
+    atexit.register(stop)
 
 
 def stop() -> None:
@@ -101,6 +108,48 @@ def barrier() -> None:
 
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         torch.distributed.barrier()
+
+
+def on_all(work: Callable[[], T]) -> T:
+    """Run `work` on every rank; if it fails on one, every rank raises, so that none waits.
+
+    Raises:
+        PosttrainError: as it was on the ranks that failed.
+        RuntimeError: on the others.
+    """
+    import torch
+
+    failure: Exception | None = None
+    result: T | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    on_gpu = torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl"
+    failed = torch.tensor([float(failure is not None)], device="cuda" if on_gpu else "cpu")
+    ranks = int(all_sum(failed).item())
+    if failure is not None:
+        raise failure
+    if ranks:
+        raise RuntimeError(f"{ranks} of the other ranks failed; their logs say why")
+    return result  # type: ignore[return-value]
+
+
+def on_main(work: Callable[[], T]) -> T | None:
+    """Run `work` on rank 0 alone while the others wait; its failure is everyone's."""
+    return on_all(lambda: work() if rank() == 0 else None)
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` gives on rank 0, on every rank: one look at a shared disk, one answer."""
+    import torch
+
+    made = on_main(make)
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return made  # type: ignore[return-value]
+    box = [made]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
 
 
 def _free_port() -> int:

@@ -103,7 +103,7 @@ class StepInfo:
     """One line of metrics.jsonl. Step k means: after k updates; step 0 is before training."""
 
     step: int
-    metrics: dict[str, float] = field(default_factory=dict)  # name -> value, see docs/metrics
+    metrics: dict[str, float] = field(default_factory=dict)  # name -> value; empty: not logged
     sample_ids: list[int] = field(default_factory=list)  # of all ranks, for samples.log
     last: bool = False  # the run ends after this step
     stopped: bool = False  # ... because someone asked it to stop

@@ -72,7 +72,7 @@ class Fit:
     steps: int
     start: int = 0
     seed: int = 0
-    log_every: int = 1
+    log_every: tuple[int, ...] = (1,)  # a step that is a multiple of any of these is logged
     stop_requested: Callable[[], bool] = lambda: False
     hooks: tuple[Hook, ...] = ()
 
@@ -87,7 +87,7 @@ class Fit:
         since = time.perf_counter()
         for step in range(self.start + 1, self.steps + 1):
             info, lr, norm = self._update(step)
-            if step % self.log_every == 0 or info.last:
+            if info.last or any(step % every == 0 for every in self.log_every):
                 table_C4, tokens = self.meter.flush()
                 seconds, since = time.perf_counter() - since, time.perf_counter()
                 info.metrics = {
@@ -116,8 +116,9 @@ class Fit:
             self.meter.add(loss, batch)
         lr = self.learning_rate(step)
         norm = self.engine.step(lr)
-        last = stopped or step == self.steps
-        return StepInfo(step, last=last, stopped=stopped), lr, norm
+        completed = step == self.steps
+        info = StepInfo(step, last=stopped or completed, stopped=stopped and not completed)
+        return info, lr, norm
 
     def _agree(self, count: float) -> tuple[float, bool]:
         """Global denominator, and rank 0's wish to stop, in one reduction."""

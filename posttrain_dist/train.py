@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ from posttrain_dist.data.loader import Examples
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.engine.optim import learning_rate
+from posttrain_dist.files import write_whole
 from posttrain_dist.flow import Batch, StepInfo
 from posttrain_dist.loop import Fit, Hook, evaluate
 from posttrain_dist.metrics import WandbMode
@@ -46,12 +48,11 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
     config = complete(config)
     run_folder = Path(run_folder).absolute()
     (run_folder / "logs").mkdir(parents=True, exist_ok=True)
-    owns_group = isinstance(config.engine, DeepSpeed) and dist.start(process)
-    try:
-        _Run(config, run_folder, process).train()
-    finally:
-        if owns_group:
-            dist.stop()
+    if isinstance(config.engine, DeepSpeed):
+        dist.start(process)
+    if process.is_main and not (run_folder / "config.yaml").exists():
+        write_whole(run_folder / "config.yaml", config.to_yaml())
+    _Run(config, run_folder, process).train()
 
 
 # -------------------------------------------------------------------------------- run
@@ -70,10 +71,12 @@ class _Run:
         self.policy = build_policy(config, self.engine, self.dtype, self.channels)
         self.source = make_source(config, examples, process)
         self.held_out = self._eval_batches(prepared)
-        self.end_token_id = _end_token(examples)
+        self.end_token_id = _end_token(examples, resolve(config.model.path))
+        self.recipe = _recipe(config, prepared)
         self.steps = self.source.total_steps(config.train.steps, config.train.epochs)
         self.meter = ChannelMeter(self.channels, self.engine.device)
         self.eval_meter = ChannelMeter(self.channels, self.engine.device)
+        self.engine.train(False)  # no dropout
         self.policy.check_head(self._probe(examples), config.objective)
         self.sinks: list[Sink] = []
         self.began = time.time()
@@ -82,11 +85,9 @@ class _Run:
         config = self.config
         start = self._resume()
         if self.process.is_main:
-            _write_json(
-                self.folder / "logs" / "plan.json",
-                {"total_steps": self.steps, "start_step": start},
-            )
-            self.sinks = self._open_sinks(start)
+            plan = {"total_steps": self.steps, "start_step": start}
+            write_whole(self.folder / "logs" / "plan.json", json.dumps(plan))
+        self.sinks = dist.on_main(lambda: self._open_sinks(start)) or []
         fit = Fit(
             engine=self.engine,
             source=self.source,
@@ -101,7 +102,8 @@ class _Run:
             steps=self.steps,
             start=start,
             seed=config.seed,
-            log_every=config.train.log_every,
+            # A save ends a window of logging, so that a resumed run averages over the same steps.
+            log_every=(config.train.log_every, config.train.save_every or config.train.log_every),
             stop_requested=(self.folder / "STOP").exists,
             hooks=(
                 Hook(self._evaluate, config.train.eval_every, at_start=True, at_end=True),
@@ -118,14 +120,9 @@ class _Run:
         if self.process.is_main:
             for sink in self.sinks:
                 sink.close()
-            _write_json(
-                self.folder / "logs" / "outcome.json",
-                {
-                    "outcome": "completed" if completed else "stopped",
-                    "step": last,
-                    "total_steps": self.steps,
-                },
-            )
+            outcome = "completed" if completed else "stopped"
+            said = {"outcome": outcome, "step": last, "total_steps": self.steps}
+            write_whole(self.folder / "logs" / "outcome.json", json.dumps(said))
 
     # ---- hooks
 
@@ -149,6 +146,7 @@ class _Run:
             step=info.step,
             layout=self._layout(),
             channels=self.channels,
+            recipe=self.recipe,
             lineage={"end_token_id": self.end_token_id, **self._lineage()},
         )
         keep = self.config.checkpoint.keep
@@ -182,10 +180,13 @@ class _Run:
         return json.loads(path.read_text()) if path.is_file() else {}
 
     def _resume(self) -> int:
-        found = resume.find(self.config.train.resume, self.folder)
+        wish = self.config.train.resume
+        if wish == "never":
+            dist.on_main(lambda: resume.put_aside(self.folder))
+        found = dist.from_main(lambda: resume.find(wish, self.folder))
         if found is None:
             return 0
-        manifest = resume.check_fits(found, self._layout(), self.channels)
+        manifest = resume.check_fits(found, self._layout(), self.channels, self.recipe, self.steps)
         self.engine.load_state(found / "state")
         return manifest.step
 
@@ -224,18 +225,32 @@ class _Run:
         )
 
 
-def _end_token(examples: Examples) -> int | None:
-    """The token that supervised turns end with: the last target of most of the first rows."""
+def _recipe(config: RunConfig, prepared: Path) -> dict[str, str]:
+    """What decides which samples are in which step."""
+    summary = json.loads((prepared / "summary.json").read_text())
+    inputs = json.dumps(summary["inputs"], sort_keys=True).encode()
+    return {
+        "objective": type(config.objective).__name__.lower(),
+        "seed": str(config.seed),
+        "train.batch_size": str(config.train.batch_size),
+        "data.max_length": str(config.data.max_length),
+        "data.pack_window": str(config.data.pack_window),
+        "data": hashlib.sha256(inputs).hexdigest()[:16],
+    }
+
+
+def _end_token(examples: Examples, model_folder: Path) -> int | None:
+    """The token that supervised turns end with: the last target of most of the first rows.
+
+    Only an added token of the tokenizer can be one: a line break that a template writes after
+    each turn would end every answer at its first line.
+    """
+    added = json.loads((model_folder / "tokenizer.json").read_text()).get("added_tokens", [])
     last: Counter[int] = Counter()
     for i in range(min(len(examples), 200)):
         example = examples[i]
         targets = example.input_ids_L[example.weight_L > 0]
         if len(targets) and not example.truncated:
             last[int(targets[-1])] += 1
-    return last.most_common(1)[0][0] if last else None
-
-
-def _write_json(path: Path, value: Any) -> None:
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(value))
-    aside.replace(path)
+    token = last.most_common(1)[0][0] if last else None
+    return token if token in {entry["id"] for entry in added} else None

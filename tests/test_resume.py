@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -118,18 +121,90 @@ def test_stop_saves_and_leaves_and_the_run_goes_on(base, tmp_path):
     assert numbers(stopped) == whole
 
 
-def test_never_starts_again_and_a_path_starts_from_there(base, tmp_path):
+def test_never_starts_again_and_loses_nothing(base, tmp_path):
     folder = freeze(tmp_path / "run", base)
     train(base, folder)
     whole = numbers(folder)
-    train(replace(base, train=replace(base.train, resume="never")), folder)
-    assert numbers(folder) == whole
-    named = replace(
-        base, train=replace(base.train, resume=str(folder / "checkpoints" / "step-000003"))
-    )
-    other = freeze(tmp_path / "other", named)
-    train(named, other)
+    short = replace(base.train, resume="never", steps=2, save_every=None)
+    train(replace(base, train=short), folder)
+    assert [row["step"] for row in numbers(folder)] == [0, 1, 2]
+    assert [path.name for path in store.whole_checkpoints(folder)] == ["step-000002"]
+    old = sorted(path.name for path in (folder / "checkpoints.old-1").glob("step-*"))
+    assert old == ["step-000003", "step-000006"]
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints.old-1").rename(folder / "checkpoints")
+    train(base, folder)  # the older training is still whole: it is found finished
+    assert json.loads((folder / "logs" / "outcome.json").read_text())["step"] == 6
+    assert whole[-1]["step"] == 6
+
+
+def test_a_path_starts_from_there(base, tmp_path):
+    folder = freeze(tmp_path / "run", base)
+    train(base, folder)
+    whole = numbers(folder)
+    named = str(folder / "checkpoints" / "step-000003")
+    config = replace(base, train=replace(base.train, resume=named))
+    other = freeze(tmp_path / "other", config)
+    train(config, other)
     assert numbers(other) == whole[4:]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"data": {"max_length": 32}}, "data.max_length was 64, now 32; data was"),
+        ({"train": {"batch_size": 2}}, "train.batch_size was 4, now 2"),
+        ({"train": {"steps": 2}}, "is at step 3, and this run has 2 steps"),
+    ],
+)
+def test_what_changes_the_order_of_samples_is_refused(base, tmp_path, change, said):
+    first = replace(base, train=replace(base.train, steps=3))
+    folder = freeze(tmp_path / "run", first)
+    train(first, folder)
+    values = {
+        key: replace(getattr(base, key), **value) if isinstance(value, dict) else value
+        for key, value in change.items()
+    }
+    changed = replace(base, **values)
+    changed = replace(changed, train=replace(changed.train, resume=str(folder)))
+    other = freeze(tmp_path / "other", changed)
+    with pytest.raises(CheckpointError, match=said):
+        train(changed, other)
+
+
+def test_a_window_of_logging_is_the_same_after_a_resume(base, tmp_path):
+    config = replace(base, train=replace(base.train, log_every=4))
+    folder = freeze(tmp_path / "run", config)
+    train(config, folder)
+    whole = numbers(folder)
+    assert [row["step"] for row in whole] == [0, 3, 4, 6]
+    lose_everything_after(folder, 3)
+    train(config, folder)
+    assert numbers(folder) == whole
+
+
+def test_a_stop_in_the_last_step_is_a_finished_run(base, tmp_path):
+    config = replace(base, train=replace(base.train, steps=1))
+    folder = freeze(tmp_path / "run", config)
+    (folder / "STOP").touch()
+    train(config, folder)
+    assert json.loads((folder / "logs" / "outcome.json").read_text())["outcome"] == "completed"
+    assert "eval/loss" in numbers(folder)[-1]
+
+
+def test_deepspeed_trains_twice_in_one_process(base, tmp_path, run_workers):
+    """The process group stays: DeepSpeed would go on asking for the first one."""
+    script = (
+        "import sys; from pathlib import Path; from posttrain_dist.train import train\n"
+        "from posttrain_dist.config import RunConfig\n"
+        "for folder in map(Path, sys.argv[1:]):\n"
+        "    train(RunConfig.from_yaml((folder / 'config.yaml').read_text()), folder)\n"
+    )
+    config = replace(base, engine=DeepSpeed(stage=1))
+    folders = [freeze(tmp_path / name, config) for name in ("first", "second")]
+    subprocess.run([sys.executable, "-c", script, *map(str, folders)], check=True, timeout=120)
+    assert numbers(folders[0]) == numbers(folders[1])
 
 
 def test_another_layout_is_refused_by_name(base, tmp_path):
@@ -145,7 +220,7 @@ def test_log_every_averages_over_its_steps(base, tmp_path):
     folder = freeze(tmp_path / "each", base)
     train(base, folder)
     each = numbers(folder)
-    rare = replace(base, train=replace(base.train, log_every=4))
+    rare = replace(base, train=replace(base.train, log_every=4, save_every=None))
     folder = freeze(tmp_path / "rare", rare)
     train(rare, folder)
     rows = numbers(folder)

@@ -77,7 +77,10 @@ def absolute(config: RunConfig) -> RunConfig:
     if isinstance(engine, DeepSpeed) and engine.config is not None:
         engine = replace(engine, config=_absolute(engine.config))
     train = config.train
-    if train.resume not in ("auto", "never"):
+    if train.resume == "never":
+        # The folder is new; from here on, what is resumed is this run itself, after a restart.
+        train = replace(train, resume="auto")
+    if train.resume != "auto":
         train = replace(train, resume=_absolute(train.resume))
     root = _absolute(config.output_root)
     return replace(config, data=data, model=model, engine=engine, train=train, output_root=root)

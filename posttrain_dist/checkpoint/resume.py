@@ -14,20 +14,19 @@ def find(resume: str, run_folder: Path) -> Path | None:
 
     Args:
         resume: `auto` (newest whole one of this run), `never`, a `step-N` folder, or another
-            run's folder (its newest).
+            run's folder (its newest). A named one starts a run; where the run has a checkpoint of
+            its own, that one is newer.
 
     Raises:
         CheckpointError: a named checkpoint is not there or not whole.
     """
     if resume == "never":
         return None
-    if resume == "auto":
-        found = whole_checkpoints(run_folder)
-        return found[-1] if found else None
-    # A restarted worker goes on from this run's own newest checkpoint, not from the named one.
     own = whole_checkpoints(run_folder)
     if own:
         return own[-1]
+    if resume == "auto":
+        return None
     named = Path(resume)
     inside = whole_checkpoints(named)
     if inside:
@@ -36,11 +35,26 @@ def find(resume: str, run_folder: Path) -> Path | None:
     return named
 
 
-def check_fits(folder: Path, layout: dict[str, Any], channels: list[str]) -> Manifest:
-    """The manifest of `folder`, if a run of this layout can read it.
+def put_aside(run_folder: Path) -> None:
+    """Move the checkpoints of an earlier training of this folder to `checkpoints.old-N`."""
+    old = run_folder / "checkpoints"
+    if old.is_dir():
+        taken = len(list(run_folder.glob("checkpoints.old-*")))
+        old.rename(run_folder / f"checkpoints.old-{taken + 1}")
+
+
+def check_fits(
+    folder: Path, layout: dict[str, Any], channels: list[str], recipe: dict[str, str], steps: int
+) -> Manifest:
+    """The manifest of `folder`, if this run can go on from it.
+
+    Args:
+        layout: engine, workers and dtype, which must have written the state.
+        recipe: what decides which samples are in which step; it must be the same.
+        steps: of the whole run.
 
     Raises:
-        CheckpointError: it was written by another layout or with other channels.
+        CheckpointError: it was written by another layout, from other data, or is further on.
     """
     manifest = read_manifest(folder)
     if manifest.layout != layout:
@@ -54,6 +68,21 @@ def check_fits(folder: Path, layout: dict[str, Any], channels: list[str]) -> Man
             f"was written with channels {manifest.channels}; this run's data has {channels}",
             where=str(folder),
             fix="resume with the same data, or train.resume=never",
+        )
+    changed = [key for key in recipe if manifest.recipe.get(key) != recipe[key]]
+    if changed:
+        said = [f"{key} was {manifest.recipe.get(key)}, now {recipe[key]}" for key in changed]
+        raise CheckpointError(
+            f"belongs to another order of samples: {'; '.join(said)}",
+            where=str(folder),
+            fix="resume with the same values; to train its result on other data, start a new run "
+            "with model.path=<that run>/export",
+        )
+    if manifest.step > steps:
+        raise CheckpointError(
+            f"is at step {manifest.step}, and this run has {steps} steps",
+            where=str(folder),
+            fix=f"set train.steps above {manifest.step}, or train.resume=never",
         )
     return manifest
 

@@ -8,7 +8,6 @@ marker of DeepSpeed nor one of Ray decides what is good.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 
 from posttrain_dist import dist
 from posttrain_dist.errors import CheckpointError
+from posttrain_dist.files import sync, write_whole
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
@@ -27,8 +27,9 @@ class Manifest:
     """What a checkpoint is, written after everything else in it."""
 
     step: int
-    layout: dict[str, Any]  # engine, stage, world, dtype: what may read the state again
+    layout: dict[str, Any]  # engine, workers, dtype: what may read the state again
     channels: list[str]
+    recipe: dict[str, str] = field(default_factory=dict)  # config key -> value; must not change
     lineage: dict[str, Any] = field(default_factory=dict)  # hashes, W&B id
     files: dict[str, int] = field(default_factory=dict)  # path below the folder -> bytes
     format: int = FORMAT
@@ -53,19 +54,20 @@ def save(
     """
     final = folder_of(run_folder, manifest.step)
     partial = final.with_name(final.name + ".partial")
-    main = dist.rank() == 0
+
+    def make_room() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "state").mkdir(parents=True)
+
+    def commit() -> None:
+        _commit(partial, final, manifest)
+        _prune(run_folder, keep, final)
+
     try:
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / "state").mkdir(parents=True)
-        dist.barrier()
-        write_state(partial / "state")
-        dist.barrier()
-        if main:
-            _commit(partial, final, manifest)
-            _prune(run_folder, keep)
-        dist.barrier()
-    except OSError as error:
+        dist.on_main(make_room)
+        dist.on_all(lambda: write_state(partial / "state"))
+        dist.on_main(commit)
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError where a disk is full
         raise CheckpointError(
             f"step {manifest.step} cannot be written: {error}",
             where=str(partial),
@@ -78,34 +80,23 @@ def save(
 def _commit(partial: Path, final: Path, manifest: Manifest) -> None:
     sizes = {}
     for path in sorted(p for p in partial.rglob("*") if p.is_file()):
-        _sync(path)
+        sync(path)
         sizes[str(path.relative_to(partial))] = path.stat().st_size
     text = json.dumps({**asdict(manifest), "files": sizes}, indent=1)
-    (partial / MANIFEST).write_text(text)
-    _sync(partial / MANIFEST)
-    _sync(partial)
+    write_whole(partial / MANIFEST, text, to_disk=True)
+    sync(partial)
     if final.exists():  # of an earlier try: train.resume=never, or torn
         shutil.rmtree(final)
     partial.replace(final)
-    _sync(final.parent)
-    latest = final.parent / "latest"
-    aside = final.parent / "latest.partial"
-    aside.write_text(final.name + "\n")
-    aside.replace(latest)
+    sync(final.parent)
+    write_whole(final.parent / "latest", final.name + "\n")
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _prune(run_folder: Path, keep: int) -> None:
+def _prune(run_folder: Path, keep: int, newest: Path) -> None:
     if keep > 0:
-        for old in whole_checkpoints(run_folder)[:-keep]:
-            shutil.rmtree(old)
+        others = [path for path in whole_checkpoints(run_folder) if path != newest]
+        for old in others[: max(0, len(others) + 1 - keep)]:
+            shutil.rmtree(old, ignore_errors=True)  # what stays costs space, not the run
 
 
 def is_whole(folder: Path) -> bool:
@@ -120,7 +111,11 @@ def is_whole(folder: Path) -> bool:
 def whole_checkpoints(run_folder: Path) -> list[Path]:
     """Every whole checkpoint of a run, oldest first."""
     found = (run_folder / "checkpoints").glob("step-*[0-9]")
-    return sorted(path for path in found if is_whole(path))
+    return sorted((path for path in found if is_whole(path)), key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def read_manifest(folder: Path) -> Manifest:

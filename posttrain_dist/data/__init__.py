@@ -1,6 +1,6 @@
 """From files to batches: read, render, mask, pack, collate.
 
-    records -> template + masking -> packing -> collate -> loader
+records -> template + masking -> packing -> collate -> loader
 """
 
 from __future__ import annotations

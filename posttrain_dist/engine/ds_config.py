@@ -75,18 +75,25 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _merge(theirs: dict[str, Any], ours: dict[str, Any], path: str) -> dict[str, Any]:
-    conflicts = []
-    for key, instead in OWNED.items():
-        node: Any = theirs
-        for part in key.split("."):
-            node = node.get(part) if isinstance(node, dict) else None
-        if node is not None:
-            conflicts.append(f"{key} (set {instead})")
+    their_zero = theirs.get("zero_optimization", {})
+    if not isinstance(their_zero, dict):
+        raise ConfigError(
+            "zero_optimization is not a JSON object",
+            where=path,
+            fix='write it as {"zero_optimization": {"reduce_bucket_size": 50000000}}',
+        )
+    said = [*theirs, *(f"zero_optimization.{key}" for key in their_zero)]
+    set_by_us = {*ours, *(f"zero_optimization.{key}" for key in ours["zero_optimization"])}
+    set_by_us -= {"zero_optimization"}
+    conflicts = [
+        f"{key} (set {OWNED[key]})" if key in OWNED else f"{key} (the run sets it)"
+        for key in said
+        if key in OWNED or key in set_by_us
+    ]
     if conflicts:
         raise ConfigError(
             f"sets what the run itself sets: {'; '.join(conflicts)}",
             where=path,
             fix="remove these keys from the file and use the run's own",
         )
-    zero = {**theirs.get("zero_optimization", {}), **ours["zero_optimization"]}
-    return {**theirs, **ours, "zero_optimization": zero}
+    return {**theirs, **ours, "zero_optimization": {**their_zero, **ours["zero_optimization"]}}

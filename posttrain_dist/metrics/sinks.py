@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
+from posttrain_dist.files import write_whole
 from posttrain_dist.flow import StepInfo
 
 
@@ -24,9 +25,7 @@ class JsonlSink:
 
     def __init__(self, path: Path, start_step: int) -> None:
         kept = [row for row in read_rows(path) if row["step"] <= start_step] if start_step else []
-        aside = path.with_suffix(".partial")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        aside.replace(path)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
 
     def write(self, info: StepInfo) -> None:
@@ -45,9 +44,7 @@ class SampleLog:
         lines = path.read_text().splitlines() if start_step and path.is_file() else []
         kept = [line for line in lines if line.split("\t")[0].isdigit()]
         kept = [line for line in kept if int(line.split("\t")[0]) <= start_step]
-        aside = path.with_suffix(".partial")
-        aside.write_text("".join(line + "\n" for line in kept))
-        aside.replace(path)
+        write_whole(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a")
 
     def write(self, info: StepInfo) -> None:

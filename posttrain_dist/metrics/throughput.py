@@ -10,7 +10,7 @@ from posttrain_dist import dist
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Peak memory over all ranks: allocated on the GPU, else private memory of the process.
+    """The largest over all ranks: peak allocation of a GPU, else private memory now.
 
     Private (anonymous) memory leaves out mapped model files, which all ranks share.
     """

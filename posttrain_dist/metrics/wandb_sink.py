@@ -77,7 +77,7 @@ class WandbSink:
             name=name,
             dir=str(run_folder),
             config=details,
-            resume="must" if resuming else None,
+            resume="allow" if resuming else None,
             settings=settings,
         )
         self._run.define_metric("step", hidden=True)

@@ -53,7 +53,9 @@ def test_a_deepspeed_json_is_merged_in(tmp_path):
     [
         ('{"train_batch_size": 8}', r"train_batch_size \(set train.batch_size\)"),
         ('{"zero_optimization": {"stage": 1}}', r"zero_optimization.stage \(set engine.stage\)"),
-        ('{"bf16": {"enabled": true}, "optimizer": {}}', "optimizer .*bf16 .*train.dtype"),
+        ('{"bf16": {"enabled": true}, "optimizer": {}}', r"bf16 \(set train.dtype\).*optimizer"),
+        ('{"steps_per_print": 5}', r"steps_per_print \(the run sets it\)"),
+        ('{"zero_optimization": null}', "zero_optimization is not a JSON object"),
         ("{", "cannot be read"),
         ("[]", "is not a JSON object"),
     ],
