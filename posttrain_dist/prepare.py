@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,19 +18,19 @@ from typing import Any
 import numpy as np
 
 from posttrain_dist.config import RunConfig
-from posttrain_dist.data.embedded import split_path
 from posttrain_dist.data.loader import write_examples
 from posttrain_dist.data.masking import Encoder
 from posttrain_dist.data.records import MAX_ERRORS, find_files, read_records
+from posttrain_dist.data.sources import sources
 from posttrain_dist.data.splitting import Numbered, content_key, split_off
 from posttrain_dist.data.summary import Counts, Summary
 from posttrain_dist.errors import ConfigError, DataError, ModelError, PosttrainError, raise_all
+from posttrain_dist.files import sync
 from posttrain_dist.flow import Example, Record
 from posttrain_dist.models import Weights
 from posttrain_dist.models.folder import check_folder, check_tokenizer, load_tokenizer, resolve
 
 FORMAT = 1  # of the prepared folder; a change makes older folders unreadable
-EMBEDDED = "embedded"
 _TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -44,26 +43,33 @@ _TOKENIZER_FILES = (
 )
 
 
-def prepare(config: RunConfig, folder: Path) -> Summary:
+def prepare(config: RunConfig, folder: Path, *, only_heldout: bool = False) -> Summary:
     """Check model folder and data, tokenise, and write `folder` whole or not at all.
 
     A folder that is there already and was made from the same input is used as it is.
 
+    Args:
+        only_heldout: leave the training split empty; a file in `data.eval` is then held out
+            wholly, and `data.train` is not read.
+
     Raises:
         PosttrainError: any fault of the model folder, tokenizer or data; what is there was
-            prepared from other input.
+            prepared from other input; with `only_heldout`, there is no held-out row.
     """
     model_folder = resolve(config.model.path)
     model_config = check_folder(model_folder, config.model.weights is Weights.load)
-    train_path, eval_path = _sources(config)
-    inputs = _inputs(config, model_folder, train_path, eval_path)
+    paths = sources(config.data, config.objective.rows, only_heldout=only_heldout)
+    inputs = _inputs(config, model_folder, paths)
     if folder.exists() and any(folder.iterdir()):
         return _reuse(folder, inputs)
 
     rows = config.objective.rows
     tokenizer = load_tokenizer(model_folder)
     check_tokenizer(tokenizer, model_folder, need_chat_template=rows == "messages")
-    train, heldout, moved = _read(config, train_path, eval_path)
+    train, heldout, moved = _read(config, paths)
+    if only_heldout:
+        train = []
+        _refuse_no_rows(heldout)
     channels = sorted({record.channel for _, record in [*train, *heldout]})
     encoder = Encoder(tokenizer, rows, config.data.max_length)
     splits = {"train": _encode(train, encoder, channels)}
@@ -87,30 +93,11 @@ def prepare(config: RunConfig, folder: Path) -> Summary:
 # ----------------------------------------------------------------------------------- input
 
 
-def _sources(config: RunConfig) -> tuple[Path | str, Path | str | None]:
-    train, heldout = config.data.train, config.data.eval
-    if EMBEDDED in (train, heldout) and config.objective.rows != "messages":
-        raise ConfigError(
-            f"the embedded data holds conversations, and this objective reads "
-            f"{config.objective.rows} rows",
-            where="data.train" if train == EMBEDDED else "data.eval",
-            fix='give a JSONL file with rows such as {"text": "..."}',
-        )
-    if train == EMBEDDED:
-        return split_path("train"), heldout if heldout not in (None, EMBEDDED) else split_path(
-            "heldout"
-        )
-    return train, split_path("heldout") if heldout == EMBEDDED else heldout
-
-
-def _inputs(
-    config: RunConfig, model_folder: Path, train: Path | str, heldout: Path | str | None
-) -> dict[str, Any]:
+def _inputs(config: RunConfig, model_folder: Path, paths: dict[str, str]) -> dict[str, Any]:
     """Everything that decides the content of the folder; equal inputs, equal content."""
-    sources = {"train": train, **({"eval": heldout} if heldout is not None else {})}
     data = {
-        split: {f"{i}:{f.name}": _digest(f) for i, f in enumerate(find_files(str(path)))}
-        for split, path in sources.items()
+        split: {f"{i}:{f.name}": _digest(f) for i, f in enumerate(find_files(path))}
+        for split, path in paths.items()
     }
     tokenizer = {
         name: _digest(model_folder / name)
@@ -157,15 +144,13 @@ def _reuse(folder: Path, inputs: dict[str, Any]) -> Summary:
 # ------------------------------------------------------------------------------- the two splits
 
 
-def _read(
-    config: RunConfig, train: Path | str, heldout: Path | str | None
-) -> tuple[list[Numbered], list[Numbered], int]:
+def _read(config: RunConfig, paths: dict[str, str]) -> tuple[list[Numbered], list[Numbered], int]:
     """(train, held-out, held-out rows left to train): no row stands in both."""
-    records = read_records(str(train), config.objective.rows)
-    if heldout is None:
+    records = read_records(paths["train"], config.objective.rows) if "train" in paths else []
+    if "eval" not in paths:
         return split_off(records, config.data.eval_fraction, config.seed)
     known = {content_key(record) for record in records}
-    rows = list(enumerate(read_records(str(heldout), config.objective.rows)))
+    rows = list(enumerate(read_records(paths["eval"], config.objective.rows)))
     kept = [(i, record) for i, record in rows if content_key(record) not in known]
     if not kept:
         raise DataError(
@@ -209,6 +194,15 @@ def _count(
         channel.supervised += supervised
         channel.tokens += len(example.input_ids_L) if supervised else 0
     return {channel: counts[channel] for channel in channels if channel in counts}
+
+
+def _refuse_no_rows(heldout: list[Numbered]) -> None:
+    if not heldout:
+        raise DataError(
+            "there is no held-out row",
+            where="data.eval",
+            fix="set data.eval=<a file of rows>, or data.eval_fraction above 0",
+        )
 
 
 def _refuse_empty(summary: Summary, rows: dict[str, list[Numbered]]) -> None:
@@ -266,9 +260,9 @@ def _write(
         (partial / "heldout_records.jsonl").write_bytes("".join(lines).encode())
         (partial / "summary.json").write_text(json.dumps(asdict(summary), indent=1))
         for path in [*partial.rglob("*"), partial]:
-            _sync(path)
+            sync(path)
         partial.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise DataError(
             f"the prepared data cannot be written: {error.strerror}",
@@ -281,11 +275,3 @@ def _row(record: Record) -> dict[str, Any]:
     row: dict[str, Any] = {"task_type": record.channel}
     row |= {"messages": record.messages} if record.text is None else {"text": record.text}
     return row | ({"check": record.check} if record.check else {})
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -29,7 +29,17 @@ FOLDERS = [*LIBRARY.values(), ROOT / "conf", ROOT / "slurm", ROOT / "tests", ROO
 LAYERS = {
     "posttrain_launch": 6,
     **dict.fromkeys(
-        ("train", "prepare", "inspection", "evaluation", "synthesis", "export", "report", "assets"),
+        (
+            "train",
+            "prepare",
+            "inputs",
+            "inspection",
+            "evaluation",
+            "synthesis",
+            "export",
+            "report",
+            "assets",
+        ),
         5,
     ),
     "build": 4,
@@ -376,7 +386,9 @@ def run_script(folder: Path, source: str) -> object:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("module", ["posttrain_dist.config", "posttrain_launch.cli"])
+@pytest.mark.parametrize(
+    "module", ["posttrain_dist.config", "posttrain_dist.inputs", "posttrain_launch.cli"]
+)
 def test_the_command_line_starts_without_heavy_imports(module: str, tmp_path: Path) -> None:
     heavy = ["torch", "transformers", "ray", "deepspeed"]
     source = f"import json, sys, {module}\nfound = [m for m in {heavy} if m in sys.modules]\n"

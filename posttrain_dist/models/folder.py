@@ -57,7 +57,12 @@ def check_folder(path: Path, need_weights: bool = True) -> dict[str, Any]:
     config = _read_object(path / "config.json", "the folder of a Hugging Face causal LM has one")
     found = _architecture_problems(config, path / "config.json")
     if need_weights:
-        found += _weight_problems(path)
+        try:
+            found += _weight_problems(path)
+        except OSError as error:
+            place = str(error.filename or path)
+            what = f"cannot be read: {error.strerror}"
+            found.append(ModelError(what, where=place, fix="check its permissions"))
     raise_all(found)
     return config
 

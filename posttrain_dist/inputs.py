@@ -1,0 +1,111 @@
+"""What a command would trip over later, found before it makes anything. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from posttrain_dist.checkpoint import resume
+from posttrain_dist.config import RunConfig, Slurm, problems
+from posttrain_dist.data.records import find_files
+from posttrain_dist.data.sources import sources
+from posttrain_dist.engine import Single
+from posttrain_dist.errors import ConfigError, PosttrainError, SeveralErrors, raise_all
+from posttrain_dist.metrics.wandb_sink import resolve_mode
+from posttrain_dist.models import Weights
+from posttrain_dist.models.folder import check_folder, resolve
+
+
+def check_inputs(config: RunConfig, verb: str = "train") -> None:
+    """Refuse a config that contradicts itself or names files that cannot be used.
+
+    Args:
+        config: with every slot filled and paths that do not depend on the working directory.
+        verb: train, submit, inspect or evaluate; only what it uses is looked at.
+
+    Raises:
+        PosttrainError, SeveralErrors: all that is wrong, together.
+    """
+    raise_all(input_problems(config, verb))
+
+
+def input_problems(config: RunConfig, verb: str = "train") -> list[PosttrainError]:
+    """Every fault that can be seen without reading rows or weights; see `check_inputs`."""
+    found = problems(config)
+    need_weights = config.model.weights is Weights.load
+    found += _faults(lambda: check_folder(resolve(config.model.path), need_weights))
+    found += _data_faults(config, only_heldout=verb == "evaluate")
+    if verb in ("train", "submit"):
+        found += _cluster_faults(config, verb)
+        found += _faults(lambda: _check_resume(config.train.resume))
+        found += _faults(lambda: resolve_mode(config.logging.wandb))
+        found += _faults(lambda: _check_output_root(Path(config.output_root)))
+    return found
+
+
+def _faults(check: Callable[[], object]) -> list[PosttrainError]:
+    try:
+        check()
+    except SeveralErrors as several:
+        return several.problems
+    except PosttrainError as error:
+        return [error]
+    return []
+
+
+def _data_faults(config: RunConfig, only_heldout: bool) -> list[PosttrainError]:
+    try:
+        paths = sources(config.data, config.objective.rows, only_heldout=only_heldout)
+    except PosttrainError as error:
+        return [error]
+    found: list[PosttrainError] = []
+    for path in paths.values():
+        found += _faults(lambda path=path: find_files(path))  # type: ignore[misc]
+    return found
+
+
+def _cluster_faults(config: RunConfig, verb: str) -> list[PosttrainError]:
+    cluster = config.cluster
+    found: list[PosttrainError] = []
+    if isinstance(cluster, Slurm) != (verb == "submit"):
+        what, fix = {
+            "train": (
+                "slurm: a training on Slurm is submitted, not started here",
+                "posttrain submit with the same arguments",
+            ),
+            "submit": (
+                "a job is submitted to Slurm, and this run is not set up for it",
+                "use cluster=slurm and, for instance, cluster.nodes=2",
+            ),
+        }[verb]
+        found.append(ConfigError(what, where="cluster", fix=fix))
+    if isinstance(cluster, Slurm) and isinstance(config.engine, Single):
+        workers = cluster.nodes * max(1, cluster.gpus_per_node)
+        if cluster.workers is None and workers > 1:
+            found.append(single_on_many(workers))
+    return found
+
+
+def single_on_many(workers: int) -> ConfigError:
+    """The refusal of engine=single where the cluster makes several workers of itself."""
+    return ConfigError(
+        f"single runs in one process, and {workers} workers would start, one for each GPU or node",
+        where="engine",
+        fix="use engine=zero0 (or zero1, zero2, zero3), or cluster.workers=1",
+    )
+
+
+def _check_resume(named: str) -> None:
+    if named not in ("auto", "never"):
+        resume.find(named, Path(named))
+
+
+def _check_output_root(root: Path) -> None:
+    there = next(place for place in (root, *root.parents) if os.access(place, os.F_OK))
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ConfigError(
+            f"the run folder cannot be made in {root}: {there} is no folder that can be written to",
+            where="output_root",
+            fix="set output_root=<a folder that you may write to>",
+        )
