@@ -54,6 +54,10 @@ export RAY_ADDRESS
 RAY_ADDRESS=$(own_address):$POSTTRAIN_PORT
 say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, nodes ${nodes[*]}, Ray at $RAY_ADDRESS"
 
+# A checkpoint that is newer than this file is one of this start.
+started=$POSTTRAIN_RUN/ray/started-$SLURM_JOB_ID
+touch "$started"
+
 # --- one step for Ray, one for the driver ---------------------------------------------------
 
 # shellcheck disable=SC2016  # expanded on the nodes
@@ -114,8 +118,16 @@ if [ -e "$POSTTRAIN_RUN/FINISHED" ]; then
   exit 0
 fi
 if [ $asked_to_stop = 1 ]; then
-  say "not finished at the time limit: back into the queue"
-  scontrol requeue "$SLURM_JOB_ID"
+  # Only after progress: a job that saves nothing before its limit would come back for ever.
+  saved=$(find "$POSTTRAIN_RUN/checkpoints" -path '*/step-*[0-9]/MANIFEST.json' -newer "$started" \
+    -print -quit 2>/dev/null)
+  if [ -n "$saved" ]; then
+    say "not finished at the time limit, saved $saved: back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+  else
+    say "nothing was saved before the time limit, so not queued again: raise cluster.time, set" \
+      "train.save_every, or ask for more time to save (--signal at the top of this script)"
+  fi
 fi
 say "not finished; exit code of the driver: $code"
 [ "$code" != 0 ] || code=1

@@ -51,7 +51,7 @@ def test_one_command_trains_and_tells(tmp_path):
     for channel in CHANNELS:
         assert re.search(rf"^{channel}\s+\d+\.\d+\s+\d+\.\d+", said, re.MULTILINE), channel
     for channel in FIXED_CHANNELS:
-        assert re.search(rf"^{channel}\s+\d+ of 2\s+\d+ of 2", said, re.MULTILINE), channel
+        assert re.search(rf"^{channel}\s+\d+/2\s+\d+/2", said, re.MULTILINE), channel
     assert len(re.findall(r"^sample of ", said, re.MULTILINE)) == 3
     for place in (folder, folder / "report.html", folder / "export"):
         assert str(place) in said and place.exists()

@@ -32,8 +32,15 @@ def base(tiny_llama, rows_file):
 
 
 @pytest.fixture(scope="module")
-def runs(base, tmp_path_factory, run_workers):
-    """Two ranks, bfloat16 and float32: name -> run folder."""
+def tied(base, tmp_path_factory, builders):
+    """The same run with a model whose head is its embedding."""
+    folder = builders.model(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
+    return replace(base, model=ModelConfig(path=str(folder)))
+
+
+@pytest.fixture(scope="module")
+def runs(base, tied, tmp_path_factory, run_workers):
+    """Two ranks, bfloat16 and float32, and a tied model: name -> run folder."""
     root = tmp_path_factory.mktemp("export")
     made = {}
     for dtype in (Dtype.float32, Dtype.bfloat16):
@@ -47,6 +54,10 @@ def runs(base, tmp_path_factory, run_workers):
             prepare(config, folder / "prepared")
             (folder / "config.yaml").write_text(config.to_yaml())
             made[folder.name] = folder
+    made["tied"] = root / "tied"
+    config = replace(tied, engine=DeepSpeed(stage=3, persistence_threshold=0))
+    prepare(config, root / "tied" / "prepared")
+    (root / "tied" / "config.yaml").write_text(config.to_yaml())
     run_workers("train_runs.py", 2, *made.values())
     return made
 
@@ -55,13 +66,14 @@ def last_row(folder):
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
 
 
-def test_export_of_zero3_gives_the_logits_that_the_trainer_evaluated(runs, base):
+@pytest.mark.parametrize("name", ["float32-zero3", "tied"])
+def test_export_of_zero3_gives_the_logits_that_the_trainer_evaluated(runs, name):
     """The last evaluation of the trainer, again by plain transformers on the export."""
     import transformers
 
     from posttrain_dist.data.loader import Examples
 
-    folder = runs["float32-zero3"]
+    folder = runs[name]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "export")
     assert model.dtype == torch.float32
     examples = Examples.open(folder / "prepared", "eval")
@@ -74,6 +86,17 @@ def test_export_of_zero3_gives_the_logits_that_the_trainer_evaluated(runs, base)
         mask = torch.from_numpy(examples[i].weight_L[1:].copy())
         total, weight = total + float((nll * mask).sum()), weight + float(mask.sum())
     assert last_row(folder)["eval/loss"] == pytest.approx(total / weight, rel=1e-6)
+
+
+def test_a_tied_head_stays_tied_and_trains_as_in_one_process(runs, tied, tmp_path):
+    from safetensors.torch import load_file
+
+    prepare(tied, tmp_path / "prepared")
+    train(tied, tmp_path)
+    for key in ("train/loss", "eval/loss"):
+        assert last_row(runs["tied"])[key] == pytest.approx(last_row(tmp_path)[key], rel=1e-6)
+    weights = load_file(runs["tied"] / "export" / "model.safetensors")
+    assert "lm_head.weight" not in weights and "model.embed_tokens.weight" in weights
 
 
 def test_export_carries_tokenizer_template_and_end_token(runs, tiny_llama):

@@ -158,6 +158,26 @@ def test_eval_rows_that_stand_in_train_are_left_out(
         prepare(make(train=str(train), eval=str(train)), tmp_path / "again")
 
 
+def test_only_held_out_rows(make: Any, builders: Any, tmp_path: Path) -> None:
+    rows = builders.rows(12)
+    heldout = builders.write(tmp_path / "eval.jsonl", rows)
+    config = make(train=str(tmp_path / "not there"), eval=str(heldout))
+    summary = prepare(config, tmp_path / "file", only_heldout=True)
+    assert summary.splits["train"] == {}
+    assert len(Examples.open(tmp_path / "file", "train")) == 0
+    examples = Examples.open(tmp_path / "file", "eval")
+    assert examples.sample_ids.tolist() == list(range(12))
+
+    # Split off: the rows that a training would hold out.
+    prepare(make(train=str(heldout), eval_fraction=0.5), tmp_path / "trained")
+    prepare(make(train=str(heldout), eval_fraction=0.5), tmp_path / "split", only_heldout=True)
+    ids = [Examples.open(tmp_path / name, "eval").sample_ids for name in ("trained", "split")]
+    assert 0 < len(ids[0]) < 12 and ids[0].tolist() == ids[1].tolist()
+    assert len(Examples.open(tmp_path / "split", "train")) == 0
+    with pytest.raises(DataError, match=r"data\.eval: there is no held-out row"):
+        prepare(make(train=str(heldout), eval_fraction=0), tmp_path / "none", only_heldout=True)
+
+
 def _records(sizes: dict[str, int]) -> list[Record]:
     names = [name for name, size in sizes.items() for _ in range(size)]
     return [Record(channel=name, where="", text=f"{i}") for i, name in enumerate(names)]

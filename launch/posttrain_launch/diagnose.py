@@ -6,6 +6,7 @@ command line (and each line of the user's experiment) is tried alone against a c
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -17,10 +18,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from posttrain_dist.config import complete, problems
+from posttrain_dist.config import problems
 from posttrain_dist.errors import ConfigError, PosttrainError, raise_all
+from posttrain_dist.inputs import input_problems
 from posttrain_launch.compose import Composed, Composer, to_composed, without_hydra
 from posttrain_launch.experiment_file import experiment_problems
+from posttrain_launch.freeze import absolute
 from posttrain_launch.keys import value_problems
 
 FAULTS = (
@@ -35,7 +38,12 @@ FAULTS = (
 
 
 def check(
-    words: list[str], config_dir: str | None = None, *, sweep: bool = False, cross: bool = True
+    words: list[str],
+    config_dir: str | None = None,
+    *,
+    sweep: bool = False,
+    cross: bool = True,
+    verb: str | None = None,
 ) -> Composed | None:
     """Compose and check what was typed.
 
@@ -44,19 +52,20 @@ def check(
         config_dir: the user's folder of YAML.
         sweep: the words may hold several values each; then there is no one result.
         cross: also look for values that contradict each other.
+        verb: also look at the files that this verb would use.
 
     Raises:
-        ConfigError, SeveralErrors: all that is wrong.
+        PosttrainError, SeveralErrors: all that is wrong.
     """
     with Composer(config_dir) as composer:
         if not sweep:
             try:
                 composed = _compose(composer, words)
             except FAULTS as error:
-                raise_all(_probe(composer, words, error, sweep=False))
+                raise_all(_probe(composer, words, error, sweep=False, verb=verb))
                 raise
             if cross:
-                complete(composed.config)
+                raise_all(_contradictions(composed, verb))
             return composed
         raise_all(_probe(composer, words, None, sweep=True))
     return None
@@ -69,7 +78,12 @@ def _compose(composer: Composer, words: list[str]) -> Composed:
 
 
 def _probe(
-    composer: Composer, words: list[str], error: Exception | None, *, sweep: bool
+    composer: Composer,
+    words: list[str],
+    error: Exception | None,
+    *,
+    sweep: bool,
+    verb: str | None = None,
 ) -> list[PosttrainError]:
     """Try each word alone; `error` is what composing all of them gave."""
     found: list[PosttrainError] = []
@@ -103,7 +117,10 @@ def _probe(
             if not bad and not sweep:
                 good.append(override.input_line or "")
     if not sweep:
-        found += _contradictions(composer, good)
+        told = {problem.where for problem in found}
+        with contextlib.suppress(*FAULTS):
+            others = _contradictions(_compose(composer, good), verb)
+            found += [problem for problem in others if problem.where not in told]
     if not found and error is not None:
         found.append(_from_hydra(error))
     return found
@@ -190,11 +207,9 @@ def _base(composer: Composer, groups: list[str]) -> DictConfig | None:
     return None
 
 
-def _contradictions(composer: Composer, good: list[str]) -> list[PosttrainError]:
-    try:
-        return problems(_compose(composer, good).config)
-    except FAULTS:
-        return []
+def _contradictions(composed: Composed, verb: str | None) -> list[PosttrainError]:
+    config = absolute(composed.config)
+    return problems(config) if verb is None else input_problems(config, verb)
 
 
 def _from_hydra(error: Exception) -> ConfigError:

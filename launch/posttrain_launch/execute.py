@@ -16,8 +16,8 @@ from typing import IO, Any
 
 from posttrain_dist.config import Local, RunConfig
 from posttrain_dist.errors import PosttrainError
+from posttrain_dist.files import write_whole
 from posttrain_launch.failures import FAILED, STOPPED, tell
-from posttrain_launch.freeze import write_text
 from posttrain_launch.progress import Progress
 from posttrain_launch.summary import summary_text
 
@@ -113,7 +113,7 @@ def _finish(config: RunConfig, folder: Path, outcome: dict[str, Any], out: IO[st
         compare(config, folder)
     write_report(folder)
     finished = {"reason": "completed", "step": outcome["step"]}
-    write_text(folder / "FINISHED", json.dumps(finished) + "\n")
+    write_whole(folder / "FINISHED", json.dumps(finished) + "\n", to_disk=True)
     print(f"\n{summary_text(folder)}", file=out, flush=True)
 
 
@@ -137,7 +137,7 @@ def _record_hashes(folder: Path, inputs: dict[str, Any]) -> None:
     lineage = json.loads(path.read_text())
     digests = {name: inputs[name] for name in ("data", "tokenizer") if name in inputs}
     lineage["hashes"] = {**lineage.get("hashes", {}), **digests}
-    write_text(path, json.dumps(lineage, indent=1) + "\n")
+    write_whole(path, json.dumps(lineage, indent=1) + "\n", to_disk=True)
 
 
 # ------------------------------------------------------------------------------ surroundings

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from posttrain_dist.config import RunConfig, complete
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.errors import ConfigError
+from posttrain_dist.files import write_whole
 from posttrain_launch.compose import Composed
 
 RESERVED = ("embedded", "tiny_base")  # names of what comes with the package, not paths
@@ -29,7 +30,8 @@ PACKAGES = ("posttrain-dist", "torch", "transformers", "deepspeed", "ray", "hydr
 def freeze(composed: Composed, command: str) -> Path:
     """Make a run folder `<output_root>/<name>/<time>` and write what the run is.
 
-    config.yaml (every value, absolute paths, the chosen options), overrides.yaml, run.json.
+    config.yaml (every value, absolute paths, the chosen options), overrides.yaml, run.json, and
+    deepspeed.json, a copy of the user's own DeepSpeed JSON where there is one.
 
     Args:
         command: the command line, kept as the run's lineage.
@@ -40,9 +42,10 @@ def freeze(composed: Composed, command: str) -> Path:
     Raises:
         ConfigError: the configuration contradicts itself, or the folder cannot be made.
     """
-    config = absolute(complete(composed.config))
+    config = complete(absolute(composed.config))
     now = datetime.now().astimezone()
     folder = _new_folder(Path(config.output_root) / config.name, now.strftime("%Y%m%d-%H%M%S"))
+    config, deepspeed_json = _keep_deepspeed_json(config, folder)
     text = config.to_yaml() + OmegaConf.to_yaml({"choices": dict(sorted(composed.choices.items()))})
     lineage = {
         "id": f"{config.name}-{folder.name}",
@@ -57,9 +60,14 @@ def freeze(composed: Composed, command: str) -> Path:
     }
     try:
         (folder / "logs").mkdir()
-        write_text(folder / "overrides.yaml", OmegaConf.to_yaml(composed.overrides))
-        write_text(folder / "run.json", json.dumps(lineage, indent=1) + "\n")
-        write_text(folder / "config.yaml", text)  # last: with it the folder is a run
+        for name, content in {
+            "deepspeed.json": deepspeed_json,
+            "overrides.yaml": OmegaConf.to_yaml(composed.overrides),
+            "run.json": json.dumps(lineage, indent=1) + "\n",
+            "config.yaml": text,  # last: with it the folder is a run
+        }.items():
+            if content is not None:
+                write_whole(folder / name, content, to_disk=True)
     except OSError as error:
         raise _not_writable(folder, error) from error
     return folder
@@ -92,6 +100,16 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - keeps globs
 
 
+def _keep_deepspeed_json(config: RunConfig, folder: Path) -> tuple[RunConfig, str | None]:
+    """The config with its DeepSpeed JSON in the run folder, where later edits do not reach it."""
+    engine = config.engine
+    if not isinstance(engine, DeepSpeed) or engine.config is None:
+        return config, None
+    text = Path(engine.config).read_text(encoding="utf-8")
+    engine = replace(engine, config=str(folder / "deepspeed.json"))
+    return replace(config, engine=engine), text
+
+
 def _new_folder(parent: Path, stamp: str) -> Path:
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -113,16 +131,6 @@ def _not_writable(folder: Path, error: OSError) -> ConfigError:
         where="output_root",
         fix="set output_root=<a folder that you may write to>",
     )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(path)
 
 
 # ---------------------------------------------------------------------------------- lineage

@@ -16,13 +16,14 @@ from typing import Any
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
-from posttrain_dist.config import Slurm, complete
-from posttrain_dist.errors import ClusterError, ConfigError, PosttrainError, SeveralErrors
+from posttrain_dist.config import complete
+from posttrain_dist.errors import ConfigError, PosttrainError, SeveralErrors
+from posttrain_dist.inputs import check_inputs
 from posttrain_launch.cli import VERBS
 from posttrain_launch.compose import Composed, Composer, run_hydra_app, to_composed
 from posttrain_launch.diagnose import check
 from posttrain_launch.failures import BAD_CONFIG, FAILED, STOPPED, tell
-from posttrain_launch.freeze import freeze
+from posttrain_launch.freeze import absolute, freeze
 from posttrain_launch.sweep import Sweep
 
 HELP = """posttrain {verb}: {what}
@@ -97,10 +98,11 @@ def command(verb: str, words: list[str], debug: bool) -> int:
                     arguments.config_dir,
                     sweep=arguments.multirun,
                     cross=not call.shows_only,
+                    verb=None if call.shows_only else verb,
                 )
             page = _help(call) if arguments.help else ""
             run_hydra_app(job, page)
-        except (ConfigError, SeveralErrors) as error:
+        except PosttrainError as error:
             tell(error, debug=debug)
             return BAD_CONFIG
         except KeyboardInterrupt:
@@ -165,9 +167,13 @@ def _help(call: _Call) -> str:
 
 def _trial(call: _Call, composed: Composed, sweep: Sweep) -> tuple[int, Path | None]:
     if call.verb == "train":
+        check_inputs(absolute(composed.config))
         folder = freeze(composed, call.typed)
-        return sweep.run_apart(folder, call.debug), folder
-    return ACTIONS[call.verb](composed, call), None
+        return sweep.run_apart(["run", str(folder)], call.debug), folder
+    words = [call.verb, *composed.overrides]
+    if call.arguments.config_dir is not None:
+        words += ["--config-dir", call.arguments.config_dir]
+    return sweep.run_apart([*words, *(["--dry-run"] if call.dry_run else [])], call.debug), None
 
 
 # ---------------------------------------------------------------------------------- actions
@@ -176,12 +182,6 @@ def _trial(call: _Call, composed: Composed, sweep: Sweep) -> tuple[int, Path | N
 def _train(composed: Composed, call: _Call) -> int:
     from posttrain_launch.execute import run_frozen
 
-    if isinstance(composed.config.cluster, Slurm):
-        raise ClusterError(
-            "slurm: a training on Slurm is submitted, not started here",
-            where="cluster",
-            fix="posttrain submit with the same arguments",
-        )
     return run_frozen(freeze(composed, call.typed), debug=call.debug)
 
 
@@ -189,7 +189,7 @@ def _inspect(composed: Composed, _: _Call) -> int:
     from posttrain_dist.inspection import inspect_text
     from posttrain_dist.prepare import prepare
 
-    config = complete(composed.config)
+    config = complete(absolute(composed.config))
     with tempfile.TemporaryDirectory(prefix="posttrain-") as folder:
         prepared = Path(folder) / "prepared"
         prepare(config, prepared)
@@ -202,13 +202,13 @@ def _evaluate(composed: Composed, _: _Call) -> int:
     from posttrain_dist.prepare import prepare
     from posttrain_launch.summary import align
 
-    config = complete(composed.config)
+    config = complete(absolute(composed.config))
     with (
         tempfile.TemporaryDirectory(prefix="posttrain-") as folder,
         contextlib.redirect_stderr(io.StringIO()),  # progress bars of libraries
     ):
         prepared = Path(folder) / "prepared"
-        prepare(config, prepared)
+        prepare(config, prepared, only_heldout=True)
         found: dict[str, Any] = evaluate(config, prepared)
     rows = [(name, f"{loss:.4f}") for name, loss in sorted(found["channels"].items())]
     print(align([("channel", "held-out loss"), *rows, ("all channels", f"{found['loss']:.4f}")]))

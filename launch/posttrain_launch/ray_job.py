@@ -25,7 +25,10 @@ from typing import Any
 import ray
 
 from posttrain_dist.config import Ray, RunConfig, Slurm
+from posttrain_dist.engine import Single
 from posttrain_dist.errors import ClusterError, PosttrainError
+from posttrain_dist.files import write_whole
+from posttrain_dist.inputs import single_on_many
 from posttrain_launch.ray_driver import error_fields, session_members
 from posttrain_launch.ray_worker import WorkerError
 
@@ -51,9 +54,7 @@ def main() -> None:
     except Exception as failure:
         traceback.print_exc()
         fields = _describe(failure, run_folder)
-        target = run_folder / "logs" / "error.json"
-        target.with_suffix(".tmp").write_text(json.dumps(fields, indent=1), encoding="utf-8")
-        target.with_suffix(".tmp").rename(target)
+        write_whole(run_folder / "logs" / "error.json", json.dumps(fields, indent=1))
         sys.exit(1)
     finally:
         ray.shutdown()
@@ -97,6 +98,8 @@ def run_job(run_folder: Path, address: str | None, temp_dir: Path | None) -> Non
     _stage("ray is there")
     nodes = _nodes(cluster)
     workers, use_gpu = place(cluster, nodes)
+    if isinstance(config.engine, Single) and workers > 1:
+        raise single_on_many(workers)
     from posttrain_launch.ray_train import fit  # imports torch
 
     spread = len(nodes) > 1 and not use_gpu

@@ -15,8 +15,11 @@ from pathlib import Path
 
 from posttrain_dist.config import RunConfig, Slurm
 from posttrain_dist.errors import ClusterError, ConfigError
+from posttrain_dist.files import write_whole
 
-SIGNAL_BEFORE_END_S = 120  # USR1 this long before the time limit: time to save
+# USR1 this long before the time limit: time for one step, a checkpoint and the end of Ray. A model
+# that needs more asks for it: cluster.extra=["--signal=B:USR1@600"].
+SIGNAL_BEFORE_END_S = 120
 
 
 def submit(config: RunConfig, run_folder: Path, dry_run: bool = False) -> str | None:
@@ -42,7 +45,7 @@ def submit(config: RunConfig, run_folder: Path, dry_run: bool = False) -> str | 
         )
     script = run_folder / "job.sbatch"
     text = render(config, run_folder)
-    script.write_text(text, encoding="utf-8")
+    write_whole(script, text)
     script.chmod(0o755)
     (run_folder / "logs").mkdir(exist_ok=True)  # Slurm opens its log there before the job begins
     if dry_run:
@@ -72,6 +75,8 @@ def render(config: RunConfig, run_folder: Path) -> str:
         *(f"#SBATCH {option}" for option in options(config.name, cluster, run_folder)),
         "",
         "# Written by `posttrain submit`; may be sent again with sbatch.",
+        f"# {SIGNAL_BEFORE_END_S} s before the time limit the run saves, ends and is queued again.",
+        "# Where a step and a checkpoint take longer: cluster.extra=['--signal=B:USR1@600'].",
         *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
         "",
     ]

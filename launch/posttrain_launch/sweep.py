@@ -58,9 +58,9 @@ class Sweep:
             raise KeyboardInterrupt
         return held_out
 
-    def run_apart(self, folder: Path, debug: bool) -> int:
-        """`posttrain run FOLDER` in a process of its own, which gets the signals."""
-        command = [sys.executable, "-m", "posttrain_launch.cli", "run", str(folder)]
+    def run_apart(self, words: list[str], debug: bool) -> int:
+        """`posttrain WORDS` in a process of its own, which gets the signals."""
+        command = [sys.executable, "-m", "posttrain_launch.cli", *words]
         child = subprocess.Popen([*command, *(["--debug"] if debug else [])])
         with _signals_to(child):
             return child.wait()

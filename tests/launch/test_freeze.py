@@ -17,6 +17,7 @@ from posttrain_launch.diagnose import check
 from posttrain_launch.freeze import freeze
 
 from posttrain_dist.config import RunConfig
+from posttrain_dist.engine.ds_config import deepspeed_config
 from posttrain_dist.errors import ConfigError
 
 
@@ -30,7 +31,7 @@ def test_the_frozen_config_is_read_back_with_absolute_paths(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/someone")
     ds_json = tmp_path / "ds.json"
-    ds_json.write_text("{}")
+    ds_json.write_text('{"wall_clock_breakdown": true}')
     words = ["model.path=m", "data.train=d/*.jsonl", 'data.eval="~/e.jsonl"', "engine=zero2"]
     words += ["engine.config=ds.json", "output_root=out", "name=x", "train.resume=old/step-1"]
     source = composed(*words)
@@ -41,7 +42,11 @@ def test_the_frozen_config_is_read_back_with_absolute_paths(tmp_path, monkeypatc
     assert config.model.path == str(tmp_path / "m")
     assert config.data.train == str(tmp_path / "d/*.jsonl")
     assert config.data.eval == "/home/someone/e.jsonl"
-    assert config.engine.config == str(ds_json)
+    # A copy, so that a later edit does not change what this run is.
+    assert config.engine.config == str(folder / "deepspeed.json")
+    ds_json.unlink()
+    merged = deepspeed_config(config.engine, clip=1.0, bf16=False)
+    assert merged["wall_clock_breakdown"] is True and merged["zero_optimization"]["stage"] == 2
     assert config.train.resume == str(tmp_path / "old/step-1")
     assert config.output_root == str(tmp_path / "out")
     # Nothing else has changed.
@@ -79,7 +84,12 @@ def test_run_json_tells_the_lineage(tmp_path):
     assert lineage["hashes"] == {"config": digest}
     assert {"python", "torch", "deepspeed", "ray"} <= lineage["versions"].keys()
     assert len(lineage["wandb_id"]) == 8
-    assert not list(folder.glob(".*"))  # nothing half written
+    assert {path.name for path in folder.iterdir()} == {  # nothing half written
+        "config.yaml",
+        "logs",
+        "overrides.yaml",
+        "run.json",
+    }
 
 
 def test_runs_of_the_same_second_never_share_a_folder(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import pytest
 from posttrain_launch import ray_driver
 
 from posttrain_dist import errors
+from posttrain_dist.checkpoint.store import whole_checkpoints
 from posttrain_dist.config import (
     DataConfig,
     ModelConfig,
@@ -216,6 +217,37 @@ def test_a_users_error_in_a_worker_comes_back_whole_and_is_not_retried(base, tmp
     assert told["kind"] == errors.ModelError.__name__
     assert told["what"] == failure.value.what
     assert processes_of(folder) == []
+
+
+@pytest.mark.ray
+def test_one_ctrl_c_saves_and_run_goes_on_to_the_end(base, tmp_path):
+    train = replace(base.train, steps=5000, save_every=None)
+    folder = freeze(tmp_path / "run", replace(base, train=train))
+    driver = subprocess.Popen([POSTTRAIN, "run", folder], stdout=subprocess.PIPE, text=True)
+    try:
+        rows = folder / "metrics.jsonl"
+        wait_until(lambda: rows.is_file() and len(losses(folder)) > 2, 120)
+        driver.send_signal(signal.SIGINT)
+        said, _ = driver.communicate(timeout=60)
+    finally:
+        driver.kill()
+    assert driver.returncode == 130
+    stopped = json.loads((folder / "logs" / "outcome.json").read_text())
+    step = stopped["step"]
+    assert stopped["outcome"] == "stopped" and 2 < step < 5000
+    assert f"saved and left at step {step} of 5000; go on with: posttrain run {folder}" in said
+    assert [path.name for path in whole_checkpoints(folder)] == [f"step-{step:06d}"]
+    assert processes_of(folder) == []
+
+    before = losses(folder)
+    assert len(before) == step
+    end = step + 2  # shortened by hand, so that it ends soon
+    frozen = folder / "config.yaml"
+    frozen.write_text(frozen.read_text().replace("steps: 5000", f"steps: {end}"))
+    done = subprocess.run([POSTTRAIN, "run", folder], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "FINISHED").read_text()) == {"reason": "completed", "step": end}
+    assert losses(folder)[:step] == before and len(losses(folder)) == end
 
 
 @pytest.mark.ray

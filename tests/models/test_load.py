@@ -16,14 +16,16 @@ from posttrain_dist.models.load import load_model
 
 
 def test_no_rank_holds_the_whole_model_in_private_memory(tmp_path, builders, run_workers):
-    size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "head_dim": 256}
+    # Matrices above 32 MiB, as real models have: glibc keeps smaller freed pieces to itself.
+    # At its peak a rank holds its half, and three matrices on their way.
+    size = {"hidden_size": 1024, "intermediate_size": 8448, "num_hidden_layers": 6, "head_dim": 64}
     folder = builders.model(tmp_path / "model", **size)
     whole = sum(t.nbytes for t in load_file(folder / "model.safetensors").values())
     assert whole > 350e6
     for output in run_workers("load_sharded.py", 2, folder):
         seen = json.loads(re.search(r"MEMORY (.*)", output).group(1))
         assert seen["held"] == pytest.approx(whole / 2, rel=0.01)
-        assert seen["peak"] < 0.8 * whole, seen
+        assert seen["peak"] < 0.8 * whole, (seen, whole)
 
 
 def load(folder, weights=Weights.load, seed=0):
