@@ -7,7 +7,7 @@ steps, and calls hooks. A generator, so that a test can take it step by step.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -134,7 +134,7 @@ class Fit:
         return info
 
 
-def evaluate(engine: Any, batches: list[Batch], objective: Any, meter: Meter) -> torch.Tensor:
+def evaluate(engine: Any, batches: Iterable[Batch], objective: Any, meter: Meter) -> torch.Tensor:
     """The global channel table [C, 4] over `batches`, without gradients; collective."""
     engine.train(False)
     with torch.no_grad():

@@ -70,7 +70,8 @@ class _Run:
         self.engine = make_engine(config, process, self.dtype)
         self.policy = build_policy(config, self.engine, self.dtype, self.channels)
         self.source = make_source(config, examples, process)
-        self.held_out = self._eval_batches(prepared)
+        held_out = Examples.open(prepared, "eval")
+        self.held_out = make_source(config, held_out, process) if len(held_out) else None
         self.end_token_id = _end_token(examples, resolve(config.model.path))
         self.recipe = _recipe(config, prepared)
         self.steps = self.source.total_steps(config.train.steps, config.train.epochs)
@@ -127,9 +128,10 @@ class _Run:
     # ---- hooks
 
     def _evaluate(self, info: StepInfo) -> None:
-        if info.stopped or not self.held_out:
+        if info.stopped or self.held_out is None:
             return  # someone waits for the run to end
-        table_C4 = evaluate(self.engine, self.held_out, self.config.objective, self.eval_meter)
+        batches = self.held_out.eval_batches()
+        table_C4 = evaluate(self.engine, batches, self.config.objective, self.eval_meter)
         info.metrics.update(eval_metrics(table_C4, self.channels))
 
     def _log(self, info: StepInfo) -> None:
@@ -153,12 +155,6 @@ class _Run:
         store.save(self.folder, manifest, self.engine.save_state, keep=keep)
 
     # ---- pieces
-
-    def _eval_batches(self, prepared: Path) -> list[Batch]:
-        examples = Examples.open(prepared, "eval")
-        if len(examples) == 0:
-            return []
-        return make_source(self.config, examples, self.process).eval_batches()
 
     def _probe(self, examples: Examples) -> Batch:
         """The first tokens of the first sample, all of them supervised."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,7 @@ class PackedSource:
 
     def step(self, k: int) -> list[Batch]:
         """This rank's micro-batches of step k, from 1; as many on every rank."""
-        return self._deal(self._packs(k))
+        return list(self._deal(self._packs(k)))
 
     def sample_ids(self, k: int) -> list[int]:
         """Ids of the samples of step k over all ranks, in the order of its packs."""
@@ -167,9 +167,9 @@ class PackedSource:
             end = min(end, self._end)
         return [self._pack(index) for index in range(start, end)]
 
-    def eval_batches(self) -> list[Batch]:
+    def eval_batches(self) -> Iterator[Batch]:
         """This rank's share of all examples, each exactly once over the ranks; fillers make up
-        the same number of batches on every rank.
+        the same number of batches on every rank. One batch is made at a time.
         """
         packs: list[list[int]] = []
         for start in range(0, len(self._lengths), self._window):
@@ -177,15 +177,14 @@ class PackedSource:
             packs += best_fit(window, self._lengths, self._max_length)
         return self._deal(packs)
 
-    def _deal(self, packs: list[list[int]]) -> list[Batch]:
+    def _deal(self, packs: list[list[int]]) -> Iterator[Batch]:
         size = self._micro_batch_size
         micros = [packs[i : i + size] for i in range(0, len(packs), size)]
-        mine = [
-            collate([self._examples[sample] for pack in micro for sample in pack])
-            for micro in micros[self._rank :: self._world]
-        ]
-        missing = math.ceil(len(micros) / self._world) - len(mine)
-        return mine + [filler() for _ in range(missing)]
+        mine = micros[self._rank :: self._world]
+        for micro in mine:
+            yield collate([self._examples[sample] for pack in micro for sample in pack])
+        for _ in range(math.ceil(len(micros) / self._world) - len(mine)):
+            yield filler()
 
     # ------------------------------------------------------------------- the line of packs
 

@@ -75,7 +75,7 @@ def test_an_empty_split_has_no_batch(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text('{"channels": ["a"]}')
     empty = Examples.open(tmp_path, "eval")
     assert len(empty) == 0
-    assert source(empty).eval_batches() == []
+    assert list(source(empty).eval_batches()) == []
     with pytest.raises(DataError, match="no sample to train on"):
         source(empty).total_steps(steps=5)
     with pytest.raises(DataError, match="is no prepared data folder"):
@@ -171,6 +171,6 @@ def test_part_of_an_epoch_and_steps_beyond_one(prepared: Examples) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_evaluation_sees_every_sample_once(prepared: Examples, world: int) -> None:
-    shares = [source(prepared, world, rank, 2).eval_batches() for rank in range(world)]
+    shares = [list(source(prepared, world, rank, 2).eval_batches()) for rank in range(world)]
     assert samples(chain.from_iterable(shares)) == [i * 10 for i in range(SIZE)]
     assert len({len(share) for share in shares}) == 1
