@@ -43,7 +43,11 @@ TURNS = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "
 ROWS = {
     # the second line of the file -> (what is said after `file:2 `, a part of the cure)
     "not JSON": ('{"messages": [}', "(byte {14}): is not valid JSON", "one JSON object a line"),
-    "no assistant": ('{"messages": [{"role": "user", "content": "q"}]}', "no assistant turn", "XX"),
+    "no assistant": (
+        '{"messages": [{"role": "user", "content": "q"}]}',
+        "has no assistant turn",
+        "add {",
+    ),
     "unknown role": (TURNS.replace("user", "humam"), "messages[0].role is 'humam'", "assistant"),
     "a number": (TURNS.replace('"q"', "5"), "messages[0].content is a number, expected", "string"),
     "null": (TURNS.replace('"q"', "null"), "messages[0].content is null", "string"),

@@ -25,7 +25,7 @@ from posttrain_dist.config import (
     TrainConfig,
     complete,
 )
-from posttrain_dist.engine import AdamW, DeepSpeed
+from posttrain_dist.engine import AdamW, DeepSpeed, Single
 from posttrain_dist.errors import ClusterError, ConfigError, DataError, ModelError, SeveralErrors
 from posttrain_dist.metrics import LoggingConfig, WandbMode
 from posttrain_dist.prepare import prepare
@@ -222,7 +222,9 @@ def test_a_users_error_in_a_worker_comes_back_whole_and_is_not_retried(base, tmp
 @pytest.mark.ray
 def test_one_ctrl_c_saves_and_run_goes_on_to_the_end(base, tmp_path):
     train = replace(base.train, steps=5000, save_every=None)
-    folder = freeze(tmp_path / "run", replace(base, train=train))
+    # One plain worker: that two agree on a stop is another test's, and this one starts Ray twice.
+    config = replace(base, train=train, engine=Single(), cluster=Ray(workers=1))
+    folder = freeze(tmp_path / "run", config)
     driver = subprocess.Popen([POSTTRAIN, "run", folder], stdout=subprocess.PIPE, text=True)
     try:
         rows = folder / "metrics.jsonl"
