@@ -157,24 +157,27 @@ def session_members(session: int) -> list[int]:
     return found
 
 
+def kill_members(session: int) -> None:
+    """Kill what the leader of `session` started: its Ray, in process groups of its own."""
+    deadline = time.monotonic() + TERM_GRACE_S
+    # Until none is there: one that was just being started is not in the list before.
+    while (members := session_members(session)) and time.monotonic() < deadline:
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
 def end_session(child: subprocess.Popen[bytes]) -> None:
     """End the child and all that it started (its own Ray): TERM, a grace, then KILL."""
     if child.poll() is None:
         child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(timeout=TERM_GRACE_S)
-    # Raylet and workers sit in process groups of their own, but in the child's session.
-    deadline = time.monotonic() + TERM_GRACE_S
-    while child.poll() is None or session_members(child.pid):
-        if child.poll() is None:
-            child.kill()
-        for pid in session_members(child.pid):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.02)
-    child.wait()
+    if child.poll() is None:
+        child.kill()
+        child.wait()  # before the look at its session: it starts no more processes now
+    kill_members(child.pid)
     if child.stdin is not None:
         child.stdin.close()
 
@@ -208,3 +211,11 @@ def _rebuild(fields: dict[str, Any]) -> PosttrainError:
     kind = getattr(errors, fields["kind"], ClusterError)
     error: PosttrainError = kind(fields["what"], where=fields["where"], fix=fields["fix"])
     return error
+
+
+if __name__ == "__main__":  # JOB [TEMP_DIR]: what is left to do for a driver that died
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(sys.argv[1]), signal.SIGKILL)
+    kill_members(int(sys.argv[1]))
+    for folder in sys.argv[2:]:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -7,14 +7,12 @@ leaves `logs/error.json` if that failed. It ends, and its Ray with it, when its 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import json
 import os
 import resource
-import shutil
-import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -29,7 +27,7 @@ from posttrain_dist.engine import Single
 from posttrain_dist.errors import ClusterError, PosttrainError
 from posttrain_dist.files import write_whole
 from posttrain_dist.inputs import single_on_many
-from posttrain_launch.ray_driver import error_fields, session_members
+from posttrain_launch.ray_driver import error_fields
 from posttrain_launch.ray_worker import WorkerError
 
 OBJECT_STORE_BYTES = 200_000_000  # nothing large travels through it
@@ -61,16 +59,13 @@ def main() -> None:
 
 
 def _end_with_driver(temp_dir: Path | None) -> None:
-    """Wait for the end of stdin (the driver died), then end this job and its own Ray."""
+    """Wait for the end of stdin (the driver died), then have this job and its own Ray ended."""
     while os.read(0, 1024):
         pass
     print("the driver is gone; ending", file=sys.stderr, flush=True)
-    for pid in session_members(os.getpid()):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
-    if temp_dir is not None:
-        shutil.rmtree(temp_dir, ignore_errors=True)
-    os._exit(1)
+    # By a process outside: this one may be starting more, and dies when its Ray does.
+    command = [sys.executable, "-m", "posttrain_launch.ray_driver", str(os.getpid())]
+    subprocess.Popen(command + ([str(temp_dir)] if temp_dir else []), start_new_session=True)
 
 
 def run_job(run_folder: Path, address: str | None, temp_dir: Path | None) -> None:
