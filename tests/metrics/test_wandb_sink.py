@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from dataclasses import replace
 
 import pytest
@@ -74,12 +75,17 @@ def test_wandb_mirrors_metrics_jsonl_and_survives_a_restart(tiny_llama, rows_fil
     (second,) = (folder / "wandb").glob("offline-run-*")
     assert second.name.endswith("abc123")
     assert (folder / "wandb" / "superseded" / first.name).is_dir()
-    rows, run = read_wandb(next(second.glob("*.wandb")))
+    expected = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in expected] == [0, 1, 2, 3, 4]
+    deadline = time.monotonic() + 20  # W&B's own process may write on after finish() returned
+    while True:
+        rows, run = read_wandb(next(second.glob("*.wandb")))
+        if (run is not None and len(rows) == len(expected)) or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
     assert (run.run_id, run.project) == ("abc123", "tests")
     logged = {i.key: json.loads(i.value_json) for i in run.config.update}
     assert logged["train"]["steps"] == 4 and logged["lineage"]["wandb_id"] == "abc123"
-    expected = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in expected] == [0, 1, 2, 3, 4]
     ours = [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]
     assert ours == expected
 
