@@ -22,25 +22,43 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------------------------- data
 
 
+# {"role", "content"} and what the chat template reads beside them: "tool_calls", "tool_call_id",
+# "name", "reasoning_content".
+Message = dict[str, Any]
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row as the user wrote it, already validated."""
+    """One row as the user wrote it, already validated, whatever format it came in.
+
+    A row holds one of: `messages` (of a preference: what both answers follow), `text`,
+    `input_ids`.
+    """
 
     channel: str  # the row's `task_type`, else the name of its file
     where: str  # "file:line", for every message about this row
-    messages: tuple[dict[str, str], ...] = ()  # {"role", "content"}; empty for a text row
-    text: str | None = None  # a row for plain next-token training
+    messages: tuple[Message, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()  # descriptions, as the chat template takes them
+    # One a message: its weight in the loss, 0 for none, null as the mask policy says; or empty.
+    weights: tuple[float | None, ...] = ()
+    text: str | None = None  # a row that no chat template is applied to
+    supervised_from: int = 0  # characters of `text` that are the prompt
+    input_ids: tuple[int, ...] = ()
+    labels: tuple[int, ...] = ()  # one a token of `input_ids`, the token itself or -100
+    chosen: tuple[Message, ...] = ()  # of a preference: the better answer
+    rejected: tuple[Message, ...] = ()  # ... and the worse one
     check: str | None = None  # "exact": the last assistant turn is the one right answer
+    reference: dict[str, Any] = field(default_factory=dict)  # other columns of a prompt-only row
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A Record as tokens. `weight_L[i]` is the weight of token i as a TARGET (0 = masked)."""
+    """A sample as tokens. `weight_L[i]` is the weight of token i as a TARGET (0 = masked)."""
 
     input_ids_L: npt.NDArray[np.int32]
     weight_L: npt.NDArray[np.float32]
     channel: int  # index into the run's list of channel names
-    sample_id: int  # position of the row in its data set, stable over epochs
+    sample_id: int  # position of the sample in its data set, stable over epochs
     truncated: bool = False  # the row was longer than data.max_length
 
 
@@ -56,10 +74,16 @@ class Batch:
     input_ids_T: torch.Tensor  # int64
     position_ids_T: torch.Tensor  # int64, restarts at 0 with every sample
     cu_seqlens_S: list[int]  # S + 1 host integers: sample s is [cu[s], cu[s + 1])
+    bounds_S: torch.Tensor  # int32, the same on the device, for kernels
+    max_seqlen: int  # tokens of the longest sample
+    # N is a multiple of 128, so that few shapes occur: behind the `num_targets` real ones the last
+    # of them is repeated with weight 0.
     supervised_N: torch.Tensor  # int64, positions in the row whose hidden state is used
     labels_N: torch.Tensor  # int64, the token that each such position predicts
     channel_N: torch.Tensor  # int64, channel of each supervised token
-    weight_N: torch.Tensor  # float32; 0 only in fillers
+    weight_N: torch.Tensor  # float32; 0 only in padding and fillers
+    num_targets: int
+    weight_sum: float  # of weight_N, in float64
     sample_id_S: list[int]  # -1 for a filler
 
     @property
@@ -69,11 +93,14 @@ class Batch:
         return sum(end - start for (start, end), sample_id in bounds if sample_id >= 0)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on `device`."""
-        moved = {
-            name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
-            for name, value in ((f.name, getattr(self, f.name)) for f in fields(self))
-        }
+        """The same batch with its tensors on `device`; the host does not wait for the copy."""
+        pin = device.type == "cuda"  # a copy from pageable memory makes the host wait
+        moved = {}
+        for name, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
+            if hasattr(value, "to"):
+                source = value.pin_memory() if pin and not value.is_cuda else value
+                value = source.to(device, non_blocking=True)
+            moved[name] = value
         return Batch(**moved)
 
 
@@ -93,6 +120,7 @@ class Loss(NamedTuple):
     total: torch.Tensor  # scalar, carries the gradient
     channels_C4: torch.Tensor  # float32 [C, 4]
     nll_N: torch.Tensor | None = None  # detached float32, unweighted loss of each token
+    correct_N: torch.Tensor | None = None  # bool: no other token exceeds the label
 
 
 # ------------------------------------------------------------------------------------- step

@@ -63,22 +63,35 @@ BAD_MESSAGES = [
     (b"[1]", 0, ["is a list, expected an object"]),
     (b'{"text": "x"}', 0, ["no key 'messages'", "keys: text", '"assistant"']),
     (b'{"messages": {}}', 0, ["messages is an object"]),
-    (_messages(), 0, ["messages is a list"]),
+    (_messages(), 0, ["messages is an empty list"]),
     (_messages("x"), 0, ["messages[0] is text"]),
     (_messages(USER), 0, ["no assistant turn"]),
     (_messages({"role": "bot", "content": "x"}), 0, ["messages[0].role is 'bot'", "assistant"]),
     (_messages(USER, {"role": "assistant", "content": 3}), 0, ["messages[1].content is a number"]),
     (_messages({"role": "assistant", "content": None}), 0, ["messages[0].content is null"]),
     (_messages({"role": "assistant"}), 0, ["messages[0] has no key 'content'"]),
-    (_messages(USER | {"tool_calls": [1]}), 0, ["messages[0].tool_calls is not supported"]),
+    (
+        _messages(USER | {"tool_calls": [1]}),
+        0,
+        ["messages[0].tool_calls is not supported in a user"],
+    ),
     (SURROGATE, 0, ["messages[0].content", "surrogate"]),
     (GOOD[:-1] + b',"task_typ":"x"}', 0, ["unknown key 'task_typ'", "'task_type'"]),
     (GOOD[:-1] + b',"task_type":5}', 0, ["task_type is a number"]),
     (GOOD[:-1] + b',"task_type":"a\\nb"}', 0, ["task_type is 'a\\nb'"]),
     (GOOD[:-1] + b',"check":"regex"}', 0, ["check is 'regex'"]),
-    (GOOD[:-1] + b',"tools":[]}', 0, ["'tools' is not supported"]),
+    (GOOD[:-1] + b',"images":["a.png"]}', 0, ["key 'images' is not supported"]),
+    (GOOD[:-1] + b',"tools":{}}', 0, ["tools is an object, expected a list"]),
+    (GOOD[:-1] + b',"source":{"url":"x"}}', 0, ["source is an object, expected text"]),
     (GOOD[:-1] + b',"messages":[]}', 0, ["'messages' stands twice"]),
-    (b"[" * 100_000, 0, ["JSON"]),
+    (b"[" * 100_000, 0, ["JSON", "254 deep"]),
+    (GOOD[:-1] + b',"n":' + b"[" * 255 + b"]" * 255 + b"}", 0, ["254 deep"]),
+    (GOOD[:-1] + b',"n":' + b"9" * 5000 + b"}", 0, ["cannot be read as JSON", "4300 digits"]),
+    (GOOD[:-1] + b',"n":[1e999]}', 0, ["n[0] is a number too large"]),
+    (GOOD[:-1] + b',"n":NaN}', 0, ["NaN is no JSON number"]),
+    (GOOD[:-1] + b',"n":{"a":1,"b":[{"c":1,"c":1}]}}', 0, ["key 'c' stands twice"]),
+    # An escaped colon makes up for the colon of the key that orjson would drop.
+    (rb'{"a":1,"a":"\u003a"}', 0, ["key 'a' stands twice"]),
 ]
 
 
@@ -127,3 +140,11 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         with pytest.raises(DataError) as caught:
             read_records(str(path), "messages")
         assert caught.value.where == str(path)
+
+
+def test_a_byte_order_mark_counts_as_bytes(tmp_path: Path) -> None:
+    path = _file(tmp_path, b'\xef\xbb\xbf{"text": x}\n\xef\xbb\xbf{"text": "x"}\n')
+    with pytest.raises(SeveralErrors) as caught:  # it is dropped at the start of the file only
+        read_records(str(path), "text")
+    places = [problem.where for problem in caught.value.problems]
+    assert places == [f"{path}:1 (byte 12)", f"{path}:2 (byte 15)"]
