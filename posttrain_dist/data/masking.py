@@ -1,95 +1,281 @@
-"""Record -> Example: which tokens are targets. Nothing later changes a mask."""
+"""Record -> tokens and targets. Nothing later changes a mask.
+
+Record -> samples as text with weighted spans -> one call of the tokenizer -> Encoded
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from posttrain_dist.data.template import ChatTemplate, Span
-from posttrain_dist.errors import DataError
-from posttrain_dist.flow import Example, Record
+from posttrain_dist.data import LongRows, Policy, Template, checks
+from posttrain_dist.data.controls import Span
+from posttrain_dist.data.supervision import Sample, Supervision, Weighted
+from posttrain_dist.data.template import ChatTemplate, load_template
+from posttrain_dist.errors import ConfigError, DataError, PosttrainError
+from posttrain_dist.flow import Record
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
+_BATCH = 256  # samples that the tokenizer is given at once
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A sample as tokens. `weight_L[i]` is the weight of token i as a TARGET (0 = masked)."""
+
+    input_ids_L: npt.NDArray[np.int32]
+    weight_L: npt.NDArray[np.float32]
+    truncated: bool = False  # the row was longer than the limit
+    faults: tuple[str, ...] = ()  # checks that failed: names of CHECKS
 
 
 class Encoder:
-    """Turns records into examples with one tokenizer."""
+    """Turns records into samples with one tokenizer and one template.
 
-    def __init__(self, tokenizer: Any, rows: str, max_length: int) -> None:
-        self._tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer) if rows == "messages" else None
-        self._max_length = max_length
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        template: which one, and what is learned; loaded with the first conversation.
+        max_length: tokens a sample at most.
+        long_rows: what becomes of longer ones.
 
-    def encode(self, record: Record, channel: int, sample_id: int) -> Example:
-        """Tokens and target weights of one row, cut to `max_length` tokens.
+    Raises:
+        ConfigError: the choices contradict each other.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: Template,
+        *,
+        max_length: int,
+        long_rows: LongRows = LongRows.truncate,
+    ) -> None:
+        if template.explode_turns and template.policy is Policy.all:
+            raise ConfigError(
+                "teaches one assistant turn a sample, and template.policy=all teaches the others "
+                "too",
+                where="template.explode_turns",
+                fix="set template.policy=assistant",
+            )
+        self._tokenizer, self._choice = tokenizer, template
+        self._max_length, self._long_rows = max_length, long_rows
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()  # a tokenizer.json may bring its own limits
+        self._backend.no_padding()
+        # Kept here: a tokenizer looks them up anew each time.
+        self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self._bos_name = str(tokenizer.bos_token)
+        self._loaded: ChatTemplate | None = None
+        self._supervision = Supervision(template, lambda: self.template)
+        self._tails: dict[str, list[int]] = {}
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The chat template.
+
+        Raises:
+            ConfigError, ModelError: it cannot be used.
+        """
+        if self._loaded is None:
+            self._loaded = load_template(self._choice, self._tokenizer)
+        return self._loaded
+
+    def encode(self, record: Record) -> list[Encoded]:
+        """The samples of one row; none where it is left out.
 
         A row that was cut may be left without any supervised token; the caller decides.
 
         Raises:
-            DataError: nothing in the whole row is supervised, or it begins with two BOS tokens.
-            ModelError: the chat template cannot be masked.
+            DataError: the row cannot be used, or a check fails and `strict` is set.
+            ModelError, ConfigError: the chat template cannot be used, or not be masked.
         """
-        if self._template is None:
-            ids_L, weight_L = self._encode_text(record)
-        else:
-            ids_L, weight_L = self._encode_messages(record, self._template)
-        weight_L[0] = 0  # nothing stands before the first token to predict it from
-        bos = self._tokenizer.bos_token_id
-        if bos is not None and len(ids_L) > 1 and ids_L[0] == ids_L[1] == bos:
-            raise DataError(
-                f"begins with two {self._tokenizer.bos_token} tokens",
-                where=record.where,
-                fix="remove the one in the row, or one of those that the chat template writes",
-            )
-        if not weight_L.any():
-            raise DataError(
-                "the row has no supervised token",
-                where=record.where,
-                fix="give the assistant something to say; if every row says this, the chat "
-                "template's {% generation %} marks are misplaced",
-            )
-        return Example(
-            input_ids_L=ids_L[: self._max_length],
-            weight_L=weight_L[: self._max_length],
-            channel=channel,
-            sample_id=sample_id,
-            truncated=len(ids_L) > self._max_length,
-        )
+        (result,) = self.encode_many([record])
+        if isinstance(result, PosttrainError):
+            raise result
+        return result
 
-    def _encode_text(self, record: Record) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        ids = list(self._tokenizer(record.text)["input_ids"])
-        if not ids or ids[-1] != self._tokenizer.eos_token_id:
-            ids.append(self._tokenizer.eos_token_id)
-        return np.array(ids, np.int32), np.ones(len(ids), np.float32)
+    def encode_many(self, records: Sequence[Record]) -> list[list[Encoded] | PosttrainError]:
+        """For each row its samples, or the error that `encode` would raise: faster than one by one.
 
-    def _encode_messages(
-        self, record: Record, template: ChatTemplate
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        text, spans = template.spans(record.messages, record.where)
+        Only a DataError is returned; others say that no row can be encoded, and are raised.
+        """
+        results: list[list[Encoded] | PosttrainError] = []
+        waiting: list[tuple[int, Sample]] = []
+        for i, record in enumerate(records):
+            results.append([])
+            try:
+                waiting += [(i, sample) for sample in self._supervision.samples(record)]
+            except DataError as error:
+                results[i] = error
+        for first in range(0, len(waiting), _BATCH):
+            batch = waiting[first : first + _BATCH]
+            for (i, sample), encoding in zip(batch, self._tokenise(batch), strict=True):
+                done = results[i]
+                if isinstance(done, PosttrainError):
+                    continue
+                try:
+                    done += self._finish(sample, encoding)
+                except DataError as error:
+                    results[i] = error
+        return results
+
+    # ---------------------------------------------------------------------------- text -> tokens
+
+    def _tokenise(self, batch: Sequence[tuple[int, Sample]]) -> Iterator[Encoding | None]:
+        """What the tokenizer says of each sample; nothing where it is not asked this way."""
+        asked = [s for _, s in batch if s.ids is None and s.protected.aliased is None]
         # The template has written BOS and all other special tokens itself.
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        weight_L = token_weights(encoded["offset_mapping"], spans)
-        if not len(weight_L):
+        chats = [s.protected.text for s in asked if not s.is_text]
+        texts = [s.protected.text for s in asked if s.is_text]
+        of_chats = iter(self._backend.encode_batch(chats, add_special_tokens=False))
+        of_texts = iter(self._backend.encode_batch(texts))
+        for _, sample in batch:
+            if sample.ids is not None or sample.protected.aliased is not None:
+                yield None
+            else:
+                yield next(of_texts if sample.is_text else of_chats)
+
+    def _finish(self, sample: Sample, encoding: Encoding | None) -> list[Encoded]:
+        if encoding is not None:
+            ids, offsets = encoding.ids, encoding.offsets
+        elif sample.ids is not None:
+            ids, offsets = sample.ids, []
+        else:
+            whole = slice(0, None)
+            controls = self.template.controls
+            ids, offsets = controls.encode_aliased(sample.protected, whole, sample.where)
+        eos = self._eos
+        if sample.is_text and (not ids or ids[-1] != eos):
+            ids, offsets = [*ids, eos], [*offsets, (len(sample.protected.text),) * 2]
+        if not ids:
             raise DataError(
-                "the chat template renders nothing", where=record.where, fix="mend the template"
+                "the chat template renders nothing", where=sample.where, fix="mend the template"
             )
-        return np.array(encoded["input_ids"], np.int32), weight_L
+        fault = checks.bos_fault(ids, self._bos, eos, self._bos_name)
+        sample.note("double_bos", fault, self._choice.strict)
+        if sample.weights is None:
+            weight_L = self._weigh(sample, ids, offsets)
+        else:
+            weight_L = sample.weights
+        weight_L[0] = 0  # nothing stands before the first token to predict it from
+        if not weight_L.any():
+            sample.note("no_target", "the row has no supervised token", self._choice.strict)
+        return self._cut(sample, np.array(ids, np.int32), weight_L)
+
+    def _weigh(
+        self, sample: Sample, ids: list[int], offsets: list[Span]
+    ) -> npt.NDArray[np.float32]:
+        if sample.is_text and not sample.prompts:
+            return np.ones(len(ids), np.float32)
+        if not sample.is_text and self.template.controls.strip_ids:
+            offsets = self._unpadded(sample, ids, offsets)
+        for length, name in sample.prompts:
+            if "prompt_prefix" not in sample.faults:
+                fault = self._token_fault(sample, ids, offsets, length, name)
+                sample.note("prompt_prefix", fault, self._choice.strict)
+        weight_L = token_weights(offsets, sample.spans)
+        if sample.is_text:
+            weight_L[-1] = 1  # the end token
+        return weight_L
+
+    def _unpadded(self, sample: Sample, ids: list[int], offsets: list[Span]) -> list[Span]:
+        """Offsets of special tokens without the white space that they swallow."""
+        text, swallow = sample.protected.text, self.template.controls.strip_ids
+        trimmed = list(offsets)
+        for i, (start, end) in enumerate(offsets):
+            if ids[i] in swallow:
+                start += len(text[start:end]) - len(text[start:end].lstrip())
+                trimmed[i] = (start, start + len(text[start:end].strip()))
+        return trimmed
+
+    def _token_fault(
+        self, sample: Sample, ids: list[int], offsets: list[Span], length: int, name: str
+    ) -> str:
+        """The prompt's text begins the training text; do its tokens?
+
+        No merge crosses a control token. So only what stands from the prompt's last control
+        token on has to be tokenised, and that is the same few characters in most rows.
+        """
+        text = sample.protected.text
+        if sample.is_text:
+            tail = self._backend.encode(text[:length]).ids
+            if tail and tail[-1] == self._eos:
+                del tail[-1]
+            return checks.prompt_token_fault(ids, 0, tail, name)
+        controls = self.template.controls
+        first = bisect_left(offsets, length + 1, key=lambda span: span[1]) - 1
+        known = controls.numbers if controls.are_borders else ()
+        while first > 0 and ids[first] not in known:
+            first -= 1
+        first = max(first, 0)
+        start = offsets[first][0] if first else 0
+        if sample.protected.aliased is not None:
+            part = slice(start, length)
+            tail, _ = controls.encode_aliased(sample.protected, part, sample.where)
+        else:
+            tail = self._tail(text[start:length])
+        return checks.prompt_token_fault(ids, first, tail, name)
+
+    def _tail(self, text: str) -> list[int]:
+        found = self._tails.get(text)
+        if found is None:
+            found = self._backend.encode(text, add_special_tokens=False).ids
+            if len(self._tails) < 1000:
+                self._tails[text] = found
+        return found
+
+    # -------------------------------------------------------------------------------- the limit
+
+    def _cut(
+        self, sample: Sample, ids_L: npt.NDArray[np.int32], weight_L: npt.NDArray[np.float32]
+    ) -> list[Encoded]:
+        limit, faults = self._max_length, sample.faults
+        if len(ids_L) <= limit:
+            return [Encoded(ids_L, weight_L, faults=tuple(faults))]
+        if self._long_rows is LongRows.drop:
+            return []
+        if self._long_rows is LongRows.split:
+            # One token stands in both pieces: it is predicted in the first, and begins the next.
+            parts = (slice(at, at + limit) for at in range(0, len(ids_L) - 1, limit - 1))
+            pieces = [(ids_L[part], weight_L[part].copy()) for part in parts]
+            for _, weights in pieces[1:]:
+                weights[0] = 0
+            return [Encoded(i, w, faults=tuple(faults)) for i, w in pieces if w.any()]
+        if weight_L.any() and not weight_L[:limit].any():
+            faults.append("truncated_target")
+        elif weight_L[limit:].any() and sample.spans and not sample.is_text:
+            faults.append("end_of_turn")
+        return [Encoded(ids_L[:limit], weight_L[:limit], True, tuple(dict.fromkeys(faults)))]
 
 
-def token_weights(offsets: Sequence[Span], spans: Sequence[Span]) -> npt.NDArray[np.float32]:
-    """1 for every token that covers a character of a span, else 0.
+def token_weights(
+    offsets: Sequence[Span], spans: Sequence[Span | Weighted]
+) -> npt.NDArray[np.float32]:
+    """For every token that covers a character of a span the span's weight (1 if it has none).
 
-    Tokenizers that trim offsets give a token of spaces an empty range: such a token covers what
-    lies between the token before and its own end.
+    Spans are in order and do not overlap. Tokenizers that trim offsets give a token of spaces an
+    empty range: such a token covers what lies between the token before and its own end.
     """
     weight_L = np.zeros(len(offsets), np.float32)
-    previous_end, first = 0, 0
-    for i, (token_start, token_end) in enumerate(offsets):
-        start = token_start if token_start < token_end else previous_end
-        previous_end = max(previous_end, token_end)
-        while first < len(spans) and spans[first][1] <= start:
-            first += 1
-        if first < len(spans) and max(start, spans[first][0]) < token_end:
-            weight_L[i] = 1
+    for span in spans:
+        first, last = span[0], span[1]
+        weight = span[2] if len(span) > 2 else 1.0
+        i = bisect_left(offsets, first + 1, key=lambda offset: offset[1])
+        previous_end = offsets[i - 1][1] if i else 0
+        while i < len(offsets):
+            token_start, token_end = offsets[i]
+            start = token_start if token_start < token_end else previous_end
+            if start >= last:
+                break
+            if max(start, first) < token_end and not weight_L[i]:
+                weight_L[i] = weight
+            previous_end = token_end
+            i += 1
     return weight_L

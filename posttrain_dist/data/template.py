@@ -1,39 +1,130 @@
-"""A tokenizer's chat template: render a conversation, and find what the assistant says in it."""
+"""Chat templates: which there are, and a conversation as text with the places of its turns."""
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from posttrain_dist.errors import DataError, ModelError
+from posttrain_dist.data import Template
+from posttrain_dist.data.causal import Pieces, Watched, is_causal
+from posttrain_dist.data.controls import ControlTokens, Span
+from posttrain_dist.errors import ConfigError, DataError, ModelError
+from posttrain_dist.flow import Message
 
-Message = dict[str, str]
-Span = tuple[int, int]  # characters [start, end) of the rendered text
+FOLDER = Path(__file__).parent / "templates"
+_MARK = re.compile(r"\{%-?\+?\s*generation\s*-?\+?%\}")
+_NEEDS = re.compile(r"\{#-?\s*tokens:(.*?)-?#\}", re.DOTALL)
+# Content in the conversation that shows a template's skeleton; roles that it refuses are left out.
+_PROBES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
+# Fields of a message that transformers knows under several names.
+_RENAMED = ("reasoning_content", "thinking", "reasoning")
+_NOTHING: nullcontext[None] = nullcontext()
 
-_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_ADD_MARKS = (
-    "wrap what the assistant says, with its end-of-turn token, in {% generation %} ... "
-    "{% endgeneration %} in the chat template"
-)
+
+# ------------------------------------------------------------------------------------ choosing
+
+
+def template_names() -> list[str]:
+    """The names of the templates that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.jinja"))
+
+
+def load_template(
+    choice: Template, tokenizer: Any, model_folder: Path | None = None
+) -> ChatTemplate:
+    """The template that `choice.name` means: "tokenizer", a shipped one, or a .jinja file.
+
+    Raises:
+        ConfigError: there is no such template, or it needs tokens that the tokenizer lacks.
+        ModelError: the template is broken, or the tokenizer was to have one and has none.
+    """
+    name = choice.name
+    if name == "tokenizer":
+        if not tokenizer.chat_template:
+            raise ModelError(
+                "the tokenizer has no chat template",
+                where=str(model_folder or "tokenizer"),
+                fix=f"set template=<one of {', '.join(template_names())}>; a base model is often "
+                "given the template of its instruct sibling",
+            )
+        return ChatTemplate(tokenizer)
+    if name.endswith(".jinja"):
+        path = Path(name).expanduser()
+    else:
+        path = FOLDER / f"{name}.jinja"
+        if name not in template_names():
+            names = ["tokenizer", *template_names()]
+            near = difflib.get_close_matches(name, names, n=1)
+            raise ConfigError(
+                f"there is no template {name!r}" + (f", did you mean {near[0]!r}?" if near else ""),
+                where="template.name",
+                fix=f"use one of {', '.join(names)}, or the path of a .jinja file",
+            )
+    try:
+        source = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"the template file {path} cannot be read: {error}",
+            where="template.name",
+            fix="give the path of a .jinja file",
+        ) from error
+    _refuse_missing_tokens(name, source, tokenizer, model_folder)
+    return ChatTemplate(tokenizer, source)
+
+
+def _refuse_missing_tokens(
+    name: str, source: str, tokenizer: Any, model_folder: Path | None
+) -> None:
+    declared = _NEEDS.search(source)
+    needed = declared[1].split() if declared else []
+    added = {str(token.content) for token in tokenizer.added_tokens_decoder.values()}
+    variables = {n for n in needed if n in ("bos_token", "eos_token")}
+    missing = [n for n in needed if n not in variables and n not in added]
+    missing += [n for n in sorted(variables) if not tokenizer.special_tokens_map.get(n)]
+    if missing:
+        raise ConfigError(
+            f"template {name!r} is written with {', '.join(missing)}, which the tokenizer of "
+            f"{model_folder or 'this model'} does not have: they would be split into pieces of "
+            "text",
+            where="template.name",
+            fix="choose the template of the model's own family (template=tokenizer where the "
+            "model brings one), or add the tokens to the tokenizer and the embeddings",
+        )
+
+
+# ----------------------------------------------------------------------------------- rendering
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, with its special tokens."""
+    """A chat template with the special tokens of a tokenizer.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.source: str = tokenizer.get_chat_template()
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        source: Jinja; null: the tokenizer's own.
+    """
+
+    def __init__(self, tokenizer: Any, source: str | None = None) -> None:
+        self.source: str = tokenizer.get_chat_template() if source is None else source
+        self.sha256 = hashlib.sha256(self.source.encode()).hexdigest()
         self.marks_assistant = bool(_MARK.search(self.source))
         self._variables = dict(tokenizer.special_tokens_map)
-        specials = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-        specials |= set(tokenizer.all_special_tokens)
-        longest_first = sorted(specials, key=lambda token: (-len(token), token))
-        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.controls = ControlTokens(tokenizer, self._skeleton())
 
     def render(
-        self, messages: Sequence[Message], where: str, generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        where: str,
+        *,
+        tools: Sequence[Any] = (),
+        generation_prompt: bool = False,
     ) -> str:
         """Text of a conversation.
 
@@ -41,96 +132,51 @@ class ChatTemplate:
             DataError: the template refuses this conversation.
             ModelError: the template itself is broken.
         """
-        return self._render(messages, where, generation_prompt=generation_prompt)[0]
+        return self.render_marked(messages, where, tools, generation_prompt, marks=False)[0]
 
-    def spans(self, messages: Sequence[Message], where: str) -> tuple[str, list[Span]]:
-        """Text, and what is supervised of it: each assistant turn with its end-of-turn token."""
-        if self.marks_assistant:
-            return self.marked_spans(messages, where)
-        return self.prefix_spans(messages, where)
+    def spans(
+        self, messages: Sequence[Message], where: str, *, tools: Sequence[Any] = ()
+    ) -> tuple[str, list[Span]]:
+        """Text, and where in it each assistant turn stands with its end-of-turn token."""
+        from posttrain_dist.data.conversation import Conversation
 
-    def marked_spans(self, messages: Sequence[Message], where: str) -> tuple[str, list[Span]]:
-        """By the template's own `{% generation %}` marks.
+        rendered = Conversation(self, messages, where, tools)
+        turns = rendered.turn_spans()
+        return rendered.text, [span for turn in sorted(turns) for span in turns[turn]]
 
-        Marks around the content alone are widened by the end-of-turn token behind it. Which
-        special token that is shows where the conversation ends with this turn: behind an inner
-        turn stands what opens the next one.
-        """
-        text, spans = self._render(messages, where, marks=True)
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        if len(spans) != len(turns):  # the template marks a choice of turns: take it as it is
-            return text, [span for span in spans if span[0] < span[1]]
-        widened = []
-        for turn, (start, end) in zip(turns, spans, strict=True):
-            if not self._ends_with_special(text[start:end]) and self._special.match(text, end):
-                end = self._widen(messages[: turn + 1], text, end, where)
-            widened.append((start, end))
-        return text, [span for span in widened if span[0] < span[1]]
-
-    def prefix_spans(self, messages: Sequence[Message], where: str) -> tuple[str, list[Span]]:
-        """By rendering every prefix: a turn is what it adds behind the generation prompt.
-
-        Raises:
-            ModelError: the prefixes do not nest, so no such span can be proved right.
-        """
-        text = self.render(messages, where)
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self.render(messages[:i], where, generation_prompt=True)
-            upto = self.render(messages[: i + 1], where)
-            if not (upto.startswith(prompt) and text.startswith(upto)):
-                raise ModelError(
-                    f"{where}: the chat template renders earlier turns differently once later "
-                    f"ones follow (seen at messages[{i}]), so what the assistant says cannot be "
-                    "told from the rest",
-                    where="chat template",
-                    fix=_ADD_MARKS,
-                )
-            spans.append((len(prompt), len(prompt) + self._turn_end(upto[len(prompt) :], message)))
-        return text, [span for span in spans if span[0] < span[1]]
-
-    # ------------------------------------------------------------------------------- inside
-
-    def _turn_end(self, added: str, message: Message) -> int:
-        """End of the turn in the text that it added: behind the special token that closes it."""
-        content = message["content"].strip()
-        at = added.find(content)
-        found = self._special.search(added, at + len(content) if at >= 0 else 0)
-        # A template without an end token: its separator is all that tells the end of the turn.
-        return found.end() if found else len(added)
-
-    def _ends_with_special(self, text: str) -> bool:
-        ends = [found.end() for found in self._special.finditer(text)]
-        return bool(ends) and ends[-1] == len(text.rstrip())
-
-    def _widen(self, messages: Sequence[Message], text: str, end: int, where: str) -> int:
-        alone, spans = self._render(messages, where, marks=True)
-        token = self._special.match(alone, spans[-1][1]) if spans else None
-        if token and text.startswith(token.group(), end):
-            return end + len(token.group())
-        return end
-
-    def _render(
+    def render_marked(
         self,
         messages: Sequence[Message],
         where: str,
-        generation_prompt: bool = False,
-        marks: bool = False,
+        tools: Sequence[Any],
+        generation_prompt: bool,
+        marks: bool,
+        starts: dict[int, int] | None = None,
     ) -> tuple[str, list[Span]]:
+        """Text, and with `marks` what stands between the template's `{% generation %}` marks.
+
+        `starts`, where given, is filled with the place of each message, and of the end of the
+        last: see data/causal.py.
+        """
         # Not apply_chat_template: it gives no character spans, and its token mask loses the last
         # bytes of a character that is several tokens.
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         try:
-            texts, spans = render_jinja_template(
-                conversations=[list(messages)],
-                chat_template=self.source,
-                return_assistant_tokens_mask=marks,
-                add_generation_prompt=generation_prompt,
-                **self._variables,
-            )
+            compiled = self._compiled
+            if compiled is None or any(key in message for message in messages for key in _RENAMED):
+                return self._render_slowly(messages, tools, generation_prompt, marks)
+            pieces, spans = Pieces(), list[Span]()
+            given = list(messages) if starts is None else Watched(messages, pieces, starts)
+            tracker = compiled.environment.activate_tracker(pieces, spans) if marks else _NOTHING
+            with tracker:
+                for piece in compiled.generate(
+                    messages=given,
+                    tools=list(tools) or None,
+                    documents=None,
+                    add_generation_prompt=generation_prompt,
+                    **self._variables,
+                ):
+                    pieces.append(piece)
+            return "".join(pieces), spans
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(
                 f"is not valid Jinja: {error}", where="chat template", fix="mend the template"
@@ -141,4 +187,62 @@ class ChatTemplate:
                 where=where,
                 fix="change the order or roles of the messages, or the template",
             ) from error
+
+    @cached_property
+    def additions(self) -> tuple[str, str] | None:
+        """What follows the last message: with and without a generation prompt.
+
+        Null where that depends on the messages, or earlier ones on later ones.
+        """
+        if self._compiled is None or not is_causal(self.source, self._compiled.environment):
+            return None
+        found = []
+        for generation_prompt in (True, False):
+            starts: dict[int, int] = {}
+            messages = [{"role": "user", "content": "a"}]
+            try:
+                text, _ = self.render_marked(messages, "", (), generation_prompt, False, starts)
+            except DataError:
+                return None
+            if 1 not in starts:
+                return None
+            found.append(text[starts[1] :])
+        return found[0], found[1]
+
+    @cached_property
+    def _compiled(self) -> Any:
+        """The template as transformers compiles it; null where this release hides it."""
+        from transformers.utils import chat_template_utils
+
+        compile_template = getattr(chat_template_utils, "_compile_jinja_template", None)
+        compiled = compile_template(self.source) if compile_template else None
+        return compiled if hasattr(compiled, "environment") else None
+
+    def _render_slowly(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any],
+        generation_prompt: bool,
+        marks: bool,
+    ) -> tuple[str, list[Span]]:
+        """By transformers' own function, which also knows older names of a message's fields."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, spans = render_jinja_template(
+            conversations=[list(messages)],
+            tools=list(tools) or None,
+            chat_template=self.source,
+            return_assistant_tokens_mask=marks,
+            add_generation_prompt=generation_prompt,
+            **self._variables,
+        )
         return texts[0], [(int(a), int(b)) for a, b in spans[0]] if marks else []
+
+    def _skeleton(self) -> str:
+        for roles in _PROBES:
+            messages = [{"role": role, "content": "a"} for role in roles]
+            try:
+                return self.render(messages, "probe", generation_prompt=True)
+            except DataError:
+                continue
+        return ""

@@ -1,0 +1,221 @@
+"""Control tokens: the ones that the template writes, kept apart from their likes in the content.
+
+A conversation that quotes `<|im_end|>` must not end its turn there. Such a token is broken up by a
+character that occurs nowhere else before the template sees it, and is put together again after.
+What is then still a control token in the rendered text was written by the template.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from posttrain_dist.errors import DataError
+from posttrain_dist.flow import Message
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Span = tuple[int, int]  # characters [start, end) of a text
+
+_MARKUP = re.compile(r"<\S+>|\[\S+\]")
+_REASONING = re.compile(r"</?think(ing)?>")  # what an assistant writes itself
+_PRIVATE = range(0xE000, 0xF900)  # characters without a meaning of their own
+_ALIASES = 0xF0000  # first of the private characters that stand for control tokens
+
+
+class Protected(NamedTuple):
+    """A rendered text whose content may hold what looks like control tokens."""
+
+    text: str  # as it is tokenised
+    aliased: str | None  # same length, the template's own control tokens under other names
+    breaks: tuple[int, ...]  # places in the broken text that are gone from `text`
+    forged: tuple[Span, ...]  # what only looks like control tokens
+
+    def place(self, at: int) -> int:
+        """Where character `at` of the broken text stands in `text`."""
+        return at - sum(1 for there in self.breaks if there < at)
+
+
+class ControlTokens:
+    """The tokens of one tokenizer that structure a conversation.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        skeleton: conversation without content as the template renders it: added tokens in it are
+            control tokens also where the tokenizer does not call them special.
+    """
+
+    def __init__(self, tokenizer: Any, skeleton: str = "") -> None:
+        added = {str(t.content): (i, t) for i, t in tokenizer.added_tokens_decoder.items()}
+        names = {name for name, (_, token) in added.items() if token.special}
+        names |= set(tokenizer.all_special_tokens)
+        names |= {
+            name
+            for name in added
+            if name in skeleton and _MARKUP.fullmatch(name) and not _REASONING.fullmatch(name)
+        }
+        self.ids: dict[str, int] = {
+            name: tokenizer.convert_tokens_to_ids(name) for name in sorted(names) if name
+        }
+        self.names = tuple(self.ids)
+        # The unknown token stands for any text, so it is no border.
+        self.numbers = frozenset(self.ids.values()) - {tokenizer.unk_token_id}
+        flags = {name: added[name][1] for name in self.ids if name in added}
+        # Where normalisation comes first, the borders of such a token prove nothing.
+        self.are_borders = not any(token.normalized for token in flags.values())
+        self.strip_ids = frozenset(
+            self.ids[name] for name, token in flags.items() if token.lstrip or token.rstrip
+        )
+        self._backend: Tokenizer = tokenizer.backend_tokenizer
+        self._twin: tuple[Tokenizer, dict[int, int]] | None = None
+        self._aliases = {n: chr(_ALIASES + i) * len(n) for i, n in enumerate(self.ids)}
+        self.pattern = re.compile(_any(self.ids))
+        heads = {name[:i] for name in self.ids for i in range(1, len(name))}
+        tails = {name[i:] for name in self.ids for i in range(1, len(name))}
+        # Also the half of a token at either end of a text: the template may put the rest there.
+        self._risky = re.compile(rf"({_any(self.ids)})|({_any(heads)})(?=\s*\Z)")
+        self._risky_start = re.compile(rf"\s*({_any(tails)})")
+
+    # -------------------------------------------------------------------------- before rendering
+
+    def break_up(
+        self, messages: Sequence[Message], tools: Sequence[Any]
+    ) -> tuple[list[Message], list[Any], str]:
+        """Messages and tools with control tokens in them broken up, and the character used.
+
+        The character is empty where there was nothing to do.
+        """
+        if not any(map(self._is_risky, _strings([messages, tools]))):
+            return list(messages), list(tools), ""
+        used = set().union(*(set(s) for s in _strings([messages, tools])))
+        breaker = next(chr(code) for code in _PRIVATE if chr(code) not in used)
+        broken = [
+            {key: v if key == "role" else self._break(v, breaker) for key, v in m.items()}
+            for m in messages
+        ]
+        return broken, [self._break(tool, breaker) for tool in tools], breaker
+
+    def _is_risky(self, text: str) -> bool:
+        return bool(self._risky.search(text) or self._risky_start.match(text))
+
+    def _break(self, value: Any, breaker: str) -> Any:
+        if isinstance(value, str):
+            value = self._risky.sub(lambda m: m[0][0] + breaker + m[0][1:], value)
+            start = self._risky_start.match(value)
+            end = start.end() - 1 if start else 0
+            return value[:end] + breaker + value[end:] if start else value
+        if isinstance(value, dict):
+            return {key: self._break(item, breaker) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._break(item, breaker) for item in value]
+        return value
+
+    # --------------------------------------------------------------------------- after rendering
+
+    def restore(self, broken: str, breaker: str, where: str) -> Protected:
+        """The rendered text put together again.
+
+        Raises:
+            DataError: the text cannot be protected.
+        """
+        if not breaker:
+            return Protected(broken, None, (), ())
+        if f"\\u{ord(breaker):04x}" in broken.lower():
+            raise DataError(
+                "the row quotes a control token where the chat template escapes all that is not "
+                "ASCII, so it cannot be told from the template's own",
+                where=where,
+                fix="leave the row out, or do not let the template's tojson escape",
+            )
+        text = broken.replace(breaker, "")
+        breaks = tuple(i for i, char in enumerate(broken) if char == breaker)
+        protected = Protected(text, None, breaks, ())
+        written = (m.span() for m in self.pattern.finditer(broken))
+        own = {(protected.place(start), protected.place(end)) for start, end in written}
+        found = [m.span() for m in self.pattern.finditer(text)]
+        forged = tuple(span for span in found if span not in own)
+        if not forged:
+            return protected
+        if any(_ALIASES <= ord(char) < _ALIASES + len(self.ids) for char in text):
+            raise DataError(
+                "the row quotes a control token and also holds private characters, so they "
+                "cannot be told apart",
+                where=where,
+                fix="remove the characters from U+F0000 on",
+            )
+        aliased = self.pattern.sub(lambda m: self._aliases[m[0]], broken).replace(breaker, "")
+        return Protected(text, aliased, breaks, forged)
+
+    def encode_aliased(
+        self, protected: Protected, part: slice, where: str
+    ) -> tuple[list[int], list[Span]]:
+        """Token ids and offsets where only the template's own control tokens are recognised.
+
+        Raises:
+            DataError: the tokenizer makes a control token out of plain text.
+        """
+        assert protected.aliased is not None
+        if self._twin is None:
+            self._twin = self._make_twin()
+        twin, real_ids = self._twin
+        encoded = twin.encode(protected.aliased[part], add_special_tokens=False)
+        ids = [real_ids.get(i, i) for i in encoded.ids]
+        first = part.start or 0
+        for start, end in protected.forged:
+            name = protected.text[start:end]
+            for token, (a, b) in zip(ids, encoded.offsets, strict=True):
+                if token == self.ids[name] and a + first < end and b + first > start:
+                    raise DataError(
+                        f"quotes {name}, and the tokenizer has no other way to write it",
+                        where=where,
+                        fix="change the text, or leave the row out",
+                    )
+        return ids, encoded.offsets
+
+    def _make_twin(self) -> tuple[Tokenizer, dict[int, int]]:
+        """The tokenizer with other names for control tokens, and the ids to put back."""
+        from tokenizers import Tokenizer
+
+        real = self._backend
+        described = json.loads(real.to_str())
+        for token in described["added_tokens"]:
+            token["content"] = self._aliases.get(token["content"], token["content"])
+        model = described["model"]
+        if isinstance(model.get("vocab"), dict):
+            model["vocab"] = {self._aliases.get(k, k): i for k, i in model["vocab"].items()}
+        elif isinstance(model.get("vocab"), list):  # Unigram: [piece, score]
+            model["vocab"] = [[self._aliases.get(p[0], p[0]), *p[1:]] for p in model["vocab"]]
+        if model.get("unk_token"):
+            model["unk_token"] = self._aliases.get(model["unk_token"], model["unk_token"])
+        twin = Tokenizer.from_str(json.dumps(described))
+        twin.no_truncation()
+        twin.no_padding()
+        twin.encode_special_tokens = False
+        names = {token.content for token in real.get_added_tokens_decoder().values()}
+        moved: dict[int, int] = {}
+        for name in names:
+            here, there = twin.token_to_id(self._aliases.get(name, name)), real.token_to_id(name)
+            if here is not None and there is not None and here != there:
+                moved[here] = there
+        return twin, moved
+
+
+def _any(words: Any) -> str:
+    longest_first = sorted(words, key=lambda word: (-len(word), word))
+    return "|".join(map(re.escape, longest_first)) or r"(?!)"
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in messages or tools but the roles."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key != "role":
+                yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)

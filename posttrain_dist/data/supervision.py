@@ -1,0 +1,188 @@
+"""Record -> samples as text: which characters are targets, with which weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from posttrain_dist.data import Policy, Template, checks
+from posttrain_dist.data.checks import CHECKS
+from posttrain_dist.data.controls import Protected, Span
+from posttrain_dist.data.conversation import Conversation
+from posttrain_dist.data.template import ChatTemplate
+from posttrain_dist.errors import DataError
+from posttrain_dist.flow import Message, Record
+
+_MASKED = -100  # the label of a token that is no target
+Weighted = tuple[int, int, float]  # characters [start, end) and their weight as targets
+
+
+@dataclass(slots=True)
+class Sample:
+    """A sample before it is tokenised."""
+
+    where: str
+    protected: Protected
+    spans: list[Weighted]
+    prompts: list[tuple[int, str]] = field(default_factory=list)  # (length, name): of each turn
+    faults: list[str] = field(default_factory=list)
+    is_text: bool = False  # no template: the tokenizer adds its own special tokens
+    # Of a row that comes as tokens:
+    ids: list[int] | None = None
+    weights: npt.NDArray[np.float32] | None = None
+
+    def note(self, name: str, what: str, strict: bool) -> None:
+        """Write a fault down, or refuse the row for it; an empty `what` is no fault.
+
+        Raises:
+            DataError: the check is of level "error", and `strict` is set.
+        """
+        if not what:
+            return
+        check = CHECKS[name]
+        if strict and check.level == "error":
+            raise DataError(what, where=self.where, fix=check.fix)
+        if name not in self.faults:
+            self.faults.append(name)
+
+
+class Supervision:
+    """Decides what of a record is learned.
+
+    Args:
+        choice: the policy.
+        template: gives the chat template; asked for with the first conversation.
+    """
+
+    def __init__(self, choice: Template, template: Callable[[], ChatTemplate]) -> None:
+        self._choice, self._template = choice, template
+
+    def samples(self, record: Record) -> Iterator[Sample]:
+        """The samples of a row, not yet tokenised.
+
+        Raises:
+            DataError: the row cannot be used, or a check fails and `strict` is set.
+            ModelError, ConfigError: the chat template cannot be used, or not be masked.
+        """
+        if record.chosen or record.rejected:
+            raise DataError(
+                "is a preference row, and this objective trains on single answers",
+                where=record.where,
+                fix="give rows of messages, or choose an objective that compares answers",
+            )
+        if record.input_ids:
+            yield self._given(record)
+        elif record.text is not None:
+            yield self._plain(record, record.text)
+        else:
+            yield from self._chat(record)
+
+    def _given(self, record: Record) -> Sample:
+        """A row of tokens is taken as it is."""
+        weights = np.ones(len(record.input_ids), np.float32)
+        if record.labels:
+            weights = (np.array(record.labels) != _MASKED).astype(np.float32)
+        nothing = Protected("", None, (), ())
+        return Sample(record.where, nothing, [], ids=list(record.input_ids), weights=weights)
+
+    def _plain(self, record: Record, text: str) -> Sample:
+        start = record.supervised_from
+        sample = Sample(record.where, Protected(text, None, (), ()), [(start, len(text), 1.0)])
+        sample.is_text = True
+        if start:
+            sample.prompts.append((start, ""))
+        return sample
+
+    def _chat(self, record: Record) -> Iterator[Sample]:
+        weights = self._weights(record)
+        messages, tools, breaker = self._template().controls.break_up(record.messages, record.tools)
+        if not self._choice.explode_turns:
+            yield self._conversation(record, messages, tools, breaker, weights)
+            return
+        for turn, weight in enumerate(weights):
+            if weight and messages[turn]["role"] == "assistant":
+                only = [0.0] * turn + [weight]
+                yield self._conversation(record, messages[: turn + 1], tools, breaker, only)
+
+    def _weights(self, record: Record) -> list[float]:
+        """The weight of each message: what the row says, else what the policy says."""
+        roles = [message["role"] for message in record.messages]
+        policy = self._choice.policy
+        supervised = [role == "assistant" for role in roles]
+        if not any(supervised) and (record.reference or policy is not Policy.all):
+            raise DataError(
+                "holds a prompt and no answer, and this objective trains on answers",
+                where=record.where,
+                fix="end the row with what the assistant says, or choose an objective that "
+                "lets the model answer",
+            )
+        if policy is Policy.last_turn:
+            last = len(roles) - 1 - supervised[::-1].index(True)
+            supervised = [i == last for i in range(len(roles))]
+        elif policy is Policy.all:
+            supervised = [role != "tool" for role in roles]
+        asked = record.weights or (None,) * len(roles)
+        weights = [
+            float(own) if weight is None else weight
+            for own, weight in zip(supervised, asked, strict=True)
+        ]
+        for i, weight in enumerate(weights):
+            if weight and roles[i] == "tool":
+                raise DataError(
+                    f"messages[{i}] is the result of a tool and has a weight in the loss",
+                    where=record.where,
+                    fix="remove the weight: the model is not to learn what tools answer",
+                )
+        return weights
+
+    def _conversation(
+        self,
+        record: Record,
+        messages: Sequence[Message],
+        tools: Sequence[Any],
+        breaker: str,
+        weights: Sequence[float],
+    ) -> Sample:
+        where = record.where
+        rendered = Conversation(self._template(), messages, where, tools)
+        protected = self._template().controls.restore(rendered.text, breaker, where)
+        sample = Sample(where, protected, [])
+        if protected.forged:
+            sample.faults.append("control_tokens")
+        if tools or any("tool_calls" in message for message in messages):
+            self._refuse_unseen(rendered)
+        turns = rendered.turn_spans([i for i, weight in enumerate(weights) if weight])
+        for i, weight in enumerate(weights):
+            if not weight:
+                continue
+            if i in turns:
+                self._check_turn(rendered, i, turns[i], sample)
+            for start, end in turns[i] if i in turns else rendered.content_span(i):
+                sample.spans.append((protected.place(start), protected.place(end), weight))
+        sample.spans.sort()
+        return sample
+
+    def _refuse_unseen(self, rendered: Conversation) -> None:
+        plain = self._template().render(rendered.messages, rendered.where) if rendered.tools else ""
+        what = checks.unseen_fault(rendered, plain)
+        if what:
+            raise DataError(
+                what,
+                where=rendered.where,
+                fix="choose a template that knows tools, or leave them out of the row",
+            )
+
+    def _check_turn(
+        self, rendered: Conversation, turn: int, spans: list[Span], sample: Sample
+    ) -> None:
+        strict = self._choice.strict
+        sample.note("prompt_prefix", checks.prompt_text_fault(rendered, turn, spans), strict)
+        sample.note("generation_prompt", checks.gap_fault(rendered, turn, spans), strict)
+        sample.note("end_of_turn", checks.end_fault(rendered, turn, spans), strict)
+        length = sample.protected.place(len(rendered.prompt(turn)))
+        if "prompt_prefix" not in sample.faults:
+            sample.prompts.append((length, f" of messages[{turn}]"))
