@@ -1,21 +1,59 @@
-"""Plan which samples share a pack: once, globally, from (seed, epoch) alone."""
+"""Plan which samples share a pack: once, globally, from (seed, epoch) alone.
+
+    shuffle -> cut into windows -> best-fit decreasing in each window -> shuffle its packs
+
+A window's lengths are a histogram, so that samples of one length are placed together: a million
+samples in windows of 4096 take about half a million placements.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import neg
 
 import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.signedinteger]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Packs laid end to end: pack p holds the samples order[offsets[p] : offsets[p + 1]]."""
+
+    order: Ints  # [samples drawn]
+    offsets: Ints  # [packs + 1]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, pack: int) -> Ints:
+        """Samples of one pack."""
+        return self.order[self.offsets[pack] : self.offsets[pack + 1]]
+
+    def sums(self, values: Ints) -> Ints:
+        """The sum of `values` (one a sample) over each pack."""
+        total = np.concatenate([[0], np.cumsum(values[self.order], dtype=np.int64)])
+        sums: Ints = np.diff(total[self.offsets])
+        return sums
 
 
 def plan_epoch(
-    lengths: Sequence[int], max_length: int, window: int, seed: int, epoch: int
-) -> list[list[int]]:
-    """Packs of one epoch: every sample exactly once, at most `max_length` tokens a pack.
+    lengths: Ints,
+    max_length: int,
+    window: int,
+    seed: int,
+    epoch: int,
+    *,
+    phase: int = 0,
+    drawn: Ints | None = None,
+) -> Plan:
+    """Packs of one epoch: every drawn sample once, at most `max_length` tokens a pack.
 
-    Samples are shuffled, then packed inside windows of `window` samples, so that packing reorders
-    no further than that; the packs of a window are shuffled too, or its last ones, which hold
-    what was left over, would always come last.
+    Samples are shuffled and cut into windows of equal size, at most `window`; packing moves a
+    sample inside its window only. The packs of a window are shuffled too, or its last ones, which
+    hold what was left over, would always come last.
 
     Args:
         lengths: tokens of each sample, each from 1 to `max_length`.
@@ -23,31 +61,109 @@ def plan_epoch(
         window: samples that packing may reorder among themselves.
         seed: of the run.
         epoch: from 0.
+        phase: of the mixture, from 0.
+        drawn: samples of the epoch, some perhaps several times; None: each once.
     """
-    random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
-    order = random.permutation(len(lengths)).tolist()
-    packs: list[list[int]] = []
-    for start in range(0, len(order), window):
-        packed = best_fit(order[start : start + window], lengths, max_length)
-        packs += [packed[i] for i in random.permutation(len(packed))]
-    return packs
+    key = np.random.SeedSequence([seed, epoch, phase])
+    random = np.random.Generator(np.random.Philox(key))
+    if drawn is None:
+        drawn = np.arange(len(lengths), dtype=np.int32)
+    return _pack(random.permutation(drawn), lengths, max_length, window, random)
 
 
-def best_fit(samples: Sequence[int], lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Best-fit decreasing (Johnson 1974): the longest sample first, each into the fullest pack
-    that still has room for it.
+def plan_in_order(lengths: Ints, max_length: int, window: int) -> Plan:
+    """Packs of all samples in the order that they have, for evaluation: nothing is shuffled."""
+    return _pack(np.arange(len(lengths), dtype=np.int32), lengths, max_length, window, None)
+
+
+def _pack(
+    order: Ints, lengths: Ints, max_length: int, window: int, random: np.random.Generator | None
+) -> Plan:
+    """Pack the windows of `order`; with `random`, in a random order inside each window."""
+    num = len(order)
+    if not num:
+        return Plan(order, np.zeros(1, np.int64))
+    length = np.asarray(lengths)[order].astype(np.int64)
+    wrong = np.flatnonzero((length < 1) | (length > max_length))
+    assert not len(wrong), f"sample {order[wrong[0]]} has {length[wrong[0]]} tokens"
+    num_windows = -(-num // window)
+    starts = np.arange(num_windows + 1) * num // num_windows
+    window_of = np.repeat(np.arange(num_windows), np.diff(starts))
+
+    # One number a sample: (window, longest first, place in the shuffled order), to sort at once.
+    group = window_of * (max_length + 1) + (max_length - length)
+    bits = num.bit_length()
+    group_at = np.sort(group << bits | np.arange(num))
+    sorted_order = order[group_at & ((1 << bits) - 1)]
+    group = group_at >> bits
+    heads = np.flatnonzero(np.diff(group, prepend=-1))  # first sample of each length of a window
+    counts = np.diff(heads, append=num)
+    keys = (max_length - group[heads] % (max_length + 1)) * window
+    bounds = np.searchsorted(heads, starts)  # groups of each window
+
+    places: list[int] = []  # of each placement: its pack, numbered inside its window
+    numbers: list[int] = []  # ... and how many samples it took
+    ends, packs = [], []  # of each window: placements so far, packs
+    for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        of_window = keys[begin:end].tolist(), counts[begin:end].tolist()
+        packs.append(best_fit(*of_window, max_length * window, places, numbers))
+        ends.append(len(places))
+    first = np.concatenate([[0], np.cumsum(packs)])
+    placed = np.array(places, np.int64) % window
+    placed += np.repeat(first[:-1], np.diff(ends, prepend=0))
+    pack_of = np.repeat(placed, numbers)  # of each sample in sorted_order
+    if random is not None:
+        chance = random.random(first[-1]) + np.repeat(np.arange(num_windows), packs)
+        rank = np.empty(first[-1], np.int64)
+        rank[np.argsort(chance)] = np.arange(first[-1])
+        pack_of = rank[pack_of]
+    by_pack = np.sort(pack_of << bits | np.arange(num)) & ((1 << bits) - 1)
+    sizes = np.bincount(pack_of)
+    return Plan(sorted_order[by_pack], np.concatenate([[0], np.cumsum(sizes)]))
+
+
+def best_fit(
+    keys: list[int], counts: list[int], capacity: int, places: list[int], numbers: list[int]
+) -> int:
+    """Best-fit decreasing (Johnson 1974) of one window: the longest sample first, each into the
+    fullest pack that still has room for it, the oldest of equal ones; returns how many packs.
+
+    Lengths are given as multiples of a unit above the number of samples, so that `room * unit +
+    pack` is one small integer, which sorts by room, then by age. After a sample went into the
+    fullest pack with room, that pack is the fullest with room for the next sample of its length.
+
+    Args:
+        keys: the different lengths, descending, times the unit.
+        counts: samples of each.
+        capacity: of a pack, times the unit.
+        places: gets, for each placement, a number whose remainder by the unit is the pack.
+        numbers: gets how many samples each placement put there.
     """
-    packs: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (tokens left, pack), sorted
-    for sample in sorted(samples, key=lambda i: -int(lengths[i])):
-        length = int(lengths[sample])
-        assert 0 < length <= max_length, f"sample {sample} has {length} tokens"
-        at = bisect_left(free, (length, -1))
-        if at == len(free):
-            left, pack = max_length, len(packs)
-            packs.append([])
-        else:
-            left, pack = free.pop(at)
-        packs[pack].append(sample)
-        insort(free, (left - length, pack))
-    return packs
+    least = keys[-1]  # packs with less room than this are full
+    # Samples above half of a pack open one each; the shorter, the more room they leave.
+    num_long = bisect_left(keys, -(capacity // 2), key=neg)
+    long = [key for key, count in zip(keys[:num_long], counts, strict=False) for _ in range(count)]
+    num_packs = len(long)
+    places.extend(range(capacity, capacity + num_packs))
+    numbers.extend([1] * num_packs)
+    rooms = [capacity + pack - key for pack, key in enumerate(long)]
+    free = rooms[bisect_left(rooms, least) :]  # packs with room, sorted
+    place, number, take = places.append, numbers.append, free.pop  # looked up once: a hot loop
+    for key, count in zip(keys[num_long:], counts[num_long:], strict=True):
+        while count:
+            at = bisect_left(free, key)
+            if at < len(free):
+                room = take(at)
+            else:
+                room = capacity + num_packs
+                num_packs += 1
+            fit = 1 if count == 1 else room // key
+            if fit > count:
+                fit = count
+            count -= fit
+            place(room)
+            number(fit)
+            room -= fit * key
+            if room >= least:
+                insort(free, room)
+    return num_packs

@@ -1,8 +1,7 @@
-"""The same samples in the same step on any number of ranks; labels never cross a sample."""
+"""The same samples in the same step on any number of ranks, from any cursor, with any mixture."""
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections import Counter
@@ -12,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from posttrain_dist.data.collate import collate, filler
-from posttrain_dist.data.loader import Examples, PackedSource, write_examples
-from posttrain_dist.errors import DataError
+from posttrain_dist.data import MixBy
+from posttrain_dist.data.arrays import Examples, SplitWriter
+from posttrain_dist.data.loader import PackedSource
+from posttrain_dist.data.mixing import Mixture, Wish
+from posttrain_dist.errors import ConfigError, DataError
 from posttrain_dist.flow import Batch, Example
 
 SIZE = 53
@@ -35,13 +35,36 @@ def example(i: int) -> Example:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Examples:
     folder = tmp_path_factory.mktemp("prepared")
-    write_examples(folder / "train", [example(i) for i in range(SIZE)])
-    (folder / "summary.json").write_text(json.dumps({"channels": ["a", "b", "c"]}))
-    return Examples.open(folder, "train")
+    with SplitWriter(folder / "samples") as writer:
+        for i in range(SIZE):
+            e = example(i)
+            writer.add(e.input_ids_L, e.weight_L, e.channel, 0, e.sample_id, e.truncated)
+    return Examples.open(folder, "all", channels=["a", "b", "c"])
+
+
+@pytest.fixture(scope="module")
+def two_sources(tmp_path_factory: pytest.TempPathFactory) -> Examples:
+    """120 samples, every third one from source 1; sample ids are indices."""
+    folder = tmp_path_factory.mktemp("two")
+    with SplitWriter(folder / "samples") as writer:
+        for i in range(120):
+            e = example(i)
+            writer.add(e.input_ids_L, e.weight_L, 0, source=int(i % 3 == 0), sample_id=i)
+    return Examples.open(folder, "all", channels=["a"])
+
+
+def mixture(examples: Examples, wishes: list[Wish], by: MixBy = MixBy.rows) -> Mixture:
+    return Mixture(examples.sources, examples.supervised, wishes, by, seed=3)
 
 
 def source(
-    examples: Examples, world: int = 1, rank: int = 0, micro: int = 1, batch: int = 5, seed: int = 3
+    examples: Examples,
+    world: int = 1,
+    rank: int = 0,
+    micro: int = 1,
+    batch: int = 5,
+    seed: int = 3,
+    mix: Mixture | None = None,
 ) -> PackedSource:
     return PackedSource(
         examples,
@@ -52,6 +75,7 @@ def source(
         micro_batch_size=micro,
         rank=rank,
         world=world,
+        mixture=mix,
     )
 
 
@@ -59,59 +83,16 @@ def samples(batches: Iterable[Batch]) -> list[int]:
     return sorted(i for batch in batches for i in batch.sample_id_S if i >= 0)
 
 
-def test_examples_come_back_as_written(prepared: Examples) -> None:
-    assert (len(prepared), prepared.channels) == (SIZE, ["a", "b", "c"])
-    for i in range(SIZE):
-        wrote, read = example(i), prepared[i]
-        assert read.input_ids_L.tolist() == wrote.input_ids_L.tolist()
-        assert read.weight_L.tolist() == wrote.weight_L.tolist()
-        assert prepared.lengths[i] == len(wrote.input_ids_L)
-        meta = (read.channel, read.sample_id, read.truncated)
-        assert meta == (wrote.channel, wrote.sample_id, wrote.truncated)
-
-
 def test_an_empty_split_has_no_batch(tmp_path: Path) -> None:
-    write_examples(tmp_path / "eval", [])
-    (tmp_path / "summary.json").write_text('{"channels": ["a"]}')
-    empty = Examples.open(tmp_path, "eval")
+    SplitWriter(tmp_path / "samples").close()
+    empty = Examples.open(tmp_path, "all", channels=["a"])
     assert len(empty) == 0
     assert list(source(empty).eval_batches()) == []
     with pytest.raises(DataError, match="no sample to train on"):
         source(empty).total_steps(steps=5)
-    with pytest.raises(DataError, match="is no prepared data folder"):
-        Examples.open(tmp_path, "train")
 
 
-def test_labels_are_the_next_token_of_the_same_sample() -> None:
-    batch = collate([example(i) for i in (4, 0, 9)])
-    inputs = batch.input_ids_T[batch.supervised_N]
-    assert torch.equal(inputs + 1, batch.labels_N)  # ids count up inside a sample
-    wanted = []
-    for i, start in zip((4, 0, 9), batch.cu_seqlens_S, strict=False):
-        for place, weight in enumerate(example(i).weight_L.tolist()):
-            if weight:
-                wanted.append((start + place - 1, 1000 * (i + 1) + place, i % 3, weight))
-    columns = (batch.supervised_N, batch.labels_N, batch.channel_N, batch.weight_N)
-    assert list(zip(*(column.tolist() for column in columns), strict=True)) == wanted
-    assert batch.sample_id_S == [40, 0, 90]
-    assert batch.num_tokens == len(batch.input_ids_T) == batch.cu_seqlens_S[-1]
-    assert torch.equal(batch.input_ids_T % 1000, batch.position_ids_T)
-
-
-def test_a_first_token_with_a_weight_is_still_no_target() -> None:
-    wrong = example(1)
-    wrong.weight_L[0] = 1
-    assert 2000 not in collate([example(0), wrong]).labels_N.tolist()
-    assert wrong.weight_L[0] == 1  # the caller's array is left alone
-
-
-def test_filler_weighs_nothing() -> None:
-    batch = filler(2)
-    assert (batch.num_tokens, batch.weight_N.sum(), batch.sample_id_S) == (0, 0, [-1])
-    assert (batch.cu_seqlens_S, batch.channel_N.tolist()) == ([0, 2], [2])
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("micro", [1, 2, 4])
 def test_a_step_holds_the_same_samples_in_every_layout(
     prepared: Examples, world: int, micro: int
@@ -174,3 +155,97 @@ def test_evaluation_sees_every_sample_once(prepared: Examples, world: int) -> No
     shares = [list(source(prepared, world, rank, 2).eval_batches()) for rank in range(world)]
     assert samples(chain.from_iterable(shares)) == [i * 10 for i in range(SIZE)]
     assert len({len(share) for share in shares}) == 1
+
+
+def test_the_cursor_is_the_only_state(two_sources: Examples) -> None:
+    # Packs of an epoch vary with the draw, so a resumed run must find its epoch by itself.
+    mix = mixture(two_sources, [Wish(name="a", weight=0.3), Wish(name="b", weight=0.7)])
+    run = source(two_sources, mix=mix)
+    in_turn = [run.sample_ids(k) for k in range(1, 60)]
+    assert sum(map(len, in_turn)) > 4 * 120
+    for k in (59, 1, 31):
+        assert source(two_sources, mix=mix).sample_ids(k) == in_turn[k - 1]
+    shares = [source(two_sources, 8, rank, 2, mix=mix).step(31) for rank in range(8)]
+    assert samples(chain.from_iterable(shares)) == sorted(in_turn[30])
+
+
+@pytest.mark.parametrize("by", [MixBy.rows, MixBy.tokens])
+def test_an_epoch_of_a_mixture_has_the_asked_shares(two_sources: Examples, by: MixBy) -> None:
+    mix = mixture(two_sources, [Wish(name="a", weight=1), Wish(name="b", weight=3)], by)
+    run = source(two_sources, mix=mix)
+    amounts = [0, 0]
+    for k in range(1, run.total_steps(epochs=4) + 1):
+        for batch in run.step(k):
+            for i in batch.sample_id_S:
+                targets = int(np.count_nonzero(example(i).weight_L))
+                amounts[i % 3 == 0] += 1 if by is MixBy.rows else targets
+    assert amounts[1] / sum(amounts) == pytest.approx(0.75, rel=0.01)
+
+
+def test_weights_change_at_their_step(two_sources: Examples) -> None:
+    wishes = [Wish(name="a", schedule={6: 0.0, 11: 1.0}), Wish(name="b", schedule={1: 0.0, 6: 1.0})]
+    mix = mixture(two_sources, wishes)
+    run = source(two_sources, mix=mix)
+    for k in range(1, 30):
+        seen = {int(i % 3 == 0) for i in run.sample_ids(k)}
+        assert seen == ({0} if k < 6 else {1} if k < 11 else {0, 1})
+
+
+def test_a_phase_cut_short_counts_as_the_part_of_an_epoch_that_it_took(tmp_path: Path) -> None:
+    # 120 samples of 16 tokens in windows of 15: every epoch has 64 packs, 8 of them half empty.
+    with SplitWriter(tmp_path / "samples") as writer:
+        for i in range(120):
+            writer.add(range(16), [1] * 16, 0, source=i % 2, sample_id=i)
+    examples = Examples.open(tmp_path, "all", channels=["a"])
+    wishes = [Wish(name="a", schedule={6: 0.0, 11: 1.0}), Wish(name="b", schedule={1: 0.0, 6: 1.0})]
+    mix = mixture(examples, wishes)
+
+    def steps(**end: float) -> int:
+        return source(examples, mix=mix).total_steps(**end)
+
+    # Two phases of 5 steps of 5 packs, then the rest.
+    assert steps(epochs=50 / 64) == 10
+    assert steps(epochs=50 / 64 + 1 / 64) == 11
+    assert steps(epochs=0.25) == math.ceil(16 / 5)
+    assert steps(epochs=1 + 50 / 64) == math.ceil((50 + 64) / 5)
+    run = source(examples, mix=mix)
+    tokens = sum(batch.num_tokens for k in range(1, 11) for batch in run.step(k))
+    assert steps(tokens=tokens) == 10
+    assert steps(tokens=tokens + 1) == 11
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 500, 573, 574, 1500, 5000])
+def test_a_token_budget_ends_with_the_pack_that_reaches_it(prepared: Examples, tokens: int) -> None:
+    endless = source(prepared, batch=1)
+    left, packs = tokens, 0
+    while left > 0:
+        packs += 1
+        left -= endless.step(packs)[0].num_tokens
+    run = source(prepared)
+    assert run.total_steps(tokens=tokens) == math.ceil(packs / 5)
+    assert sum(len(run.step(k)) for k in range(1, math.ceil(packs / 5) + 1)) == packs
+
+
+def test_two_ends_are_refused(prepared: Examples) -> None:
+    with pytest.raises(ConfigError, match=r"train\.steps=3, train\.tokens=9"):
+        source(prepared).total_steps(steps=3, tokens=9)
+    with pytest.raises(ConfigError, match=r"train\.tokens=0"):
+        source(prepared).total_steps(tokens=0)
+
+
+def test_tokens_outside_the_vocabulary_are_refused(prepared: Examples) -> None:
+    run = PackedSource(
+        prepared,
+        max_length=32,
+        window=16,
+        seed=3,
+        batch_size=60,
+        micro_batch_size=60,
+        rank=0,
+        world=1,
+        vocab_size=53_000,  # sample 52 holds the tokens from 53,000 on
+    )
+    with pytest.raises(
+        DataError, match=r"sample 520 holds token 53000 at place 0, outside \[0, 53"
+    ):
+        run.step(1)

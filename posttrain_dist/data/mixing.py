@@ -1,0 +1,212 @@
+"""Which samples an epoch draws from which source: a pure function of (seed, phase, epoch).
+
+    weights -> shares -> amount of each source in an epoch -> passes over its rows
+
+An amount counts rows or supervised tokens. A source's rows stand in an endless line of passes,
+each a shuffle of all its rows; epoch e takes the amounts [e·a, (e + 1)·a) of that line, so no row
+comes twice before each came once. A phase is the part of a run in which weights stay the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from posttrain_dist.data import MixBy
+from posttrain_dist.errors import ConfigError, DataError
+
+Ints = npt.NDArray[np.signedinteger]
+
+_PASS = 1  # keeps the shuffles of passes apart from those of epochs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What is asked of one source."""
+
+    name: str
+    weight: float = 1.0  # its share is weight / sum of weights
+    max_passes: float | None = None  # times that a row is drawn in an epoch at most
+    schedule: Mapping[int, float] = field(default_factory=dict)  # from this step on: weight
+
+    def weight_at(self, step: int) -> float:
+        """The weight from `step` on, until the next key of the schedule."""
+        begun = [key for key in self.schedule if key <= step]
+        return self.schedule[max(begun)] if begun else self.weight
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """One source in the epochs of one phase."""
+
+    name: str
+    size: int  # rows, or supervised tokens, that it has
+    asked: float  # share of an epoch
+    amount: int  # rows, or supervised tokens, of an epoch
+    share: float  # the realised one: amount / sum of amounts
+    capped: bool  # `max_passes` keeps it below what was asked
+
+    @property
+    def passes(self) -> float:
+        """Times that each of its rows is drawn in an epoch."""
+        return self.amount / self.size if self.size else 0.0
+
+
+class Mixture:
+    """The draws of a run from several sources.
+
+    An epoch is as large as all sources together; where sources are capped and no other is left to
+    take their share, it is smaller.
+
+    Args:
+        sources: source of each sample, an index into `wishes`.
+        supervised: supervised tokens of each sample.
+        wishes: one a source.
+        by: what weights are shares of.
+        seed: of the run.
+
+    Raises:
+        ConfigError: weights or caps that mean nothing.
+        DataError: a source with a weight has no sample.
+    """
+
+    def __init__(
+        self, sources: Ints, supervised: Ints, wishes: Sequence[Wish], by: MixBy, seed: int
+    ) -> None:
+        _check(wishes)
+        self._seed, self._sources = seed, sources
+        self._rows = [np.flatnonzero(sources == s).astype(np.int32) for s in range(len(wishes))]
+        # A row without a target still takes a place in the line.
+        measure = np.maximum(supervised, 1) if by is MixBy.tokens else None
+        self._measure = None if measure is None else measure.astype(np.int64)
+        sizes = [
+            len(rows) if self._measure is None else int(self._measure[rows].sum())
+            for rows in self._rows
+        ]
+        starts = sorted({1} | {max(1, step) for wish in wishes for step in wish.schedule})
+        self.phase_starts = starts  # first step of each phase
+        self.phases = [_portions(wishes, sizes, step) for step in starts]
+
+    def draw(self, phase: int, epoch: int) -> Ints:
+        """Samples of one epoch of one phase, in no order that matters."""
+        portions = self.phases[phase]
+        drawn = [self._draw(s, p, phase, epoch) for s, p in enumerate(portions) if p.amount]
+        result: Ints = np.concatenate(drawn)
+        return result
+
+    def realised(self, phase: int, epoch: int) -> list[float]:
+        """Share of each source in what one epoch really draws, counted."""
+        amounts = self.amounts(self.draw(phase, epoch))
+        shares: list[float] = (amounts / amounts.sum()).tolist()
+        return shares
+
+    def names(self) -> list[str]:
+        """The sources, by number."""
+        return [portion.name for portion in self.phases[0]]
+
+    def amounts(self, drawn: Ints) -> npt.NDArray[np.float64]:
+        """Rows, or supervised tokens, of each source in some samples."""
+        weights = None if self._measure is None else self._measure[drawn]
+        counted: npt.NDArray[np.float64] = np.bincount(
+            self._sources[drawn], weights, len(self._rows)
+        ).astype(np.float64)
+        return counted
+
+    def group_shares(self, phase: int, group: Ints, supervised: Ints) -> list[float]:
+        """The share of supervised tokens that each group of samples has in the epochs of a phase.
+
+        Args:
+            group: of each sample, from 0.
+            supervised: supervised tokens of each sample.
+        """
+        totals = np.zeros(int(group.max(initial=-1)) + 1)
+        for rows, portion in zip(self._rows, self.phases[phase], strict=True):
+            counts = np.bincount(group[rows], supervised[rows], len(totals))
+            totals += portion.passes * counts
+        shares: list[float] = (totals / max(totals.sum(), 1)).tolist()
+        return shares
+
+    def _draw(self, source: int, portion: Portion, phase: int, epoch: int) -> Ints:
+        begin, end, size = epoch * portion.amount, (epoch + 1) * portion.amount, portion.size
+        parts: list[Ints] = []
+        for number in range(begin // size, -(-end // size)):
+            first, last = max(begin - number * size, 0), min(end - number * size, size)
+            if (first, last) == (0, size):
+                parts.append(self._rows[source])
+                continue
+            key = [self._seed, phase, source, number, _PASS]
+            random = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+            shuffled = random.permutation(self._rows[source])
+            if self._measure is not None:  # amounts -> places, by where each row begins
+                measure = self._measure[shuffled]
+                place = np.searchsorted(np.cumsum(measure) - measure, [first, last])
+                first, last = place.tolist()
+            parts.append(shuffled[first:last])
+        drawn: Ints = np.concatenate(parts)
+        return drawn
+
+
+def _portions(wishes: Sequence[Wish], sizes: list[int], step: int) -> list[Portion]:
+    weights = [wish.weight_at(step) for wish in wishes]
+    if not sum(weights):
+        raise ConfigError(
+            f"every weight is 0 from step {step} on",
+            where="data.sources",
+            fix="give one source a weight above 0",
+        )
+    for wish, weight, size in zip(wishes, weights, sizes, strict=True):
+        if weight and not size:
+            raise DataError(
+                "has a weight and no row to train on",
+                where=f"data.sources.{wish.name}",
+                fix="add rows to it, or leave the source out",
+            )
+    caps = [
+        math.inf if wish.max_passes is None else wish.max_passes * size
+        for wish, size in zip(wishes, sizes, strict=True)
+    ]
+    amounts = [round(amount) for amount in _fill(weights, caps, sum(sizes))]
+    total, asked = sum(amounts), sum(weights)
+    if not total:
+        raise ConfigError("lets no row through", where="data.sources.*.max_passes", fix="raise it")
+    portions = []
+    for wish, weight, size, amount in zip(wishes, weights, sizes, amounts, strict=True):
+        capped = amount + 0.5 < weight / asked * sum(sizes)
+        share = Portion(wish.name, size, weight / asked, amount, amount / total, capped)
+        portions.append(share)
+    return portions
+
+
+def _fill(weights: list[float], caps: list[float], total: float) -> list[float]:
+    """Share `total` out by weight; what a cap keeps off goes to the others, by their weights."""
+    amounts = [0.0] * len(weights)
+    open_ = [s for s, weight in enumerate(weights) if weight]
+    left = total
+    while open_:
+        unit = left / sum(weights[s] for s in open_)
+        full = [s for s in open_ if weights[s] * unit >= caps[s]]
+        for s in full or open_:
+            amounts[s] = min(weights[s] * unit, caps[s])
+        if not full:
+            break
+        left -= sum(amounts[s] for s in full)
+        open_ = [s for s in open_ if s not in full]
+    return amounts
+
+
+def _check(wishes: Sequence[Wish]) -> None:
+    for wish in wishes:
+        where = f"data.sources.{wish.name}"
+        for weight in (wish.weight, *wish.schedule.values()):
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ConfigError(f"a weight is {weight}", where=where, fix="use 0 or more")
+        if wish.max_passes is not None and not wish.max_passes > 0:
+            raise ConfigError(
+                f"is {wish.max_passes}",
+                where=f"{where}.max_passes",
+                fix="use more than 0, or null for no limit",
+            )
