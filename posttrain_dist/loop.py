@@ -17,6 +17,8 @@ from posttrain_dist import dist
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Batch, StepInfo
 
+GO_ON, LEAVE, END_EARLY = 0, 1, 2  # someone asked to leave; nothing more is to be gained
+
 
 class Source(Protocol):
     """Batches of this rank, as a pure function of the step."""
@@ -60,7 +62,7 @@ class Fit:
         steps: total optimizer updates; `start` of them are already done.
         learning_rate: update -> rate.
         describe: channel table -> metrics.
-        stop_requested: asked on rank 0 once a step; ends the run after that step.
+        stop_requested: asked on rank 0 once a step: GO_ON, or what ends the run after that step.
     """
 
     engine: Any
@@ -73,7 +75,7 @@ class Fit:
     start: int = 0
     seed: int = 0
     log_every: tuple[int, ...] = (1,)  # a step that is a multiple of any of these is logged
-    stop_requested: Callable[[], bool] = lambda: False
+    stop_requested: Callable[[], int] = lambda: GO_ON
     hooks: tuple[Hook, ...] = ()
 
     def run(self) -> Iterator[StepInfo]:
@@ -106,26 +108,28 @@ class Fit:
         # Each step is seeded by itself, so that a resumed run draws the same dropout.
         torch.manual_seed(hash((self.seed, step, dist.rank())) & 0x7FFFFFFF)
         batches = self.source.step(step)
-        denominator, stopped = self._agree(sum(self.objective.count(b) for b in batches))
+        denominator, wish = self._agree(sum(self.objective.count(b) for b in batches))
         if denominator <= 0:
             raise DataError(f"step {step} has no supervised token", where="data.train")
         self.engine.train(True)
         for i, batch in enumerate(batches):
-            loss = self.engine.forward(batch.to(self.engine.device), self.objective, denominator)
+            batch = batch.to(self.engine.device)
+            loss = self.engine.forward(batch, self.objective, denominator)
             self.engine.backward(loss.total, last=i == len(batches) - 1)
             self.meter.add(loss, batch)
         lr = self.learning_rate(step)
         norm = self.engine.step(lr)
         completed = step == self.steps
-        info = StepInfo(step, last=stopped or completed, stopped=stopped and not completed)
+        stopped = wish == LEAVE and not completed
+        info = StepInfo(step, last=completed or wish != GO_ON, stopped=stopped)
         return info, lr, norm
 
-    def _agree(self, count: float) -> tuple[float, bool]:
+    def _agree(self, count: float) -> tuple[float, int]:
         """Global denominator, and rank 0's wish to stop, in one reduction."""
-        wish = float(dist.rank() == 0 and self.stop_requested())
+        wish = float(self.stop_requested()) if dist.rank() == 0 else 0.0
         both = torch.tensor([count, wish], dtype=torch.float64, device=self.engine.device)
         total, stop = dist.all_sum(both).tolist()
-        return total, stop > 0
+        return total, round(stop)
 
     def _finish(self, info: StepInfo) -> StepInfo:
         for hook in self.hooks:
@@ -139,6 +143,7 @@ def evaluate(engine: Any, batches: Iterable[Batch], objective: Any, meter: Meter
     engine.train(False)
     with torch.no_grad():
         for batch in batches:
-            meter.add(engine.forward(batch.to(engine.device), objective, 1.0), batch)
+            batch = batch.to(engine.device)
+            meter.add(engine.forward(batch, objective, 1.0), batch)
     table_C4, _ = meter.flush()
     return table_C4

@@ -20,6 +20,7 @@ class HeadLoss(NamedTuple):
     loss: torch.Tensor  # float32 scalar, carries the gradient
     nll_N: torch.Tensor  # detached float32, unweighted
     channels_C4: torch.Tensor  # detached float32: loss sum, weight, correct, count
+    correct_N: torch.Tensor  # bool: no other token exceeds the label
 
 
 def linear_cross_entropy(
@@ -96,7 +97,8 @@ def linear_cross_entropy(
             rows = reference_rows(hidden_TD, weight_VD, bias, targets)
         else:
             rows = chunked_rows(hidden_TD, weight_VD, bias, targets, chunk_rows)
-    return HeadLoss(rows.loss, rows.nll_N, _channel_table(rows, weight_N, channel, num_channels))
+    table_C4 = _channel_table(rows, weight_N, channel, num_channels)
+    return HeadLoss(rows.loss, rows.nll_N, table_C4, rows.correct_N)
 
 
 def _channel_table(

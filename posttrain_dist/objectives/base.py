@@ -42,7 +42,7 @@ class TokenLoss(Objective):
 
     def count(self, batch: Batch) -> float:
         """Sum of the token weights."""
-        return float(batch.weight_N.double().sum())
+        return batch.weight_sum
 
     def loss(self, hidden_TD: torch.Tensor, head: Any, batch: Batch, denominator: float) -> Loss:
         """Fused over the supervised rows only."""
@@ -56,4 +56,4 @@ class TokenLoss(Objective):
             channel=batch.channel_N,
             denominator=denominator,
         )
-        return Loss(total=result.loss, channels_C4=result.channels_C4, nll_N=result.nll_N)
+        return Loss(result.loss, result.channels_C4, result.nll_N, result.correct_N)

@@ -1,0 +1,31 @@
+"""Meter special tokens on several ranks: rank world port file. Prints what this rank got."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from posttrain_dist import dist
+from posttrain_dist.metrics.special_tokens import TokenMeter
+
+rank, world, port = (int(argument) for argument in sys.argv[1:4])
+micro_batches = json.loads(Path(sys.argv[4]).read_text())
+dist.start(dist.Process(rank=rank, world=world, local_rank=rank, master_port=port))
+
+device = torch.device("cpu")
+meter = TokenMeter(["all"], {7: "seven", 3: "three"}, device)
+for batch in micro_batches[rank::world]:
+    columns = {name: torch.tensor(values) for name, values in batch.items()}
+    loss = SimpleNamespace(
+        channels_C4=torch.ones(1, 4), nll_N=columns["nll"], correct_N=columns["correct"]
+    )
+    meter.add(
+        loss, SimpleNamespace(labels_N=columns["label"], weight_N=columns["weight"], num_tokens=5)
+    )
+table, tokens = meter.flush()
+again, _ = meter.flush()
+left = float(again.abs().sum())
+metrics = [meter.train_metrics(table), meter.eval_metrics(table)]
+print(json.dumps([table.tolist(), tokens, left, metrics]))
