@@ -1,91 +1,85 @@
-"""What the model will see: rows with their supervised text marked, and one packed batch."""
+"""What is in the prepared data, and how this run takes it: the dict of the data report, whole."""
 
 from __future__ import annotations
 
-from itertools import groupby
+import json
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from posttrain_dist.build import make_mixture, make_source
 from posttrain_dist.config import RunConfig
-from posttrain_dist.data.loader import Examples, PackedSource
-from posttrain_dist.data.summary import Summary
-from posttrain_dist.flow import Batch, Example
+from posttrain_dist.data.arrays import Examples
+from posttrain_dist.data.pieces import pieces
+from posttrain_dist.dist import Process
+from posttrain_dist.errors import DataError
 from posttrain_dist.models.folder import load_tokenizer, resolve
 
-OPEN, CLOSE = "⟦", "⟧"
-_BEFORE, _SHOWN = 8, 24  # tokens of the batch before the first target, and in all
 
+def inspect(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """data_report.json, with the mix of sources and the first packed batch of this run.
 
-def inspect_text(config: RunConfig, folder: Path, conversations: int = 2) -> str:
-    """Prepared rows of as many channels as asked for, and the first batch, for the terminal.
-
-    Everything shown is read back from `folder`, the arrays that are trained on.
+    Args:
+        folder: that `posttrain_dist.prepare.prepare` wrote for this config.
 
     Raises:
         DataError: `folder` is not a prepared one.
     """
-    summary = Summary.read(folder)
+    try:
+        report: dict[str, Any] = json.loads((folder / "data_report.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"is no prepared data folder: {error}", where=str(folder), fix="prepare the data again"
+        ) from error
     examples = Examples.open(folder, "train")
+    report["name"] = config.name
+    report["settings"]["tokenizer"] = config.model.path  # that it was made with may have moved
+    report["sources"] = _sources(config, examples)
+    report["batch"] = _batch(config, examples)
+    return report
+
+
+def _sources(config: RunConfig, examples: Examples) -> dict[str, dict[str, float]]:
+    """How much of an epoch, as it is drawn at the beginning, comes from each source."""
+    mixture = make_mixture(config, examples)
+    if mixture is None:
+        return {}
+    drawn = mixture.draw(0, 0)
+    sources, size = examples.sources[drawn], len(config.data.sources)
+    rows = np.bincount(sources, minlength=size)
+    tokens = np.bincount(sources, examples.supervised[drawn], size)
+    return {
+        portion.name: {
+            "asked": portion.asked,
+            "rows_share": float(rows[i] / rows.sum()),
+            "token_share": float(tokens[i] / tokens.sum()),
+            "passes": portion.passes,
+        }
+        for i, portion in enumerate(mixture.phases[0])
+    }
+
+
+def _batch(config: RunConfig, examples: Examples) -> dict[str, Any]:
+    """The first pack of a run, as a batch of its own, token by token."""
+    if not len(examples):
+        return {}
+    config = replace(config, train=replace(config.train, micro_batch_size=1))
+    batch = make_source(config, examples, Process()).step(1)[0]
+    weight_T = np.zeros(len(batch.input_ids_T), np.float32)
+    # What is predicted at a position is the token behind it.
+    is_target_N = batch.weight_N.numpy() > 0
+    weight_T[batch.supervised_N.numpy()[is_target_N] + 1] = batch.weight_N.numpy()[is_target_N]
     tokenizer = load_tokenizer(resolve(config.model.path))
-    parts = [summary.table(), f"{OPEN}supervised text{CLOSE} is what the loss is taken on"]
-    for index in _one_a_channel(examples, conversations):
-        example = examples[index]
-        cut = ", cut" if example.truncated else ""
-        name = examples.channels[example.channel]
-        head = f"── sample {example.sample_id} · {name} · {len(example.input_ids_L)} tokens{cut}"
-        parts.append(f"{head}\n{mark(example, tokenizer)}")
-    source = PackedSource(
-        examples,
-        max_length=config.data.max_length,
-        window=config.data.pack_window,
-        seed=config.seed,
-        batch_size=1,
-        micro_batch_size=1,
-        rank=0,
-        world=1,
-    )
-    parts.append(_show_batch(source.step(1)[0], examples, tokenizer))
-    return "\n\n".join(parts)
-
-
-def mark(example: Example, tokenizer: Any) -> str:
-    """The text of a row, its supervised parts in brackets."""
-    pieces = []
-    pairs = zip(example.input_ids_L.tolist(), example.weight_L.tolist(), strict=True)
-    for supervised, group in groupby(pairs, key=lambda pair: pair[1] > 0):
-        text = tokenizer.decode([token for token, _ in group])
-        pieces.append(f"{OPEN}{text}{CLOSE}" if supervised else text)
-    return "".join(pieces)
-
-
-def _one_a_channel(examples: Examples, wanted: int) -> list[int]:
-    """First samples, each of another channel as long as there are channels left."""
-    seen: dict[int, int] = {}  # channel -> samples of it so far
-    order = []
-    for index in range(len(examples)):
-        channel = examples[index].channel
-        seen[channel] = seen.get(channel, 0) + 1
-        order.append((seen[channel], index))
-        if len(seen) >= min(wanted, len(examples.channels)) and index >= wanted:
-            break
-    return [index for _, index in sorted(order)[:wanted]]
-
-
-def _show_batch(batch: Batch, examples: Examples, tokenizer: Any) -> str:
-    labels = dict(zip(batch.supervised_N.tolist(), batch.labels_N.tolist(), strict=True))
-    channels = dict(zip(batch.supervised_N.tolist(), batch.channel_N.tolist(), strict=True))
-    cu = batch.cu_seqlens_S
-    lines = [f"── first pack: {cu[-1]} tokens, {len(cu) - 1} samples, {len(labels)} supervised"]
-    for sample_id, start, end in zip(batch.sample_id_S, cu, cu[1:], strict=False):
-        inside = [position for position in labels if start <= position < end]
-        name = examples.channels[channels[inside[0]]]
-        lines.append(
-            f"  tokens [{start}, {end})  sample {sample_id}  {name}  {len(inside)} targets"
-        )
-    first = max(0, int(batch.supervised_N[0]) - _BEFORE)
-    lines.append(f"{'index':>7}  {'position':>8}  {'token':<24}  predicts")
-    for i in range(first, min(first + _SHOWN, cu[-1])):
-        token = repr(tokenizer.decode([int(batch.input_ids_T[i])]))
-        target = repr(tokenizer.decode([labels[i]])) if i in labels else "·"
-        lines.append(f"{i:>7}  {int(batch.position_ids_T[i]):>8}  {token:<24}  {target}")
-    return "\n".join(lines)
+    ids_T, cu_S = batch.input_ids_T.numpy(), batch.cu_seqlens_S
+    return {
+        "tokens": len(ids_T),
+        "samples": len(cu_S) - 1,
+        "pieces": [
+            [*piece, sample]
+            for sample, (start, end) in enumerate(pairwise(cu_S))
+            for piece in pieces(ids_T[start:end], weight_T[start:end], tokenizer)
+        ],
+    }

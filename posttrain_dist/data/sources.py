@@ -2,39 +2,101 @@
 
 from __future__ import annotations
 
-from posttrain_dist.data import DataConfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain_dist.data import DataConfig, Format
 from posttrain_dist.data.embedded import split_path
-from posttrain_dist.errors import ConfigError
+from posttrain_dist.data.records import Reader, find_files
+from posttrain_dist.errors import ConfigError, PosttrainError, raise_all
 
 EMBEDDED = "embedded"
+# What an objective reads -> the formats that its rows may be written in.
+ACCEPTS = {
+    "messages": frozenset(
+        {
+            Format.messages,
+            Format.sharegpt,
+            Format.alpaca,
+            Format.prompt_completion,
+            Format.tokens,
+        }
+    ),
+    "text": frozenset({Format.text, Format.tokens}),
+}
 
 
-def sources(data: DataConfig, rows: str, *, only_heldout: bool = False) -> dict[str, str]:
-    """Split ("train", "eval") -> file, folder or glob.
+@dataclass(frozen=True, slots=True)
+class FileSet:
+    """The files of one source, or of the held-out rows."""
 
-    Without "eval", held-out rows are a share of the training rows.
+    name: str  # of the source; "eval" for the held-out rows
+    split: str  # "train" or "eval"
+    key: str  # of the configuration, for errors
+    path: str
+
+    @property
+    def files(self) -> list[Path]:
+        """Its files, in order.
+
+        Raises:
+            DataError: there are none.
+        """
+        return find_files(self.path)
+
+    def reader(self, data: DataConfig, rows: str) -> Reader:
+        """Reads its rows.
+
+        Raises:
+            DataError, ConfigError: the rows are not written in a format that `rows` accepts.
+        """
+        return Reader(self.path, format=data.format, columns=data.columns, accepts=ACCEPTS[rows])
+
+
+def file_sets(data: DataConfig, rows: str, *, only_heldout: bool = False) -> list[FileSet]:
+    """The sources in their order, then the held-out rows where they have files of their own.
 
     Args:
         data: what to read.
-        rows: the format that the objective reads.
-        only_heldout: leave out "train" where the held-out rows have a file of their own.
+        rows: what the objective reads, "messages" or "text".
+        only_heldout: leave out the sources where the held-out rows have files of their own.
 
     Raises:
-        ConfigError: the embedded data does not have such rows.
+        ConfigError, SeveralErrors: the embedded data does not have such rows.
     """
     heldout = data.eval
-    if heldout is None and data.train == EMBEDDED:
+    if heldout is None and data.train == EMBEDDED and not data.sources:
         heldout = EMBEDDED
-    paths = {} if only_heldout and heldout is not None else {"train": data.train}
+    found: list[tuple[str, str, str, str]] = []
+    if not (only_heldout and heldout is not None):
+        if data.sources:
+            found = [
+                (name, "train", f"data.sources.{name}.path", source.path)
+                for name, source in data.sources.items()
+            ]
+        else:
+            found = [("train", "train", "data.train", data.train)]
     if heldout is not None:
-        paths["eval"] = heldout
-    for split, path in paths.items():
+        found.append(("eval", "eval", "data.eval" if data.eval else "data.train", heldout))
+    problems: list[PosttrainError] = []
+    sets = []
+    for name, split, key, path in found:
         if path == EMBEDDED and rows != "messages":
-            raise ConfigError(
-                f"the embedded data holds conversations, and this objective reads {rows} rows",
-                where="data.train" if data.train == EMBEDDED else f"data.{split}",
-                fix='give a JSONL file with rows such as {"text": "..."}',
+            problems.append(
+                ConfigError(
+                    f"the embedded data holds conversations, and this objective reads {rows} rows",
+                    where=key,
+                    fix='give a JSONL file with rows such as {"text": "..."}',
+                )
             )
+            continue
         if path == EMBEDDED:
-            paths[split] = str(split_path("train" if split == "train" else "heldout"))
-    return paths
+            path = str(split_path("train" if split == "train" else "heldout"))
+        sets.append(FileSet(name, split, key, path))
+    raise_all(_once(problems))
+    return sets
+
+
+def _once(problems: list[PosttrainError]) -> list[PosttrainError]:
+    """The embedded data stands for both splits: one word about it is enough."""
+    return list({str(problem): problem for problem in problems}.values())

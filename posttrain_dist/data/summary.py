@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,14 @@ class Counts:
     """What became of the rows of one channel in one split."""
 
     rows: int = 0  # as read
-    tokens: int = 0  # of the rows kept, after cutting
+    samples: int = 0  # kept; more than rows where turns or long rows are split
+    tokens: int = 0  # of the samples, after cutting
     supervised: int = 0  # tokens with a weight
     truncated: int = 0  # rows cut to data.max_length
     dropped: int = 0  # rows left without a supervised token by the cut
+    duplicates: int = 0  # rows whose content stood in a row before
+    near_duplicates: int = 0  # rows that are much like a row before
+    lengths: list[list[int]] = field(default_factory=list)  # [tokens at most, samples]
 
 
 @dataclass(slots=True)
@@ -28,6 +32,10 @@ class Summary:
     channels: list[str]  # sorted; Example.channel is an index into them
     splits: dict[str, dict[str, Counts]]  # "train", "eval" -> channel -> counts
     duplicates_moved: int  # held-out rows that also stand in train, and are kept there only
+    near_leaks: int  # held-out rows that are much like a row of train
+    rejected: int  # rows that could not be used
+    longest: int  # tokens of the longest sample
+    largest_id: int  # the largest token
     inputs: dict[str, Any]  # settings and SHA-256 digests of everything that went in
 
     @classmethod
@@ -53,9 +61,11 @@ class Summary:
 
     def table(self) -> str:
         """One line a channel and split, for the terminal."""
-        heads = ("channel", "split", "rows", "tokens", "supervised", "truncated", "dropped")
+        columns = ("rows", "tokens", "supervised", "truncated", "dropped", "duplicates")
+        heads = ("channel", "split", *columns)
+        sides = {"train": "train", "eval": "held-out"}
         lines = [
-            (channel, "held-out" if split == "eval" else split, *map(str, asdict(counts).values()))
+            (channel, sides[split], *(str(getattr(counts, name)) for name in columns))
             for channel in self.channels
             for split, channels in self.splits.items()
             if (counts := channels.get(channel))
@@ -70,4 +80,8 @@ class Summary:
         ]
         if self.duplicates_moved:
             text.append(f"{self.duplicates_moved} held-out rows also stood in train: left out")
+        if self.near_leaks:
+            text.append(f"{self.near_leaks} held-out rows are much like a row of train")
+        if self.rejected:
+            text.append(f"{self.rejected} rows could not be used: see data_report.html")
         return "\n".join(text)

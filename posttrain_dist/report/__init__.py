@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from posttrain_dist.errors import PosttrainError
+from posttrain_dist.report.alarms import alarms_of
 from posttrain_dist.report.blocks import blocks, data_blocks
 from posttrain_dist.report.charts import MAX_CHANNEL_CHARTS, charts_of
 from posttrain_dist.report.figures import (
@@ -81,6 +82,7 @@ def _render(run: Run) -> str:
         has_match=any(run.matches.values()),
         has_base=bool(run.matches["before"]) or any(s.get("before") for s in run.samples),
         samples=[sample_of(sample) for sample in run.samples],
+        alarms=alarms_of(run.folder),
         data=data_blocks(run.summary),
         command=command_of(run),
         overrides=run.overrides,

@@ -13,18 +13,18 @@ import pytest
 
 from posttrain_dist.config import RunConfig, complete
 from posttrain_dist.data import DataConfig
+from posttrain_dist.data.arrays import Examples
 from posttrain_dist.data.embedded import split_path
-from posttrain_dist.data.loader import Examples
 from posttrain_dist.data.records import read_records
-from posttrain_dist.data.splitting import content_key, split_off
 from posttrain_dist.data.summary import Summary
 from posttrain_dist.errors import ConfigError, DataError, ModelError, PosttrainError
 from posttrain_dist.flow import Record
-from posttrain_dist.inspection import inspect_text
+from posttrain_dist.inspection import inspect
 from posttrain_dist.models import ModelConfig
 from posttrain_dist.models.folder import load_tokenizer
 from posttrain_dist.objectives.pretrain import Pretrain
 from posttrain_dist.prepare import prepare
+from posttrain_dist.prepare.split import content_key, split_off
 
 
 @pytest.fixture
@@ -80,6 +80,10 @@ def test_every_row_arrives_with_its_mask(make: Any, rows_file: Path, tmp_path: P
     assert "copy     train" in summary.table()
 
 
+def no_encoder(*_: Any, **__: Any) -> None:
+    raise AssertionError("a row is encoded")
+
+
 def test_a_killed_preparation_leaves_nothing_behind(
     make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,7 +94,9 @@ def test_a_killed_preparation_leaves_nothing_behind(
         with pytest.raises(KeyboardInterrupt):
             prepare(make(), folder)
     assert not folder.exists()
-    (tmp_path / "prepared.partial" / "train" / "tokens.npy").write_bytes(b"half")
+    half = tmp_path / "prepared.partial" / "samples" / "tokens.npy"
+    half.parent.mkdir(parents=True)  # what a kill leaves
+    half.write_bytes(b"half")
     prepare(make(), folder)
     assert files(folder) == files(tmp_path / "whole")  # and the same bytes every time
     assert not (tmp_path / "prepared.partial").exists()
@@ -102,9 +108,16 @@ def test_a_second_call_uses_what_is_there(
     folder = tmp_path / "prepared"
     first = prepare(make(), folder)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    monkeypatch.setattr("posttrain_dist.prepare.Encoder", None)  # would fail if it were used
+    monkeypatch.setattr("posttrain_dist.prepare.rows.Encoder", no_encoder)
     assert prepare(make(), folder) == first == Summary.read(folder)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    # Another run takes it from the cache, without a copy; the cache may then be emptied.
+    assert prepare(make(), tmp_path / "other") == first
+    tokens = [name / "samples" / "tokens.npy" for name in (folder, tmp_path / "other")]
+    assert tokens[0].samefile(tokens[1])
+    with pytest.raises(AssertionError, match="a row is encoded"):
+        prepare(make(cache=str(tmp_path / "empty")), tmp_path / "third")
+    assert not list((tmp_path / "empty").glob("*/summary.json"))
 
 
 def test_changed_input_under_a_prepared_folder_is_refused(
@@ -151,7 +164,12 @@ def test_eval_rows_that_stand_in_train_are_left_out(
     heldout = builders.write(tmp_path / "eval.jsonl", [*rows[6:], new])
     summary = prepare(make(train=str(train), eval=str(heldout)), tmp_path / "prepared")
     examples = Examples.open(tmp_path / "prepared", "eval")
-    assert [examples[i].sample_id for i in range(len(examples))] == [3, 4, 5, 6]
+    assert [examples[i].sample_id for i in range(len(examples))] == [
+        12,
+        13,
+        14,
+        15,
+    ]  # counted on from the nine of train
     assert summary.duplicates_moved == 3
     assert summary.channels == ["copy", "reverse", "upper", "zeta"]  # one is held-out only
     with pytest.raises(DataError, match="every held-out row"):
@@ -178,25 +196,35 @@ def test_only_held_out_rows(make: Any, builders: Any, tmp_path: Path) -> None:
         prepare(make(train=str(heldout), eval_fraction=0), tmp_path / "none", only_heldout=True)
 
 
-def _records(sizes: dict[str, int]) -> list[Record]:
-    names = [name for name, size in sizes.items() for _ in range(size)]
-    return [Record(channel=name, where="", text=f"{i}") for i, name in enumerate(names)]
+def rows_of(sizes: dict[str, int]) -> tuple[Any, Any]:
+    """(channel, key) of rows that all differ."""
+    import numpy as np
+
+    channels = np.repeat(np.arange(len(sizes)), list(sizes.values()))
+    keys = [content_key(Record(channel="", where="", text=f"{i}")) for i in range(len(channels))]
+    return channels, np.array(keys, np.uint64)
 
 
 def test_every_channel_gives_and_keeps_a_row() -> None:
-    train, heldout, moved = split_off(_records({"one": 1, "two": 2, "big": 100}), 0.04, seed=0)
-    count = lambda rows, name: sum(record.channel == name for _, record in rows)  # noqa: E731
-    assert [count(heldout, name) for name in ("one", "two", "big")] == [0, 1, 4]
-    assert [count(train, name) for name in ("one", "two", "big")] == [1, 1, 96]
-    assert moved == 0
-    assert split_off(_records({"big": 100}), 0.0, seed=0)[1] == []
+    channels, keys = rows_of({"one": 1, "two": 2, "big": 100})
+    split = split_off(channels, keys, 0.04, seed=0)
+    count = lambda rows: [int((channels[rows] == i).sum()) for i in range(3)]  # noqa: E731
+    assert count(split.heldout_R) == [0, 1, 4]
+    assert count(split.train_R) == [1, 1, 96]
+    assert split.moved == 0
+    assert not split_off(channels, keys, 0.0, seed=0).heldout_R.any()
 
 
 def test_the_split_depends_on_the_seed_and_on_its_own_channel_only() -> None:
-    alone, more = _records({"big": 100}), _records({"big": 100, "new": 50})
-    held = lambda rows, seed: [i for i, _ in split_off(rows, 0.1, seed)[1] if i < 100]  # noqa: E731
-    assert held(alone, 1) == held(more, 1)
-    assert held(alone, 1) != held(alone, 2)
+    channels, keys = rows_of({"big": 100, "new": 50})
+
+    def held(rows: int, seed: int) -> list[bool]:
+        split = split_off(channels[:rows], keys[:rows], 0.1, seed)
+        return list(split.heldout_R[:100])
+
+    assert held(100, 1) == held(150, 1)
+    assert held(100, 1) != held(100, 2)
+    assert sum(held(100, 1)) == 10
 
 
 def test_content_key_tells_rows_apart_by_what_they_say() -> None:
@@ -211,13 +239,26 @@ def test_cut_rows_are_counted_and_those_left_with_nothing_dropped(
 ) -> None:
     rows = [builders.chat("q" * n, "answer", "t") for n in (1, 22, 60, 70)]
     data = builders.write(tmp_path / "rows.jsonl", rows)
-    summary = prepare(make(train=str(data), max_length=26, eval_fraction=0), tmp_path / "p")
+    config = make(train=str(data), max_length=26, eval_fraction=0)
+    # The second row keeps a part of its answer, but not its end token.
+    with pytest.raises(DataError, match="1 of 4 rows fail the check 'end_of_turn'") as caught:
+        prepare(config, tmp_path / "p")
+    assert caught.value.where == f"{data}:2" and "data.max_length" in caught.value.fix
+    assert not (tmp_path / "p").exists()
+    config.template.strict = False
+    summary = prepare(config, tmp_path / "p")
     counts = summary.splits["train"]["t"]
     assert (counts.rows, counts.truncated, counts.dropped) == (4, 3, 2)
     examples = Examples.open(tmp_path / "p", "train")
-    assert [examples[i].sample_id for i in range(len(examples))] == [0, 1]
+    assert examples.lengths.tolist() == [10, 26]
     assert [examples[i].truncated for i in range(2)] == [False, True]
     assert counts.tokens == examples.lengths.sum()
+    report = json.loads((tmp_path / "p" / "data_report.json").read_text())
+    failed = {check["name"]: check["rows"] for check in report["checks"] if check["failed"]}
+    assert failed == {
+        "end_of_turn": [f"{data}:2"],
+        "truncated_target": [f"{data}:3", f"{data}:4"],
+    }
 
 
 def test_a_channel_with_no_supervised_token_names_its_rows(
@@ -285,13 +326,24 @@ def test_faults_of_rows_come_before_anything_is_written(
 def test_inspection_marks_exactly_the_supervised_text(
     make: Any, builders: Any, tmp_path: Path
 ) -> None:
-    rows = [builders.chat("ask", "say this", "t"), builders.chat("hm", "well", "u")]
+    rows = [builders.chat("ask", "say this", "t"), builders.chat("hm", "wéll", "u")]
     data = builders.write(tmp_path / "rows.jsonl", rows)
     config = make(train=str(data), eval_fraction=0)
     prepare(config, tmp_path / "p")
-    text = inspect_text(config, tmp_path / "p")
-    assert "<|user|>ask<|end|><|assistant|>⟦say this<|end|>⟧" in text
-    assert "<|user|>hm<|end|><|assistant|>⟦well<|end|>⟧" in text
-    # The assistant's header is where the first answer token is predicted.
-    header = next(line for line in text.splitlines() if "'<|assistant|>'" in line)
-    assert header.split()[3] != "·"
+    report = inspect(config, tmp_path / "p")
+
+    def text(pieces: list[Any], learned: bool) -> str:
+        return "".join(piece[0] for piece in pieces if bool(piece[1]) is learned)
+
+    shown = report["examples"]
+    assert [shown[channel][0]["where"] for channel in "tu"] == [f"{data}:1", f"{data}:2"]
+    assert text(shown["t"][0]["pieces"], True) == "say this<|end|>"
+    assert text(shown["t"][0]["pieces"], False) == "<|user|>ask<|end|><|assistant|>"
+    assert text(shown["u"][0]["pieces"], True) == "wéll<|end|>"  # a character of two tokens
+    batch = report["batch"]
+    assert batch["samples"] == 2
+    assert text(batch["pieces"], True) in (
+        "say this<|end|>wéll<|end|>",
+        "wéll<|end|>say this<|end|>",
+    )
+    assert {piece[3] for piece in batch["pieces"]} == {0, 1}

@@ -1,0 +1,92 @@
+"""Data files + tokenizer -> the prepared folder that every worker maps: checked, tokenised, split.
+
+samples/                flat arrays of all samples (posttrain_dist.data.loader)
+train.npy eval.npy      which of them each split holds
+heldout_records.jsonl   held-out rows as text, for answers by generation: the first of each channel
+summary.json            channels, counts, digests of all that went in
+data_report.{json,html} what was found, for people
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from posttrain_dist.config import RunConfig
+from posttrain_dist.data.summary import Summary
+from posttrain_dist.errors import ConfigError, DataError, ModelError, PosttrainError
+from posttrain_dist.prepare.build import Progress, fill
+from posttrain_dist.prepare.cache import cache_folder, fetch
+from posttrain_dist.prepare.inputs import Inputs, changed, look
+
+__all__ = ["prepare"]
+
+
+def prepare(
+    config: RunConfig,
+    folder: Path,
+    *,
+    only_heldout: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Check model folder and data, tokenise, and write `folder` whole or not at all.
+
+    A folder that is there already and was made from the same input is used as it is; so is one
+    of the cache (`data.cache`), by hard links.
+
+    Args:
+        only_heldout: leave the training split empty; a file in `data.eval` is then held out
+            wholly, and `data.train` is not read.
+        progress: called as the files are read.
+
+    Raises:
+        PosttrainError: any fault of the model folder, tokenizer or data; what is there was
+            prepared from other input; with `only_heldout`, there is no held-out row.
+    """
+    inputs = look(config, only_heldout=only_heldout)
+    if folder.exists() and any(folder.iterdir()):
+        return _reuse(folder, inputs)
+    fetch(
+        cache_folder(config.data.cache) / inputs.key,
+        folder,
+        lambda partial: fill(config, inputs, partial, only_heldout, progress),
+    )
+    summary = Summary.read(folder)
+    try:
+        _check_fit(inputs, summary)
+    except PosttrainError:
+        shutil.rmtree(folder)
+        raise
+    return summary
+
+
+def _reuse(folder: Path, inputs: Inputs) -> Summary:
+    summary = Summary.read(folder)
+    differ = changed(inputs.digest, summary.inputs)
+    if differ:
+        raise DataError(
+            f"was prepared from other input: {', '.join(differ)} changed since",
+            where=str(folder),
+            fix="start a new run, put the old input back, or delete this folder to prepare anew",
+        )
+    return summary
+
+
+def _check_fit(inputs: Inputs, summary: Summary) -> None:
+    """Token ids and positions that the model's embeddings do not have fail late and obscurely."""
+    positions = inputs.model.get("max_position_embeddings")
+    vocabulary = inputs.model.get("vocab_size")
+    if isinstance(positions, int) and summary.longest > positions:
+        raise ConfigError(
+            f"lets through a row of {summary.longest} tokens, and the model has {positions} "
+            "positions",
+            where="data.max_length",
+            fix=f"set data.max_length={positions}",
+        )
+    if isinstance(vocabulary, int) and summary.largest_id >= vocabulary:
+        raise ModelError(
+            f"the tokenizer gives token {summary.largest_id}, and the model's vocab_size is "
+            f"{vocabulary}",
+            where=str(inputs.model_folder),
+            fix="use the tokenizer that belongs to the model",
+        )

@@ -1,0 +1,121 @@
+"""What goes into a prepared folder: its files, and a digest of everything that decides it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain_dist.config import RunConfig
+from posttrain_dist.data.records import Reader
+from posttrain_dist.data.sources import FileSet, file_sets
+from posttrain_dist.data.template import load_template
+from posttrain_dist.errors import DataError, PosttrainError, raise_all
+from posttrain_dist.models import Weights
+from posttrain_dist.models.folder import check_folder, check_tokenizer, load_tokenizer, resolve
+
+FORMAT = 2  # of the prepared folder; a change makes older folders unreadable
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+
+@dataclass(slots=True)
+class Inputs:
+    """Checked input."""
+
+    model_folder: Path
+    model: dict[str, Any]  # its config.json
+    tokenizer: Any
+    sets: list[FileSet]
+    readers: list[Reader]  # one a file set
+    digest: dict[str, Any]  # equal digests, equal content of the prepared folder
+
+    @property
+    def key(self) -> str:
+        """Name of the folder in the cache."""
+        text = json.dumps(self.digest, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def look(config: RunConfig, *, only_heldout: bool) -> Inputs:
+    """Check model folder, tokenizer, template and files; read no row.
+
+    Raises:
+        PosttrainError: one of them cannot be used.
+    """
+    model_folder = resolve(config.model.path)
+    model = check_folder(model_folder, config.model.weights is Weights.load)
+    rows, data = config.objective.rows, config.data
+    sets = file_sets(data, rows, only_heldout=only_heldout)
+    tokenizer = load_tokenizer(model_folder)
+    own_template = config.template.name == "tokenizer"
+    need = rows == "messages" and own_template
+    check_tokenizer(tokenizer, model_folder, need_chat_template=need)
+    template = None
+    if rows == "messages":
+        template = load_template(config.template, tokenizer).sha256
+    digest = {
+        "format": FORMAT,
+        "rows": rows,
+        "only_heldout": only_heldout,
+        "max_length": data.max_length,
+        "long_rows": data.long_rows.name,
+        "eval_fraction": data.eval_fraction,
+        "seed": config.seed,
+        "row_format": data.format.name,
+        "columns": data.columns,
+        "on_bad_row": data.on_bad_row.name,
+        "template": template,
+        "policy": config.template.policy.name,
+        "explode_turns": config.template.explode_turns,
+        "strict": config.template.strict,
+        "data": {each.name: _digests(each.files) for each in sets},
+        "tokenizer": {
+            name: _digest(model_folder / name)
+            for name in TOKENIZER_FILES
+            if (model_folder / name).is_file()
+        },
+    }
+    readers = _readers(sets, config)
+    return Inputs(model_folder, model, tokenizer, sets, readers, digest)
+
+
+def _readers(sets: list[FileSet], config: RunConfig) -> list[Reader]:
+    readers: list[Reader] = []
+    problems: list[PosttrainError] = []
+    for each in sets:
+        try:
+            readers.append(each.reader(config.data, config.objective.rows))
+        except PosttrainError as error:
+            problems.append(error)
+    raise_all(problems)
+    return readers
+
+
+def _digests(files: list[Path]) -> dict[str, str]:
+    return {f"{i}:{file.name}": _digest(file) for i, file in enumerate(files)}
+
+
+def _digest(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(
+            f"cannot be read: {error.strerror}", where=str(file), fix="check its permissions"
+        ) from error
+
+
+def changed(digest: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """Names of the inputs that differ."""
+    return sorted(n for n in digest.keys() | before.keys() if digest.get(n) != before.get(n))

@@ -1,0 +1,165 @@
+"""The summary that programs read and the report that people read, of a tally and a split."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from posttrain_dist.config import RunConfig
+from posttrain_dist.data.arrays import Examples
+from posttrain_dist.data.checks import CHECKS
+from posttrain_dist.data.pieces import pieces
+from posttrain_dist.data.similar import near_duplicates, near_leaks
+from posttrain_dist.data.summary import Counts, Summary
+from posttrain_dist.prepare.inputs import FORMAT, Inputs
+from posttrain_dist.prepare.split import Split
+from posttrain_dist.prepare.tally import Tally
+
+# Upper edges of the histogram of lengths, in tokens: eight to an octave.
+EDGES = np.unique(np.round(2.0 ** np.arange(0, 24.01, 0.125)).astype(np.int64))
+
+
+def summarise(inputs: Inputs, tally: Tally, split: Split, folder: Path) -> Summary:
+    """Counts of every channel and split.
+
+    Args:
+        folder: with `samples/`, `train.npy` and `eval.npy` written.
+    """
+    key_R, near_RB = tally.column("key"), np.concatenate(tally.near_RB)
+    again_R = np.ones(len(key_R), np.bool_)
+    again_R[np.unique(key_R, return_index=True)[1]] = False
+    near_R = near_duplicates(near_RB, key_R)
+    splits = {}
+    for name, side_R in (("train", split.train_R), ("eval", split.heldout_R)):
+        examples = Examples.open(folder, name, tally.channels)
+        rows = {
+            "rows": side_R,
+            "truncated": side_R & tally.column("truncated"),
+            "dropped": side_R & tally.column("dropped"),
+            "duplicates": side_R & again_R,
+            "near_duplicates": side_R & near_R & ~again_R,
+        }
+        splits[name] = _counts(tally, rows, examples)
+    return Summary(
+        channels=tally.channels,
+        splits=splits,
+        duplicates_moved=split.moved,
+        near_leaks=int(near_leaks(near_RB[split.train_R], near_RB[split.heldout_R]).sum()),
+        rejected=sum(counts[2] for counts in tally.rows_of_file.values()),
+        longest=tally.longest,
+        largest_id=tally.largest_id,
+        inputs=inputs.digest,
+    )
+
+
+def _counts(
+    tally: Tally, rows: dict[str, npt.NDArray[np.bool_]], examples: Examples
+) -> dict[str, Counts]:
+    channel_R, size = tally.column("channel"), len(tally.channels)
+    of_rows = {
+        name: np.bincount(channel_R[chosen_R], minlength=size) for name, chosen_R in rows.items()
+    }
+    of_samples = {
+        "samples": np.bincount(examples.channel_ids, minlength=size),
+        "tokens": np.bincount(examples.channel_ids, examples.lengths, size),
+        "supervised": np.bincount(examples.channel_ids, examples.supervised, size),
+    }
+    return {
+        channel: Counts(
+            **{name: int(values[i]) for name, values in {**of_rows, **of_samples}.items()},
+            lengths=_histogram(examples.lengths[examples.channel_ids == i]),
+        )
+        for i, channel in enumerate(tally.channels)
+        if of_rows["rows"][i]
+    }
+
+
+def _histogram(lengths: npt.NDArray[np.int64]) -> list[list[int]]:
+    """[upper edge, samples] of each bin from the first used to the last, and of the one before."""
+    if not len(lengths):
+        return []
+    bins = np.bincount(np.searchsorted(EDGES, lengths), minlength=len(EDGES))
+    used = np.flatnonzero(bins)
+    shown = range(max(used[0] - 1, 0), used[-1] + 1)
+    return [[int(EDGES[i]), int(bins[i])] for i in shown]
+
+
+def report(
+    config: RunConfig, inputs: Inputs, tally: Tally, summary: Summary, folder: Path
+) -> dict[str, Any]:
+    """What data_report.json holds; posttrain_dist.report.data_page draws it."""
+    return {
+        "format": FORMAT,
+        "name": config.name,
+        "settings": {
+            "format": config.data.format.name,
+            "max_length": config.data.max_length,
+            "long_rows": config.data.long_rows.name,
+            "template": config.template.name,
+            "template_sha256": inputs.digest["template"],
+            "policy": config.template.policy.name,
+            "explode_turns": config.template.explode_turns,
+            "strict": config.template.strict,
+        },
+        "files": [
+            {
+                "path": path,
+                "split": inputs.sets[index].split,
+                "source": inputs.sets[index].name,
+                "format": inputs.readers[index].format.name,
+                "rows": rows,
+                "rejected": rejected,
+            }
+            for path, (index, rows, rejected) in tally.rows_of_file.items()
+        ],
+        "channels": tally.channels,
+        "splits": {
+            name: {channel: asdict(counts) for channel, counts in of_split.items()}
+            for name, of_split in summary.splits.items()
+        },
+        "duplicates_moved": summary.duplicates_moved,
+        "near_leaks": summary.near_leaks,
+        "checks": [
+            {
+                "name": name,
+                "level": check.level,
+                "explain": check.explain,
+                "fix": check.fix,
+                "checked": tally.num_rows,
+                "failed": tally.failed[name],
+                "rows": tally.failed_places.get(name, []),
+            }
+            for name, check in CHECKS.items()
+        ],
+        "rejected": [asdict(rejected) for rejected in tally.rejected],
+        "sources": {},
+        "examples": _examples(inputs, tally, folder),
+    }
+
+
+def _examples(inputs: Inputs, tally: Tally, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Some conversations of each channel, read back from the arrays that are trained on."""
+    row_S = tally.rows_of_samples()
+    sides = {name: np.load(folder / f"{name}.npy") for name in ("train", "eval")}
+    samples = Examples.open(folder, "all", tally.channels)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for channel, row, place in tally.shown.values():
+        first = int(np.searchsorted(row_S, row))
+        if first == len(row_S) or row_S[first] != row:
+            continue  # nothing is left of the row
+        example = samples[first]
+        split = next((name for name, side in sides.items() if first in side), "left out")
+        found.setdefault(channel, []).append(
+            {
+                "where": place,
+                "split": split,
+                "tokens": len(example.input_ids_L),
+                "supervised": int(np.count_nonzero(example.weight_L)),
+                "pieces": pieces(example.input_ids_L, example.weight_L, inputs.tokenizer),
+            }
+        )
+    return found

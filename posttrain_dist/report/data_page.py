@@ -1,0 +1,213 @@
+"""data_report.html: what is in the prepared data, and whether it can be trained on.
+
+data_report.json -> figures, histograms, runs of tokens (plain values) -> assets/report/data.*
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from posttrain_dist.report.blocks import blocks
+from posttrain_dist.report.conversation import Mark, Piece, Run, clean, hidden_name, runs
+from posttrain_dist.report.data_figures import (
+    COUNTS,
+    SPLITS,
+    cards_of,
+    channel_table,
+    channels_of,
+    checks_of,
+    rejected_total,
+    source_rows,
+    verdict_of,
+    whole,
+)
+from posttrain_dist.report.histogram import panels_of
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+# Tokens that are drawn: of all conversations, and of one at least and at most. Each is an element
+# of the page, and a browser is slow from some hundred thousand on.
+SHOWN_TOKENS = 120_000
+_FEWEST, _MOST = 300, 4_000
+_TAIL = 0.4  # of a conversation that is cut, the share shown of its end: the answer stands there
+
+
+def data_page(report: dict[str, Any]) -> str:
+    """A data report as one self-contained page; any part of `report` may be missing or empty."""
+    import jinja2
+    from markupsafe import Markup
+
+    assets = files("posttrain_dist.assets") / "report"
+    texts = {
+        name: (assets / name).read_text(encoding="utf-8")
+        for name in ("report.css", "data.css", "data.js", "data.html.j2")
+    }
+    script = f"\n{texts['data.js']}"
+    examples, batch = _examples(report), _batch(report)
+    report = clean({key: v for key, v in report.items() if key not in ("examples", "batch")})
+    settings = report.get("settings") or {}
+    channels = channels_of(report)
+    panels = panels_of(report, channels)
+    tables = [(title, channel_table(report, split)) for split, title in SPLITS.items()]
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    # Everything else on the page is data and is escaped.
+    return environment.from_string(texts["data.html.j2"]).render(
+        css=Markup(texts["report.css"] + texts["data.css"]),
+        js=Markup(script),
+        # Only this program may run, whatever the data holds.
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        name=report.get("name") or "Training data",
+        verdict=verdict_of(report),
+        facts=[
+            (label, whole(value) if isinstance(value, int) else str(value))
+            for label, key in (
+                ("tokenizer", "tokenizer"),
+                ("template", "template"),
+                ("supervised", "policy"),
+                ("max length", "max_length"),
+            )
+            if (value := settings.get(key)) not in (None, "")
+        ],
+        cards=cards_of(report),
+        heads=COUNTS,
+        tables=[(title, rows) for title, rows in tables if rows],
+        panels=panels,
+        panels_hidden=len(channels) > len(panels),
+        num_channels=len(channels),
+        max_length=settings.get("max_length"),
+        over=any(bar.over for panel in panels for bar in panel.bars),
+        checks=checks_of(report),
+        rejected=report.get("rejected") or [],
+        rejected_total=rejected_total(report),
+        sources=source_rows(report),
+        files=report.get("files") or [],
+        examples=examples,
+        batch=batch,
+        settings=blocks(settings),
+    )
+
+
+# ------------------------------------------------------------------------------------- tokens
+
+
+def _examples(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Conversations by channel, those that are too long without their middle."""
+    groups = {name: found for name, found in (report.get("examples") or {}).items() if found}
+    count = sum(map(len, groups.values()))
+    most = min(_MOST, max(_FEWEST, SHOWN_TOKENS // max(1, count)))
+    return [
+        {
+            "name": clean(str(name)),
+            "examples": [
+                {
+                    "where": clean(str(example.get("where", ""))),
+                    "split": SPLITS.get(split := str(example.get("split", "")), split).lower(),
+                    "tokens": whole(example.get("tokens")),
+                    "supervised": whole(example.get("supervised")),
+                    "parts": _parts(example.get("pieces") or [], most),
+                }
+                for example in found
+            ],
+        }
+        for name, found in groups.items()
+    ]
+
+
+def _parts(pieces: list[Piece], most: int) -> list[dict[str, Any]]:
+    """The tokens to show: all of them, or the first and the last."""
+    cut = max(0, len(pieces) - most)
+    if not cut:
+        return [{"first": 0, "html": _html(runs(pieces)), "cut": 0}]
+    tail = round(most * _TAIL)
+    head = most - tail
+    return [
+        {"first": 0, "html": _html(runs(pieces[:head])), "cut": cut},
+        {"first": head + cut, "html": _html(runs(pieces[head + cut :])), "cut": 0},
+    ]
+
+
+def _batch(report: dict[str, Any]) -> dict[str, Any] | None:
+    """One pack: its samples as they follow each other, and where they stand in it."""
+    batch = report.get("batch") or {}
+    pieces = batch.get("pieces") or []
+    if not pieces:
+        return None
+    bounds = [i for i in range(len(pieces)) if not i or pieces[i][3] != pieces[i - 1][3]]
+    tokens = int(batch.get("tokens") or len(pieces))
+    limit = (report.get("settings") or {}).get("max_length") or tokens
+    whole_T = max(limit, tokens, len(pieces))
+    most = max(_FEWEST, SHOWN_TOKENS // 2 // len(bounds))
+    samples, strip = [], []
+    for start, end in zip(bounds, [*bounds[1:], len(pieces)], strict=True):
+        inside = pieces[start:end]
+        found = runs(inside)
+        targets = sum(piece[1] > 0 for piece in inside)
+        samples.append(
+            {
+                "number": whole(pieces[start][3]),
+                "span": f"{start:,} to {end - 1:,}",
+                "tokens": whole(len(inside)),
+                "supervised": whole(targets),
+                "parts": _parts(inside, most),
+            }
+        )
+        strip.append(
+            {
+                "width": round(100 * (end - start) / whole_T, 3),
+                "tip": f"sample {pieces[start][3]}\n{end - start:,} tokens\n{targets:,} supervised",
+                "targets": _stretches(found, end - start),
+            }
+        )
+    return {
+        "tokens": whole(tokens),
+        "num_samples": whole(batch.get("samples", len(bounds))),
+        "limit": whole(limit),
+        "fill": f"{tokens / limit:.1%}",
+        "strip": strip,
+        "samples": samples,
+    }
+
+
+def _stretches(found: list[Run], length: int) -> list[tuple[float, float]]:
+    """(left, width) of the supervised runs in per cent of a sample."""
+    stretches, at = [], 0
+    for run in found:
+        size = len(run.tokens)
+        if run.weight > 0:
+            stretches.append((round(100 * at / length, 3), round(100 * size / length, 3)))
+        at += size
+    return stretches
+
+
+def _html(found: list[Run]) -> Markup:
+    # By hand, not by the template: there are a hundred thousand of them.
+    from markupsafe import Markup
+
+    parts = []
+    for run in found:
+        kind = "s" if run.weight > 0 else "m"
+        note = f' data-w="{run.weight:.4g}"' if run.weight not in (0, 1) else ""
+        tokens = "".join(
+            f"<i{' class=c' if token.special else ''}>{''.join(map(_mark, token.marks))}</i>"
+            for token in run.tokens
+        )
+        parts.append(f'<span class="r {kind}"{note}>{tokens}</span>')
+    return Markup("".join(parts))
+
+
+def _mark(mark: Mark) -> str:
+    from markupsafe import escape
+
+    if mark.kind == "newline":
+        return "<u class=n></u>\n"
+    if mark.kind in ("space", "tab"):
+        return f"<u class={mark.kind}>{mark.text}</u>"
+    if mark.kind == "hidden":
+        return f"<u class=h>{hidden_name(mark.text)}</u>"
+    return str(escape(mark.text))

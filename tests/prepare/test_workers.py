@@ -1,0 +1,221 @@
+"""Several processes prepare the same bytes as one; a bad row, a dead process and a full cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, complete
+from posttrain_dist.data import LongRows, OnBadRow, Template
+from posttrain_dist.data.arrays import Examples
+from posttrain_dist.errors import DataError, PosttrainError
+from posttrain_dist.prepare import build, prepare, workers
+
+
+def config_of(model: Path, tmp_path: Path, **data: Any) -> RunConfig:
+    values = {"max_length": 64, "cache": str(tmp_path / "cache"), **data}
+    return complete(RunConfig(model=ModelConfig(path=str(model)), data=DataConfig(**values)))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start processes for data of any size, and give them a few rows at once."""
+    monkeypatch.setattr(build, "SMALL_BYTES", 1)
+    monkeypatch.setattr(build, "UNIT_BYTES", 700)
+
+
+def test_two_processes_give_the_same_bytes_as_one(
+    builders: Any, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = builders.write(tmp_path / "rows" / "a.jsonl", builders.rows(40))
+    builders.write(tmp_path / "rows" / "b.jsonl", builders.rows(40, seed=1))
+    with first.open("a") as file:  # found by whichever process reads it
+        file.write('{"messages": []}\n')
+    values = {"train": str(first.parent), "eval_fraction": 0.2, "on_bad_row": OnBadRow.skip}
+    one = config_of(tiny_llama, tmp_path, **values, workers=1)
+    prepare(one, tmp_path / "one")
+    monkeypatch.setattr(build, "SMALL_BYTES", 1)
+    monkeypatch.setattr(build, "UNIT_BYTES", 700)
+    two = config_of(tiny_llama, tmp_path, **values | {"cache": str(tmp_path / "c2")}, workers=2)
+    seen: list[tuple[int, int]] = []
+    summary = prepare(two, tmp_path / "two", progress=lambda *at: seen.append(at))
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert summary.rejected == 1
+    assert len(seen) > 10 and seen[-1] == (len(seen), len(seen))
+    report = json.loads((tmp_path / "two" / "data_report.json").read_text())
+    assert [(row["file"], row["line"]) for row in report["rejected"]] == [(str(first), 41)]
+
+
+@pytest.mark.usefixtures("many")
+def test_bad_rows_of_several_processes_are_told_in_order(
+    builders: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    data = builders.write(tmp_path / "rows.jsonl", builders.rows(60))
+    lines = data.read_text().splitlines()
+    lines[10], lines[50] = "{", '{"messages": "x"}'
+    data.write_text("\n".join(lines))
+    with pytest.raises(PosttrainError) as caught:
+        prepare(config_of(tiny_llama, tmp_path, train=str(data), workers=2), tmp_path / "p")
+    told = str(caught.value)
+    assert -1 < told.find(f"{data}:11 ") < told.find(f"{data}:51 ")
+    assert not (tmp_path / "p").exists() and not list((tmp_path / "cache").glob("*/*"))
+
+
+def test_rows_that_are_skipped_are_counted_and_shown(
+    builders: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    data = builders.write(tmp_path / "rows.jsonl", builders.rows(9))
+    with data.open("a") as file:
+        file.write('{"messages": [{"role": "user", "content": "q"}]}\n')
+    config = config_of(tiny_llama, tmp_path, train=str(data), eval_fraction=0)
+    with pytest.raises(DataError, match=r"rows\.jsonl:10 .*no assistant turn"):
+        prepare(config, tmp_path / "p")
+    config.data.on_bad_row = OnBadRow.skip
+    summary = prepare(config, tmp_path / "p")
+    assert summary.rejected == 1 and sum(c.rows for c in summary.splits["train"].values()) == 9
+    assert "1 rows could not be used" in summary.table()
+    data.write_text(data.read_text().splitlines()[-1])
+    with pytest.raises(DataError, match="no assistant turn"):  # nothing is left
+        prepare(config, tmp_path / "q")
+
+
+def test_a_process_that_dies_is_told_and_leaves_nothing(
+    builders: Any, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "SMALL_BYTES", 1)
+    monkeypatch.setattr(build, "UNIT_BYTES", 700)
+    data = builders.write(tmp_path / "rows.jsonl", builders.rows(2000))
+    started: list[subprocess.Popen[bytes]] = []
+    plain = subprocess.Popen
+
+    def start(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
+        started.append(plain(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(workers.subprocess, "Popen", start)
+    killer = threading.Timer(0.5, lambda: os.kill(started[0].pid, signal.SIGKILL))
+    killer.start()
+    with pytest.raises(RuntimeError, match="a process that tokenises died"):
+        prepare(config_of(tiny_llama, tmp_path, train=str(data), workers=2), tmp_path / "p")
+    assert all(child.poll() is not None for child in started)
+    assert not (tmp_path / "p").exists()
+
+
+def test_two_runs_at_once_prepare_once(builders: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    data = builders.write(tmp_path / "rows.jsonl", builders.rows(60))
+    script = textwrap.dedent(f"""
+        import sys
+        from posttrain_dist.config import *
+        from posttrain_dist.prepare import prepare
+        import posttrain_dist.prepare as module
+        fill = module.fill
+        def counted(*args):
+            print("built", flush=True)
+            fill(*args)
+        module.fill = counted
+        data = DataConfig(train={str(data)!r}, max_length=64, cache={str(tmp_path / "c")!r})
+        config = complete(RunConfig(model=ModelConfig(path={str(tiny_llama)!r}), data=data))
+        from pathlib import Path
+        prepare(config, Path(sys.argv[1]))
+    """)
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, tmp_path / name], stdout=subprocess.PIPE, text=True
+        )
+        for name in ("one", "two")
+    ]
+    said = [child.communicate(timeout=120)[0] for child in running]
+    assert [child.returncode for child in running] == [0, 0]
+    assert sorted(said) == ["", "built\n"]
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+def test_a_killed_preparation_leaves_no_half_cache(
+    builders: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    data = builders.write(tmp_path / "rows.jsonl", builders.rows(60))
+    script = textwrap.dedent(f"""
+        import os, signal
+        from pathlib import Path
+        from posttrain_dist.config import *
+        from posttrain_dist.prepare import build, prepare
+        build.report = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        data = DataConfig(train={str(data)!r}, max_length=64, cache={str(tmp_path / "cache")!r})
+        config = complete(RunConfig(model=ModelConfig(path={str(tiny_llama)!r}), data=data))
+        prepare(config, Path({str(tmp_path / "p")!r}))
+    """)
+    died = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert not (tmp_path / "p").exists()
+    assert [path.suffix for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [".partial"]
+    config = config_of(tiny_llama, tmp_path, train=str(data))
+    prepare(config, tmp_path / "p")
+    prepare(dataclasses.replace(config, name="other"), tmp_path / "q")
+    assert digests(tmp_path / "p") == digests(tmp_path / "q")
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_without_a_cache_that_can_be_written_the_run_folder_is_used(
+    builders: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    data = builders.write(tmp_path / "rows.jsonl", builders.rows(9))
+    (tmp_path / "file").write_text("in the way")
+    config = config_of(tiny_llama, tmp_path, train=str(data), cache=str(tmp_path / "file" / "c"))
+    prepare(config, tmp_path / "p")
+    assert len(Examples.open(tmp_path / "p", "train")) > 0
+
+
+def test_long_rows_are_split_or_dropped(builders: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    rows = [builders.chat("q", "abcdefghij" * 3, "t"), builders.chat("q", "short", "t")]
+    data = builders.write(tmp_path / "rows.jsonl", rows)
+    found = {}
+    for policy in (LongRows.split, LongRows.drop):
+        config = config_of(
+            tiny_llama,
+            tmp_path,
+            train=str(data),
+            max_length=20,
+            eval_fraction=0,
+            long_rows=policy,
+        )
+        config.template = Template(strict=False)
+        summary = prepare(config, tmp_path / policy.name)
+        counts = summary.splits["train"]["t"]
+        assert counts.rows == 2
+        found[policy] = (counts.samples, counts.dropped, counts.supervised)
+    assert found[LongRows.split] == (3, 0, 31 + 6)  # every target once
+    assert found[LongRows.drop] == (1, 1, 6)
+
+
+def test_the_time_of_a_second_call_is_that_of_reading_the_files(
+    builders: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """No row is parsed and no token made: the tokenizer is asked for nothing."""
+    data = builders.write(tmp_path / "rows.jsonl", builders.rows(30))
+    config = config_of(tiny_llama, tmp_path, train=str(data))
+    prepare(config, tmp_path / "p")
+    kept = {path: path.stat().st_ino for path in (tmp_path / "cache").rglob("*.npy")}
+    began = time.time()
+    prepare(config, tmp_path / "q")
+    assert {path.stat().st_ino for path in (tmp_path / "q").rglob("*.npy")} == set(kept.values())
+    assert all(path.stat().st_mtime < began for path in (tmp_path / "q").rglob("*.npy"))
