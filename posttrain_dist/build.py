@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from posttrain_kernels import linear_cross_entropy
 
 from posttrain_dist import dist
 from posttrain_dist.config import Dtype, RunConfig
-from posttrain_dist.data.loader import Examples, PackedSource
+from posttrain_dist.data.arrays import Examples
+from posttrain_dist.data.balance import Cost
+from posttrain_dist.data.loader import PackedSource
+from posttrain_dist.data.mixing import Mixture, Wish
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import Single
 from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.errors import ConfigError
-from posttrain_dist.models.folder import resolve
+from posttrain_dist.models.folder import check_folder, resolve
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
 
@@ -71,10 +75,37 @@ def build_policy(
     return policy
 
 
-def make_source(config: RunConfig, examples: Examples, process: Process) -> PackedSource:
-    """The batches of this rank."""
+def make_mixture(config: RunConfig, examples: Examples) -> Mixture | None:
+    """What an epoch draws from which source; None where there is one source.
+
+    Raises:
+        DataError: a source with a weight has no row.
+    """
+    if not config.data.sources:
+        return None
+    wishes = [
+        Wish(
+            name=name,
+            weight=source.weight,
+            max_passes=source.max_passes,
+            schedule=source.schedule,
+        )
+        for name, source in config.data.sources.items()
+    ]
+    by = config.data.mix_by
+    return Mixture(examples.sources, examples.supervised, wishes, by, config.seed)
+
+
+def make_source(
+    config: RunConfig, examples: Examples, process: Process, *, mixed: bool = True
+) -> PackedSource:
+    """The batches of this rank; `mixed`: drawn from sources by weight, as training does."""
+    model = check_folder(resolve(config.model.path), need_weights=False)
     return PackedSource(
         examples,
+        mixture=make_mixture(config, examples) if mixed else None,
+        cost=_cost(model),
+        vocab_size=model.get("vocab_size"),
         max_length=config.data.max_length,
         window=config.data.pack_window,
         seed=config.seed,
@@ -83,3 +114,11 @@ def make_source(config: RunConfig, examples: Examples, process: Process) -> Pack
         rank=process.rank,
         world=process.world,
     )
+
+
+def _cost(model: dict[str, Any]) -> Cost:
+    """What a step costs, by the sizes in the model's config.json."""
+    sizes = [model.get(name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
+    if not all(isinstance(size, int) for size in sizes):
+        return Cost()
+    return Cost.of_model(*sizes)  # type: ignore[arg-type]

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from posttrain_dist.checkpoint import resume
 from posttrain_dist.config import RunConfig, Slurm, problems
-from posttrain_dist.data.records import find_files
-from posttrain_dist.data.sources import sources
+from posttrain_dist.data.sources import file_sets
 from posttrain_dist.engine import Single
 from posttrain_dist.errors import ConfigError, PosttrainError, SeveralErrors, raise_all
 from posttrain_dist.metrics.wandb_sink import resolve_mode
@@ -56,12 +55,12 @@ def _faults(check: Callable[[], object]) -> list[PosttrainError]:
 
 def _data_faults(config: RunConfig, only_heldout: bool) -> list[PosttrainError]:
     try:
-        paths = sources(config.data, config.objective.rows, only_heldout=only_heldout)
+        sets = file_sets(config.data, config.objective.rows, only_heldout=only_heldout)
     except PosttrainError as error:
         return [error]
     found: list[PosttrainError] = []
-    for path in paths.values():
-        found += _faults(lambda path=path: find_files(path))  # type: ignore[misc]
+    for each in sets:
+        found += _faults(lambda each=each: each.files)  # type: ignore[misc]
     return found
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,25 @@ from posttrain_dist.build import build_policy, make_engine, make_source, pick_dt
 from posttrain_dist.checkpoint import resume, store
 from posttrain_dist.checkpoint.hf_folder import write_hf_folder
 from posttrain_dist.config import RunConfig, complete
+from posttrain_dist.data.arrays import Examples
 from posttrain_dist.data.collate import collate
-from posttrain_dist.data.loader import Examples
+from posttrain_dist.data.summary import Summary
+from posttrain_dist.data.template import load_template
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.engine.optim import learning_rate
 from posttrain_dist.files import write_whole
 from posttrain_dist.flow import Batch, StepInfo
-from posttrain_dist.loop import Fit, Hook, evaluate
+from posttrain_dist.loop import END_EARLY, GO_ON, LEAVE, Fit, Hook, evaluate
 from posttrain_dist.metrics import WandbMode
-from posttrain_dist.metrics.channels import ChannelMeter, eval_metrics, train_metrics
+from posttrain_dist.metrics.alarms import ModelFacts
+from posttrain_dist.metrics.diagnose import Watch
 from posttrain_dist.metrics.sinks import JsonlSink, SampleLog, Sink
+from posttrain_dist.metrics.special_tokens import TokenMeter, special_tokens
 from posttrain_dist.metrics.throughput import memory_bytes
-from posttrain_dist.models.folder import resolve
+from posttrain_dist.models import Weights
+from posttrain_dist.models.folder import load_tokenizer, resolve
+from posttrain_dist.objectives.base import TokenLoss
 
 # ------------------------------------------------------------------------------ entry
 
@@ -71,12 +77,21 @@ class _Run:
         self.policy = build_policy(config, self.engine, self.dtype, self.channels)
         self.source = make_source(config, examples, process)
         held_out = Examples.open(prepared, "eval")
-        self.held_out = make_source(config, held_out, process) if len(held_out) else None
+        self.held_out = None
+        if len(held_out):
+            self.held_out = make_source(config, held_out, process, mixed=False)
         self.end_token_id = _end_token(examples, resolve(config.model.path))
-        self.recipe = _recipe(config, prepared)
-        self.steps = self.source.total_steps(config.train.steps, config.train.epochs)
-        self.meter = ChannelMeter(self.channels, self.engine.device)
-        self.eval_meter = ChannelMeter(self.channels, self.engine.device)
+        self.inputs = Summary.read(prepared).inputs
+        self.recipe = _recipe(config, self.inputs)
+        self.steps = self.source.total_steps(
+            config.train.steps, config.train.epochs, config.train.tokens
+        )
+        watched = _watched_tokens(config)
+        self.meter = TokenMeter(self.channels, watched, self.engine.device)
+        self.eval_meter = TokenMeter(self.channels, watched, self.engine.device)
+        self.watch: Watch | None = None  # on rank 0
+        self.drawn: Counter[str] = Counter()  # from each source in the whole run, on rank 0
+        self.drawn_key = f"source_{config.data.mix_by.name}"
         self.engine.train(False)  # no dropout
         self.policy.check_head(self._probe(examples), config.objective)
         self.sinks: list[Sink] = []
@@ -94,7 +109,7 @@ class _Run:
             source=self.source,
             objective=config.objective,
             meter=self.meter,
-            describe=lambda table_C4: train_metrics(table_C4, self.channels),
+            describe=self.meter.train_metrics,
             learning_rate=lambda step: learning_rate(
                 config.optimizer,  # type: ignore[arg-type]
                 step,
@@ -105,25 +120,20 @@ class _Run:
             seed=config.seed,
             # A save ends a window of logging, so that a resumed run averages over the same steps.
             log_every=(config.train.log_every, config.train.save_every or config.train.log_every),
-            stop_requested=(self.folder / "STOP").exists,
+            stop_requested=self._stop_requested,
             hooks=(
                 Hook(self._evaluate, config.train.eval_every, at_start=True, at_end=True),
                 Hook(self._log, every=1, at_start=True),
                 Hook(self._save, config.train.save_every, at_end=True),
             ),
         )
-        last = start
+        last, completed = start, start >= self.steps
         for info in fit.run():
-            last = info.step
-        completed = last >= self.steps
+            last, completed = info.step, info.last and not info.stopped
         if completed and config.checkpoint.export:
             self._export()
         if self.process.is_main:
-            for sink in self.sinks:
-                sink.close()
-            outcome = "completed" if completed else "stopped"
-            said = {"outcome": outcome, "step": last, "total_steps": self.steps}
-            write_whole(self.folder / "logs" / "outcome.json", json.dumps(said))
+            self._close(last, completed)
 
     # ---- hooks
 
@@ -132,12 +142,20 @@ class _Run:
             return  # someone waits for the run to end
         batches = self.held_out.eval_batches()
         table_C4 = evaluate(self.engine, batches, self.config.objective, self.eval_meter)
-        info.metrics.update(eval_metrics(table_C4, self.channels))
+        info.metrics.update(self.eval_meter.eval_metrics(table_C4))
 
     def _log(self, info: StepInfo) -> None:
+        if self.process.is_main and info.step:
+            self.drawn.update(self.source.source_amounts(info.step))
         if info.metrics:
+            total = sum(self.drawn.values())
+            for name, amount in self.drawn.items():
+                info.metrics[f"{self.drawn_key}/{name}"] = amount
+                info.metrics[f"source_share/{name}"] = amount / total
             info.metrics["system/memory_bytes"] = memory_bytes(self.engine.device)
             info.metrics["time_s"] = time.time() - self.began
+            if self.watch is not None:
+                self.watch.observe(info)
         if self.process.is_main and info.step:
             info.sample_ids = self.source.sample_ids(info.step)
         for sink in self.sinks:
@@ -149,7 +167,11 @@ class _Run:
             layout=self._layout(),
             channels=self.channels,
             recipe=self.recipe,
-            lineage={"end_token_id": self.end_token_id, **self._lineage()},
+            lineage={
+                "end_token_id": self.end_token_id,
+                "template_sha256": self.inputs["template"],
+                **self._lineage(),
+            },
         )
         keep = self.config.checkpoint.keep
         store.save(self.folder, manifest, self.engine.save_state, keep=keep)
@@ -186,7 +208,34 @@ class _Run:
         self.engine.load_state(found / "state")
         return manifest.step
 
+    def _stop_requested(self) -> int:
+        if (self.folder / "STOP").exists():
+            return LEAVE
+        return END_EARLY if self.watch is not None and self.watch.stop is not None else GO_ON
+
+    def _facts(self) -> ModelFacts:
+        return ModelFacts(
+            parameters=sum(getattr(p, "ds_numel", p.numel()) for p in self.policy.parameters()),
+            vocab_size=int(self.policy.config.vocab_size),
+            random_weights=self.config.model.weights is Weights.random,
+            token_loss=isinstance(self.config.objective, TokenLoss),
+            asked_shares=self.source.asked_shares(),
+        )
+
+    def _close(self, last: int, completed: bool) -> None:
+        """What rank 0 leaves behind for the driver."""
+        for sink in self.sinks:
+            sink.close()
+        outcome = "completed" if completed else "stopped"
+        said: dict[str, Any] = {"outcome": outcome, "step": last, "total_steps": self.steps}
+        if self.watch is not None:
+            self.watch.close()
+            if completed and last < self.steps and self.watch.stop is not None:
+                said["early_stop"] = self.watch.stop.line()
+        write_whole(self.folder / "logs" / "outcome.json", json.dumps(said))
+
     def _open_sinks(self, start: int) -> list[Sink]:
+        self.watch = Watch(self.config.diagnose, self._facts(), self.folder, start)
         sinks: list[Sink] = [
             JsonlSink(self.folder / "metrics.jsonl", start),
             SampleLog(self.folder / "samples.log", start),
@@ -195,6 +244,9 @@ class _Run:
         if start and rows.stat().st_size:
             last = json.loads(rows.read_text().splitlines()[-1])
             self.began -= last.get("time_s", 0.0)
+            for key, value in last.items():
+                if key.startswith(f"{self.drawn_key}/"):
+                    self.drawn[key.partition("/")[2]] = value
         if self.config.logging.wandb is not WandbMode.off:
             from posttrain_dist.metrics.wandb_sink import WandbSink
 
@@ -221,17 +273,26 @@ class _Run:
         )
 
 
-def _recipe(config: RunConfig, prepared: Path) -> dict[str, str]:
+def _watched_tokens(config: RunConfig) -> dict[int, str]:
+    """Special tokens whose loss is told by itself: id -> name."""
+    tokenizer = load_tokenizer(resolve(config.model.path))
+    if config.objective.rows != "messages":
+        return special_tokens(tokenizer, "")
+    return special_tokens(tokenizer, load_template(config.template, tokenizer).source)
+
+
+def _recipe(config: RunConfig, inputs: dict[str, Any]) -> dict[str, str]:
     """What decides which samples are in which step."""
-    summary = json.loads((prepared / "summary.json").read_text())
-    inputs = json.dumps(summary["inputs"], sort_keys=True).encode()
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
     return {
         "objective": type(config.objective).__name__.lower(),
         "seed": str(config.seed),
         "train.batch_size": str(config.train.batch_size),
         "data.max_length": str(config.data.max_length),
         "data.pack_window": str(config.data.pack_window),
-        "data": hashlib.sha256(inputs).hexdigest()[:16],
+        "data.mix_by": config.data.mix_by.name,
+        "data.sources": str({n: astuple(s)[1:] for n, s in config.data.sources.items()}),
+        "data": digest.hexdigest()[:16],
     }
 
 

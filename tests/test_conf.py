@@ -12,7 +12,7 @@ import yaml
 from posttrain_launch.compose import Composer
 from posttrain_launch.diagnose import check
 
-from posttrain_dist.config import SLOTS, RunConfig
+from posttrain_dist.config import GROUPS, RunConfig
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -38,8 +38,8 @@ def defaults_of(owner: type) -> dict[str, Any]:
 def test_every_slot_has_yaml_for_its_options_and_a_default():
     chosen = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
     groups = {key for d in chosen if isinstance(d, dict) for key in d if "override" not in key}
-    assert groups == set(SLOTS)
-    for group in SLOTS:
+    assert groups == set(GROUPS)
+    for group in GROUPS:
         assert list((CONF / group).glob("*.yaml"))
 
 
@@ -50,7 +50,7 @@ def test_an_option_composes_and_differs_from_its_schema(file: Path):
     kind = schema.removeprefix(f"/schema/{group}/").removesuffix("@_here_")
     with Composer() as composer:
         composed = composer.compose([f"{group}={option}"])
-    defaults = defaults_of(SLOTS[group][kind])
+    defaults = defaults_of(GROUPS[group][kind])
     assert composed[group].keys() == defaults.keys()
     for key, value in values_of(file).items():
         assert value != defaults[key], f"{file}: {key} is the default"

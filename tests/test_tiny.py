@@ -10,7 +10,7 @@ import torch
 
 from posttrain_dist.build import build_policy, make_engine, make_source
 from posttrain_dist.config import DataConfig, Dtype, ModelConfig, RunConfig, TrainConfig, complete
-from posttrain_dist.data.loader import Examples
+from posttrain_dist.data.arrays import Examples
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import AdamW
 from posttrain_dist.loop import Fit
@@ -92,7 +92,7 @@ def test_from_a_line_of_a_file_to_an_update(config, tmp_path):
     starts = batch.cu_seqlens_S[:-1]
     assert batch.position_ids_T[starts].tolist() == [0, 0, 0]
     assert torch.equal(batch.input_ids_T[batch.supervised_N + 1], batch.labels_N)
-    assert len(batch.labels_N) == sum(int((examples[i].weight_L > 0).sum()) for i in range(3))
+    assert batch.num_targets == sum(int((examples[i].weight_L > 0).sum()) for i in range(3))
 
     # The loss is the mean over supervised tokens, by hand with plain transformers.
     model = transformers.AutoModelForCausalLM.from_pretrained(config.model.path)

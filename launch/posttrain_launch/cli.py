@@ -26,6 +26,12 @@ VERBS: dict[str, Verb] = {
         "hydra_verbs",
         hydra=True,
     ),
+    "prepare": Verb(
+        "tokenise and check the data now, so that a run starts at once; writes data_report.html",
+        "posttrain prepare model.path=/models/M data.train=/data/chat.jsonl",
+        "hydra_verbs",
+        hydra=True,
+    ),
     "inspect": Verb(
         "show what would be trained on: rows, supervised tokens, packs",
         "posttrain inspect data.train=/data/chat.jsonl",

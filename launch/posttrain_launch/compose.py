@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from posttrain_dist.config import SLOTS, RunConfig
+from posttrain_dist.config import GROUPS, RunConfig
 from posttrain_dist.errors import ConfigError
 
 CONF = "pkg://posttrain_launch.conf"
@@ -45,7 +45,7 @@ def register_schemas(help_text: str = "") -> None:
     """
     store = ConfigStore.instance()
     store.store(name="schema", node=RunConfig)
-    for group, options in SLOTS.items():
+    for group, options in GROUPS.items():
         for kind, option in options.items():
             store.store(group=f"schema/{group}", name=kind, node=option)
     page = {"app_name": "posttrain", "header": "", "footer": "", "template": help_text}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import signal
@@ -73,14 +74,16 @@ def read_frozen(folder: Path) -> RunConfig:
 
 
 def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str]) -> int:
-    from posttrain_dist.prepare import prepare
+    from posttrain_launch.data_report import formats_line, preparing, write_data_report
 
     print(f"run folder: {folder}", file=out, flush=True)
     for stale in (folder / "STOP", folder / "logs" / "outcome.json"):
         stale.unlink(missing_ok=True)
-    summary = prepare(config, folder / "prepared")
+    summary = preparing(config, folder / "prepared")
+    report, page = write_data_report(config, folder / "prepared", folder)
     _record_hashes(folder, summary.inputs)
-    print(f"\n{summary.table()}\n", file=out, flush=True)
+    shown = [summary.table(), formats_line(report), f"data report: {page}"]
+    print("", *shown, "", sep="\n", file=out, flush=True)
 
     with Progress(folder, out) as progress, _stop_on_signals(folder, progress.say):
         if isinstance(config.cluster, Local):
@@ -112,7 +115,10 @@ def _finish(config: RunConfig, folder: Path, outcome: dict[str, Any], out: IO[st
         print("asking the model before and after ...", file=out, flush=True)
         compare(config, folder)
     write_report(folder)
-    finished = {"reason": "completed", "step": outcome["step"]}
+    early = outcome.get("early_stop")
+    if early:
+        print(f"ended early at step {outcome['step']}: {early}", file=out, flush=True)
+    finished = {"reason": "early_stop" if early else "completed", "step": outcome["step"]}
     write_whole(folder / "FINISHED", json.dumps(finished) + "\n", to_disk=True)
     print(f"\n{summary_text(folder)}", file=out, flush=True)
 
@@ -135,7 +141,9 @@ def _record_hashes(folder: Path, inputs: dict[str, Any]) -> None:
     if not path.is_file():
         return
     lineage = json.loads(path.read_text())
-    digests = {name: inputs[name] for name in ("data", "tokenizer") if name in inputs}
+    digests: dict[str, Any] = {name: inputs[name] for name in ("data", "tokenizer", "template")}
+    shown = (folder / "data_report.json").read_bytes()
+    digests["data_report"] = hashlib.sha256(shown).hexdigest()
     lineage["hashes"] = {**lineage.get("hashes", {}), **digests}
     write_whole(path, json.dumps(lineage, indent=1) + "\n", to_disk=True)
 

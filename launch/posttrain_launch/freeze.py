@@ -79,7 +79,15 @@ def absolute(config: RunConfig) -> RunConfig:
         config.data,
         train=_absolute(config.data.train),
         eval=None if config.data.eval is None else _absolute(config.data.eval),
+        sources={
+            name: replace(source, path=_absolute(source.path))
+            for name, source in config.data.sources.items()
+        },
+        cache=None if config.data.cache is None else _absolute(config.data.cache),
     )
+    template = config.template
+    if template.name.endswith(".jinja"):
+        template = replace(template, name=_absolute(template.name))
     model = replace(config.model, path=_absolute(config.model.path))
     engine = config.engine
     if isinstance(engine, DeepSpeed) and engine.config is not None:
@@ -91,11 +99,19 @@ def absolute(config: RunConfig) -> RunConfig:
     if train.resume != "auto":
         train = replace(train, resume=_absolute(train.resume))
     root = _absolute(config.output_root)
-    return replace(config, data=data, model=model, engine=engine, train=train, output_root=root)
+    return replace(
+        config,
+        data=data,
+        template=template,
+        model=model,
+        engine=engine,
+        train=train,
+        output_root=root,
+    )
 
 
 def _absolute(path: str) -> str:
-    if path in RESERVED or not path:
+    if path in RESERVED or not path or path.startswith("hf:"):
         return path
     return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - keeps globs
 

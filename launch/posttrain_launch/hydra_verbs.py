@@ -1,10 +1,12 @@
-"""The verbs that are Hydra applications: train, inspect, evaluate, submit."""
+"""The verbs that are Hydra applications: train, prepare, inspect, evaluate, submit."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shlex
+import shutil
 import sys
 import tempfile
 from argparse import Namespace
@@ -186,14 +188,33 @@ def _train(composed: Composed, call: _Call) -> int:
 
 
 def _inspect(composed: Composed, _: _Call) -> int:
-    from posttrain_dist.inspection import inspect_text
-    from posttrain_dist.prepare import prepare
+    from posttrain_dist.inspection import inspect
+    from posttrain_dist.report.data_text import data_text
+    from posttrain_launch.data_report import formats_line, preparing
 
     config = complete(absolute(composed.config))
     with tempfile.TemporaryDirectory(prefix="posttrain-") as folder:
         prepared = Path(folder) / "prepared"
-        prepare(config, prepared)
-        print(inspect_text(config, prepared))
+        preparing(config, prepared)
+        report = inspect(config, prepared)
+    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    width = shutil.get_terminal_size((100, 24)).columns
+    print(data_text(report, width, color, conversations=1))
+    print(formats_line(report))
+    return 0
+
+
+def _prepare(composed: Composed, _: _Call) -> int:
+    from posttrain_dist.report.data_text import data_text
+    from posttrain_launch.data_report import formats_line, preparing, write_data_report
+
+    config = complete(absolute(composed.config))
+    with tempfile.TemporaryDirectory(prefix="posttrain-") as folder:
+        prepared = Path(folder) / "prepared"
+        preparing(config, prepared)
+        report, page = write_data_report(config, prepared, Path(config.output_root) / config.name)
+    print(data_text(report, shutil.get_terminal_size((100, 24)).columns, False, conversations=0))
+    print(f"{formats_line(report)}\ndata report: {page}")
     return 0
 
 
@@ -226,6 +247,7 @@ def _submit(composed: Composed, call: _Call) -> int:
 
 ACTIONS: dict[str, Callable[[Composed, _Call], int]] = {
     "train": _train,
+    "prepare": _prepare,
     "inspect": _inspect,
     "evaluate": _evaluate,
     "submit": _submit,

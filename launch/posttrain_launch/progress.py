@@ -26,6 +26,7 @@ class Progress:
         self.out = out or sys.stdout  # as it is now: a run may send sys.stdout to a log
         self.began = time.monotonic()
         self._rows = _Tail(run_folder / "metrics.jsonl")
+        self._alarms = _Tail(run_folder / "logs" / "alarms.jsonl")
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._view: _Live | _Plain = _Live(self.out) if self.out.isatty() else _Plain(self.out)
@@ -33,6 +34,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._rows.skip()  # what an earlier start of the run wrote
+        self._alarms.skip()
         self._view.open()
         self._thread.start()
         return self
@@ -63,6 +65,11 @@ class Progress:
         for i, row in enumerate(rows):
             self._pace = [*self._pace[-20:], (row["step"], row.get("time_s", 0.0))]
             self._view.row(row, total, self._left_s(total), final and i == len(rows) - 1)
+        for alarm in self._alarms.read():
+            self._view.say(
+                f"step {alarm['step']}: {alarm['level']}: {alarm['rule']}: {alarm['message']}\n"
+                f"  fix: {alarm['fix']}"
+            )
         if not rows:
             self._view.wait(time.monotonic() - self.began)
 

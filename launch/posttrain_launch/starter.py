@@ -16,6 +16,7 @@ STARTER = """\
 # lists every key, `posttrain train --help` every option.
 defaults:
   - override /objective: sft      # sft | pretrain
+  - override /template: tokenizer # the model's own | chatml | llama3 | qwen | ...
   - override /engine: single      # single | zero0 | zero1 | zero2 | zero3 | zero3_offload
   - override /cluster: local      # local | ray; `posttrain submit` takes slurm
 
@@ -28,7 +29,13 @@ data:
   # One JSON object a line:
   #   {{"messages": [{{"role": "user", "content": "..."}},
   #                 {{"role": "assistant", "content": "..."}}], "task_type": "my_channel"}}
+  # ShareGPT, Alpaca and others are recognised too; parquet, csv, .gz and .zst are read.
+  # `posttrain prepare` or `inspect` shows what would be trained on, before anything is.
   train: embedded                 # a file, folder or glob: /data/train/*.jsonl
+  # sources:                      # instead of `train`: several, by weight
+  #   chat: {{path: /data/chat, weight: 3.0}}
+  #   code: {{path: /data/code, weight: 1.0, max_passes: 2}}
+  # mix_by: tokens                # what the weights share out: rows | tokens (supervised)
   # eval: /data/heldout.jsonl     # left out: a share of the training rows
   max_length: 512                 # tokens of a pack; longer rows are cut and counted
 
@@ -36,7 +43,7 @@ optimizer:
   lr: 1.0e-3                      # for a model of billions of parameters: 1.0e-5
 
 train:
-  steps: 20                       # or epochs: 1
+  steps: 20                       # or epochs: 1, or tokens: 1_000_000
   # batch_size: 8                 # packs an optimizer step, over all workers
   # micro_batch_size: 1           # packs a forward pass, on each worker; the rest accumulates
   # eval_every: 10

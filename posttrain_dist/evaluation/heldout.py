@@ -21,7 +21,7 @@ def evaluate(config: RunConfig, prepared: Path) -> dict[str, Any]:
     from dataclasses import replace
 
     from posttrain_dist.build import build_policy, make_engine, make_source, pick_dtype
-    from posttrain_dist.data.loader import Examples
+    from posttrain_dist.data.arrays import Examples
     from posttrain_dist.dist import Process
     from posttrain_dist.engine import Single
     from posttrain_dist.loop import evaluate as evaluate_batches
@@ -33,7 +33,7 @@ def evaluate(config: RunConfig, prepared: Path) -> dict[str, Any]:
     dtype = pick_dtype(config.train.dtype)
     engine = make_engine(config, Process(), dtype)
     build_policy(config, engine, dtype, channels)
-    batches = make_source(config, examples, Process()).eval_batches()
+    batches = make_source(config, examples, Process(), mixed=False).eval_batches()
     meter = ChannelMeter(channels, engine.device)
     metrics = eval_metrics(evaluate_batches(engine, batches, config.objective, meter), channels)
     prefix = "eval_channel_loss/"

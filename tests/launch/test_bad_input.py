@@ -37,7 +37,7 @@ CASES = {
     "deletion": (["~train.steps"], "~train.steps: ", "train.steps=null"),
     "interpolation": (["name=${nosuch}"], "name: ", "nosuch"),
     "out of range": (["train.batch_size=0"], "train.batch_size: is 0", "1 or more"),
-    "contradiction": (["train.steps=1", "train.epochs=1"], "train.epochs: ", "one of the two"),
+    "contradiction": (["train.steps=1", "train.epochs=1"], "train.steps: ", "one of the three"),
     "single with workers": (["cluster=ray", "cluster.workers=2"], "engine: single", "zero0"),
     "name that is a path": (["name=a/b"], "name: ", "letters"),
     "folder of YAML": (

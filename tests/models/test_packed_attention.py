@@ -61,7 +61,8 @@ def test_a_sample_in_a_pack_has_the_loss_it_has_alone(folder):
 
     policy = policy_of(folder)
     rows = examples(policy.config.vocab_size)
-    packed = policy(collate(rows), Sft(), 1.0).nll_N
+    batch = collate(rows)
+    packed = policy(batch, Sft(), 1.0).nll_N[: batch.num_targets]
     # The independent reference: transformers' own eager attention on one unpacked row.
     own = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     expected = []

@@ -1,0 +1,77 @@
+"""The groups of the configuration that belong to no package: how processes come about, the loop.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+@dataclass(kw_only=True, slots=True)
+class Cluster:
+    """The slot `cluster`: how the processes of a run come about."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Local(Cluster):
+    """This process, no Ray."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Ray(Cluster):
+    """Ray Train workers, on a local Ray or on a running cluster."""
+
+    workers: int | None = None  # null: one per GPU of the cluster, or 1 where it has none
+    address: str | None = None  # "host:port" of a running Ray; null: start one here
+    cpus_per_worker: float = 1.0
+    max_failures: int = 1  # times that a lost worker is replaced and the run resumed
+
+
+@dataclass(kw_only=True, slots=True)
+class Slurm(Ray):
+    """Ray inside a Slurm job; `posttrain submit` writes the job. `address` is set in the job."""
+
+    nodes: int = 1
+    gpus_per_node: int = 0
+    cpus_per_node: int = 2
+    memory_per_node: str | None = None  # as Slurm's --mem: "64G"
+    partition: str | None = None
+    account: str | None = None
+    time: str = "01:00:00"  # as Slurm's --time
+    network_interface: str | None = None  # for gloo and NCCL, e.g. "eth0"; null: they choose
+    extra: list[str] = field(default_factory=list)  # more sbatch options: ["--qos=high"]
+
+
+class Dtype(Enum):
+    """Number format of weights and activations; optimizer state is always float32."""
+
+    auto = "auto"  # bfloat16 where the hardware multiplies it fast, else float32
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int | None = None  # optimizer steps; null: from `epochs` or `tokens`
+    epochs: float | None = None  # passes over the data; null: 1 if `steps` is null too
+    tokens: int | None = None  # tokens of the whole run; null: no such budget
+    batch_size: int = 8  # packs per optimizer step, over all ranks
+    micro_batch_size: int = 1  # packs per forward per rank
+    dtype: Dtype = Dtype.auto
+    log_every: int = 1  # steps between lines of metrics.jsonl
+    eval_every: int | None = None  # steps; null: before training and at its end only
+    save_every: int | None = None  # steps; null: at the end only
+    resume: str = "auto"  # auto: newest checkpoint of the run folder; never; or a checkpoint
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """Held-out evaluation."""
+
+    generate_rows: int = 0  # checkable rows per channel answered by generation, before and after
+    samples: int = 3  # generated answers that are shown, of channels without one right answer
+    max_new_tokens: int = 32
