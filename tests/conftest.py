@@ -164,3 +164,21 @@ def run_workers() -> Callable[..., list[str]]:
         return outputs
 
     return run
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Callable[..., str]:
+    """chromium(profile_folder, *arguments): run headless Chromium once; its standard output."""
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("needs Debian's chromium: apt-get install chromium")
+    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-sync hide-scrollbars"
+    flags += " disable-background-networking disable-component-update"
+
+    def run(profile: Path, *arguments: str) -> str:
+        command = [program, *(f"--{flag}" for flag in flags.split()), f"--user-data-dir={profile}"]
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    return run

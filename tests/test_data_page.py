@@ -4,11 +4,10 @@ import html
 import json
 import random
 import re
-import shutil
 import struct
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -342,22 +341,11 @@ addEventListener("load", () => setTimeout(() => {
 </script>"""
 
 
-def chromium(profile: Path, *arguments: str) -> str:
-    """Run headless Chromium once; standard output."""
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.skip("needs Debian's chromium: apt-get install chromium")
-    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-sync hide-scrollbars"
-    flags += " disable-background-networking disable-component-update"
-    command = [program, *(f"--{flag}" for flag in flags.split()), f"--user-data-dir={profile}"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 800, 1400])
-def test_the_page_fits_and_runs_nothing_but_its_own(tmp_path: Path, width: int) -> None:
+def test_the_page_fits_and_runs_nothing_but_its_own(
+    chromium: Any, tmp_path: Path, width: int
+) -> None:
     # Even text that was not escaped would stay a text: the page's policy forbids it to run.
     source = data_page(REPORT).replace("<main", f"<script>hacked = 2</script>{EVIL[9:]}<main")
     (tmp_path / "page.html").write_text(source, encoding="utf-8")
@@ -385,7 +373,7 @@ def test_the_page_fits_and_runs_nothing_but_its_own(tmp_path: Path, width: int) 
 
 
 @pytest.mark.browser
-def test_the_page_can_be_printed_to_an_image(tmp_path: Path) -> None:
+def test_the_page_can_be_printed_to_an_image(chromium: Any, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(data_page(REPORT), encoding="utf-8")
     path = tmp_path / "page.png"
     arguments = [f"--screenshot={path}", "--window-size=1400,1000", "--virtual-time-budget=2000"]

@@ -5,10 +5,9 @@ import json
 import math
 import random
 import re
-import shutil
 import struct
-import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,7 +133,13 @@ def build_run(folder: Path) -> Path:
             "channels": list(CHANNELS),
             "splits": {
                 split: {
-                    c: {"rows": n, "tokens": 91 * n, "supervised": 37 * n, "truncated": 7}
+                    c: {
+                        "rows": n,
+                        "tokens": 91 * n,
+                        "supervised": 37 * n,
+                        "truncated": 7,
+                        "lengths": [[64, 0], [96, n]],
+                    }
                     for c in CHANNELS
                 }
                 for split, n in (("train", 1200), ("eval", 64))
@@ -143,6 +148,7 @@ def build_run(folder: Path) -> Path:
             "inputs": {"max_length": 512, "data": {"train": {"0:train.jsonl": "c" * 64}}},
         },
     )
+    (folder / "data_report.html").write_text("<html></html>")
     write_json(folder / "answers.json", ANSWERS)
     return folder
 
@@ -231,7 +237,7 @@ def test_text_from_data_is_escaped(page: Page) -> None:
 
 def test_the_page_needs_no_network(page: Page) -> None:
     assert len(page.source) < 1_000_000
-    assert not re.search(r"(src|href)\s*=\s*[\"'](?!data:)|url\(|@import|fetch\(", page.source)
+    assert not re.search(r"(src|href)\s*=\s*[\"'](?!data:|data_report\.html\")|url\(|@import|fetch\(", page.source)
     addresses = set(re.findall(r"https?://[^\s\"'<]+", page.source))
     assert addresses == {"http://www.w3.org/2000/svg"}  # a name, never loaded
 
@@ -241,6 +247,7 @@ def test_data_config_and_lineage_are_shown(page: Page) -> None:
     assert f"training {heads} arithmetic 1,200 109,200 44,400 7" in page.text
     assert f"held-out {heads} arithmetic 64 5,824 2,368 7" in page.text
     assert "held-out rows left to training 3 " in page.text
+    assert '<a href="data_report.html">' in page.source
     assert "0:train.jsonl " + "c" * 64 in page.text
     assert "engine: {kind: deepspeed, stage: 3, offload: false}" in page.text
     assert "posttrain train optimizer.lr=3e-4 'name=first try'" in page.text
@@ -331,22 +338,11 @@ addEventListener("securitypolicyviolation", (e) => window.faults.push(e.violated
 FRAME = '<iframe style="border: 0; width: {width}px; height: 900px" src="{name}"></iframe>'
 
 
-def chromium(profile: Path, *arguments: str) -> str:
-    """Run headless Chromium once; standard output."""
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.skip("needs Debian's chromium: apt-get install chromium")
-    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-sync hide-scrollbars"
-    flags += " disable-background-networking disable-component-update"
-    command = [program, *(f"--{flag}" for flag in flags.split()), f"--user-data-dir={profile}"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 800, 1400])
-def test_the_page_fits_and_draws_without_errors(folder: Path, tmp_path: Path, width: int) -> None:
+def test_the_page_fits_and_draws_without_errors(
+    chromium: Any, folder: Path, tmp_path: Path, width: int
+) -> None:
     source = write_report(folder).read_text(encoding="utf-8")
     source = source.replace("<head>", "<head>" + FAULTS).replace("</body>", PROBE + "</body>")
     (tmp_path / "probe.html").write_text(source, encoding="utf-8")
@@ -375,7 +371,7 @@ def test_the_page_fits_and_draws_without_errors(folder: Path, tmp_path: Path, wi
 
 
 @pytest.mark.browser
-def test_the_page_can_be_printed_to_an_image(folder: Path, tmp_path: Path) -> None:
+def test_the_page_can_be_printed_to_an_image(chromium: Any, folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "page.png"
     report = write_report(folder)
     arguments = [f"--screenshot={path}", "--window-size=1400,1000", "--virtual-time-budget=2000"]

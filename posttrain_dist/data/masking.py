@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -264,18 +265,16 @@ def token_weights(
     empty range: such a token covers what lies between the token before and its own end.
     """
     weight_L = np.zeros(len(offsets), np.float32)
-    for span in spans:
+    if not spans or not len(offsets):
+        return weight_L
+    start_L, end_L = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(
+        -1, 2
+    ).T
+    if (start_L >= end_L).any():
+        before_L = np.concatenate([[0], end_L[:-1]])
+        start_L = np.where(start_L < end_L, start_L, before_L)
+    for span in reversed(spans):  # a token of two spans has the weight of the first
         first, last = span[0], span[1]
-        weight = span[2] if len(span) > 2 else 1.0
-        i = bisect_left(offsets, first + 1, key=lambda offset: offset[1])
-        previous_end = offsets[i - 1][1] if i else 0
-        while i < len(offsets):
-            token_start, token_end = offsets[i]
-            start = token_start if token_start < token_end else previous_end
-            if start >= last:
-                break
-            if max(start, first) < token_end and not weight_L[i]:
-                weight_L[i] = weight
-            previous_end = token_end
-            i += 1
+        i, j = np.searchsorted(end_L, first, "right"), np.searchsorted(start_L, last, "left")
+        weight_L[i:j][start_L[i:j] < end_L[i:j]] = span[2] if len(span) > 2 else 1.0
     return weight_L

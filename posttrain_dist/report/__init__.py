@@ -84,6 +84,7 @@ def _render(run: Run) -> str:
         samples=[sample_of(sample) for sample in run.samples],
         alarms=alarms_of(run.folder),
         data=data_blocks(run.summary),
+        data_page="data_report.html" if (run.folder / "data_report.html").is_file() else "",
         command=command_of(run),
         overrides=run.overrides,
         config=run.config_text.strip(),

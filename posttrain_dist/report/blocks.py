@@ -15,11 +15,17 @@ def blocks(values: Any) -> list[dict[str, Any]]:
 
 
 def data_blocks(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The prepared data: a table of counts per channel for each split."""
+    """The prepared data: a table of counts per channel for each split, without histograms."""
     splits = summary.get("splits")
     if not isinstance(splits, dict):
         return blocks({key: value for key, value in summary.items() if key != "inputs"})
-    named = {"training": splits.get("train"), "held-out": splits.get("eval")}
+    named: dict[str, Any] = {
+        name: {
+            channel: {key: value for key, value in counts.items() if not isinstance(value, list)}
+            for channel, counts in (splits.get(split) or {}).items()
+        }
+        for name, split in (("training", "train"), ("held-out", "eval"))
+    }
     if moved := summary.get("duplicates_moved"):
         named["held-out rows left to training"] = moved
     return blocks({key: value for key, value in named.items() if value})
