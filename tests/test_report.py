@@ -237,7 +237,8 @@ def test_text_from_data_is_escaped(page: Page) -> None:
 
 def test_the_page_needs_no_network(page: Page) -> None:
     assert len(page.source) < 1_000_000
-    assert not re.search(r"(src|href)\s*=\s*[\"'](?!data:|data_report\.html\")|url\(|@import|fetch\(", page.source)
+    source = page.source.replace('href="data_report.html"', "")  # a link beside the page
+    assert not re.search(r"(src|href)\s*=\s*[\"'](?!data:)|url\(|@import|fetch\(", source)
     addresses = set(re.findall(r"https?://[^\s\"'<]+", page.source))
     assert addresses == {"http://www.w3.org/2000/svg"}  # a name, never loaded
 

@@ -267,9 +267,9 @@ def token_weights(
     weight_L = np.zeros(len(offsets), np.float32)
     if not spans or not len(offsets):
         return weight_L
-    start_L, end_L = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(
-        -1, 2
-    ).T
+    start_L, end_L = (
+        np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2).T
+    )
     if (start_L >= end_L).any():
         before_L = np.concatenate([[0], end_L[:-1]])
         start_L = np.where(start_L < end_L, start_L, before_L)
