@@ -14,8 +14,10 @@ from posttrain_dist.build import make_mixture, make_source
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.arrays import Examples
 from posttrain_dist.data.pieces import pieces
+from posttrain_dist.data.sources import file_sets
+from posttrain_dist.data.tables import HF
 from posttrain_dist.dist import Process
-from posttrain_dist.errors import DataError
+from posttrain_dist.errors import DataError, PosttrainError
 from posttrain_dist.models.folder import load_tokenizer, resolve
 
 
@@ -35,11 +37,41 @@ def inspect(config: RunConfig, folder: Path) -> dict[str, Any]:
             f"is no prepared data folder: {error}", where=str(folder), fix="prepare the data again"
         ) from error
     examples = Examples.open(folder, "train")
+    _rename(report, config)
     report["name"] = config.name
     report["settings"]["tokenizer"] = config.model.path  # that it was made with may have moved
     report["sources"] = _sources(config, examples)
     report["batch"] = _batch(config, examples)
     return report
+
+
+def _rename(report: dict[str, Any], config: RunConfig) -> None:
+    """The files as this run names them: the cache may have met the same content elsewhere."""
+    try:
+        now = [
+            (each.name, name)
+            for each in file_sets(config.data, config.objective.rows)
+            for name in ([each.path] if each.path.startswith(HF) else map(str, each.files))
+        ]
+    except PosttrainError:
+        return  # the files are gone
+    then = [(file["source"], file["path"]) for file in report["files"]]
+    if [source for source, _ in now] != [source for source, _ in then]:
+        return  # it is of a part of them
+    names = {old: new for (_, old), (_, new) in zip(then, now, strict=True)}
+
+    def place(where: str) -> str:
+        file, _, line = where.rpartition(":")
+        return f"{names.get(file, file)}:{line}"
+
+    for file in report["files"]:
+        file["path"] = names[file["path"]]
+    for rejected in report["rejected"]:
+        rejected["file"] = names.get(rejected["file"], rejected["file"])
+    for check in report["checks"]:
+        check["rows"] = list(map(place, check["rows"]))
+    for example in (each for some in report["examples"].values() for each in some):
+        example["where"] = place(example["where"])
 
 
 def _sources(config: RunConfig, examples: Examples) -> dict[str, dict[str, float]]:

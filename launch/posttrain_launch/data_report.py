@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from posttrain_dist.config import RunConfig
-from posttrain_dist.data.summary import Summary
 from posttrain_dist.files import write_whole
 
 QUIET_S = 10.0  # between two lines where the output is no terminal
 
 
-def preparing(config: RunConfig, folder: Path, err: IO[str] | None = None) -> Summary:
-    """`posttrain_dist.prepare.prepare`, with a bar on a terminal and few lines elsewhere."""
-    from posttrain_dist.prepare import prepare
-
-    err = err or sys.stderr
+@contextmanager
+def told(err: IO[str]) -> Iterator[dict[str, Any]]:
+    """`progress` and `say` for `prepare`: a bar on a terminal, few lines elsewhere."""
     if not err.isatty():
-        return prepare(config, folder, progress=_Lines(err))
+        yield {"progress": _Lines(err), "say": lambda line: print(line, file=err, flush=True)}
+        return
     from rich.console import Console
     from rich.progress import Progress
 
@@ -31,7 +30,7 @@ def preparing(config: RunConfig, folder: Path, err: IO[str] | None = None) -> Su
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        return prepare(config, folder, progress=show)
+        yield {"progress": show, "say": lambda line: bar.console.print(line, markup=False)}
 
 
 def formats_line(report: dict[str, Any]) -> str:

@@ -46,7 +46,7 @@ def run_frozen(run_folder: Path, address: str | None = None, *, debug: bool = Fa
             return 0
         log.parent.mkdir(exist_ok=True)
         with _alone(folder), _noise_to(log):
-            return _drive(config, folder, address, out)
+            return _drive(config, folder, address, out, err)
     except KeyboardInterrupt:
         print(f"left at once; `posttrain run {folder}` goes on from its last save", file=err)
         return STOPPED
@@ -73,13 +73,15 @@ def read_frozen(folder: Path) -> RunConfig:
     return RunConfig.from_yaml(path.read_text(encoding="utf-8"))
 
 
-def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str]) -> int:
-    from posttrain_launch.data_report import formats_line, preparing, write_data_report
+def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], err: IO[str]) -> int:
+    from posttrain_dist.prepare import prepare
+    from posttrain_launch.data_report import formats_line, told, write_data_report
 
     print(f"run folder: {folder}", file=out, flush=True)
     for stale in (folder / "STOP", folder / "logs" / "outcome.json"):
         stale.unlink(missing_ok=True)
-    summary = preparing(config, folder / "prepared")
+    with told(err) as lines:
+        summary = prepare(config, folder / "prepared", **lines)
     report, page = write_data_report(config, folder / "prepared", folder)
     _record_hashes(folder, summary.inputs)
     shown = [summary.table(), formats_line(report), f"data report: {page}"]

@@ -8,7 +8,6 @@ import os
 import shlex
 import shutil
 import sys
-import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -189,14 +188,14 @@ def _train(composed: Composed, call: _Call) -> int:
 
 def _inspect(composed: Composed, _: _Call) -> int:
     from posttrain_dist.inspection import inspect
+    from posttrain_dist.prepare import prepare_cached
     from posttrain_dist.report.data_text import data_text
-    from posttrain_launch.data_report import formats_line, preparing
+    from posttrain_launch.data_report import formats_line, told
 
     config = complete(absolute(composed.config))
-    with tempfile.TemporaryDirectory(prefix="posttrain-") as folder:
-        prepared = Path(folder) / "prepared"
-        preparing(config, prepared)
-        report = inspect(config, prepared)
+    with told(sys.stderr) as lines:
+        prepared = prepare_cached(config, **lines)
+    report = inspect(config, prepared)
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     width = shutil.get_terminal_size((100, 24)).columns
     print(data_text(report, width, color, conversations=1))
@@ -205,14 +204,14 @@ def _inspect(composed: Composed, _: _Call) -> int:
 
 
 def _prepare(composed: Composed, _: _Call) -> int:
+    from posttrain_dist.prepare import prepare_cached
     from posttrain_dist.report.data_text import data_text
-    from posttrain_launch.data_report import formats_line, preparing, write_data_report
+    from posttrain_launch.data_report import formats_line, told, write_data_report
 
     config = complete(absolute(composed.config))
-    with tempfile.TemporaryDirectory(prefix="posttrain-") as folder:
-        prepared = Path(folder) / "prepared"
-        preparing(config, prepared)
-        report, page = write_data_report(config, prepared, Path(config.output_root) / config.name)
+    with told(sys.stderr) as lines:
+        prepared = prepare_cached(config, **lines)
+    report, page = write_data_report(config, prepared, Path(config.output_root) / config.name)
     print(data_text(report, shutil.get_terminal_size((100, 24)).columns, False, conversations=0))
     print(f"{formats_line(report)}\ndata report: {page}")
     return 0
@@ -220,16 +219,14 @@ def _prepare(composed: Composed, _: _Call) -> int:
 
 def _evaluate(composed: Composed, _: _Call) -> int:
     from posttrain_dist.evaluation.heldout import evaluate
-    from posttrain_dist.prepare import prepare
+    from posttrain_dist.prepare import prepare_cached
+    from posttrain_launch.data_report import told
     from posttrain_launch.summary import align
 
     config = complete(absolute(composed.config))
-    with (
-        tempfile.TemporaryDirectory(prefix="posttrain-") as folder,
-        contextlib.redirect_stderr(io.StringIO()),  # progress bars of libraries
-    ):
-        prepared = Path(folder) / "prepared"
-        prepare(config, prepared, only_heldout=True)
+    with told(sys.stderr) as lines:
+        prepared = prepare_cached(config, only_heldout=True, **lines)
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars of libraries
         found: dict[str, Any] = evaluate(config, prepared)
     rows = [(name, f"{loss:.4f}") for name, loss in sorted(found["channels"].items())]
     print(align([("channel", "held-out loss"), *rows, ("all channels", f"{found['loss']:.4f}")]))

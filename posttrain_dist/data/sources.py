@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from posttrain_dist.data import DataConfig, Format
 from posttrain_dist.data.embedded import split_path
 from posttrain_dist.data.records import Reader, find_files
+from posttrain_dist.data.tables import HF, load_hf
 from posttrain_dist.errors import ConfigError, PosttrainError, raise_all
 
 EMBEDDED = "embedded"
@@ -43,6 +45,14 @@ class FileSet:
             DataError: there are none.
         """
         return find_files(self.path)
+
+    @property
+    def identity(self) -> list[Any]:
+        """What decides its rows beside the content of its files: of a dataset, the split."""
+        if not self.path.startswith(HF):
+            return []
+        dataset = load_hf(self.path)
+        return [self.path, len(dataset), dataset._fingerprint]
 
     def reader(self, data: DataConfig, rows: str) -> Reader:
         """Reads its rows.

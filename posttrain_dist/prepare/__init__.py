@@ -10,16 +10,19 @@ data_report.{json,html} what was found, for people
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.summary import Summary
 from posttrain_dist.errors import ConfigError, DataError, ModelError, PosttrainError
 from posttrain_dist.prepare.build import Progress, fill
-from posttrain_dist.prepare.cache import cache_folder, fetch
+from posttrain_dist.prepare.cache import cache_folder, fetch, is_whole, obtain
 from posttrain_dist.prepare.inputs import Inputs, changed, look
 
-__all__ = ["prepare"]
+__all__ = ["prepare", "prepare_cached"]
+
+Say = Callable[[str], None]
 
 
 def prepare(
@@ -28,6 +31,7 @@ def prepare(
     *,
     only_heldout: bool = False,
     progress: Progress | None = None,
+    say: Say = lambda line: None,
 ) -> Summary:
     """Check model folder and data, tokenise, and write `folder` whole or not at all.
 
@@ -38,19 +42,17 @@ def prepare(
         only_heldout: leave the training split empty; a file in `data.eval` is then held out
             wholly, and `data.train` is not read.
         progress: called as the files are read.
+        say: called with what the user should know.
 
     Raises:
         PosttrainError: any fault of the model folder, tokenizer or data; what is there was
             prepared from other input; with `only_heldout`, there is no held-out row.
     """
-    inputs = look(config, only_heldout=only_heldout)
     if folder.exists() and any(folder.iterdir()):
-        return _reuse(folder, inputs)
-    fetch(
-        cache_folder(config.data.cache) / inputs.key,
-        folder,
-        lambda partial: fill(config, inputs, partial, only_heldout, progress),
-    )
+        return _reuse(config, folder, only_heldout, say)
+    inputs = look(config, only_heldout=only_heldout)
+    cached = cache_folder(config.data.cache) / inputs.key
+    fetch(cached, folder, lambda to: fill(config, inputs, to, only_heldout, progress), say)
     summary = Summary.read(folder)
     try:
         _check_fit(inputs, summary)
@@ -60,8 +62,43 @@ def prepare(
     return summary
 
 
-def _reuse(folder: Path, inputs: Inputs) -> Summary:
+def prepare_cached(
+    config: RunConfig,
+    *,
+    only_heldout: bool = False,
+    progress: Progress | None = None,
+    say: Say = lambda line: None,
+) -> Path:
+    """As `prepare`, but in the cache alone: its folder, which is only to be read.
+
+    Raises:
+        PosttrainError: as for `prepare`; the cache cannot be written to.
+    """
+    inputs = look(config, only_heldout=only_heldout)
+    cached = cache_folder(config.data.cache) / inputs.key
+    obtain(cached, lambda to: fill(config, inputs, to, only_heldout, progress), say)
+    _check_fit(inputs, Summary.read(cached))
+    return cached
+
+
+def _reuse(config: RunConfig, folder: Path, only_heldout: bool, say: Say) -> Summary:
+    """What is there, if the same would be made again.
+
+    Raises:
+        DataError: something went in that is other now; a file of it is missing or cut.
+    """
     summary = Summary.read(folder)
+    if not is_whole(folder):
+        raise DataError(
+            "lacks a file, or has one that was cut",
+            where=str(folder),
+            fix="delete this folder: the data is then prepared anew",
+        )
+    try:
+        inputs = look(config, only_heldout=only_heldout)
+    except DataError as error:  # the files of rows are gone: nothing can differ
+        say(f"{error.where}: {error.what}; going on with the data that was prepared from it")
+        return summary
     differ = changed(inputs.digest, summary.inputs)
     if differ:
         raise DataError(

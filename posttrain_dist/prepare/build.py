@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from posttrain_dist.data.records import MAX_ERRORS, Unit
 from posttrain_dist.data.summary import Summary
 from posttrain_dist.errors import DataError, PosttrainError, raise_all
 from posttrain_dist.flow import Record
-from posttrain_dist.prepare.inputs import Inputs
+from posttrain_dist.prepare.inputs import Inputs, refuse_changed
 from posttrain_dist.prepare.rows import Job, Part, Task
 from posttrain_dist.prepare.split import Split, keep_apart, split_off
 from posttrain_dist.prepare.summarise import report, summarise
@@ -41,6 +42,7 @@ def fill(
     """
     tally = Tally(TEXT_ROWS)
     _encode(config, inputs, folder / "samples", tally, progress)
+    refuse_changed(inputs)
     _refuse_rows(config, tally)
     split = _split(config, inputs, tally)
     if only_heldout:
@@ -67,15 +69,15 @@ def fill(
 def _encode(
     config: RunConfig, inputs: Inputs, samples: Path, tally: Tally, progress: Progress | None
 ) -> None:
-    job = Job(inputs.model_folder, config.template, config.data, config.seed, TEXT_ROWS)
+    seed = inputs.digest["seed"] or 0  # for the rows that are shown
+    job = Job(inputs.model_folder, config.template, config.data, seed, TEXT_ROWS)
     total = sum(_num_bytes(file) for each in inputs.sets for file in each.files)
     processes = config.data.workers or len(os.sched_getaffinity(0))
     processes = 1 if total < SMALL_BYTES else processes
-    unit_bytes = None if processes == 1 else UNIT_BYTES
     plan = [
         (index, unit)
         for index, reader in enumerate(inputs.readers)
-        for unit in reader.units(unit_bytes)
+        for unit in reader.units(UNIT_BYTES)
     ]
     own_heldout = any(each.split == "eval" for each in inputs.sets)
 
@@ -84,14 +86,15 @@ def _encode(
         return Task(inputs.readers[index], unit, in_order=own_heldout, keep_text=keep_text)
 
     stop_early = config.data.on_bad_row is OnBadRow.error
-    with SplitWriter(samples) as writer:
-        parts = encode(job, (task(*each) for each in plan), processes)
-        for done, ((index, _), part) in enumerate(zip(plan, parts, strict=True), start=1):
-            _store(writer, part, tally, index)
+    answers = encode(job, (task(*each) for each in plan), processes)
+    with SplitWriter(samples) as writer, contextlib.closing(answers):
+        for done, ((index, _), parts) in enumerate(zip(plan, answers, strict=True), start=1):
+            for part in parts:
+                _store(writer, part, tally, index)
+                if stop_early and len(tally.rejected) >= MAX_ERRORS:
+                    return
             if progress is not None:
                 progress(done, len(plan))
-            if stop_early and len(tally.rejected) >= MAX_ERRORS:
-                break
 
 
 def _num_bytes(file: Path) -> int:
@@ -132,17 +135,19 @@ def _refuse_rows(config: RunConfig, tally: Tally) -> None:
         raise_all([rejected.error() for rejected in tally.rejected[:MAX_ERRORS]])
     if not config.template.strict:
         return
-    raise_all(
-        [
-            DataError(
-                f"{failed} of {tally.num_rows} rows fail the check {name!r}: {check.explain}",
-                where=", ".join(tally.failed_places[name][:3]) + (", ..." if failed > 3 else ""),
-                fix=f"{check.fix}; template.strict=false trains all the same",
-            )
-            for name, failed in sorted(tally.failed.items())
-            if (check := CHECKS[name]).level == "error" and failed > check.allowed * tally.num_rows
-        ]
-    )
+    problems: list[PosttrainError] = []
+    for name, failed in sorted(tally.failed.items()):
+        check = CHECKS[name]
+        if check.level != "error" or failed <= check.allowed * tally.num_rows:
+            continue
+        places = ", ".join(tally.failed_places[name][:3]) + (", ..." if failed > 3 else "")
+        what = f"{failed} of {tally.num_rows} rows fail the check {name!r}: {check.explain}"
+        cut = int(tally.column("truncated").sum())
+        if name == "end_of_turn" and cut:
+            what += f" {cut} rows are longer than data.max_length={config.data.max_length}."
+        fix = f"{check.fix}; template.strict=false trains all the same"
+        problems.append(DataError(what, where=places, fix=fix))
+    raise_all(problems)
 
 
 def _refuse_empty(summary: Summary, tally: Tally) -> None:
@@ -153,12 +158,17 @@ def _refuse_empty(summary: Summary, tally: Tally) -> None:
             if count.supervised or (split == "eval" and channel in summary.splits["train"]):
                 continue
             places = tally.dropped_places.get(channel, [])
+            why = "every turn has the weight 0, or train is false"
+            fix = "let the rows teach something, or leave the channel out"
+            if count.truncated:
+                limit = summary.inputs["max_length"]
+                why = f"{count.truncated} are cut by data.max_length={limit} before the answer"
+                fix = "raise data.max_length, shorten the rows or leave the channel out"
             problems.append(
                 DataError(
-                    f"channel {channel!r} has no supervised token: all its {count.rows} rows are "
-                    f"cut by data.max_length={summary.inputs['max_length']} before the answer",
+                    f"channel {channel!r} has no supervised token in {count.rows} rows: {why}",
                     where=", ".join(places[:3]) + (", ..." if len(places) > 3 else ""),
-                    fix="raise data.max_length, shorten the rows or leave the channel out",
+                    fix=fix,
                 )
             )
     raise_all(problems)

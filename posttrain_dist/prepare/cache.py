@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from posttrain_dist.errors import DataError
+from posttrain_dist.data.arrays import Examples
+from posttrain_dist.data.summary import Summary
+from posttrain_dist.errors import DataError, PosttrainError
 from posttrain_dist.files import sync
+
+KEPT_DAYS = 30  # that an entry stays after its last use
+
+Build = Callable[[Path], None]  # fills an empty folder
+Say = Callable[[str], None]
 
 
 def cache_folder(named: str | None) -> Path:
@@ -20,31 +29,60 @@ def cache_folder(named: str | None) -> Path:
     return Path(home) / "posttrain" / "prepared"
 
 
-def fetch(cached: Path, folder: Path, build: Callable[[Path], None]) -> bool:
-    """Put the cached folder at `folder`, made by `build` if it is not there yet.
+def obtain(cached: Path, build: Build, say: Say) -> Path:
+    """The whole entry `cached`, made by `build` if it is not there; to be read only.
 
-    One process builds, others that want the same wait for it. Where the cache cannot be written,
-    `build` makes `folder` itself.
+    One process builds, others that want the same wait for it. An entry that lacks a file, or has
+    one that was cut, is built anew.
 
-    Returns:
-        Whether it was in the cache already.
+    Raises:
+        DataError: it is not there, and the cache cannot be written to.
+        PosttrainError: what `build` raises, with nothing left behind.
     """
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         lock = cached.with_name(cached.name + ".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError:  # read-only, or a file system without locks
-        make_whole(folder, build)
-        return False
+    except OSError as error:  # read-only: what is there can be used all the same
+        if is_whole(cached):
+            return cached
+        raise _unwritable(cached, error) from error
     with lock:
-        found = cached.is_dir()
-        if not found:
+        _take(lock.fileno(), say)
+        if is_whole(cached):
+            with contextlib.suppress(OSError):
+                os.utime(cached)  # used now
+        else:
+            shutil.rmtree(cached, ignore_errors=True)
+            _sweep(cached.parent)
             make_whole(cached, build)
-        make_whole(folder, lambda partial: _link(cached, partial))
-    return found
+    return cached
 
 
-def make_whole(folder: Path, build: Callable[[Path], None]) -> None:
+def fetch(cached: Path, folder: Path, build: Build, say: Say) -> None:
+    """Put the cached entry at `folder`; where the cache cannot be used, build `folder` itself."""
+    try:
+        source = obtain(cached, build, say)
+    except DataError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        say(f"{cached.parent}: {error.what}; data.cache names another; preparing without one")
+        make_whole(folder, build)
+        return
+    make_whole(folder, lambda partial: _link(source, partial))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `folder` is a prepared one with all of its files in their sizes."""
+    try:
+        Summary.read(folder)
+        Examples.open(folder, "train")
+        Examples.open(folder, "eval")
+    except PosttrainError:
+        return False
+    return all((folder / name).is_file() for name in ("data_report.json", "heldout_records.jsonl"))
+
+
+def make_whole(folder: Path, build: Build) -> None:
     """Build beside `folder`, sync, and rename: a kill leaves nothing that looks complete.
 
     What `build` raises is passed on, with nothing left behind.
@@ -66,14 +104,58 @@ def make_whole(folder: Path, build: Callable[[Path], None]) -> None:
         sync(folder.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise DataError(
-            f"the prepared data cannot be written: {error.strerror}",
-            where=str(folder),
-            fix="check permissions and free space there",
-        ) from error
+        raise _unwritable(folder, error) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _unwritable(place: Path, error: OSError) -> DataError:
+    return DataError(
+        f"the prepared data cannot be written: {error.strerror}",
+        where=str(place),
+        fix="check permissions and free space there, or set data.cache to another folder",
+    )
+
+
+def _take(lock: int, say: Say) -> None:
+    """Wait until no other process holds the lock."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say("waiting for another process that prepares the same data")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:
+        pass  # a file system without locks
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what killed processes left, and entries that nobody has used for long.
+
+    A run that was started from an entry has its own links to the files.
+    """
+    for left in cache.glob("*.partial"):
+        with _free(left.with_suffix(".lock")) as free:
+            if free and left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+    for lock in cache.glob("*.lock"):
+        entry = lock.with_suffix("")
+        with _free(lock) as free, contextlib.suppress(OSError):
+            if free and time.time() - entry.stat().st_mtime > KEPT_DAYS * 86400:
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _free(lock: Path) -> Iterator[bool]:
+    """Hold a lock if nobody else does."""
+    with contextlib.ExitStack() as held:
+        try:
+            stream = held.enter_context(lock.open("a"))
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except OSError:
+            free = False
+        yield free
 
 
 def _link(cached: Path, partial: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from posttrain_dist.data.template import load_template
 from posttrain_dist.errors import DataError, PosttrainError, raise_all
 from posttrain_dist.models import Weights
 from posttrain_dist.models.folder import check_folder, check_tokenizer, load_tokenizer, resolve
+from posttrain_dist.prepare.cache import cache_folder
+from posttrain_dist.prepare.digests import Digests, state
 
-FORMAT = 2  # of the prepared folder; a change makes older folders unreadable
+FORMAT = 3  # of the prepared folder and what is in it; a change makes older folders unreadable
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -38,6 +41,7 @@ class Inputs:
     tokenizer: Any
     sets: list[FileSet]
     readers: list[Reader]  # one a file set
+    states: dict[Path, tuple[int, int, int]]  # of the files of rows, when they were hashed
     digest: dict[str, Any]  # equal digests, equal content of the prepared folder
 
     @property
@@ -48,7 +52,7 @@ class Inputs:
 
 
 def look(config: RunConfig, *, only_heldout: bool) -> Inputs:
-    """Check model folder, tokenizer, template and files; read no row.
+    """Check model folder, tokenizer, template and files; hash them, and read the first rows.
 
     Raises:
         PosttrainError: one of them cannot be used.
@@ -64,14 +68,18 @@ def look(config: RunConfig, *, only_heldout: bool) -> Inputs:
     template = None
     if rows == "messages":
         template = load_template(config.template, tokenizer).sha256
+    own_heldout = any(each.split == "eval" for each in sets)
+    digests = Digests(cache_folder(data.cache) / "hashes.json")
+    states = {file: state(file) for each in sets for file in each.files}
     digest = {
         "format": FORMAT,
+        "versions": {name: version(name) for name in ("tokenizers", "transformers")},
         "rows": rows,
         "only_heldout": only_heldout,
         "max_length": data.max_length,
         "long_rows": data.long_rows.name,
-        "eval_fraction": data.eval_fraction,
-        "seed": config.seed,
+        "eval_fraction": None if own_heldout else data.eval_fraction,
+        "seed": None if own_heldout else config.seed,
         "row_format": data.format.name,
         "columns": data.columns,
         "on_bad_row": data.on_bad_row.name,
@@ -79,15 +87,21 @@ def look(config: RunConfig, *, only_heldout: bool) -> Inputs:
         "policy": config.template.policy.name,
         "explode_turns": config.template.explode_turns,
         "strict": config.template.strict,
-        "data": {each.name: _digests(each.files) for each in sets},
+        # In their order: a sample knows its source by number.
+        "sets": [[each.name, each.split, *each.identity] for each in sets],
+        "data": {
+            each.name: {f"{i}:{file.name}": digests.of(file) for i, file in enumerate(each.files)}
+            for each in sets
+        },
         "tokenizer": {
-            name: _digest(model_folder / name)
+            name: digests.of(model_folder / name)
             for name in TOKENIZER_FILES
             if (model_folder / name).is_file()
         },
     }
+    digests.save()
     readers = _readers(sets, config)
-    return Inputs(model_folder, model, tokenizer, sets, readers, digest)
+    return Inputs(model_folder, model, tokenizer, sets, readers, states, digest)
 
 
 def _readers(sets: list[FileSet], config: RunConfig) -> list[Reader]:
@@ -102,20 +116,22 @@ def _readers(sets: list[FileSet], config: RunConfig) -> list[Reader]:
     return readers
 
 
-def _digests(files: list[Path]) -> dict[str, str]:
-    return {f"{i}:{file.name}": _digest(file) for i, file in enumerate(files)}
+def refuse_changed(inputs: Inputs) -> None:
+    """See that no file of rows changed since it was hashed: what was read would not be known.
 
-
-def _digest(file: Path) -> str:
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(
-            f"cannot be read: {error.strerror}", where=str(file), fix="check its permissions"
-        ) from error
+    Raises:
+        DataError: one did.
+    """
+    for file, before in inputs.states.items():
+        if state(file) != before:
+            raise DataError(
+                "changed while it was read",
+                where=str(file),
+                fix="wait until it is written, then start again",
+            )
 
 
 def changed(digest: dict[str, Any], before: dict[str, Any]) -> list[str]:
-    """Names of the inputs that differ."""
-    return sorted(n for n in digest.keys() | before.keys() if digest.get(n) != before.get(n))
+    """Names of the inputs that differ; a run goes on with libraries of another version."""
+    names = (digest.keys() | before.keys()) - {"versions"}
+    return sorted(name for name in names if digest.get(name) != before.get(name))

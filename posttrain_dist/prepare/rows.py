@@ -1,4 +1,4 @@
-"""One unit of a file -> its samples as flat arrays, and what is to be known of each row."""
+"""Rows of a unit of a file -> their samples as flat arrays, and what is to be known of each."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from posttrain_dist.prepare.split import content_key, draw_one
 
 MAX_SHOWN = 100  # rejected rows that are kept in full; all are counted
 MAX_TOLD = 20  # rows that are named for each failed check
+PART_TOKENS = 1 << 20  # after which a part is handed over
+PART_ROWS = 1 << 14
 _BATCH_ROWS = 256  # that the tokenizer is given at once
 MAX_EXAMPLES = 5  # rows of each channel that the report shows
 
@@ -82,7 +84,7 @@ class Lowest(Generic[T]):
 
 @dataclass(slots=True)
 class Part:
-    """What came of one unit. Letters: L tokens, S samples, R rows that are not rejected."""
+    """What came of some rows. Letters: L tokens, S samples, R rows that are not rejected."""
 
     file: str
     tokens_L: npt.NDArray[np.int32]
@@ -118,57 +120,62 @@ class RowEncoder:
             long_rows=job.data.long_rows,
         )
 
-    def part(self, task: Task) -> Part:
-        """Encode the rows of a unit; what is wrong with a row is told in the part."""
-        part = Part(
+    def parts(self, task: Task) -> Iterator[Part]:
+        """Encode the rows of a unit, some at a time; what is wrong with a row is told in its part.
+
+        At least one part, so that a file without rows is known too.
+        """
+        rows, more = task.reader.read(task.unit), True
+        while more:
+            building = _Building(self._new_part(task))
+            part = building.part
+            while more and building.num_tokens < PART_TOKENS and building.num_rows < PART_ROWS:
+                batch = list(itertools.islice(rows, _BATCH_ROWS))
+                more = len(batch) == _BATCH_ROWS
+                building.num_rows += len(batch)
+                for record, samples in self._encoded(batch, part):
+                    kept = [sample for sample in samples if sample.weight_L.any()]
+                    self._add(building, record, samples, kept, task.in_order)
+            yield building.finish()
+
+    def _new_part(self, task: Task) -> Part:
+        return Part(
             file=task.unit.file,
             tokens_L=np.empty(0, np.int32),
             weights_L=np.empty(0, np.float32),
             near_RB=np.empty((0, BANDS), np.uint64),
             texts=Lowest(self._job.text_rows if task.keep_text else 0),
         )
-        channels: dict[str, int] = {}
-        tokens, weights, near = [part.tokens_L], [part.weights_L], [part.near_RB]
-        for record, samples in self._encoded(task, part):
-            channel = channels.setdefault(record.channel, len(channels))
-            kept = [sample for sample in samples if sample.weight_L.any()]
-            self._add(part, record, channel, samples, kept, task.in_order)
-            tokens += [sample.input_ids_L for sample in kept]
-            weights += [sample.weight_L for sample in kept]
-            near.append(signature(samples[0].input_ids_L if samples else part.tokens_L)[None])
-        part.channels = list(channels)
-        part.tokens_L, part.weights_L = np.concatenate(tokens), np.concatenate(weights)
-        part.near_RB = np.concatenate(near)
-        return part
 
-    def _encoded(self, task: Task, part: Part) -> Iterator[tuple[Record, list[Encoded]]]:
+    def _encoded(
+        self, batch: list[Record | Rejected], part: Part
+    ) -> Iterator[tuple[Record, list[Encoded]]]:
         """The rows that can be used; the others are noted."""
-        rows = task.reader.read(task.unit)
-        while batch := list(itertools.islice(rows, _BATCH_ROWS)):
-            records = [row for row in batch if isinstance(row, Record)]
-            results = iter(self._encoder.encode_many(records))
-            for row in batch:
-                result = row if isinstance(row, Rejected) else next(results)
-                if isinstance(result, PosttrainError):
-                    result = _unusable(result, row)
-                if isinstance(result, Rejected):
-                    part.num_rejected += 1
-                    part.ends_file = part.ends_file or result.ends_file
-                    part.rejected += [result] if len(part.rejected) < MAX_SHOWN else []
-                elif isinstance(row, Record):
-                    yield row, result
+        records = [row for row in batch if isinstance(row, Record)]
+        results = iter(self._encoder.encode_many(records))
+        for row in batch:
+            result = row if isinstance(row, Rejected) else next(results)
+            if isinstance(result, PosttrainError):
+                result = _unusable(result, row)
+            if isinstance(result, Rejected):
+                part.num_rejected += 1
+                part.ends_file = part.ends_file or result.ends_file
+                part.rejected += [result] if len(part.rejected) < MAX_SHOWN else []
+            elif isinstance(row, Record):
+                yield row, result
 
     def _add(
         self,
-        part: Part,
+        building: _Building,
         record: Record,
-        channel: int,
         samples: list[Encoded],
         kept: list[Encoded],
         in_order: bool,
     ) -> None:
+        part = building.part
         row, key = len(part.channel_R), content_key(record)
-        part.channel_R.append(channel)
+        building.add(samples, kept)
+        part.channel_R.append(building.channels.setdefault(record.channel, len(building.channels)))
         part.key_R.append(key)
         part.truncated_R.append(any(sample.truncated for sample in samples))
         part.dropped_R.append(not kept)
@@ -183,6 +190,33 @@ class RowEncoder:
         priority = draw_one(key, self._job.seed)
         part.shown.add(record.channel, priority, row, record.where)
         part.texts.add(record.channel, 0 if in_order else priority, row, record)
+
+
+class _Building:
+    """A part, and the arrays that it will hold."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self.channels: dict[str, int] = {}
+        self.num_tokens = self.num_rows = 0  # rows with those that were rejected
+        self._tokens, self._weights = [part.tokens_L], [part.weights_L]
+        self._near = [part.near_RB]
+
+    def add(self, samples: list[Encoded], kept: list[Encoded]) -> None:
+        """The samples of a row."""
+        self._tokens += [sample.input_ids_L for sample in kept]
+        self._weights += [sample.weight_L for sample in kept]
+        nothing = np.empty(0, np.int32)
+        self._near.append(signature(samples[0].input_ids_L if samples else nothing)[None])
+        self.num_tokens += sum(len(sample.input_ids_L) for sample in kept)
+
+    def finish(self) -> Part:
+        """The part, whole."""
+        part = self.part
+        part.channels = list(self.channels)
+        part.tokens_L, part.weights_L = np.concatenate(self._tokens), np.concatenate(self._weights)
+        part.near_RB = np.concatenate(self._near)
+        return part
 
 
 def _unusable(error: PosttrainError, record: Any) -> Rejected:

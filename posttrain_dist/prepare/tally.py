@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain_dist.data.records import Rejected
+from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Record
 from posttrain_dist.prepare.rows import MAX_EXAMPLES, MAX_SHOWN, MAX_TOLD, Lowest, Part
 
+MAX_CHANNELS = 256  # each is a row of every table and several metrics
 _COLUMNS = {
     "channel": np.int64,
     "key": np.uint64,
@@ -47,13 +49,14 @@ class Tally:
     texts: Lowest[Record] = field(init=False)
     shown: Lowest[str] = field(default_factory=lambda: Lowest(MAX_EXAMPLES))
     _columns: dict[str, list[npt.NDArray[Any]]] = field(default_factory=dict)
+    _numbers: dict[str, int] = field(default_factory=dict)  # channel -> place in `channels`
 
     def __post_init__(self) -> None:
         self.texts = Lowest(self.text_rows)
 
     def add(self, part: Part, index: int) -> npt.NDArray[np.int64]:
         """Take in a part of file set `index`; the channel of each of its rows."""
-        numbers = np.array([self._channel(name) for name in part.channels], np.int64)
+        numbers = np.array([self._channel(name, part.file) for name in part.channels], np.int64)
         channel_R = numbers[np.array(part.channel_R, np.int64)]
         self._extend("channel", channel_R)
         self._extend("key", np.array(part.key_R, np.uint64))
@@ -100,10 +103,20 @@ class Tally:
         stored = samples / "channels.npy"
         np.save(stored, new[np.load(stored)], allow_pickle=False)
 
-    def _channel(self, name: str) -> int:
-        if name not in self.channels:
+    def _channel(self, name: str, file: str) -> int:
+        if name not in self._numbers:
+            if len(self._numbers) == MAX_CHANNELS:
+                some = ", ".join(repr(known) for known in self.channels[-3:])
+                raise DataError(
+                    f"the rows name more than {MAX_CHANNELS} channels, such as {some}",
+                    where=file,
+                    fix="a channel is a kind of task: its key is task_type, else channel, "
+                    "data_source, dataset or source; name the right one by "
+                    "'data.columns={task_type: <key>}'",
+                )
+            self._numbers[name] = len(self.channels)
             self.channels.append(name)
-        return self.channels.index(name)
+        return self._numbers[name]
 
     def _extend(self, name: str, values: npt.NDArray[Any]) -> None:
         self._columns.setdefault(name, []).append(values)

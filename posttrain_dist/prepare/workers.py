@@ -7,24 +7,29 @@ be guarded against that, and forked ones inherit the threads of torch and tokeni
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Generator, Iterable, Iterator
 from typing import IO
 
+from posttrain_dist.errors import PosttrainError
 from posttrain_dist.prepare.rows import Job, Part, RowEncoder, Task
 
+PARTS_AHEAD = 4  # of one task that wait to be used
+_PR_SET_PDEATHSIG = 1
 SMALL_BYTES = 4 << 20  # below, starting a process takes longer than the work
 
 
-def encode(job: Job, tasks: Iterable[Task], processes: int) -> Iterator[Part]:
-    """The part of each task, in the order of the tasks.
+def encode(job: Job, tasks: Iterable[Task], processes: int) -> Generator[Iterable[Part], None, None]:
+    """The parts of each task, in the order of the tasks; each is to be used up before the next.
 
     Raises:
         PosttrainError: as RowEncoder raised it.
@@ -32,31 +37,56 @@ def encode(job: Job, tasks: Iterable[Task], processes: int) -> Iterator[Part]:
     if processes < 2:
         encoder = RowEncoder(job)
         for task in tasks:
-            yield encoder.part(task)
+            yield encoder.parts(task)
         return
     pool = _Pool(job, processes)
     try:
-        waiting: deque[Future[Part]] = deque()
+        waiting: deque[_Answer] = deque()
         for task in tasks:
             waiting.append(pool.submit(task))
             if len(waiting) > 2 * processes:
-                yield waiting.popleft().result()
+                yield waiting.popleft()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()
     finally:
         pool.close()
 
 
+class _Answer:
+    """The parts of one task as they come in; who sends them waits while many are not used."""
+
+    def __init__(self, closed: threading.Event) -> None:
+        self._closed = closed
+        self._queue: queue.Queue[Part | Exception | None] = queue.Queue(maxsize=PARTS_AHEAD)
+
+    def put(self, item: Part | Exception | None) -> None:
+        """One part; an error or None ends them."""
+        while not self._closed.is_set():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=0.2)
+                return
+
+    def __iter__(self) -> Iterator[Part]:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+
 class _Pool:
-    """One thread for each process: it sends a task and waits for its part."""
+    """One thread for each process: it sends a task and waits for its parts."""
 
     def __init__(self, job: Job, processes: int) -> None:
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "posttrain_dist.prepare.workers"]
-        self._tasks: queue.SimpleQueue[tuple[Task, Future[Part]] | None] = queue.SimpleQueue()
+        start = f"from posttrain_dist.prepare.workers import work; work({os.getpid()})"
+        self._closed = threading.Event()
+        self._tasks: queue.SimpleQueue[tuple[Task, _Answer] | None] = queue.SimpleQueue()
         self._children = [
             subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+                [sys.executable, "-c", start],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
             )
             for _ in range(processes)
         ]
@@ -67,13 +97,14 @@ class _Pool:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, task: Task) -> Future[Part]:
-        future: Future[Part] = Future()
-        self._tasks.put((task, future))
-        return future
+    def submit(self, task: Task) -> _Answer:
+        answer = _Answer(self._closed)
+        self._tasks.put((task, answer))
+        return answer
 
     def close(self) -> None:
         """End the processes, also in the middle of a task."""
+        self._closed.set()
         for child in self._children:
             child.kill()
         for _ in self._threads:
@@ -90,22 +121,21 @@ class _Pool:
         assert child.stdin is not None and child.stdout is not None
         first = True
         while (entry := self._tasks.get()) is not None:
-            task, future = entry
+            task, answer = entry
             try:
                 if first:
                     _send(child.stdin, job)
                     first = False
                 _send(child.stdin, task)
-                answer = pickle.load(child.stdout)
+                while isinstance(item := pickle.load(child.stdout), Part):
+                    answer.put(item)
+                answer.put(item)
             except (OSError, EOFError, pickle.UnpicklingError):
                 child.kill()
-                what = f"a process that tokenises died (exit code {child.wait()})"
-                future.set_exception(RuntimeError(what))
-                continue
-            if isinstance(answer, Part):
-                future.set_result(answer)
-            else:
-                future.set_exception(answer)
+                code = child.wait()
+                answer.put(RuntimeError(f"a process that tokenises died (exit code {code})"))
+            except Exception as error:  # whatever it is, nobody must wait for ever
+                answer.put(error)
 
 
 def _send(stream: IO[bytes], value: object) -> None:
@@ -113,24 +143,32 @@ def _send(stream: IO[bytes], value: object) -> None:
     stream.flush()
 
 
-def _main() -> None:
+def work(parent: int) -> None:
+    """What each process does: a Job, then Tasks from stdin; Parts and None for each to stdout."""
+    _end_with(parent)
     stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get among the answers
     try:
         encoder = RowEncoder(pickle.load(stdin))
         while True:
             task = pickle.load(stdin)
+            end: Exception | None = None
             try:
-                answer: object = encoder.part(task)
-            except Exception as error:
-                answer = error
-            _send(stdout, answer)
+                for part in encoder.parts(task):
+                    _send(stdout, part)
+            except PosttrainError as error:
+                end = error
+            except Exception as error:  # it may be of a class that cannot be sent
+                end = RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+            _send(stdout, end)
     except (EOFError, BrokenPipeError):
         return
 
 
-if __name__ == "__main__":
-    # Under its real name: pickles name the module that a class was defined in.
-    from posttrain_dist.prepare.workers import _main as main
-
-    main()
+def _end_with(parent: int) -> None:
+    """Die with the process that started this one, whatever ends it (Linux)."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
