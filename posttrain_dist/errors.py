@@ -43,6 +43,10 @@ class CheckpointError(PosttrainError):
     """A checkpoint cannot be written, found or used; `where` is its folder."""
 
 
+class TrainingError(PosttrainError):
+    """The training came to nothing; `where` is its step."""
+
+
 class ClusterError(PosttrainError):
     """Processes, devices or nodes are not there; `where` is the key or address."""
 

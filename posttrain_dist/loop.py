@@ -6,6 +6,7 @@ steps, and calls hooks. A generator, so that a test can take it step by step.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -121,7 +122,9 @@ class Fit:
         norm = self.engine.step(lr)
         completed = step == self.steps
         stopped = wish == LEAVE and not completed
-        info = StepInfo(step, last=completed or wish != GO_ON, stopped=stopped)
+        broken = not math.isfinite(norm)  # the same on all ranks
+        last = completed or broken or wish != GO_ON
+        info = StepInfo(step, last=last, stopped=stopped, broken=broken)
         return info, lr, norm
 
     def _agree(self, count: float) -> tuple[float, int]:

@@ -24,6 +24,7 @@ from posttrain_dist.data.template import load_template
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.engine.optim import learning_rate
+from posttrain_dist.errors import TrainingError
 from posttrain_dist.files import write_whole
 from posttrain_dist.flow import Batch, StepInfo
 from posttrain_dist.loop import END_EARLY, GO_ON, LEAVE, Fit, Hook, evaluate
@@ -130,6 +131,8 @@ class _Run:
         last, completed = start, start >= self.steps
         for info in fit.run():
             last, completed = info.step, info.last and not info.stopped
+            if info.broken:
+                self._refuse(info)
         if completed and config.checkpoint.export:
             self._export()
         if self.process.is_main:
@@ -138,7 +141,7 @@ class _Run:
     # ---- hooks
 
     def _evaluate(self, info: StepInfo) -> None:
-        if info.stopped or self.held_out is None:
+        if info.stopped or info.broken or self.held_out is None:
             return  # someone waits for the run to end
         batches = self.held_out.eval_batches()
         table_C4 = evaluate(self.engine, batches, self.config.objective, self.eval_meter)
@@ -162,6 +165,8 @@ class _Run:
             sink.write(info)
 
     def _save(self, info: StepInfo) -> None:
+        if info.broken:
+            return  # and no good checkpoint is pruned for it
         manifest = store.Manifest(
             step=info.step,
             layout=self._layout(),
@@ -174,7 +179,8 @@ class _Run:
             },
         )
         keep = self.config.checkpoint.keep
-        store.save(self.folder, manifest, self.engine.save_state, keep=keep)
+        best = self.watch.best_step if self.watch is not None else None
+        store.save(self.folder, manifest, self.engine.save_state, keep=keep, best=best)
 
     # ---- pieces
 
@@ -222,15 +228,36 @@ class _Run:
             asked_shares=self.source.asked_shares(),
         )
 
-    def _close(self, last: int, completed: bool) -> None:
-        """What rank 0 leaves behind for the driver."""
+    def _refuse(self, info: StepInfo) -> None:
+        """End a run whose weights are lost.
+
+        Raises:
+            TrainingError: always.
+        """
+        self._close_logs()
+        whole = store.whole_checkpoints(self.folder)
+        again = f"go on from {whole[-1]} with train.resume" if whole else "start again"
+        first = "; try train.dtype=float32" if info.step <= 1 else ""
+        raise TrainingError(
+            "the gradient is not finite, so the weights are lost; nothing of this step is saved",
+            where=f"step {info.step}",
+            fix=f"{again}, with optimizer.lr halved and optimizer.clip above 0{first}; the rows of "
+            "this step are in samples.log",
+        )
+
+    def _close_logs(self) -> None:
         for sink in self.sinks:
             sink.close()
-        outcome = "completed" if completed else "stopped"
-        said: dict[str, Any] = {"outcome": outcome, "step": last, "total_steps": self.steps}
         if self.watch is not None:
             self.watch.close()
-            if completed and last < self.steps and self.watch.stop is not None:
+
+    def _close(self, last: int, completed: bool) -> None:
+        """What rank 0 leaves behind for the driver."""
+        self._close_logs()
+        outcome = "completed" if completed else "stopped"
+        said: dict[str, Any] = {"outcome": outcome, "step": last, "total_steps": self.steps}
+        if self.watch is not None and self.watch.stop is not None:
+            if completed and last < self.steps:
                 said["early_stop"] = self.watch.stop.line()
         write_whole(self.folder / "logs" / "outcome.json", json.dumps(said))
 

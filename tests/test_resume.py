@@ -15,7 +15,7 @@ from posttrain_dist.checkpoint import store
 from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, TrainConfig, complete
 from posttrain_dist.data.arrays import Examples
 from posttrain_dist.engine import AdamW, DeepSpeed, Single
-from posttrain_dist.errors import CheckpointError
+from posttrain_dist.errors import CheckpointError, TrainingError
 from posttrain_dist.export import export_checkpoint
 from posttrain_dist.metrics import LoggingConfig, WandbMode
 from posttrain_dist.prepare import prepare
@@ -251,3 +251,31 @@ def test_a_cut_file_is_no_checkpoint(base, tmp_path):
     assert [path.name for path in store.whole_checkpoints(folder)] == ["step-000003"]
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
         store.read_manifest(newest)
+
+
+def test_lost_weights_are_never_saved(base, tmp_path, monkeypatch):
+    """A gradient that is not finite ends the run; what was good before stays, and says so."""
+    from posttrain_dist.engine.single import SingleEngine
+
+    plain, steps = SingleEngine.step, []
+
+    def step(engine, lr):
+        norm = plain(engine, lr)
+        steps.append(norm)
+        return float("nan") if len(steps) == 5 else norm
+
+    monkeypatch.setattr(SingleEngine, "step", step)
+    config = replace(base, train=replace(base.train, steps=9, save_every=2))
+    folder = freeze(tmp_path / "run", config)
+    with pytest.raises(TrainingError) as caught:
+        train(config, folder)
+    good = folder / "checkpoints" / "step-000004"
+    assert "step 5: " in str(caught.value) and str(good) in str(caught.value)
+    assert [path.name for path in store.whole_checkpoints(folder)] == ["step-000002", good.name]
+    assert not (folder / "logs" / "outcome.json").exists() and not (folder / "export").exists()
+    last = numbers(folder)[-1]
+    assert (last["step"], last["alarm/not_finite"]) == (5, 1.0)  # told before it ended
+    again = freeze(tmp_path / "again", replace(config, train=replace(config.train, resume=str(good))))
+    monkeypatch.undo()
+    train(replace(config, train=replace(config.train, resume=str(good))), again)
+    assert numbers(again)[-1]["step"] == 9

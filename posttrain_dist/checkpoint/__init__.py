@@ -11,5 +11,6 @@ __all__ = ["CheckpointConfig"]
 class CheckpointConfig:
     """What is kept."""
 
-    keep: int = 2  # newest checkpoints that stay on disk; 0: all
+    # Newest checkpoints that stay on disk, and the one of the best evaluation; 0: all.
+    keep: int = 2
     export: bool = True  # write a Hugging Face folder to export/ at the end

@@ -41,13 +41,19 @@ def folder_of(run_folder: Path, step: int) -> Path:
 
 
 def save(
-    run_folder: Path, manifest: Manifest, write_state: Callable[[Path], None], *, keep: int
+    run_folder: Path,
+    manifest: Manifest,
+    write_state: Callable[[Path], None],
+    *,
+    keep: int,
+    best: int | None = None,
 ) -> Path:
     """Write one checkpoint; collective.
 
     Args:
         write_state: writes this rank's share below the folder it is given.
         keep: newest checkpoints that stay; 0: all.
+        best: step with the lowest held-out loss: the checkpoint at or before it stays too.
 
     Raises:
         CheckpointError: the disk refused; the run goes no further, older checkpoints are whole.
@@ -61,7 +67,7 @@ def save(
 
     def commit() -> None:
         _commit(partial, final, manifest)
-        _prune(run_folder, keep, final)
+        _prune(run_folder, keep, final, best)
 
     try:
         dist.on_main(make_room)
@@ -92,10 +98,13 @@ def _commit(partial: Path, final: Path, manifest: Manifest) -> None:
     write_whole(final.parent / "latest", final.name + "\n")
 
 
-def _prune(run_folder: Path, keep: int, newest: Path) -> None:
-    if keep > 0:
-        others = [path for path in whole_checkpoints(run_folder) if path != newest]
-        for old in others[: max(0, len(others) + 1 - keep)]:
+def _prune(run_folder: Path, keep: int, newest: Path, best: int | None) -> None:
+    if keep <= 0:
+        return
+    others = [path for path in whole_checkpoints(run_folder) if path != newest]
+    good = [path for path in [*others, newest] if best is not None and _step_of(path) <= best]
+    for old in others[: max(0, len(others) + 1 - keep)]:
+        if old not in good[-1:]:
             shutil.rmtree(old, ignore_errors=True)  # what stays costs space, not the run
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from posttrain_dist.checkpoint import store
 
 
-def write(folder, step, keep):
+def write(folder, step, keep, best=None):
     manifest = store.Manifest(step=step, layout={"engine": "x"}, channels=["a"])
-    return store.save(folder, manifest, lambda state: (state / "x").write_text("x"), keep=keep)
+    return store.save(
+        folder, manifest, lambda state: (state / "x").write_text("x"), keep=keep, best=best
+    )
 
 
 def test_one_failing_rank_fails_all_and_hurts_no_checkpoint(tmp_path, run_workers):
@@ -30,3 +32,16 @@ def test_the_newest_stay_and_the_one_just_written_always(tmp_path):
     assert names == ["step-000003", "step-999999", "step-1000000"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000003\n"
     assert store.read_manifest(tmp_path / "checkpoints" / "step-000003").channels == ["a"]
+
+
+def test_the_checkpoint_of_the_best_evaluation_stays(tmp_path):
+    def names() -> list[str]:
+        return [path.name for path in store.whole_checkpoints(tmp_path)]
+
+    for step, best in ((2, 2), (4, 4), (6, 5), (8, 5), (10, 5)):
+        write(tmp_path, step, keep=2, best=best)
+    assert names() == ["step-000004", "step-000008", "step-000010"]  # 4 is at or before 5
+    write(tmp_path, 12, keep=2, best=11)
+    assert names() == ["step-000010", "step-000012"]
+    write(tmp_path, 14, keep=2, best=None)
+    assert names() == ["step-000012", "step-000014"]
