@@ -37,7 +37,7 @@ class DiagnoseConfig:
     overfit_rise: float = 0.02  # share of the best held-out loss that they are above it
     overfit_least: float = 0.02  # ... and how many nats
     overfit_sigmas: float = 3.0  # ... and how many times the jitter between evaluations
-    starved_share: float = 0.01  # a channel below this share of the weight is starved
+    starved_share: float = 0.01  # a channel below it, or a tenth of an equal share, is starved
     dominating_share: float = 0.9  # a channel above it leaves nothing to the others
     asked_ratio: float = 2.0  # times off the asked share, where the shares are asked for
     spike_rise: float = 0.5  # share of the level that one step is above it
@@ -59,12 +59,13 @@ class ModelFacts:
     random_weights: bool = False  # training from nothing
     token_loss: bool = True  # the loss is a cross-entropy of tokens
     # From a step on: channel -> asked share of the weight; empty: the data is taken as it is.
+    # At each of these steps the mixture changes, even where the shares by channel stay.
     asked_shares: dict[int, dict[str, float]] = field(default_factory=dict)
 
-    def asked_at(self, step: int) -> tuple[int, dict[str, float]]:
-        """(first step, channel -> share) of what is asked for at `step`."""
+    def asked_at(self, step: int) -> dict[str, float]:
+        """Channel -> share of what is asked for at `step`."""
         begun = max((first for first in self.asked_shares if first <= step), default=0)
-        return begun, self.asked_shares.get(begun, {})
+        return self.asked_shares.get(begun, {})
 
 
 class Level(Enum):
@@ -84,7 +85,7 @@ class Alarm:
     level: Level
     message: str  # what is seen, with its numbers, and what it means
     fix: str  # what to do
-    subject: str = ""  # the channel, token or metric that it is about; empty: the run
+    subject: str = ""  # the channels or tokens that it is about; empty: the run
 
     def line(self) -> str:
         """`step 120: warning: rising_loss: ...`, with the fix on a second line."""
@@ -95,6 +96,14 @@ class Alarm:
     def row(self) -> dict[str, Any]:
         """The object written to alarms.jsonl."""
         return {**dataclasses.asdict(self), "level": self.level.name}
+
+
+def go_back(step: int) -> str:
+    """Advice to go on from a step; which checkpoints there are is not known to the rules."""
+    return (
+        f"go back to the checkpoint at or before step {step} (train.save_every and "
+        "checkpoint.keep decide which there are)"
+    )
 
 
 def alarm_metrics(alarms: list[Alarm]) -> dict[str, float]:

@@ -6,7 +6,9 @@ docs/diagnosis.md describes each rule.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,9 @@ __all__ = [
     "diagnose",
     "diagnose_problems",
 ]
+
+
+MOST_NAMES = 4  # subjects that one alarm names
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,7 @@ class Diagnosis:
 
     def __init__(self, config: DiagnoseConfig, facts: ModelFacts) -> None:
         self.config, self.facts = config, facts
-        self.history = History(window=config.window)
+        self.history = History(window=config.window, mixture_starts=sorted(facts.asked_shares))
         self._rules = {name: rule for name, rule in RULES.items() if name not in config.off}
         self._num_observed = 0
         self._last_seen: dict[tuple[str, str], int] = {}  # finding -> number of its last row
@@ -94,11 +99,7 @@ class Diagnosis:
             return []  # the step was not logged
         self.history.add(row)
         self._num_observed += 1
-        raised = []
-        for rule in self._rules.values():
-            for alarm in rule.find(self.history, self.config, self.facts):
-                if self._begins(alarm):
-                    raised.append(alarm)
+        raised = [alarm for name in list(self._rules) for alarm in self._ask(name)]
         for alarm in raised:
             if alarm.rule in self.config.early_stop and alarm.level is not Level.info:
                 self._stop = self._stop or alarm
@@ -120,11 +121,38 @@ class Diagnosis:
         """The first alarm above level info of a rule in `early_stop`, if there was one."""
         return self._stop
 
+    def _ask(self, name: str) -> list[Alarm]:
+        """The alarms of one rule that begin now, as one where they are about several subjects."""
+        try:
+            found = list(self._rules[name].find(self.history, self.config, self.facts))
+        except Exception as error:  # the fault of a rule must not end the training
+            del self._rules[name]
+            what = f"rule {name} failed: {type(error).__name__}: {error}"
+            fix = "please report it with this run's metrics.jsonl; training is not concerned"
+            message = f"{what}; it is not asked again in this run"
+            return [Alarm(name, self.history.last["step"], Level.info, message, fix)]
+        return _as_one([alarm for alarm in found if self._begins(alarm)])
+
     def _begins(self, alarm: Alarm) -> bool:
         key = (alarm.rule, alarm.subject)
         before = self._last_seen.get(key)
         self._last_seen[key] = self._num_observed
         return before is None or self._num_observed - before > self.config.quiet_rows
+
+
+def _as_one(alarms: list[Alarm]) -> list[Alarm]:
+    """Of several alarms the first, which names the subjects of the others too."""
+    if len(alarms) < 2:
+        return alarms
+    names = [alarm.subject for alarm in alarms]
+    if len(names) > MOST_NAMES:
+        names[MOST_NAMES - 1 :] = [f"{len(names) - MOST_NAMES + 1} more"]
+        subject = ", ".join(names[:-1]) + f" and {names[-1]}"
+    else:
+        subject = ", ".join(names)
+    others = f"{len(alarms) - 1} other{'s' if len(alarms) > 2 else ''} like it"
+    message = f"{alarms[0].message}; {others}"
+    return [dataclasses.replace(alarms[0], message=message, subject=subject)]
 
 
 class Watch:
@@ -149,6 +177,12 @@ class Watch:
     def stop(self) -> Alarm | None:
         """The alarm that ends the run, if there was one."""
         return self._diagnosis.stop
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the lowest held-out loss so far; None: nothing was evaluated."""
+        best = self._diagnosis.history.best_of_run
+        return best.step if best else None
 
     def close(self) -> None:
         """Close the log."""
@@ -188,4 +222,55 @@ def diagnose_problems(config: DiagnoseConfig) -> list[ConfigError]:
     if config.overfit_evals > EVALUATIONS - 4:
         what, fix = f"is {config.overfit_evals}, more than are kept", "set it to 12 or less"
         found.append(ConfigError(what, where="diagnose.overfit_evals", fix=fix))
+    return found + _float_problems(config)
+
+
+# Keys with a fraction of a whole, and keys that may be 0; the others are above 0.
+SHARES = (
+    "random_band",
+    "overfit_rise",
+    "starved_share",
+    "dominating_share",
+    "stall_fall",
+    "stall_eval_fall",
+    "special_fall",
+)
+FROM_ZERO = (
+    "rise_sigmas",
+    "low_loss",
+    "overfit_least",
+    "overfit_sigmas",
+    "spike_sigmas",
+    "special_loss",
+)
+BELOW = {  # key -> one that is larger
+    "medium_low": "medium_high",
+    "large_low": "large_high",
+    "starved_share": "dominating_share",
+}
+
+
+def _float_problems(config: DiagnoseConfig) -> list[ConfigError]:
+    """Floats out of range; NaN and infinity are, everywhere."""
+    found = []
+
+    def wrong(key: str, what: str, fix: str) -> None:
+        where = f"diagnose.{key}"
+        found.append(ConfigError(f"is {getattr(config, key):g}, {what}", where=where, fix=fix))
+
+    for item in dataclasses.fields(config):
+        key, value = item.name, getattr(config, item.name)
+        if not isinstance(item.default, float):
+            continue
+        least, most = 1.0 if key == "asked_ratio" else 0.0, 1.0 if key in SHARES else math.inf
+        low_enough = value <= most and math.isfinite(value)
+        if low_enough and (value > least or (value == least and key in FROM_ZERO)):
+            continue
+        range_ = f"{least:g} or more" if key in FROM_ZERO else f"above {least:g}"
+        range_ += f" and at most {most:g}" if key in SHARES else ""
+        wrong(key, f"must be {range_}", f"the default is {item.default:g}")
+    for key, larger in BELOW.items():
+        high = getattr(config, larger)
+        if getattr(config, key) >= high:
+            wrong(key, f"not below diagnose.{larger}, {high:g}", "lower it, or raise the other")
     return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from statistics import fmean, median
@@ -77,7 +77,7 @@ class Evaluation:
 
 @dataclass(slots=True)
 class Best:
-    """The lowest held-out loss of one key so far, and the level of training then."""
+    """The lowest held-out loss of one key, and the level of training then."""
 
     step: int
     value: float
@@ -94,34 +94,49 @@ class Block:
 
 @dataclass(slots=True)
 class History:
-    """The rows so far. `add` takes each once, in order; the rules only read."""
+    """The rows so far. `add` takes each once, in order; the rules only read.
+
+    Where the mixture of the data changes, the levels of training begin anew: its loss may rise or
+    fall because the rows are others. Held-out rows stay the same.
+    """
 
     window: int
+    mixture_starts: Collection[int] = ()  # steps from which the data is mixed another way
     known: bool = True  # from the first step on; not where a run goes on from another's checkpoint
     last: Row = field(default_factory=dict)  # the newest row, of whatever kind
     num_rows: int = 0  # rows with a training loss
+    mixed_at: int = 0  # step at which the present mixture began
+    num_mixture_rows: int = 0  # rows with a training loss since then
     rows: deque[Row] = field(default_factory=deque)  # the newest of them
     first_row: Row = field(default_factory=dict)
     # Values of the first two windows that have them: the loss, and each special token's.
     starts: dict[str, list[float]] = field(default_factory=dict)
     num_special: dict[str, int] = field(default_factory=dict)  # rows with this token's loss
-    lowest: Block | None = None  # the whole block with the lowest loss
-    # Losses of the newest whole blocks.
+    lowest: Block | None = None  # the whole block of this mixture with the lowest loss
+    # Losses of the newest whole blocks of this mixture.
     levels: deque[float] = field(default_factory=lambda: deque(maxlen=BLOCKS))
     first_evaluation: Evaluation | None = None
     evaluations: deque[Evaluation] = field(default_factory=lambda: deque(maxlen=EVALUATIONS))
-    best: dict[str, Best] = field(default_factory=dict)
+    best: dict[str, Best] = field(default_factory=dict)  # of this mixture
+    best_of_run: Best | None = None  # of `eval/loss`
     channels: dict[str, None] = field(default_factory=dict)  # names seen so far
+    most_channels: int = 0  # in one row
     rate_mark: float = 0.0  # at least half of the highest learning rate so far
     rows_at_rate: int = 0  # rows since the learning rate came to that mark: warm-up left out
 
     def add(self, row: Row) -> None:
         """Take in one row of metrics.jsonl."""
         self.last = row
+        begun = max((step for step in self.mixture_starts if step <= row["step"]), default=0)
+        if begun > self.mixed_at:
+            self._change_mixture(begun)
+        num_channels = 0
         for key in row:
             group, _, name = key.partition("/")
             if group in ("channel_loss", "channel_share", "eval_channel_loss"):
                 self.channels.setdefault(name)
+                num_channels += group == "channel_share"
+        self.most_channels = max(self.most_channels, num_channels)
         if LOSS in row:
             self._add_training(row)
         if HELD_OUT in row:
@@ -138,9 +153,19 @@ class History:
 
     # ------------------------------------------------------------------------------- inside
 
+    def _change_mixture(self, step: int) -> None:
+        self.mixed_at = step
+        if self.num_rows:  # not the first: the evaluation before training belongs to that one
+            self.num_mixture_rows = 0
+            self.rows.clear()
+            self.lowest = None
+            self.levels.clear()
+            self.best.clear()
+
     def _add_training(self, row: Row) -> None:
         self.first_row = self.first_row or row
         self.num_rows += 1
+        self.num_mixture_rows += 1
         self.rows.append(row)
         if len(self.rows) > WINDOWS * self.window:
             self.rows.popleft()
@@ -157,7 +182,7 @@ class History:
             self.rows_at_rate = 0
             self.rate_mark = rate
         self.rows_at_rate += 1
-        if self.num_rows % self.window == 0:
+        if self.num_mixture_rows % self.window == 0:
             self._close_block()
 
     def _close_block(self) -> None:
@@ -186,6 +211,9 @@ class History:
                 self.best[key] = Best(row["step"], value, found.training.get(key))
             elif self.best[key].training is None:  # the best one stands before training
                 self.best[key].training = found.training.get(key)
+        value = found.held_out.get(HELD_OUT)
+        if value is not None and (self.best_of_run is None or value < self.best_of_run.value):
+            self.best_of_run = self.best[HELD_OUT]
         self.evaluations.append(found)
         self.first_evaluation = self.first_evaluation or found
 

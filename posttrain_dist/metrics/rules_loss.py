@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from statistics import fmean, median
 
-from posttrain_dist.metrics.alarms import Alarm, DiagnoseConfig, Level, ModelFacts
+from posttrain_dist.metrics.alarms import Alarm, DiagnoseConfig, Level, ModelFacts, go_back
 from posttrain_dist.metrics.history import (
     CHANNEL,
     HELD_OUT,
@@ -31,6 +31,7 @@ MOST = 0.75  # share of the window's rows that a rise has lifted
 NEWS = 1.5  # times an earlier rise, from which on a rise is no repetition of it
 SPIKE_ROWS = 20  # rows that a level is known from before a spike is looked for
 FIRST_VALUES = 5  # values that the level of the first steps is taken over
+FALL_SIGMAS = 1.5  # standard errors of a fall that speak against a stall
 DEAD_ROWS = 5  # rows without any gradient that are no chance
 NOT_FINITE = (LOSS, HELD_OUT, "train/grad_norm")
 
@@ -102,7 +103,7 @@ def not_finite(history: History, config: DiagnoseConfig, facts: ModelFacts) -> I
     why = (
         "before anything was learned: a row, a weight or the number format is at fault"
         if first
-        else "the weights are lost or about to be: every later step makes it worse"
+        else "the weights are lost or about to be"
     )
     fix = (
         "try train.dtype=float32; if it stays, the weights of the model hold NaN"
@@ -155,7 +156,8 @@ def rising_loss(history: History, config: DiagnoseConfig, facts: ModelFacts) -> 
     """
     rows, lowest = history.recent(), history.lowest
     losses = column(rows, LOSS)
-    if lowest is None or history.num_rows < 2 * history.window or len(losses) < history.window / 2:
+    count = history.num_mixture_rows
+    if lowest is None or count < 2 * history.window or len(losses) < history.window / 2:
         return
     floor = lowest.levels[LOSS]
     level = min(median(losses), median(losses[-max(3, len(losses) // 3) :]))  # not recovering
@@ -182,8 +184,8 @@ def rising_loss(history: History, config: DiagnoseConfig, facts: ModelFacts) -> 
         f"the loss rose from its lowest level {floor:.3g} (up to step {lowest.last_step}) to "
         f"{level:.3g}; even noise levels off, so this is the learning rate or the code that "
         "trains, not hard data",
-        f"stop; go back to a checkpoint at or before step {lowest.last_step} and lower "
-        "optimizer.lr (by 3 to 10 times), or raise optimizer.warmup_ratio",
+        f"stop; {go_back(lowest.last_step)} and lower optimizer.lr (by 3 to 10 times), or raise "
+        "optimizer.warmup_ratio",
     )
 
 
@@ -238,8 +240,8 @@ def low_loss(history: History, config: DiagnoseConfig, facts: ModelFacts) -> Ite
         )
         return
     known = "" if held is None else f", the held-out loss is {held:.2g}"
-    best = history.best.get(HELD_OUT)
-    back = f", or go back to step {best.step}, the best on held-out rows" if best else ""
+    best = history.best_of_run
+    back = f", or {go_back(best.step)}, the best on held-out rows" if best else ""
     yield Alarm(
         "low_loss",
         step,
@@ -250,7 +252,7 @@ def low_loss(history: History, config: DiagnoseConfig, facts: ModelFacts) -> Ite
 
 
 def stall(history: History, config: DiagnoseConfig, facts: ModelFacts) -> Iterator[Alarm]:
-    """A loss that is flat from the start, or a gradient that is zero."""
+    """A loss that is flat from the first step on, or a gradient that is zero."""
     norms = column(history.recent(DEAD_ROWS), "train/grad_norm")
     if len(norms) == DEAD_ROWS and not any(norms):
         yield Alarm(
@@ -263,8 +265,8 @@ def stall(history: History, config: DiagnoseConfig, facts: ModelFacts) -> Iterat
         return
     if history.rows_at_rate < config.stall_rows or not history.known:
         return
-    fallen = _fallen(history, config)
-    if fallen is None:
+    flat = _flat(history, config)
+    if flat is None:
         return
     rate = history.rate_mark
     hint = "the learning rate is 0" if rate == 0 else "the steps are too small to learn anything"
@@ -272,29 +274,33 @@ def stall(history: History, config: DiagnoseConfig, facts: ModelFacts) -> Iterat
         "stall",
         history.last["step"],
         Level.warning,
-        f"{fallen[2]} was {fallen[0]:.3g} and has come no lower than {fallen[1]:.3g} in "
-        f"{history.num_rows} logged steps: {hint}, or the model knows these rows already",
+        f"after {history.num_rows} logged steps {flat}: {hint}, or the model knows these rows "
+        "already",
         "raise optimizer.lr 3 to 10 times (full training about 1e-5, adapters about 2e-4), and "
         "check that the trainable parameters are those that you mean",
     )
 
 
-def _fallen(history: History, config: DiagnoseConfig) -> tuple[float, float, str] | None:
-    """(first, lowest since, what) of a loss that has not fallen; None where it may have.
+def _flat(history: History, config: DiagnoseConfig) -> str | None:
+    """Which loss has not fallen, from where to where; None where one may have.
 
-    Held-out rows are always the same, so their loss has no noise; the training loss has fallen
-    if three standard errors allow it.
+    Held-out rows are always the same, so their loss has no noise. The training loss may have
+    fallen if three standard errors allow it, or if it surely fell, however little; where the
+    mixture has changed since the first step, what it fell from is not known.
     """
-    first, best = history.first_evaluation, history.best.get(HELD_OUT)
+    first, best = history.first_evaluation, history.best_of_run
     latest = history.evaluations[-1] if history.evaluations else None
     if first and latest and best and first.step < latest.step and HELD_OUT in first.held_out:
         then, trained = first.held_out[HELD_OUT], latest.step - first.step
         enough = trained >= config.stall_rows * (history.last["step"] / max(history.num_rows, 1))
         fall = config.stall_eval_fall * then
         moved = best.value <= then - fall or latest.held_out.get(HELD_OUT, then) > then + fall
-        return (then, best.value, "the held-out loss") if enough and not moved else None
+        if moved or not enough:
+            return None
+        return f"the held-out loss was {then:.3g} and has come no lower than {best.value:.3g}"
     start, now = history.start(LOSS), column(list(history.rows), LOSS)
-    if len(start) < history.window or history.lowest is None:
+    mixed = history.num_mixture_rows < history.num_rows
+    if mixed or len(start) < history.window or history.lowest is None:
         return None
     # What is learned in the very first steps has fallen too.
     then, level = max(median(start), median(start[:FIRST_VALUES])), median(now)
@@ -302,7 +308,18 @@ def _fallen(history: History, config: DiagnoseConfig) -> tuple[float, float, str
     if min(level, history.lowest.levels[LOSS]) <= then - fall or level > then + fall:
         return None
     error = 3 * math.hypot(median_error(start), median_error(now))
-    return None if level - error <= then - fall else (then, level, "the training loss")
+    newest = column(history.recent(), LOSS)
+    if level - error <= then - fall or _sigmas_below(start[: history.window], newest) > FALL_SIGMAS:
+        return None
+    return f"the training loss was {then:.3g} and is {level:.3g}, which may be noise"
+
+
+def _sigmas_below(before: list[float], after: list[float]) -> float:
+    """By how many standard errors `after` lies lower: the rank-sum test of Mann and Whitney."""
+    pairs = len(before) * len(after)
+    lower = sum((b > a) + 0.5 * (b == a) for b in before for a in after)
+    error = math.sqrt(pairs * (len(before) + len(after) + 1) / 12)
+    return (lower - pairs / 2) / error if pairs else 0.0
 
 
 def _newest_step(history: History) -> int:

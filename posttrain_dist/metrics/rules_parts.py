@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from statistics import fmean, median
 
-from posttrain_dist.metrics.alarms import Alarm, DiagnoseConfig, Level, ModelFacts
+from posttrain_dist.metrics.alarms import Alarm, DiagnoseConfig, Level, ModelFacts, go_back
 from posttrain_dist.metrics.history import (
     HELD_OUT,
     HELD_OUT_CHANNEL,
@@ -22,6 +22,8 @@ from posttrain_dist.metrics.history import (
 
 # Standard deviation of x[i - 1] - 2 x[i] + x[i + 1] for independent x of deviation 1.
 SECOND_DIFFERENCE = math.sqrt(6)
+EQUAL_PART = 0.1  # part of an equal share below which a channel of many is starved
+TIMES_SEEN = 10  # times that a channel should be drawn in a window before its share says much
 
 
 def overfitting(history: History, config: DiagnoseConfig, facts: ModelFacts) -> Iterator[Alarm]:
@@ -68,8 +70,7 @@ def _overfitting(
         f"the held-out loss {of}rose from {best.value:.3g} at step {best.step} to {level:.3g} in "
         f"the last {count} evaluations, while its training loss fell from {best.training:.3g} to "
         f"{trained:.3g}: the rows are learned by heart",
-        f"go back to step {best.step} (the checkpoint at or before it), or {less}, or lower "
-        "optimizer.lr",
+        f"{go_back(best.step)}, or {less}, or lower optimizer.lr",
         subject,
     )
 
@@ -82,9 +83,12 @@ def _jitter(values: list[float]) -> float:
 
 def starved_channel(history: History, config: DiagnoseConfig, facts: ModelFacts) -> Iterator[Alarm]:
     """A channel that has hardly any weight, or far less than was asked for."""
+    equal = 1 / max(1, len(history.channels))
+    common = min(config.starved_share, EQUAL_PART * equal)
     for name, share, error, asked in _shares(history, facts):
-        least = config.starved_share if asked is None else asked / config.asked_ratio
-        if share + 2 * error < least:
+        least = common if asked is None else asked / config.asked_ratio
+        due = equal if asked is None else asked
+        if share + 2 * error < least and not _by_chance(due, history):
             wanted = "" if asked is None else f", {asked:.1%} were asked for"
             yield Alarm(
                 "starved_channel",
@@ -103,7 +107,7 @@ def dominating_channel(
     """A channel that leaves nothing to the others, or has far more than was asked for."""
     for name, share, error, asked in _shares(history, facts):
         most = config.dominating_share if asked is None else asked * config.asked_ratio
-        if share - 2 * error > most:
+        if share - 2 * error > most and (asked is None or not _by_chance(asked, history)):
             wanted = "" if asked is None else f", {asked:.1%} were asked for"
             yield Alarm(
                 "dominating_channel",
@@ -117,13 +121,18 @@ def dominating_channel(
             )
 
 
+def _by_chance(due: float, history: History) -> bool:
+    """Whether chance decides how often a channel with this due share is drawn in a window."""
+    draws = history.most_channels * history.window
+    return history.most_channels < len(history.channels) and due * draws < TIMES_SEEN
+
+
 def _shares(
     history: History, facts: ModelFacts
 ) -> Iterator[tuple[str, float, float, float | None]]:
     """(channel, its share in the newest window, standard error, asked share) of each of several."""
-    since, asked = facts.asked_at(history.last.get("step", 0))
-    recent = (row for row in history.recent() if row["step"] >= since)
-    rows = [row for row in recent if number(row, LOSS) is not None]
+    asked = facts.asked_at(history.last.get("step", 0))
+    rows = [row for row in history.recent() if number(row, LOSS) is not None]
     measured = any(key.startswith(SHARE) for row in rows for key in row)
     if len(history.channels) < 2 or len(rows) < history.window or not measured:
         return

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +28,7 @@ from posttrain_dist.metrics.diagnose import (
     diagnose,
     diagnose_problems,
 )
+from posttrain_dist.metrics.history import History
 from posttrain_dist.metrics.sinks import read_rows
 
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("made_histories.py"))))
@@ -146,6 +149,30 @@ def test_rules_can_be_left_out() -> None:
     assert {a.rule for a in diagnose(troubled(), config)} == {"overfitting", "dominating_channel"}
 
 
+def test_a_rule_that_fails_is_left_out_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def broken(history: History, config: DiagnoseConfig, facts: ModelFacts) -> Iterator[Alarm]:
+        asked.append(history.last["step"])
+        yield Alarm("stall", 1, Level.error, "half of what it finds", "none")
+        yield Alarm("stall", 1 // (40 - history.last["step"]), Level.error, "the rest", "none")
+
+    rows = troubled()
+    usual = diagnose(rows)
+    monkeypatch.setitem(RULES, "stall", dataclasses.replace(RULES["stall"], find=broken))
+    config = DiagnoseConfig(early_stop=["stall"], quiet_rows=1000)
+    (first, failed) = only("stall", diagnose(rows, config))
+    assert (first.step, failed.step, failed.level) == (1, 40, Level.info)
+    assert failed.message.startswith("rule stall failed: ZeroDivisionError: ")
+    assert "report it" in failed.fix
+    assert asked == list(range(41))
+    assert [a for a in diagnose(rows) if a.rule != "stall"] == usual
+    resumed = Diagnosis(config, ModelFacts())
+    resumed.resume(rows[:50])  # the alarm was raised then
+    assert only("stall", [alarm for row in rows[50:] for alarm in resumed.observe(row)]) == []
+    assert resumed.stop is None
+
+
 def test_memory_is_bounded() -> None:
     down = falling(2.0, 1.0)
 
@@ -202,9 +229,11 @@ def test_a_watch_goes_on_where_the_run_does(tmp_path: Path) -> None:
 
     broken = follow(0, rows[:250])
     assert broken.stop is None
+    assert broken.best_step == 150
     resumed = follow(200, rows[201:])  # rows 201 to 249 are made again
     assert resumed.stop is not None
     assert (resumed.stop.rule, resumed.stop.step) == ("overfitting", 300)
+    assert resumed.best_step == 150
     logged = [(row["rule"], row["step"]) for row in read_alarms(tmp_path / "logs/alarms.jsonl")]
     assert logged == [(alarm.rule, alarm.step) for alarm in diagnose(rows)]
     marked = {
@@ -237,6 +266,42 @@ def test_config_problems_name_key_and_nearest_rule() -> None:
     assert "names spike, which diagnose.off leaves out" in texts[2]
     assert "diagnose.window: is 3, must be at least 10" in texts[3]
     assert "diagnose.overfit_evals: is 20" in texts[4]
+
+
+FLOATS = [f.name for f in dataclasses.fields(DiagnoseConfig) if f.type == "float"]
+NO_ZERO = {key for key in FLOATS if not key.endswith("sigmas")} - {
+    "low_loss",
+    "overfit_least",
+    "special_loss",
+}
+
+
+@pytest.mark.parametrize("key", FLOATS)
+def test_every_float_has_a_range(key: str) -> None:
+    assert len(FLOATS) == 20
+    for value in (-0.1, math.nan, math.inf, *([0.0] if key in NO_ZERO else [])):
+        texts = [str(problem) for problem in diagnose_problems(DiagnoseConfig(**{key: value}))]
+        assert any(text.startswith(f"diagnose.{key}: is {value:g}") for text in texts), value
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"asked_ratio": 1.0}, "diagnose.asked_ratio: is 1, must be above 1"),
+        ({"dominating_share": 1.5}, "diagnose.dominating_share: is 1.5, must be above 0 and at"),
+        ({"medium_low": 4.0}, "diagnose.medium_low: is 4, not below diagnose.medium_high, 3"),
+        ({"large_low": 2.5}, "diagnose.large_low: is 2.5, not below diagnose.large_high, 2.5"),
+        ({"starved_share": 0.9}, "diagnose.starved_share: is 0.9, not below"),
+    ],
+)
+def test_ranges(config: dict[str, float], says: str) -> None:
+    (problem,) = diagnose_problems(DiagnoseConfig(**config))
+    assert str(problem).startswith(says)
+
+
+def test_the_ends_of_the_ranges_are_allowed() -> None:
+    ends = {"rise": 3.0, "rise_sigmas": 0.0, "low_loss": 0.0, "dominating_share": 1.0}
+    assert diagnose_problems(DiagnoseConfig(**ends, asked_ratio=1.01, random_band=1.0)) == []
 
 
 def test_docs_name_every_rule_and_default() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,7 @@ def test_low_loss_with_and_without_held_out_rows() -> None:
     high = with_evals(rows, 50, eval__loss=lambda s: {0: 2.0, 50: 1.4}.get(s, 1.41))
     (alarm,) = only("low_loss", diagnose(high))
     assert alarm.level is Level.warning
-    assert "go back to step 50" in alarm.fix
+    assert "go back to the checkpoint at or before step 50 " in alarm.fix
     solved = with_evals(rows, 50, eval__loss=falling(2.0, 0.06, 15))
     (alarm,) = diagnose(solved)
     assert (alarm.rule, alarm.level) == ("low_loss", Level.info)
@@ -55,7 +56,8 @@ def test_overfitting_names_the_step_to_go_back_to() -> None:
     # Evaluations at 200, 250 and 300 lie above the one at 150.
     assert (alarm.rule, alarm.step, alarm.subject) == ("overfitting", 300, "")
     assert "1.5 at step 150" in alarm.message
-    assert "go back to step 150" in alarm.fix
+    assert "go back to the checkpoint at or before step 150 " in alarm.fix
+    assert "train.save_every" in alarm.fix  # whether there is one is not known here
     later = diagnose(rows, DiagnoseConfig(overfit_evals=5))
     assert [alarm.step for alarm in later] == [400]
 
@@ -142,8 +144,59 @@ def test_shares_against_what_was_asked() -> None:
     ]
     assert "70.0% were asked for" in found[0].message
     assert diagnose(rows, facts=ModelFacts(asked_shares={1: {"a": 0.6, "b": 0.4}})) == []
+    few = shares(a=flat(0.5), b=flat(0.49), c=flat(0.01))
+    (alarm,) = diagnose(few, facts=ModelFacts(asked_shares={1: {"a": 0.5, "b": 0.45, "c": 0.05}}))
+    assert (alarm.rule, alarm.subject) == ("starved_channel", "c")
     small = ModelFacts(asked_shares={1: {"a": 0.995, "b": 0.005}})
     assert diagnose(shares(a=flat(0.995), b=flat(0.005)), facts=small) == []
+
+
+def equal(count: int, less: int = 0) -> dict[str, Callable[[int], float]]:
+    """Shares of `count` channels; the first `less` have a hundredth of an equal one."""
+    return {f"c{i}": flat((0.01 if i < less else 1.0) / count) for i in range(count)}
+
+
+def drawn(count: int, rows_per_step: int) -> list[dict]:
+    """Each of 60 steps draws its rows from `count` channels of equal weight."""
+    draw, rows = random.Random(0), training(falling(2.0, 1.0), 60)
+    for row in rows:
+        for name in draw.choices(range(count), k=rows_per_step):
+            key = f"channel_share/c{name}"
+            row[key] = row.get(key, 0) + 1 / rows_per_step
+    return rows
+
+
+def test_many_channels_of_equal_shares_are_not_starved() -> None:
+    assert diagnose(shares(**equal(120))) == []
+    assert diagnose(shares(**equal(500))[:60]) == []
+    assert diagnose(drawn(120, 64)) == []
+    # 30 steps are too few to say that one of 500 is drawn less often than the others.
+    asked = ModelFacts(asked_shares={1: {f"c{i}": 1 / 500 for i in range(500)}})
+    assert diagnose(drawn(500, 16)) == []
+    assert diagnose(drawn(500, 16), facts=asked) == []
+
+
+def test_several_starved_channels_are_one_alarm() -> None:
+    (alarm,) = diagnose(shares(**equal(120, less=20)))
+    assert alarm.rule == "starved_channel"
+    assert alarm.subject == "c0, c1, c2 and 17 more"
+    assert "channel c0 has 0.01% of the weight" in alarm.message
+    assert alarm.message.endswith("; 19 others like it")
+    (alarm,) = diagnose(shares(**equal(120, less=4)))
+    assert alarm.subject == "c0, c1, c2, c3"
+    (alarm,) = diagnose(shares(**equal(120, less=1)))
+    assert alarm.subject == "c0"
+    assert "others" not in alarm.message
+
+
+def test_an_episode_is_of_one_channel_also_where_several_are_one_alarm() -> None:
+    def share(name: str) -> Callable[[int], float]:
+        back = {"a": (), "b": range(50, 120)}[name]  # a stays starved, b recovers for a while
+        return lambda step: 0.2 if step in back else 0.001
+
+    rows = shares(a=share("a"), b=share("b"), c=flat(0.5), d=flat(0.3))
+    found = [(alarm.step, alarm.subject) for alarm in diagnose(rows)]
+    assert found == [(30, "a, b"), (149, "b")]
 
 
 def test_shares_are_silent() -> None:
