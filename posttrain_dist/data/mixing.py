@@ -1,10 +1,19 @@
-"""Which samples an epoch draws from which source: a pure function of (seed, phase, epoch).
+"""Which samples an epoch draws from which source, from (seed, phase, epoch, what came before).
 
     weights -> shares -> amount of each source in an epoch -> passes over its rows
 
-An amount counts rows or supervised tokens. A source's rows stand in an endless line of passes,
-each a shuffle of all its rows; epoch e takes the amounts [e·a, (e + 1)·a) of that line, so no row
-comes twice before each came once. A phase is the part of a run in which weights stay the same.
+A phase is the part of a run in which weights stay the same. An amount counts rows or supervised
+tokens and need not be whole: what rounding takes from one epoch it gives to the next.
+
+A source's rows stand in one line of passes for the whole run, each a shuffle of all its rows, and
+an epoch goes on where the one before ended. A phase that is cut short leaves an epoch unfinished.
+The next phase begins with the rest of it, by its own weights, and goes on in the line, of which
+the first n places of a row that came n times are left out. So, counted since the run began,
+
+- with what an epoch draws, a row that is drawn came at most once more than any other row of its
+  source (an epoch's packs are in random order: this holds when it ends);
+- where an epoch of the run ends, each source that it drew from gave what all phases asked of it,
+  to half a row (of tokens: to its last row), if no phase before had already taken more.
 """
 
 from __future__ import annotations
@@ -30,7 +39,7 @@ class Wish:
 
     name: str
     weight: float = 1.0  # its share is weight / sum of weights
-    max_passes: float | None = None  # times that a row is drawn in an epoch at most
+    max_passes: float | None = None  # over its rows in an epoch, at most
     schedule: Mapping[int, float] = field(default_factory=dict)  # from this step on: weight
 
     def weight_at(self, step: int) -> float:
@@ -40,14 +49,25 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
+class Past:
+    """What a run took before a phase."""
+
+    epochs: float = 0.0  # the last one in part, if a phase was cut short
+    tokens: int = 0  # that the model read
+    came: Ints = field(default_factory=lambda: np.zeros(0, np.int32))  # times, of each sample
+    # Rows, or supervised tokens, of each source that were asked for and did not come.
+    owed: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+
+
+@dataclass(frozen=True, slots=True)
 class Portion:
     """One source in the epochs of one phase."""
 
     name: str
     size: int  # rows, or supervised tokens, that it has
     asked: float  # share of an epoch
-    amount: int  # rows, or supervised tokens, of an epoch
-    share: float  # the realised one: amount / sum of amounts
+    amount: float  # rows, or supervised tokens, of an epoch
+    share: float  # amount / sum of amounts
     capped: bool  # `max_passes` keeps it below what was asked
 
     @property
@@ -90,19 +110,24 @@ class Mixture:
         starts = sorted({1} | {max(1, step) for wish in wishes for step in wish.schedule})
         self.phase_starts = starts  # first step of each phase
         self.phases = [_portions(wishes, sizes, step) for step in starts]
+        self.start = Past(0.0, 0, np.zeros(len(sources), np.int32), np.zeros(len(wishes)))
 
-    def draw(self, phase: int, epoch: int) -> Ints:
-        """Samples of one epoch of one phase, in no order that matters."""
-        portions = self.phases[phase]
-        drawn = [self._draw(s, p, phase, epoch) for s, p in enumerate(portions) if p.amount]
+    def draw(self, phase: int, epoch: int, past: Past | None = None) -> Ints:
+        """Samples of one epoch of one phase, in no order that matters.
+
+        Args:
+            phase: from 0.
+            epoch: of the phase, from 0, which is the rest of one where `past` ends inside it.
+            past: what came before the phase; None: nothing.
+        """
+        past = past or self.start
+        drawn: list[Ints] = [np.zeros(0, np.int32)]
+        for s, portion in enumerate(self.phases[phase]):
+            if portion.amount:
+                begin, end = _bounds(portion.amount, float(past.owed[s]), past.epochs, epoch)
+                drawn += self._draw(s, begin, end, past.came)
         result: Ints = np.concatenate(drawn)
         return result
-
-    def realised(self, phase: int, epoch: int) -> list[float]:
-        """Share of each source in what one epoch really draws, counted."""
-        amounts = self.amounts(self.draw(phase, epoch))
-        shares: list[float] = (amounts / amounts.sum()).tolist()
-        return shares
 
     def names(self) -> list[str]:
         """The sources, by number."""
@@ -130,24 +155,42 @@ class Mixture:
         shares: list[float] = (totals / max(totals.sum(), 1)).tolist()
         return shares
 
-    def _draw(self, source: int, portion: Portion, phase: int, epoch: int) -> Ints:
-        begin, end, size = epoch * portion.amount, (epoch + 1) * portion.amount, portion.size
+    def _draw(self, source: int, begin: int, end: int, came: Ints) -> list[Ints]:
+        """The amounts [begin, end) of a source's line, less the places of rows that came."""
+        rows, came_rows = self._rows[source], came[self._rows[source]]
+        number, last = (
+            int(came_rows.min()),
+            int(came_rows.max()),
+        )  # pass; from `last` on: whole ones
         parts: list[Ints] = []
-        for number in range(begin // size, -(-end // size)):
-            first, last = max(begin - number * size, 0), min(end - number * size, size)
-            if (first, last) == (0, size):
-                parts.append(self._rows[source])
-                continue
-            key = [self._seed, phase, source, number, _PASS]
-            random = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
-            shuffled = random.permutation(self._rows[source])
-            if self._measure is not None:  # amounts -> places, by where each row begins
-                measure = self._measure[shuffled]
-                place = np.searchsorted(np.cumsum(measure) - measure, [first, last])
-                first, last = place.tolist()
-            parts.append(shuffled[first:last])
-        drawn: Ints = np.concatenate(parts)
-        return drawn
+        at = 0  # amount before the pass
+        while at < end:
+            left = rows if number >= last else rows[came_rows <= number]
+            size = len(left) if self._measure is None else int(self._measure[left].sum())
+            if number >= last and at + size <= begin:  # on to the pass that holds `begin`
+                number, at = number + (begin - at) // size, begin - (begin - at) % size
+            first, stop = max(begin - at, 0), min(end - at, size)
+            if (first, stop) == (0, size):
+                parts.append(left)
+            elif first < stop:
+                key = np.random.SeedSequence([self._seed, source, number, _PASS])
+                shuffled = np.random.Generator(np.random.Philox(key)).permutation(rows)
+                if number < last:
+                    shuffled = shuffled[came[shuffled] <= number]
+                if self._measure is not None:  # amounts -> places, by where each row begins
+                    measure = self._measure[shuffled]
+                    place = np.searchsorted(np.cumsum(measure) - measure, [first, stop])
+                    first, stop = place.tolist()
+                parts.append(shuffled[first:stop])
+            number, at = number + 1, at + size
+        return parts
+
+
+def _bounds(amount: float, owed: float, before: float, epoch: int) -> tuple[int, int]:
+    """What a phase that begins after `before` epochs takes of a source until an epoch and after."""
+    until = (int(before) + e - before for e in (epoch, epoch + 1))
+    begin, end = (max(round(owed + epochs * amount), 0) for epochs in until)
+    return begin if epoch else 0, end
 
 
 def _portions(wishes: Sequence[Wish], sizes: list[int], step: int) -> list[Portion]:
@@ -169,13 +212,13 @@ def _portions(wishes: Sequence[Wish], sizes: list[int], step: int) -> list[Porti
         math.inf if wish.max_passes is None else wish.max_passes * size
         for wish, size in zip(wishes, sizes, strict=True)
     ]
-    amounts = [round(amount) for amount in _fill(weights, caps, sum(sizes))]
+    amounts = _fill(weights, caps, sum(sizes))
     total, asked = sum(amounts), sum(weights)
-    if not total:
+    if not any(map(round, amounts)):
         raise ConfigError("lets no row through", where="data.sources.*.max_passes", fix="raise it")
     portions = []
     for wish, weight, size, amount in zip(wishes, weights, sizes, amounts, strict=True):
-        capped = amount + 0.5 < weight / asked * sum(sizes)
+        capped = amount < (1 - 1e-9) * weight / asked * sum(sizes)
         share = Portion(wish.name, size, weight / asked, amount, amount / total, capped)
         portions.append(share)
     return portions

@@ -1,17 +1,20 @@
 """The order of a run: which packs are in which step, a pure function of (seed, step).
 
 The packs of a phase's epochs stand in one endless line; step k takes the next B of it. Without a
-schedule of weights there is one phase, the whole run.
+schedule of weights there is one phase, the whole run. A phase that is cut short leaves an epoch
+unfinished: the next one begins with the rest of it, so epochs of the run end at whole numbers.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from functools import partial
+from itertools import chain
 
 import numpy as np
 
-from posttrain_dist.data.mixing import Mixture
+from posttrain_dist.data.mixing import Mixture, Past
 from posttrain_dist.data.packing import Ints, Plan, plan_epoch
 from posttrain_dist.errors import ConfigError
 
@@ -21,8 +24,8 @@ _KEPT_PLANS = 2  # of each phase
 class Order:
     """Packs of every step.
 
-    To know where epoch e of a phase begins, its epochs before e are planned once more: about 0.4 s
-    for a million samples, far below what training on them took.
+    To know where an epoch begins, and what a phase left, all epochs before are planned once more:
+    about 0.4 s for a million samples, far below what training on them took.
 
     Args:
         lengths: tokens of each sample.
@@ -46,9 +49,9 @@ class Order:
         self._batch_size = batch_size
         starts = [1] if mixture is None else mixture.phase_starts
         self._first = [(step - 1) * batch_size for step in starts]  # pack of each phase
-        self._lines = [
-            Line(lengths, max_length, window, seed, phase, mixture) for phase in range(len(starts))
-        ]
+        self._begin = partial(Line, lengths, max_length, window, seed, mixture)
+        start = Past() if mixture is None else mixture.start
+        self._lines = [self._begin(0, start)]  # of the phases known so far
         self._end: int | None = None  # packs of the whole run; None: no end
 
     def settle(
@@ -78,19 +81,16 @@ class Order:
         if steps is not None:
             self._end = None
             return steps
-        left: float = tokens if tokens is not None else 1.0 if epochs is None else epochs
-        measure = Line.tokens if tokens is not None else Line.epochs
-        for phase, line in enumerate(self._lines):
-            first = self._first[phase]
-            if phase + 1 < len(self._lines):
-                inside = measure(line, self._first[phase + 1] - first)
-                if inside < left:
-                    left -= inside
-                    continue
-            packs = line.after_tokens(int(left)) if tokens is not None else line.after_epochs(left)
-            self._end = first + packs
-            break
-        assert self._end is not None
+        whole = 1.0 if epochs is None else epochs
+        phase = 0
+        while phase + 1 < len(self._first):
+            before = self.line(phase + 1).before
+            if (before.epochs >= whole) if tokens is None else (before.tokens >= tokens):
+                break
+            phase += 1
+        line = self.line(phase)
+        packs = line.after_epochs(whole) if tokens is None else line.after_tokens(tokens)
+        self._end = self._first[phase] + packs
         return math.ceil(self._end / self._batch_size)
 
     def packs(self, k: int) -> list[Ints]:
@@ -100,8 +100,16 @@ class Order:
             end = min(end, self._end)
         # A phase begins with a step, so a step lies in one phase.
         phase = bisect_right(self._first, start) - 1
-        line, first = self._lines[phase], self._first[phase]
+        line, first = self.line(phase), self._first[phase]
         return [line.pack(index - first) for index in range(start, end)]
+
+    def line(self, phase: int) -> Line:
+        """The packs of one phase, from 0; it begins with what the phases before left."""
+        while len(self._lines) <= phase:
+            number = len(self._lines)
+            past = self._lines[-1].past(self._first[number] - self._first[number - 1])
+            self._lines.append(self._begin(number, past))
+        return self._lines[phase]
 
 
 class Line:
@@ -113,14 +121,16 @@ class Line:
         max_length: int,
         window: int,
         seed: int,
-        phase: int,
         mixture: Mixture | None,
+        phase: int,
+        before: Past,
     ) -> None:
         self._lengths = lengths
         self._max_length, self._window = max_length, window
-        self._seed, self._phase, self._mixture = seed, phase, mixture
+        self._seed, self._mixture, self._phase = seed, mixture, phase
+        self.before = before  # the phase
         self._starts = [0]  # first pack of each epoch planned so far, and of the next one
-        self._tokens = [0]  # tokens of all epochs before each of them
+        self._tokens = [before.tokens]  # tokens that the run has before each of them
         self._plans: dict[int, Plan] = {}  # the ones planned last
 
     def pack(self, index: int) -> Ints:
@@ -129,11 +139,13 @@ class Line:
         return self.plan(epoch)[index - self._starts[epoch]]
 
     def plan(self, epoch: int) -> Plan:
-        """The plan of one epoch, from 0."""
+        """The plan of one epoch of the phase, from 0."""
         if epoch not in self._plans:
             while len(self._plans) >= _KEPT_PLANS:
                 del self._plans[next(iter(self._plans))]
-            drawn = None if self._mixture is None else self._mixture.draw(self._phase, epoch)
+            drawn = None
+            if self._mixture is not None:
+                drawn = self._mixture.draw(self._phase, epoch, self.before)
             self._plans[epoch] = plan_epoch(
                 self._lengths,
                 self._max_length,
@@ -145,32 +157,44 @@ class Line:
             )
         return self._plans[epoch]
 
-    def epochs(self, packs: int) -> float:
-        """How many epochs the first `packs` packs are."""
+    def past(self, packs: int) -> Past:
+        """What the run has taken after the first `packs` packs of the phase."""
+        assert self._mixture is not None, "one source has one phase"
         epoch = self._epoch_of(packs)
-        start, end = self._starts[epoch : epoch + 2]
-        return epoch + (packs - start) / (end - start)
-
-    def tokens(self, packs: int) -> int:
-        """How many tokens the first `packs` packs hold."""
-        epoch = self._epoch_of(packs)
-        inside = self.plan(epoch).sums(self._lengths)[: packs - self._starts[epoch]]
-        return self._tokens[epoch] + int(inside.sum())
+        plan, inside = self.plan(epoch), packs - self._starts[epoch]
+        begin, end = self._span(epoch)
+        epochs = begin + (end - begin) * inside / len(plan)
+        taken = plan.order[: plan.offsets[inside]]
+        tokens = self._tokens[epoch] + int(self._lengths[taken].sum(dtype=int))
+        amounts = np.array([portion.amount for portion in self._mixture.phases[self._phase]])
+        owed = self.before.owed + (epochs - self.before.epochs) * amounts
+        came = self.before.came.copy()
+        whole = (self._mixture.draw(self._phase, e, self.before) for e in range(epoch))
+        for drawn in chain([taken], whole):
+            owed -= self._mixture.amounts(drawn)
+            came += np.bincount(drawn, minlength=len(came)).astype(came.dtype)
+        return Past(epochs, tokens, came, owed)
 
     def after_epochs(self, epochs: float) -> int:
-        """Packs until `epochs` are over; of a part of an epoch, that part of its packs."""
-        whole, part = divmod(epochs, 1)
-        self._extend(int(whole) + (part > 0))
-        start = self._starts[int(whole)]
-        return start + (math.ceil(part * len(self.plan(int(whole)))) if part else 0)
+        """Packs until the run has `epochs`; of a part of an epoch, that part of its packs."""
+        epoch = int(epochs) - int(self.before.epochs)
+        begin, end = self._span(epoch)
+        self._extend(epoch)
+        part = (epochs - begin) / (end - begin)
+        return self._starts[epoch] + (math.ceil(part * len(self.plan(epoch))) if part else 0)
 
     def after_tokens(self, tokens: int) -> int:
-        """Packs until `tokens` are reached."""
+        """Packs until the run has `tokens`."""
         while self._tokens[-1] < tokens:
             self._extend(len(self._starts))
         epoch = bisect_right(self._tokens, tokens - 1) - 1
         reached = self._tokens[epoch] + np.cumsum(self.plan(epoch).sums(self._lengths))
         return self._starts[epoch] + int(np.searchsorted(reached, tokens)) + 1
+
+    def _span(self, epoch: int) -> tuple[float, float]:
+        """Epochs of the run before one of the phase, and after it: the first may be a rest."""
+        begin = int(self.before.epochs) + epoch
+        return max(begin, self.before.epochs), begin + 1
 
     def _epoch_of(self, index: int) -> int:
         while self._starts[-1] <= index:

@@ -6,16 +6,19 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from posttrain_dist.data import MixBy
 from posttrain_dist.data.arrays import Examples, SplitWriter
 from posttrain_dist.data.loader import PackedSource
 from posttrain_dist.data.mixing import Mixture, Wish
+from posttrain_dist.data.order import Order
 from posttrain_dist.errors import ConfigError, DataError
 from posttrain_dist.flow import Batch, Example
 
@@ -159,11 +162,12 @@ def test_evaluation_sees_every_sample_once(prepared: Examples, world: int) -> No
 
 def test_the_cursor_is_the_only_state(two_sources: Examples) -> None:
     # Packs of an epoch vary with the draw, so a resumed run must find its epoch by itself.
-    mix = mixture(two_sources, [Wish(name="a", weight=0.3), Wish(name="b", weight=0.7)])
+    wishes = [Wish(name="a", weight=0.3), Wish(name="b", weight=0.7, schedule={3: 0.3, 20: 0.6})]
+    mix = mixture(two_sources, wishes)
     run = source(two_sources, mix=mix)
     in_turn = [run.sample_ids(k) for k in range(1, 60)]
     assert sum(map(len, in_turn)) > 4 * 120
-    for k in (59, 1, 31):
+    for k in (59, 1, 31, 20, 19, 3):
         assert source(two_sources, mix=mix).sample_ids(k) == in_turn[k - 1]
     shares = [source(two_sources, 8, rank, 2, mix=mix).step(31) for rank in range(8)]
     assert samples(chain.from_iterable(shares)) == sorted(in_turn[30])
@@ -192,10 +196,10 @@ def test_weights_change_at_their_step(two_sources: Examples) -> None:
 
 
 def test_a_phase_cut_short_counts_as_the_part_of_an_epoch_that_it_took(tmp_path: Path) -> None:
-    # 120 samples of 16 tokens in windows of 15: every epoch has 64 packs, 8 of them half empty.
+    # Every pack is one sample, so an epoch has 120.
     with SplitWriter(tmp_path / "samples") as writer:
         for i in range(120):
-            writer.add(range(16), [1] * 16, 0, source=i % 2, sample_id=i)
+            writer.add(range(32), [1] * 32, 0, source=i % 2, sample_id=i)
     examples = Examples.open(tmp_path, "all", channels=["a"])
     wishes = [Wish(name="a", schedule={6: 0.0, 11: 1.0}), Wish(name="b", schedule={1: 0.0, 6: 1.0})]
     mix = mixture(examples, wishes)
@@ -204,14 +208,96 @@ def test_a_phase_cut_short_counts_as_the_part_of_an_epoch_that_it_took(tmp_path:
         return source(examples, mix=mix).total_steps(**end)
 
     # Two phases of 5 steps of 5 packs, then the rest.
-    assert steps(epochs=50 / 64) == 10
-    assert steps(epochs=50 / 64 + 1 / 64) == 11
-    assert steps(epochs=0.25) == math.ceil(16 / 5)
-    assert steps(epochs=1 + 50 / 64) == math.ceil((50 + 64) / 5)
-    run = source(examples, mix=mix)
-    tokens = sum(batch.num_tokens for k in range(1, 11) for batch in run.step(k))
-    assert steps(tokens=tokens) == 10
-    assert steps(tokens=tokens + 1) == 11
+    assert steps(epochs=49.5 / 120) == 10
+    assert steps(epochs=50.5 / 120) == 11
+    assert steps(epochs=0.25) == 6
+    assert [steps(epochs=epochs) for epochs in (1, 2)] == [24, 48]
+    assert steps(epochs=1 + 51 / 120) == math.ceil((120 + 51) / 5)
+    assert steps(tokens=50 * 32) == 10
+    assert steps(tokens=50 * 32 + 1) == 11
+
+
+@pytest.mark.parametrize("by", [MixBy.rows, MixBy.tokens])
+@pytest.mark.parametrize("steps", [(), (2,), (6,), (4, 5, 7, 10)])
+def test_a_schedule_that_changes_nothing_leaves_out_no_row(
+    two_sources: Examples, by: MixBy, steps: tuple[int, ...]
+) -> None:
+    # Weights as the sources are large: an epoch is every row once, and phases cut epochs short.
+    amounts = two_sources.supervised if by is MixBy.tokens else np.ones(120)
+    sizes = np.bincount(two_sources.sources, amounts).tolist()
+    wishes = [
+        Wish(name=str(i), weight=size, schedule=dict.fromkeys(steps, size))
+        for i, size in enumerate(sizes)
+    ]
+    for epochs in (1, 3):
+        run = source(two_sources, mix=mixture(two_sources, wishes, by))
+        total = run.total_steps(epochs=epochs)
+        seen = Counter(i for k in range(1, total + 1) for i in run.sample_ids(k))
+        assert total >= max(steps, default=0)  # all phases begin
+        assert seen == Counter(dict.fromkeys(range(120), epochs))
+
+
+WEIGHT = st.just(0.0) | st.floats(0.01, 1)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=3),
+    schedule=st.dictionaries(st.integers(1, 40), st.lists(WEIGHT, min_size=3, max_size=3)),
+    by=st.sampled_from(MixBy),
+    batch_size=st.integers(1, 4),
+    seed=st.integers(0, 5),
+)
+def test_rows_come_in_passes_over_a_whole_run(
+    sizes: list[int],
+    schedule: dict[int, list[float]],
+    by: MixBy,
+    batch_size: int,
+    seed: int,
+) -> None:
+    chance = np.random.default_rng(seed)
+    sources = chance.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    lengths = chance.integers(1, 33, len(sources)).astype(np.int32)
+    supervised = chance.integers(0, lengths)
+    measure = np.maximum(supervised, 1) if by is MixBy.tokens else np.ones(len(sources), int)
+    weights = {
+        k: w[: len(sizes)] if any(w[: len(sizes)]) else [1.0] * 3 for k, w in schedule.items()
+    }
+    wishes = [
+        Wish(name=str(s), schedule={step: w[s] for step, w in weights.items()})
+        for s in range(len(sizes))
+    ]
+    mix = Mixture(sources, supervised, wishes, by, seed)
+    order = Order(lengths, max_length=32, window=8, seed=seed, batch_size=batch_size, mixture=mix)
+    came, asked, at = np.zeros(len(sources), int), np.zeros(len(sizes)), 0.0
+    bounds = [*mix.phase_starts, 60]
+    for phase, (start, end) in enumerate(pairwise(bounds)):
+        packs = [pack for k in range(start, end) for pack in order.packs(k)]
+        amounts = np.array([portion.amount for portion in mix.phases[phase]])
+        epoch = 0
+        while packs:
+            plan = order.line(phase).plan(epoch)
+            taken, packs = packs[: len(plan)], packs[len(plan) :]
+            assert [pack.tolist() for pack in taken] == [
+                plan[i].tolist() for i in range(len(taken))
+            ]
+            # Of what is drawn, no row comes twice before each row of its source came once.
+            drawn = np.bincount(plan.order, minlength=len(sources))
+            least = np.array([(came + drawn)[sources == s].min() for s in range(len(sizes))])
+            assert np.all((came + drawn)[drawn > 0] <= least[sources[drawn > 0]] + 1)
+            came = came + np.bincount(np.concatenate([*taken, plan.order[:0]]), minlength=len(came))
+            # Whole epochs of a run end at whole numbers, and there each source gave what all
+            # phases together asked of it, up to the rounding of one row.
+            part = len(taken) / len(plan) if len(plan) else 1.0
+            until = at + (math.floor(at) + 1 - at) * part
+            asked, at = asked + (until - at) * amounts, until
+            if part == 1.0:
+                given_ = np.bincount(sources, came * measure, len(sizes))
+                of_source = np.bincount(sources, drawn, len(sizes))
+                most = np.array([measure[sources == s].max() for s in range(len(sizes))])
+                assert np.all((given_ - asked)[amounts > 0] >= -0.5 - 1e-6)
+                assert np.all((given_ - asked)[of_source > 0] <= most[of_source > 0] - 0.5 + 1e-6)
+            epoch += 1
 
 
 @pytest.mark.parametrize("tokens", [1, 33, 500, 573, 574, 1500, 5000])

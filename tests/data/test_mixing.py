@@ -1,4 +1,6 @@
-"""Realised shares are the asked ones; rows are drawn in passes; caps hold and pass on the rest."""
+"""Realised shares are the asked ones, and stay so; rows are drawn in passes; caps hold and pass on
+the rest; a phase takes first what an earlier one left.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain_dist.data import MixBy
-from posttrain_dist.data.mixing import Mixture, Wish
+from posttrain_dist.data.mixing import Mixture, Past, Wish
 from posttrain_dist.errors import ConfigError, DataError
 
 
@@ -43,9 +45,33 @@ def test_shares_of_an_epoch_are_the_asked_ones(by: MixBy, weights: list[float]) 
             amounts[sources[sample]] += 1 if by is MixBy.rows else int(supervised[sample])
         for amount, weight in zip(amounts, weights, strict=True):
             assert amount / sum(amounts) == pytest.approx(weight / sum(weights), rel=0.01)
-        assert mix.realised(0, epoch) == [amount / sum(amounts) for amount in amounts]
+        assert mix.amounts(mix.draw(0, epoch)).tolist() == amounts
         whole = len(sources) if by is MixBy.rows else int(supervised.sum())
         assert sum(amounts) == pytest.approx(whole, rel=0.01)  # an epoch is as large as the data
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights"),
+    [
+        ([8, 8], [1, 4]),
+        ([5, 5, 5], [1, 1, 2]),
+        ([1000, 50], [3000, 1]),
+        ([200, 200], [1, 3]),
+        ([10, 10, 1], [1, 1, 0.001]),
+    ],
+)
+def test_what_rounding_takes_from_one_epoch_it_gives_to_the_next(
+    sizes: list[int], weights: list[float]
+) -> None:
+    mix = mixture(sizes, weights)[0]
+    asked = np.array(weights) / sum(weights) * sum(sizes)  # rows of an epoch
+    total = np.zeros(len(sizes))
+    for epoch in range(1000):
+        amounts = mix.amounts(mix.draw(0, epoch))
+        assert np.all(abs(amounts - asked) < 1)
+        total += amounts
+        assert np.all(abs(total - (epoch + 1) * asked) <= 0.5 + 1e-6)
+    assert np.all(total > 0)
 
 
 @pytest.mark.parametrize("by", [MixBy.rows, MixBy.tokens])
@@ -74,6 +100,33 @@ def test_an_epoch_is_known_without_those_before() -> None:
     # Downsampled rows differ between epochs: those of the first are not in the second.
     low = [{i for i in drawn if sources[i] == 0} for drawn in in_turn[:2]]
     assert len(low[0] & low[1]) == 0
+    # Each pass is a shuffle of its own: half an epoch's rows are not the same ones in every pass.
+    half = mixture([50, 50], [1, 3])[0]
+    firsts = {frozenset(half.draw(0, epoch).tolist()) for epoch in (0, 2, 4)}
+    assert len(firsts) == 3
+
+
+def test_a_phase_takes_first_the_rows_that_came_least_often() -> None:
+    mix, sources, _ = mixture([8, 8], [1, 1])
+    few = np.flatnonzero(sources == 0)
+    came = np.zeros(16, np.int32)
+    came[few] = [3, 3, 1, 3, 4, 3, 3, 1]
+
+    def drawn(epoch: int, owed: int = 0) -> list[int]:
+        """How often each row of the first source is in a draw, 2.75 epochs into the run."""
+        draw = mix.draw(0, epoch, Past(2.75, 0, came, np.array([owed, 0.0])))
+        return np.bincount(draw, minlength=16)[few].tolist()
+
+    # A quarter of an epoch is left, two rows; then eight: again those two, and six of seven.
+    assert drawn(0) == [0, 0, 1, 0, 0, 0, 0, 1]
+    after = came[few] + drawn(0) + drawn(1)
+    assert after[4] == 4 and sorted(after) == [3] + 7 * [4]
+    # What the phases before gave too little or too much of comes on top, or is kept back.
+    more = drawn(0, owed=3)
+    assert (more[2], more[7], more[4], sum(more)) == (2, 2, 0, 5)
+    assert [drawn(epoch, owed=-6) for epoch in (0, 1)] == [[0] * 8, [0, 0, 2, 0, 0, 0, 0, 2]]
+    without = mixture([8, 8], [1, 0])[0].draw(0, 0, Past(2.75, 0, came, np.array([0.0, 9.0])))
+    assert set(sources[without]) == {0}  # not even what is owed
 
 
 def test_what_a_cap_keeps_off_goes_to_the_others() -> None:
@@ -83,15 +136,15 @@ def test_what_a_cap_keeps_off_goes_to_the_others() -> None:
     assert counts == {0: 100, 1: 450, 2: 450}
     portions = mix.phases[0]
     assert [p.capped for p in portions] == [True, False, False]
-    assert [p.amount for p in portions] == [100, 450, 450]
-    assert [p.passes for p in portions] == [1.0, 4.5, 0.5625]
+    assert [p.amount for p in portions] == pytest.approx([100, 450, 450])
+    assert [p.passes for p in portions] == pytest.approx([1.0, 4.5, 0.5625])
     assert [p.asked for p in portions] == pytest.approx([1 / 3] * 3)
-    assert [p.share for p in portions] == [0.1, 0.45, 0.45]
+    assert [p.share for p in portions] == pytest.approx([0.1, 0.45, 0.45])
     # The rest can push another one over its cap; where all are capped the epoch is smaller.
     again = mixture([100, 100, 800], [1, 1, 1], caps=[1.0, 4.0, None])[0]
-    assert [p.amount for p in again.phases[0]] == [100, 400, 500]
+    assert [p.amount for p in again.phases[0]] == pytest.approx([100, 400, 500])
     least = mixture([100, 100, 800], [1, 1, 1], caps=[1.0, 2.0, 0.25])[0]
-    assert [p.amount for p in least.phases[0]] == [100, 200, 200]
+    assert [p.amount for p in least.phases[0]] == pytest.approx([100, 200, 200])
     assert len(least.draw(0, 3)) == 500
 
 
@@ -112,21 +165,16 @@ def test_amounts_fill_an_epoch_in_proportion(
 ) -> None:
     sizes, weights, caps = (list(column) for column in zip(*sources, strict=True))
     limits = [float("inf") if c is None else c * n for n, c in zip(sizes, caps, strict=True)]
-    if sum(min(limit, 1e9) for limit in limits) < len(sizes):
-        return  # rounds to nothing
-    portions = mixture(sizes, weights, caps=caps)[0].phases[0]
-    amounts = [p.amount for p in portions]
-    wanted = min(sum(sizes), sum(limits))
-    assert abs(sum(amounts) - wanted) <= len(sizes) / 2 + 1e-6
-    assert all(a <= limit + 0.5 for a, limit in zip(amounts, limits, strict=True))
+    if all(limit <= 0.5 for limit in limits):
+        return  # refused: rounds to nothing
+    amounts = [p.amount for p in mixture(sizes, weights, caps=caps)[0].phases[0]]
+    assert sum(amounts) == pytest.approx(min(sum(sizes), sum(limits)))
+    assert all(a <= limit * (1 + 1e-9) for a, limit in zip(amounts, limits, strict=True))
     # Those below their cap stand in the proportion of their weights, and no capped one stands
     # below it.
-    units = [
-        (a - 0.5) / w for a, w, limit in zip(amounts, weights, limits, strict=True) if a + 1 < limit
-    ]
-    if units:
-        for a, w, limit in zip(amounts, weights, limits, strict=True):
-            assert a + 0.5 >= min(max(units) * w, limit) - 1e-6
+    unit = max(a / w for a, w in zip(amounts, weights, strict=True))
+    for a, w, limit in zip(amounts, weights, limits, strict=True):
+        assert a == pytest.approx(min(unit * w, limit))
 
 
 def test_a_schedule_makes_phases() -> None:
