@@ -12,7 +12,7 @@ import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -40,6 +40,7 @@ class Unit:
     start: int = 0  # byte; row group; row of a dataset
     end: int | None = None  # where the next unit starts; null: the end of the file
     first: int = 1  # number of its first line or row
+    may_be_empty: bool = False  # as another file of the path holds rows
 
     @property
     def is_table(self) -> bool:
@@ -107,8 +108,10 @@ def find_units(path: str, unit_bytes: int | None = None) -> Iterator[Unit]:
         for start in range(0, max(rows, 1), size):
             yield Unit(path, "hf", start, min(start + size, rows), start + 1)
         return
-    for file in find_files(path):
-        whole = Unit(str(file), _kind_of(file))
+    files = [Unit(str(file), _kind_of(file)) for file in find_files(path)]
+    may_be_empty = len(files) > 1 and any(map(_holds_rows, files))
+    for whole in (replace(file, may_be_empty=may_be_empty) for file in files):
+        file = Path(whole.file)
         if unit_bytes is None or file.suffix in _PACKED:
             yield whole
             continue
@@ -121,6 +124,14 @@ def find_units(path: str, unit_bytes: int | None = None) -> Iterator[Unit]:
                 yield whole
         except (OSError, BadFile):
             yield whole  # reading it says what is wrong
+
+
+def _holds_rows(whole: Unit) -> bool:
+    """Whether a row comes, be it a bad one; what cannot be read is not empty."""
+    try:
+        return next(_read(whole), None) is not None
+    except BadFile:
+        return True
 
 
 def _kind_of(file: Path) -> str:
@@ -176,7 +187,7 @@ def read_unit(unit: Unit) -> Iterator[Raw]:
     number = 0
     for number, byte, value in _read(unit):
         yield number, byte, value
-    if not number and unit.end is None:
+    if not number and unit.end is None and not unit.may_be_empty:
         raise BadFile("holds no row", "fill the file or leave it out", byte=None)
 
 

@@ -23,6 +23,7 @@ from posttrain_dist.errors import ConfigError, DataError
 from posttrain_dist.flow import Record
 
 CHANNEL_KEYS = ("task_type", "channel", "data_source", "dataset", "source")  # the first one counts
+_MAX_NAME = 100  # characters of a channel's name
 # Keys that would change what is trained; any other unknown key is the user's own note.
 _NEVER = ("functions", "documents", "images", "videos", "audios", "weight")
 
@@ -257,25 +258,32 @@ def _check_exact(format: Format, filled: dict[str, Any]) -> None:
 
 
 def read_channel(row: dict[str, Any], stem: str) -> str:
-    """`task_type`, else the first of its synonyms, else the name of the file.
+    """`task_type`, else the first of its synonyms that is a name, else the name of the file.
 
     Raises:
-        BadRow: it is no short printable text.
+        BadRow: task_type is no short printable text.
     """
-    for key in CHANNEL_KEYS:
-        if key not in row or (row[key] is None and key != "task_type"):
-            continue
-        channel = row[key]
-        if not isinstance(channel, str):
-            fix = "write it as a JSON string"
-            if key != "task_type":
-                fix += f", or add task_type: {key} names the channel where that is absent"
-            raise bad_field(key, f"is {kind(channel)}, expected text", fix)
-        if not channel.strip() or not channel.isprintable():
-            fix = "give a short printable name: it names the channel"
-            raise bad_field(key, f"is {channel!r}", fix)
-        return channel
-    return stem
+    if "task_type" not in row:
+        synonyms = (row[key] for key in CHANNEL_KEYS[1:] if key in row)
+        return next((value for value in synonyms if _is_name(value)), stem)
+    channel = row["task_type"]
+    if not isinstance(channel, str):
+        fix = "write it as a JSON string"
+        raise bad_field("task_type", f"is {kind(channel)}, expected text", fix)
+    fix = "give a short printable name: it names the channel"
+    if len(channel) > _MAX_NAME:
+        what = f"has {len(channel)} characters, and {_MAX_NAME} are allowed"
+        raise bad_field("task_type", what, fix)
+    if not channel.strip() or not channel.isprintable():
+        raise bad_field("task_type", f"is {channel!r}", fix)
+    return channel
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a synonym of task_type names a channel; addresses and texts are notes."""
+    if not isinstance(value, str) or not 0 < len(value) <= _MAX_NAME:
+        return False
+    return value.isprintable() and value == " ".join(value.split()) and "://" not in value
 
 
 def _check_keys(format: Format, row: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 from typing import Any, NamedTuple
 
 from posttrain_dist.data.bad_row import BadRow, bad_field, kind
@@ -23,6 +25,13 @@ _ROLE_OF = {role: role for role in (*ROLES, _CALL)} | {
     "tool_call": _CALL,
 }
 _BESIDE = ("tool_calls", "function_call", "tool_call_id", "name", "reasoning_content")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # the first one that is text counts
+# Keys that would change what is trained; any other unknown key of a turn is the user's own note.
+_NEVER = {
+    *("image", "images", "video", "videos", "audio", "audios", "documents", "tools", "functions"),
+    *("loss", "mask", "masked", "loss_mask", "loss_weight", "train_detail", "training"),
+    *("trainable", "thought", "thoughts"),
+}
 TURN = '{"role": "user", "content": "..."}'
 _AS_TEXT = "write it as a JSON string"
 _PLAIN = {"role", "content"}
@@ -76,22 +85,38 @@ def _read_turn(turn: Any, above: str, i: int) -> tuple[Message, float | None]:
     if not isinstance(turn, dict):
         raise bad_field(path, f"is {kind(turn)}, expected an object", f"write {TURN}")
     given = {key: item for key, item in turn.items() if item not in (None, "", [], {})}
-    names = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+    shares = "from" in turn and turn.get("role") is None
+    names = ("from", "value") if shares else ("role", "content")
     if names[0] not in turn:
         raise bad_field(path, "has no key 'role'", f"write {TURN}")
     role = turn[names[0]]
     if not isinstance(role, str) or role not in _ROLE_OF:
         raise bad_field(f"{path}.{names[0]}", f"is {role!r}", f"use one of {', '.join(ROLES)}")
     role = _ROLE_OF[role]
-    for key in given.keys() - {*names, *_BESIDE, "train", "weight"}:
-        fix = f"keep {', '.join((*names, *_BESIDE))}, train and weight only"
-        raise bad_field(f"{path}.{key}", "is not supported", fix)
+    refused = _refused(tuple(given), names)
+    if refused:
+        raise bad_field(f"{path}.{refused[0]}", *refused[1:])
     if role == _CALL:
         calls = _calls_of_text(turn.get(names[1]), f"{path}.{names[1]}")
         return {"role": "assistant", "content": "", "tool_calls": calls}, _weight(turn, path)
     message = _beside(given, role, path)
     message = {"role": role, "content": _content(turn, names[1], message, path), **message}
     return message, _weight(turn, path)
+
+
+@functools.lru_cache(maxsize=4096)
+def _refused(keys: tuple[str, ...], names: tuple[str, str]) -> tuple[str, str, str] | None:
+    """(the first key that is no note, what is wrong with it, what to do)."""
+    known = (*names, *_BESIDE, *_THOUGHTS, "train", "weight")
+    for key in keys:
+        if key in _NEVER:
+            fix = f"remove it; what is read of a turn is {', '.join(known)}"
+            return key, "is not supported", fix
+        absent = [] if key in known else [name for name in known if name not in keys]
+        near = difflib.get_close_matches(key, absent, n=1, cutoff=0.8)
+        if near:
+            return key, "is not a known key", f"write {near[0]!r}, or rename the key"
+    return None
 
 
 def _content(turn: dict[str, Any], key: str, beside: Message, path: str) -> str:
@@ -133,6 +158,9 @@ def _beside(given: dict[str, Any], role: str, path: str) -> Message:
     for key in ("tool_call_id", "name", "reasoning_content"):
         if key in given:
             message[key] = read_text(given[key], f"{path}.{key}")
+    thoughts = (given[key] for key in _THOUGHTS if isinstance(given.get(key), str))
+    if role == "assistant" and (thought := next(thoughts, None)):
+        message["reasoning_content"] = thought
     return message
 
 

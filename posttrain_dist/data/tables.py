@@ -9,22 +9,30 @@ from __future__ import annotations
 import csv
 import functools
 import itertools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from posttrain_dist.data.bad_row import BadFile, BadRow
-from posttrain_dist.data.json_lines import BOM, MAX_LINE_BYTES, load
+from posttrain_dist.data.json_lines import BOM, MAX_LINE_BYTES, SPLIT_IT, TOO_LONG, load
 from posttrain_dist.errors import DataError
 
-_BATCH_BYTES = 4 << 20  # of a parquet file, decoded at a time
-_BATCH_ROWS = 1024
+_BATCH_BYTES = 1 << 20  # of arrow, decoded and made Python at a time
+_BATCH_ROWS = 64  # at most so many at a time, as nobody knows how wide the next ones are
+_FIRST_ROWS = 4
+_BLOCK_BYTES = 1 << 20
+_QUOTE = re.compile(rb'"|(?<=")[^",\r\n]')  # or what may not follow the end of a quoted cell
+_CSV = "is not valid CSV:"
+_CLOSE = "look for a quote that is not closed: the row is longer than any that is read"
 HF = "hf:"  # hf:<owner>/<name>[:<split>], or hf:<folder>[:<split>]
 
 Cell = tuple[int, int | None, dict[str, Any] | BadRow]  # row or line, byte, what stands there
 NESTED = ("messages", "conversations", "tools", "history", "input_ids", "labels", "attention_mask")
 MAYBE_NESTED = ("prompt", "completion", "chosen", "rejected")
+_LIST_OF_OBJECTS = re.compile(r"""\s*\[\s*\{\s*["'}]""")  # as JSON and Python write its beginning
+_AS_JSON = "write JSON in this cell (json.dumps, not str), or use parquet or JSONL"
 
 
 def unpack_cells(row: dict[str, Any]) -> dict[str, Any]:
@@ -38,16 +46,15 @@ def unpack_cells(row: dict[str, Any]) -> dict[str, Any]:
             try:
                 row[name] = load(row[name].encode())
             except BadRow as error:
-                raise BadRow(
-                    f"{name} {error.what}", "write a JSON list in this cell", field=name
-                ) from error
+                raise BadRow(f"{name} {error.what}", _AS_JSON, field=name) from error
     for name in MAYBE_NESTED:
         value = row.get(name)
-        if isinstance(value, str) and value.lstrip().startswith("[{"):
+        if isinstance(value, str) and _LIST_OF_OBJECTS.match(value):
             try:
                 row[name] = load(value.encode())
-            except BadRow:
-                continue  # text that looks like a list
+            except BadRow as error:  # such as what pandas makes of a list of turns
+                what = f"{name} begins like a list of turns, and {error.what}"
+                raise BadRow(what, _AS_JSON, field=name) from error
     return row
 
 
@@ -60,25 +67,25 @@ def read_csv(stream: IO[bytes]) -> Iterator[Cell]:
     Raises:
         BadFile: from here on the file cannot be read.
     """
-    csv.field_size_limit(MAX_LINE_BYTES)  # an open quote would swallow the rest of the file
+    csv.field_size_limit(2 * MAX_LINE_BYTES)  # rows have a limit of their own
     lines = _CsvLines(stream)
     rows = csv.reader(lines, strict=True)
     header: list[str] = []
     while True:
-        line, byte = rows.line_num + 1, lines.byte
+        line, byte = lines.begin_row()
         try:
             cells = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
             fix = "save it with commas between cells and quotes around cells with commas"
-            raise BadFile(f"is not valid CSV: {error}", fix, line=line, byte=byte) from error
-        except UnicodeDecodeError as error:
-            what = f"is not valid UTF-8: {error.reason}"
-            at = lines.byte + error.start
-            fix = "save the file as UTF-8"
-            raise BadFile(what, fix, line=lines.line, byte=at) from error
-        if not header:
+            raise BadFile(f"{_CSV} {error}", fix, line=line, byte=byte) from error
+        fault = lines.fault
+        if fault is not None and not header:
+            raise BadFile(fault.what, fault.fix, line=line, byte=byte + fault.at)
+        if fault is not None:
+            yield line, byte, fault
+        elif not header:
             header = _header(cells) if any(cells) else []
         elif len(cells) != len(header) and any(cells):
             what = f"has {len(cells)} cells, and the header has {len(header)}"
@@ -88,22 +95,70 @@ def read_csv(stream: IO[bytes]) -> Iterator[Cell]:
 
 
 class _CsvLines:
-    """Lines cut at LF only, as text; knows where the next one starts."""
+    """Lines cut at LF only, as text; knows where they start and what is wrong with their row.
+
+    A row with a fault still comes to its end, so that the next one can be read: bytes that are no
+    UTF-8 come as half surrogate pairs, and of a row that is too long only the beginning comes.
+    """
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream, self.byte, self.line = stream, 0, 1
+        self.fault: BadRow | None = None  # of the row in work, the first one
+        self._row, self._row_line = 0, 1  # byte and line where it starts
 
     def __iter__(self) -> _CsvLines:
         return self
+
+    def begin_row(self) -> tuple[int, int]:
+        """(line, byte) where the next row starts."""
+        self._row, self._row_line, self.fault = self.byte, self.line, None
+        return self._row_line, self._row
 
     def __next__(self) -> str:
         raw = self.stream.readline(MAX_LINE_BYTES + 2)
         if not raw:
             raise StopIteration
-        text = raw.removeprefix(BOM).decode() if self.byte == 0 else raw.decode()
+        mark = len(BOM) if self.byte == 0 and raw.startswith(BOM) else 0
+        before = self.byte - self._row  # of the row; it goes on, so a quoted cell is open
+        most = MAX_LINE_BYTES - before
+        if len(raw) > most and len(raw.rstrip(b"\r\n")) > most:
+            self.fault = BadRow(TOO_LONG, SPLIT_IT)
+            self.byte += mark
+            self._skip_row(raw[mark:], quoted=before > 0)
+            return '"\n' if before else "\n"
+        try:
+            text = raw[mark:].decode()
+        except UnicodeDecodeError as error:
+            text = raw[mark:].decode(errors="surrogateescape")
+            what = f"is not valid UTF-8: {error.reason}"
+            at = before + mark + error.start
+            self.fault = self.fault or BadRow(what, "save the file as UTF-8", at=at)
         self.byte += len(raw)
         self.line += 1
         return text
+
+    def _skip_row(self, piece: bytes, quoted: bool) -> None:
+        """Go behind a row of which `piece` was read; `quoted`: it stands inside a quoted cell."""
+        line, byte = self._row_line, self._row
+        last, closed = b"\n", 0  # the byte before the piece; where the last quoted cell has ended
+        while piece:
+            text = last + piece
+            for mark in _QUOTE.finditer(text, 1):
+                at = mark.start()
+                if mark.group() == b'"':
+                    opens = closed == at or text[at - 1 : at] in (b",", b"\n")
+                    closed, quoted = (at + 1, False) if quoted else (closed, opens)
+                elif closed == at and not quoted:
+                    raise BadFile(f"{_CSV} ',' expected after '\"'", _CLOSE, line=line, byte=byte)
+            self.byte += len(piece)
+            ended = piece.endswith(b"\n")
+            self.line += ended
+            if ended and not quoted:
+                return
+            last, closed = text[-1:], closed - len(text) + 1
+            piece = self.stream.readline(_BLOCK_BYTES)
+        if quoted:
+            raise BadFile(f"{_CSV} unexpected end of data", _CLOSE, line=line, byte=byte)
 
 
 def _header(names: list[str]) -> list[str]:
@@ -134,16 +189,35 @@ def read_parquet(file: str, groups: list[int] | None, first: int) -> Iterator[Ce
         BadFile: it cannot be read on.
     """
     with _arrow_faults(), _open_parquet(file) as table:
-        about = table.metadata
-        groups = list(range(about.num_row_groups)) if groups is None else groups
-        parts = [about.row_group(group) for group in groups]
-        widest = max([1.0, *(part.total_byte_size / (part.num_rows or 1) for part in parts)])
-        rows = max(1, min(_BATCH_ROWS, int(_BATCH_BYTES / widest)))
-        yield from _numbered(table.iter_batches(rows, row_groups=groups), first)
+        groups = list(range(table.num_row_groups)) if groups is None else groups
+        yield from _numbered(_parquet_batches(table, groups), first)
+
+
+def _parquet_batches(table: Any, groups: list[int]) -> Iterator[Any]:
+    """Small batches: their encoded size in the file says little about what they take."""
+    for batch in table.iter_batches(_FIRST_ROWS, row_groups=groups):
+        yield batch
+        table.reader.set_batch_size(_fitting(batch))  # counts from the next batch on
+
+
+def _fitting(batch: Any) -> int:
+    """How many rows to read after these."""
+    rows: int = max(1, batch.num_rows)
+    fitting: int = rows * _BATCH_BYTES // _decoded_bytes(batch)
+    return max(1, min(_BATCH_ROWS, 4 * rows, fitting))
+
+
+def _decoded_bytes(batch: Any) -> int:
+    """At most so many; of a dictionary the values may stand in each row."""
+    from pyarrow import types  # type: ignore[import-untyped]
+
+    words = [column.dictionary for column in batch.columns if types.is_dictionary(column.type)]
+    size: int = batch.nbytes + batch.num_rows * sum(each.nbytes for each in words)
+    return max(1, size)
 
 
 def _open_parquet(file: str) -> Any:
-    from pyarrow import parquet  # type: ignore[import-untyped]
+    from pyarrow import parquet
 
     # Whole column chunks would be read ahead otherwise.
     return parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
@@ -166,11 +240,33 @@ def _arrow_faults() -> Iterator[None]:
 def _numbered(batches: Iterator[Any], first: int) -> Iterator[Cell]:
     numbers = itertools.count(first)
     for batch in batches:
-        try:
-            rows = batch.to_pylist()
-        except (UnicodeDecodeError, ValueError, OverflowError):
-            rows = [_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
-        yield from ((n, None, _without_nulls(row)) for row, n in zip(rows, numbers, strict=False))
+        size = _decoded_bytes(batch)
+        step = max(1, batch.num_rows * _BATCH_BYTES // size)
+        for at in range(0, batch.num_rows, step):
+            part = batch.slice(at, step)
+            try:
+                rows = part.to_pylist()
+            except (UnicodeDecodeError, ValueError, OverflowError):
+                rows = [_row(part.slice(i, 1)) for i in range(part.num_rows)]
+            for row, number in zip(rows, numbers, strict=False):
+                too_long = size > MAX_LINE_BYTES and _is_too_long(row)
+                yield number, None, BadRow(TOO_LONG, SPLIT_IT) if too_long else _without_nulls(row)
+
+
+def _is_too_long(row: Any) -> bool:
+    """Whether its texts and numbers take more than a line of JSON may."""
+    size, waiting = 0, [row]
+    while waiting and size <= MAX_LINE_BYTES:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str):
+            size += len(value.encode())
+        else:
+            size += len(value) if isinstance(value, bytes) else 1
+    return size > MAX_LINE_BYTES
 
 
 def _row(one: Any) -> Any:
@@ -232,6 +328,14 @@ def read_hf(dataset: Any, start: int, end: int) -> Iterator[Cell]:
     """Rows [start, end) of a dataset; numbers count from 1."""
     arrow = dataset.with_format("arrow")
     with _arrow_faults():
-        for at in range(start, end, 256):
-            table = arrow[at : min(end, at + 256)]
-            yield from _numbered(iter([table]), at + 1)
+        yield from _numbered(_hf_batches(arrow, start, end), start + 1)
+
+
+def _hf_batches(arrow: Any, start: int, end: int) -> Iterator[Any]:
+    rows = _FIRST_ROWS
+    while start < end:
+        stop = min(end, start + rows)
+        for batch in arrow[start:stop].to_batches():
+            yield batch
+            rows = _fitting(batch)
+        start = stop

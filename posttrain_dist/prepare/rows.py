@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ MAX_TOLD = 20  # rows that are named for each failed check
 PART_TOKENS = 1 << 20  # after which a part is handed over
 PART_ROWS = 1 << 14
 _BATCH_ROWS = 256  # that the tokenizer is given at once
+_BATCH_CHARACTERS = 1 << 22  # ... of about so many characters
 MAX_EXAMPLES = 5  # rows of each channel that the report shows
 
 T = TypeVar("T")
@@ -130,8 +130,7 @@ class RowEncoder:
             building = _Building(self._new_part(task))
             part = building.part
             while more and building.num_tokens < PART_TOKENS and building.num_rows < PART_ROWS:
-                batch = list(itertools.islice(rows, _BATCH_ROWS))
-                more = len(batch) == _BATCH_ROWS
+                batch, more = _take(rows)
                 building.num_rows += len(batch)
                 for record, samples in self._encoded(batch, part):
                     kept = [sample for sample in samples if sample.weight_L.any()]
@@ -217,6 +216,21 @@ class _Building:
         part.tokens_L, part.weights_L = np.concatenate(self._tokens), np.concatenate(self._weights)
         part.near_RB = np.concatenate(self._near)
         return part
+
+
+def _take(rows: Iterator[Record | Rejected]) -> tuple[list[Record | Rejected], bool]:
+    """The next rows, few where they are large; whether there may be more."""
+    batch: list[Record | Rejected] = []
+    num_characters = 0
+    while len(batch) < _BATCH_ROWS and num_characters < _BATCH_CHARACTERS:
+        row = next(rows, None)
+        if row is None:
+            return batch, False
+        batch.append(row)
+        if isinstance(row, Record):
+            num_characters += len(row.text or "") + 8 * len(row.input_ids)
+            num_characters += sum(len(str(turn.get("content"))) for turn in row.messages)
+    return batch, True
 
 
 def _unusable(error: PosttrainError, record: Any) -> Rejected:

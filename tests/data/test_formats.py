@@ -274,6 +274,23 @@ def test_synonyms_name_the_channel_where_task_type_is_absent(tmp_path: Path) -> 
     assert channels == ["rows", *names, "s"]
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["", " ", 3, ["x"], {"url": "x"}, True, "a\u00a0b", "a  b", " a", "a\n", "x" * 101, "\u200b",
+     "https://example.org/1"],
+)  # fmt: skip
+def test_a_synonym_that_is_no_name_is_a_note(tmp_path: Path, value: Any) -> None:
+    rows: list[Any] = [
+        {"text": "x", "source": value},
+        {"text": "x", "data_source": value, "dataset": value, "source": "web pages"},
+        {"text": "x", "channel": "x" * 100, "source": value},
+        {"text": "x", "task_type": "t", "source": value},
+    ]
+    records = read(tmp_path, Format.text, *rows)
+    channels = [record.channel for record in records if isinstance(record, Record)]
+    assert channels == ["rows", "web pages", "x" * 100, "t"]
+
+
 def test_columns_are_renamed_at_once(tmp_path: Path) -> None:
     row = {"a": "q", "prompt": "swapped", "completion": "note", "kind": "sums"}
     columns = {"prompt": "a", "completion": "prompt", "task_type": "kind"}

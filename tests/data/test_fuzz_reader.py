@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from posttrain_dist.data import Format
+from posttrain_dist.data import Format, json_array
 from posttrain_dist.data.records import Reader, Rejected
 from posttrain_dist.flow import Record
 
@@ -312,3 +312,26 @@ def test_parquet_with_wrong_bytes(
         assert all(row.file == str(path) and row.what and row.fix for row in rejected)
         if how != "footer":
             assert [row.ends_file for row in rejected] == [True] and len(rows) == 1
+
+
+@settings(max_examples=500, **SETTINGS)
+@given(st.lists(st.binary(min_size=1, max_size=9), min_size=1, max_size=6), st.integers(1, 9))
+def test_elements_of_any_length_are_found_where_they_stand(
+    monkeypatch: pytest.MonkeyPatch, drawn: list[bytes], block_bytes: int
+) -> None:
+    """What is expected is what was written; long ones come as null, in blocks of a few bytes."""
+    monkeypatch.setattr(json_array, "MAX_LINE_BYTES", 24)
+    monkeypatch.setattr(json_array, "_BLOCK_BYTES", block_bytes)
+    content, wanted = b"[", []
+    for i, choices in enumerate(drawn):
+        draw = Choices(choices)
+        text = "".join(draw.one_of([*TEXTS, "[", "}", ",", "\\\\"]) for _ in range(draw.below(8)))
+        value = draw.one_of([text, {text: [text, {}]}, [[text], 7], 7])
+        element = json.dumps(value, indent=draw.one_of([None, 1]), ensure_ascii=False).encode()
+        content += (b"," if i else b"") + draw.one_of([b"", b"\n", b" \r\n"])
+        wanted.append((content.count(b"\n") + 1, len(content), element))
+        content += element + draw.one_of([b"", b"\n", b" "])
+    found = list(json_array.read_elements(io.BytesIO(content + b"]\n")))
+    assert [(line, byte) for line, byte, _ in found] == [(line, byte) for line, byte, _ in wanted]
+    for (_, _, text), (_, _, element) in zip(found, wanted, strict=True):
+        assert text == (element if len(element) <= 24 else None)

@@ -79,10 +79,11 @@ BAD_MESSAGES = [
     (GOOD[:-1] + b',"task_typ":"x"}', 0, ["unknown key 'task_typ'", "'task_type'"]),
     (GOOD[:-1] + b',"task_type":5}', 0, ["task_type is a number"]),
     (GOOD[:-1] + b',"task_type":"a\\nb"}', 0, ["task_type is 'a\\nb'"]),
+    (GOOD[:-1] + b',"task_type":" "}', 0, ["task_type is ' '"]),
+    (GOOD[:-1] + b',"task_type":"' + b"x" * 101 + b'"}', 0, ["task_type has 101 characters"]),
     (GOOD[:-1] + b',"check":"regex"}', 0, ["check is 'regex'"]),
     (GOOD[:-1] + b',"images":["a.png"]}', 0, ["key 'images' is not supported"]),
     (GOOD[:-1] + b',"tools":{}}', 0, ["tools is an object, expected a list"]),
-    (GOOD[:-1] + b',"source":{"url":"x"}}', 0, ["source is an object, expected text"]),
     (GOOD[:-1] + b',"messages":[]}', 0, ["'messages' stands twice"]),
     (b"[" * 100_000, 0, ["JSON", "254 deep"]),
     (GOOD[:-1] + b',"n":' + b"[" * 255 + b"]" * 255 + b"}", 0, ["254 deep"]),
@@ -122,11 +123,16 @@ def test_a_bad_text_row_tells_the_expected_format(tmp_path: Path, line: bytes, p
 
 def test_faults_of_several_files_come_together(tmp_path: Path) -> None:
     _file(tmp_path, b"{\n" + GOOD + b"\n{}\n", "a.jsonl")
-    _file(tmp_path, b"\n\n", "b.jsonl")
+    _file(tmp_path, GOOD[:-1], "b.jsonl")
+    _file(tmp_path, b"x", "c.parquet")
     with pytest.raises(SeveralErrors) as caught:
         read_records(str(tmp_path), "messages")
     places = [p.where.removeprefix(f"{tmp_path}/") for p in caught.value.problems]
-    assert places == ["a.jsonl:1 (byte 1)", f"a.jsonl:3 (byte {len(GOOD) + 3})", "b.jsonl"]
+    third, end = len(GOOD) + 3, len(GOOD) - 1
+    assert places == [
+        *("a.jsonl:1 (byte 1)", f"a.jsonl:3 (byte {third})"),
+        *(f"b.jsonl:1 (byte {end})", "c.parquet"),
+    ]
 
 
 def test_reading_stops_at_twenty_faults(tmp_path: Path) -> None:
