@@ -256,9 +256,9 @@ class _Run:
         self._close_logs()
         outcome = "completed" if completed else "stopped"
         said: dict[str, Any] = {"outcome": outcome, "step": last, "total_steps": self.steps}
-        if self.watch is not None and self.watch.stop is not None:
-            if completed and last < self.steps:
-                said["early_stop"] = self.watch.stop.line()
+        alarm = self.watch.stop if self.watch is not None else None
+        if alarm is not None and completed and last < self.steps:
+            said["early_stop"] = alarm.line()
         write_whole(self.folder / "logs" / "outcome.json", json.dumps(said))
 
     def _open_sinks(self, start: int) -> list[Sink]:

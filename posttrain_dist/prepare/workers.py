@@ -28,7 +28,9 @@ _PR_SET_PDEATHSIG = 1
 SMALL_BYTES = 4 << 20  # below, starting a process takes longer than the work
 
 
-def encode(job: Job, tasks: Iterable[Task], processes: int) -> Generator[Iterable[Part], None, None]:
+def encode(
+    job: Job, tasks: Iterable[Task], processes: int
+) -> Generator[Iterable[Part], None, None]:
     """The parts of each task, in the order of the tasks; each is to be used up before the next.
 
     Raises:
