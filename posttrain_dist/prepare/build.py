@@ -71,14 +71,14 @@ def _encode(
 ) -> None:
     seed = inputs.digest["seed"] or 0  # for the rows that are shown
     job = Job(inputs.model_folder, config.template, config.data, seed, TEXT_ROWS)
-    total = sum(_num_bytes(file) for each in inputs.sets for file in each.files)
-    processes = config.data.workers or len(os.sched_getaffinity(0))
-    processes = 1 if total < SMALL_BYTES else processes
     plan = [
         (index, unit)
         for index, reader in enumerate(inputs.readers)
         for unit in reader.units(UNIT_BYTES)
     ]
+    total = sum(size for size, *_ in inputs.states.values())
+    processes = min(config.data.workers or len(os.sched_getaffinity(0)), len(plan))
+    processes = 1 if total < SMALL_BYTES else processes
     own_heldout = any(each.split == "eval" for each in inputs.sets)
 
     def task(index: int, unit: Unit) -> Task:
@@ -95,10 +95,6 @@ def _encode(
                     return
             if progress is not None:
                 progress(done, len(plan))
-
-
-def _num_bytes(file: Path) -> int:
-    return file.stat().st_size
 
 
 def _store(writer: SplitWriter, part: Part, tally: Tally, index: int) -> None:

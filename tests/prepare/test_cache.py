@@ -253,6 +253,7 @@ def test_an_answer_that_cannot_be_read_is_an_error(
     with pytest.raises(TypeError):
         pickle.loads(pickle.dumps(_Odd(name="x")))
     monkeypatch.setattr(build, "SMALL_BYTES", 1)
+    monkeypatch.setattr(build, "UNIT_BYTES", 700)
     plain = subprocess.Popen
     bad = b"\x80\x05cbuiltins\nint\n(S'x'\ntR."  # int('x')
 
@@ -272,7 +273,7 @@ def test_processes_end_with_the_one_that_started_them(
     script = textwrap.dedent(f"""
         from posttrain_dist.config import *
         from posttrain_dist.prepare import build, prepare_cached, workers
-        build.SMALL_BYTES = 1
+        build.SMALL_BYTES, build.UNIT_BYTES = 1, 700
         plain = workers.subprocess.Popen
         def start(*args, **kwargs):
             child = plain(*args, **kwargs)
