@@ -275,7 +275,9 @@ def test_lost_weights_are_never_saved(base, tmp_path, monkeypatch):
     assert not (folder / "logs" / "outcome.json").exists() and not (folder / "export").exists()
     last = numbers(folder)[-1]
     assert (last["step"], last["alarm/not_finite"]) == (5, 1.0)  # told before it ended
-    again = freeze(tmp_path / "again", replace(config, train=replace(config.train, resume=str(good))))
+    again = freeze(
+        tmp_path / "again", replace(config, train=replace(config.train, resume=str(good)))
+    )
     monkeypatch.undo()
     train(replace(config, train=replace(config.train, resume=str(good))), again)
     assert numbers(again)[-1]["step"] == 9

@@ -6,11 +6,12 @@ refusal of the row; else its name is noted in the sample's `faults`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain_dist.data.controls import Span
+from posttrain_dist.data.controls import REASONING, Span
 from posttrain_dist.data.conversation import Conversation
 
 
@@ -40,6 +41,21 @@ CHECKS: dict[str, Check] = {
         "let the template write all of the header under add_generation_prompt, or move "
         "{% generation %} to the end of that prompt",
     ),
+    "generation_marks": Check(
+        "error",
+        "Of each turn in the loss, what stands between {% generation %} marks is learned, and "
+        "nothing that is given at inference: no header and no earlier message.",
+        "begin {% generation %} where the generation prompt ends (not in a macro), in each branch "
+        "that writes a turn of the assistant; or set the weight of the turn to 0",
+    ),
+    "content_shown": Check(
+        "error",
+        "What the assistant says, thinks and calls stands in the text; a template may leave out "
+        "what it does not know, and the model would learn the rest.",
+        "choose a template that writes it; or write thoughts into the content as "
+        "<think>...</think>, and what stands beside a tool call into a turn of its own; or take "
+        "it out of the row",
+    ),
     "double_bos": Check(
         "error",
         "A second begin-of-text token is text that the model has never seen before.",
@@ -55,8 +71,14 @@ CHECKS: dict[str, Check] = {
     "no_target": Check(
         "error",
         "A row without a supervised token teaches nothing.",
-        "give the assistant something to say; if every row says this, the chat "
-        "template's {% generation %} marks are misplaced",
+        "give the assistant something to say, or its turns a weight; if every row says this, the "
+        "chat template's {% generation %} marks are misplaced",
+    ),
+    "empty_turn": Check(
+        "warning",
+        "A turn of the assistant without a word and without a tool call teaches to end at once.",
+        "nothing is to be done where silence is the right answer; else leave such rows out, or "
+        'give the turn "train": false',
     ),
     "truncated_target": Check(
         "warning",
@@ -121,13 +143,130 @@ def bos_fault(ids: Sequence[int], bos: int | None, eos: int | None, name: str) -
     return f"holds a second {name} token, as its token {wrong[0]}" if wrong else ""
 
 
-def unseen_fault(rendered: Conversation, plain: str) -> str:
-    """Tools or tool calls that the template does not write; `plain` is the text without tools."""
+def mark_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
+    """A turn of which nothing is learned, or more than what stands behind its inference prompt."""
+    if not spans:
+        verb = "marks" if rendered.by_marks else "writes"
+        return f"the chat template {verb} nothing of messages[{turn}], so it would not be learned"
+    prompt, start = rendered.prompt(turn), spans[0][0]
+    before = rendered.text[start : len(prompt)].strip() if start < len(prompt) else ""
+    if not before or not rendered.text.startswith(prompt):
+        return ""
+    return (
+        f"what the chat template marks of messages[{turn}] begins before that turn, so "
+        f"{before[:80]!r} would be learned"
+    )
+
+
+def empty_fault(rendered: Conversation, turn: int) -> str:
+    """A turn without words, thoughts and tool calls."""
+    silent = not rendered.says(turn) and not rendered.messages[turn].get("reasoning_content")
+    return f"messages[{turn}] says nothing" if silent else ""
+
+
+# --------------------------------------------------------------------------- what is left out
+
+
+def unseen_fault(rendered: Conversation, plain: str, first: int = 0) -> str:
+    """Tools, or calls in messages[first:], that the template does not write.
+
+    `plain` is the text without tools.
+    """
     if rendered.tools and plain == rendered.text:
         return "the chat template does not show the row's tools"
-    for i, message in enumerate(rendered.messages):
-        calls: Sequence[Any] = message.get("tool_calls") or ()
-        names = [call.get("function", call).get("name") for call in calls]
-        if any(isinstance(name, str) and name not in rendered.text for name in names):
+    for i, message in enumerate(rendered.messages[first:], first):
+        calls = message.get("tool_calls")
+        if not calls:
+            continue
+        rest, _ = _unwritten(message, _said(rendered, rendered.own_text(i)))
+        if not any(_name(call) in rest for call in calls):
             return f"the chat template does not show messages[{i}].tool_calls"
     return ""
+
+
+def shown_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
+    """What the assistant says, thinks or calls and the template leaves out, white space apart."""
+    if not spans:
+        return ""
+    message, (start, end) = rendered.messages[turn], (spans[0][0], spans[-1][1])
+    calls = message.get("tool_calls") or ()
+    if not calls and not message.get("reasoning_content"):
+        content = str(message.get("content") or "").strip()
+        # The usual case at once; a short content may stand in a header, or in an end token.
+        if not content or (len(content) > 40 and rendered.text.find(content, start, end) >= 0):
+            return ""
+    rest, field = _unwritten(message, _said(rendered, rendered.text[start:end]))
+    if field:
+        return f"the chat template does not write all of messages[{turn}].{field}"
+    at = 0
+    for call in calls:
+        name, arguments = _name(call), call.get("function", call).get("arguments")
+        at = rest.find(name, at) + len(name)
+        if at < len(name) or not all(any(f in rest for f in forms) for forms in _leaves(arguments)):
+            return f"the chat template does not write all of messages[{turn}].tool_calls"
+    return ""
+
+
+def _said(rendered: Conversation, text: str) -> str:
+    """Text without white space, and a line break for each of the template's own tokens."""
+    return "\n".join(_dense(part) for part in rendered.closing.split(text))
+
+
+def _unwritten(message: dict[str, Any], said: str) -> tuple[str, str]:
+    """`said` without thoughts and content, and the field of the message that is not in it."""
+    content, thought = (_words(message.get(k)) for k in ("content", "reasoning_content"))
+    for order in (thought + content, content + thought) if thought else (content,):
+        rest = _without(said, order)
+        if rest is not None:
+            return rest, ""
+    alone = _without(said, content)
+    return (said, "content") if alone is None else (alone, "reasoning_content")
+
+
+def _words(value: Any) -> list[str]:
+    """Text between the marks of thoughts, which a template may write in its own way."""
+    return [part for part in REASONING.split(value) if part.strip()] if value else []
+
+
+def _without(said: str, words: Sequence[str]) -> str | None:
+    """`said` without `words`, which stand in it one behind the other; null if they do not."""
+    kept, at = [], 0
+    for word in words:
+        found = [(said.find(form, at), len(form)) for form in _forms(word)]
+        start, length = next((each for each in found if each[0] >= 0), (-1, 0))
+        if start < 0:
+            return None
+        kept.append(said[at:start])
+        at = start + length
+    return "\n".join([*kept, said[at:]])
+
+
+def _leaves(value: Any) -> Iterator[tuple[str, ...]]:
+    """Each key and value of an argument, in the ways that templates write it."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield _forms(str(key))
+            yield from _leaves(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, float) and value.is_integer():
+        yield json.dumps(value), str(int(value))
+    elif value is not None:
+        yield _forms(value) if isinstance(value, str) else (json.dumps(value), str(value))
+
+
+def _forms(text: str) -> tuple[str, ...]:
+    """Text as it is, and as JSON writes it."""
+    plain, escaped = _dense(text), _dense(json.dumps(text, ensure_ascii=False)[1:-1])
+    if plain == escaped and text.isascii():
+        return (plain,)
+    return plain, escaped, _dense(json.dumps(text)[1:-1])
+
+
+def _name(call: dict[str, Any]) -> str:
+    return _dense(str(call.get("function", call).get("name")))
+
+
+def _dense(text: str) -> str:
+    return "".join(text.split())

@@ -21,9 +21,17 @@ if TYPE_CHECKING:
 Span = tuple[int, int]  # characters [start, end) of a text
 
 _MARKUP = re.compile(r"<\S+>|\[\S+\]")
-_REASONING = re.compile(r"</?think(ing)?>")  # what an assistant writes itself
+REASONING = re.compile(r"</?think(?:ing)?>")  # what an assistant writes itself
 _PRIVATE = range(0xE000, 0xF900)  # characters without a meaning of their own
 _ALIASES = 0xF0000  # first of the private characters that stand for control tokens
+_SPOKEN = ("content", "reasoning_content")  # of an assistant: its own words
+# Keys that the templates look up; all others are content.
+_STRUCTURE = frozenset(
+    {
+        *("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "type", "id"),
+        *("name", "function", "arguments", "description", "parameters"),
+    }
+)
 
 
 class Protected(NamedTuple):
@@ -55,7 +63,7 @@ class ControlTokens:
         names |= {
             name
             for name in added
-            if name in skeleton and _MARKUP.fullmatch(name) and not _REASONING.fullmatch(name)
+            if name in skeleton and _MARKUP.fullmatch(name) and not REASONING.fullmatch(name)
         }
         self.ids: dict[str, int] = {
             name: tokenizer.convert_tokens_to_ids(name) for name in sorted(names) if name
@@ -73,11 +81,10 @@ class ControlTokens:
         self._twin: tuple[Tokenizer, dict[int, int]] | None = None
         self._aliases = {n: chr(_ALIASES + i) * len(n) for i, n in enumerate(self.ids)}
         self.pattern = re.compile(_any(self.ids))
-        heads = {name[:i] for name in self.ids for i in range(1, len(name))}
-        tails = {name[i:] for name in self.ids for i in range(1, len(name))}
-        # Also the half of a token at either end of a text: the template may put the rest there.
-        self._risky = re.compile(rf"({_any(self.ids)})|({_any(heads)})(?=\s*\Z)")
-        self._risky_start = re.compile(rf"\s*({_any(tails)})")
+        # Thoughts are part of a turn, so their tokens never close one.
+        self.closers = tuple(n for n in self.ids if not REASONING.fullmatch(n))
+        self.closing = re.compile(_any(self.closers))
+        self._risky, self._risky_spoken = _Risky(self.ids), _Risky(self.closers)
 
     # -------------------------------------------------------------------------- before rendering
 
@@ -88,27 +95,31 @@ class ControlTokens:
 
         The character is empty where there was nothing to do.
         """
-        if not any(map(self._is_risky, _strings([messages, tools]))):
+        if not any(map(self._risky.is_in, _strings([messages, tools]))):
             return list(messages), list(tools), ""
         used = set().union(*(set(s) for s in _strings([messages, tools])))
         breaker = next(chr(code) for code in _PRIVATE if chr(code) not in used)
-        broken = [
-            {key: v if key == "role" else self._break(v, breaker) for key, v in m.items()}
-            for m in messages
-        ]
+        broken = [self._break_message(message, breaker) for message in messages]
         return broken, [self._break(tool, breaker) for tool in tools], breaker
 
-    def _is_risky(self, text: str) -> bool:
-        return bool(self._risky.search(text) or self._risky_start.match(text))
+    def _break_message(self, message: Message, breaker: str) -> Message:
+        broken = {}
+        for key, value in message.items():
+            is_spoken = key in _SPOKEN and message["role"] == "assistant"
+            if is_spoken and isinstance(value, str):
+                broken[key] = self._risky_spoken.broken(value, breaker)
+            else:
+                broken[key] = value if key == "role" else self._break(value, breaker)
+        return broken
 
     def _break(self, value: Any, breaker: str) -> Any:
         if isinstance(value, str):
-            value = self._risky.sub(lambda m: m[0][0] + breaker + m[0][1:], value)
-            start = self._risky_start.match(value)
-            end = start.end() - 1 if start else 0
-            return value[:end] + breaker + value[end:] if start else value
+            return self._risky.broken(value, breaker)
         if isinstance(value, dict):
-            return {key: self._break(item, breaker) for key, item in value.items()}
+            return {
+                key if key in _STRUCTURE else self._break(key, breaker): self._break(item, breaker)
+                for key, item in value.items()
+            }
         if isinstance(value, list | tuple):
             return [self._break(item, breaker) for item in value]
         return value
@@ -203,19 +214,46 @@ class ControlTokens:
         return twin, moved
 
 
-def _any(words: Any) -> str:
+class _Risky:
+    """Tokens in a text, and the half of one at either end: the template may put the rest there."""
+
+    def __init__(self, names: Any) -> None:
+        heads = {name[:i] for name in names for i in range(1, len(name))}
+        tails = {name[i:] for name in names for i in range(1, len(name))}
+        # Without groups: `re` then looks for the first characters of all of them at once.
+        self._inside = re.compile(_any(names) + "|" + _any(heads, behind=r"(?=\s*\Z)"))
+        self._at_start = re.compile(rf"\s*({_any(tails)})")
+
+    def is_in(self, text: str) -> bool:
+        return bool(self._inside.search(text) or self._at_start.match(text))
+
+    def broken(self, text: str, breaker: str) -> str:
+        text = self._inside.sub(lambda m: m[0][0] + breaker + m[0][1:], text)
+        start = self._at_start.match(text)
+        end = start.end() - 1 if start else 0
+        return text[:end] + breaker + text[end:] if start else text
+
+
+def _any(words: Any, behind: str = "") -> str:
     longest_first = sorted(words, key=lambda word: (-len(word), word))
-    return "|".join(map(re.escape, longest_first)) or r"(?!)"
+    return "|".join(re.escape(word) + behind for word in longest_first) or r"(?!)"
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every string in messages or tools but the roles."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            if key != "role":
-                yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
+    """Every string in messages or tools, keys too, but the roles and what templates look up."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                if key not in _STRUCTURE:
+                    yield key
+                if isinstance(item, str):
+                    if key != "role":
+                        yield item
+                else:
+                    waiting.append(item)
+        elif isinstance(value, list | tuple):
+            waiting += value

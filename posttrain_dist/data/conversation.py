@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from posttrain_dist.data.controls import Span
 from posttrain_dist.data.template import ChatTemplate
-from posttrain_dist.errors import DataError, ModelError
+from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Message
 
 _ADD_MARKS = (
@@ -36,20 +37,23 @@ class Conversation:
     ) -> None:
         self._template, self._controls = template, template.controls
         self.messages, self.tools, self.where = messages, tools, where
-        self._by_marks = template.marks_assistant if by_marks is None else by_marks
+        self.by_marks = template.marks_assistant if by_marks is None else by_marks
         self._starts: dict[int, int] = {}  # message -> its place, where the template is causal
         self._additions = template.additions if cut else None
         starts = self._starts if self._additions else None
         self.text, self._marks = template.render_marked(
-            messages, where, tools, generation_prompt=False, marks=self._by_marks, starts=starts
+            messages, where, tools, generation_prompt=False, marks=self.by_marks, starts=starts
         )
+        self._asked = (0, "")  # the prompt that was last cut from the text, and its turn
         self._prompts: dict[int, str] = {}
         self._prefixes: dict[int, str] = {len(messages): self.text}
 
     def prompt(self, turn: int) -> str:
         """What the model is given when it is to write message `turn`."""
         if self._additions and turn and turn in self._starts:
-            return self.text[: self._starts[turn]] + self._additions[0]
+            if self._asked[0] != turn:
+                self._asked = turn, self.text[: self._starts[turn]] + self._additions[0]
+            return self._asked[1]
         if turn not in self._prompts:
             try:
                 self._prompts[turn] = self._template.render(
@@ -84,11 +88,11 @@ class Conversation:
             wanted: the messages that are asked about; null: all of the assistant.
 
         Raises:
-            ModelError: that cannot be proved.
+            DataError: that cannot be proved for this row.
         """
         turns = [i for i, m in enumerate(self.messages) if m["role"] == "assistant"]
         asked = turns if wanted is None else [turn for turn in turns if turn in wanted]
-        found = self._marked_spans(turns, asked) if self._by_marks else self._prefix_spans(asked)
+        found = self._marked_spans(turns, asked) if self.by_marks else self._prefix_spans(asked)
         return {turn: [s for s in spans if s[0] < s[1]] for turn, spans in found.items()}
 
     def content_span(self, index: int) -> list[Span]:
@@ -98,13 +102,12 @@ class Conversation:
         the text is the same without them.
 
         Raises:
-            ModelError: that cannot be proved.
+            DataError: that cannot be proved for this row.
         """
         content = self.messages[index].get("content")
         if not isinstance(content, str) or not content.strip():
             return []
-        used = set(self.text).union(*(set(repr(m)) for m in self.messages))
-        left, right = [c for c in map(chr, range(0xF700, 0xF8FF)) if c not in used][:2]
+        left, right = self._signs()
         bare = content.strip()
         signed = content.replace(bare, left + bare + right, 1)
         messages = [*self.messages]
@@ -113,49 +116,64 @@ class Conversation:
         start, end = twin.find(left), twin.find(right) - 1
         once = twin.count(left) == twin.count(right) == 1 and start < end
         if not once or twin.replace(left, "").replace(right, "") != self.text:
-            raise ModelError(
-                f"{self.where}: the chat template changes messages[{index}].content, so its place "
-                "in the text cannot be proved",
-                where="chat template",
+            raise DataError(
+                f"the chat template changes messages[{index}].content, so its place in the text "
+                "cannot be proved",
+                where=self.where,
                 fix="set template.policy=assistant, and no weight on messages of other roles",
             )
         return [(start, self._widen(index, end))]
+
+    def own_text(self, turn: int) -> str:
+        """What message `turn` adds to the conversation; the whole where it cannot be the last."""
+        try:
+            prompt, upto = self.prompt(turn), self.upto(turn)
+        except DataError:
+            return self.text
+        if upto.startswith(prompt):
+            return upto[len(prompt) :]
+        pairs = zip(prompt, upto, strict=False)
+        return upto[next((i for i, (a, b) in enumerate(pairs) if a != b), len(upto)) :]
 
     # ------------------------------------------------------------------------------- inside
 
     def _marked_spans(self, turns: list[int], asked: list[int]) -> dict[int, list[Span]]:
         """By the template's own marks.
 
-        Marks around the content alone are widened by the end-of-turn token behind it.
+        Marks around the content alone are widened by the end-of-turn token behind it. Where
+        nothing is said, what a mark ends in may be a token of the header.
         """
         spans: dict[int, list[Span]] = {turn: [] for turn in asked}
-        one_each = dict(zip(turns, self._marks, strict=False))
-        if len(turns) == len(self._marks) and all(self._is_of(one_each[t], t) for t in asked):
-            spans = {turn: [one_each[turn]] for turn in asked}
+        places = {turn: i for i, turn in enumerate(turns)}
+        if len(turns) == len(self._marks) and all(self._has_one(t, places[t]) for t in asked):
+            spans = {turn: [self._marks[places[turn]]] for turn in asked}
         else:
             for span in self._marks:
                 owner = self._owner(turns, span)
                 if owner in spans:
                     spans[owner].append(span)
         for turn, found in spans.items():
-            if found and not self.ends_turn(found[-1]):
+            if found and not (self.ends_turn(found[-1]) and self.says(turn)):
                 found[-1] = (found[-1][0], self._widen(turn, found[-1][1]))
         return spans
 
-    def _is_of(self, span: Span, turn: int) -> bool:
-        """Whether a mark ends in what the turn adds to the text."""
-        return len(self.prompt(turn)) <= span[1] <= len(self.upto(turn))
+    def _has_one(self, turn: int, place: int) -> bool:
+        """Whether of all marks that at `place` alone ends in what the turn adds to the text."""
+        first, last, marks = len(self.prompt(turn)), len(self.upto(turn)), self._marks
+        if not first <= marks[place][1] <= last or (place and marks[place - 1][1] >= first):
+            return False
+        return place + 1 == len(marks) or marks[place + 1][1] > last
 
     def _owner(self, turns: list[int], span: Span) -> int:
         """The turn that a mark belongs to: a template may mark a turn twice, or not at all."""
         begun = [t for t in turns if self.text[: span[0]].startswith(self.prompt(t))]
-        if begun:
+        if begun and len(self.prompt(begun[-1])) <= span[1] <= len(self.upto(begun[-1])):
             return begun[-1]
-        raise ModelError(
-            f"{self.where}: the chat template marks {len(self._marks)} stretches of text for "
-            f"{len(turns)} assistant turns, and which is whose cannot be proved",
-            where="chat template",
-            fix=_ADD_MARKS,
+        raise DataError(
+            f"the chat template marks {len(self._marks)} stretches of text for {len(turns)} "
+            "assistant turns, and which is whose cannot be proved",
+            where=self.where,
+            fix=f"{_ADD_MARKS}; or set template.explode_turns=true",
         )
 
     def _prefix_spans(self, asked: list[int]) -> dict[int, list[Span]]:
@@ -163,36 +181,81 @@ class Conversation:
         spans = {}
         for turn in asked:
             prompt, upto = self.prompt(turn), self.upto(turn)
-            end = len(prompt) + self._turn_end(upto[len(prompt) :], self.messages[turn])
-            if not (upto.startswith(prompt) and self.text.startswith(upto[:end])):
-                raise ModelError(
-                    f"{self.where}: the chat template renders earlier turns differently once "
-                    f"later ones follow (seen at messages[{turn}]), so what the assistant says "
-                    "cannot be told from the rest",
-                    where="chat template",
+            if not upto.startswith(prompt):
+                raise DataError(
+                    f"the chat template's inference prompt does not begin what it writes of "
+                    f"messages[{turn}], so what the assistant says cannot be told from the rest",
+                    where=self.where,
+                    fix=_ADD_MARKS,
+                )
+            end = self._turn_end(turn)
+            if not self.text.startswith(upto[:end]):
+                raise DataError(
+                    "the chat template renders earlier turns differently once later ones follow "
+                    f"(seen at messages[{turn}]), so what the assistant says cannot be told from "
+                    "the rest",
+                    where=self.where,
                     fix=f"{_ADD_MARKS}; or set template.explode_turns=true",
                 )
             spans[turn] = [(len(prompt), end)]
         return spans
 
-    def _turn_end(self, added: str, message: Message) -> int:
-        """End of the turn in the text that it added: behind the special token that closes it."""
-        if message.get("tool_calls"):  # may be full of special tokens: the last one closes it
-            found = [m.end() for m in self._controls.pattern.finditer(added)]
-            return found[-1] if found else len(added)
-        content = (message.get("content") or "").strip()
-        thought = str(message.get("reasoning_content") or "").strip()
-        before = added.find(thought) + len(thought)  # what was thought may quote what is said
-        at = added.find(content, max(before, 0))
-        closing = self._controls.pattern.search(added, at + len(content) if at >= 0 else 0)
-        # A template without an end token: its separator is all that tells the end of the turn.
-        return closing.end() if closing else len(added)
+    def _turn_end(self, turn: int) -> int:
+        """End of the turn in `upto(turn)`: behind the special token that closes it.
+
+        A template without an end token: its separator is all that tells the end of the turn.
+        """
+        upto = self.upto(turn)
+        found = [m.span() for m in self._controls.closing.finditer(upto, len(self.prompt(turn)))]
+        if not found:
+            return len(upto)
+        is_last = not upto[found[-1][1] :].strip()
+        if self.messages[turn].get("tool_calls"):  # may be full of special tokens
+            return found[-1][1] if is_last else len(upto)
+        if is_last and len(found) == 1 and self.says(turn):
+            return found[0][1]  # what is said cannot stand behind it
+        # The header, or what was thought, has some too, or may quote what is said.
+        said = self._content_end(turn)
+        return next((end for start, end in found if start >= said), len(upto))
+
+    def _content_end(self, turn: int) -> int:
+        """Where the content of a turn ends in `upto(turn)`: proved by a sign that is put there."""
+        sign, _ = self._signs()
+        message = self.messages[turn]
+        content = message.get("content") or ""
+        bare = content.rstrip()
+        signed = {**message, "content": bare + sign + content[len(bare) :]}
+        messages = [*self.messages[:turn], signed]
+        twin = self._template.render(messages, self.where, tools=self.tools)
+        if twin.count(sign) != 1 or twin.replace(sign, "") != self.upto(turn):
+            raise DataError(
+                f"where messages[{turn}] ends in the text of the chat template cannot be proved",
+                where=self.where,
+                fix=f"{_ADD_MARKS}, or set its weight to 0",
+            )
+        return twin.index(sign)
+
+    def _signs(self) -> tuple[str, str]:
+        """Two characters that stand nowhere in the conversation."""
+        used = set(self.text).union(*(set(repr(m)) for m in self.messages))
+        first, second, *_ = (c for c in map(chr, range(0xF700, 0xF8FF)) if c not in used)
+        return first, second
+
+    @property
+    def closing(self) -> re.Pattern[str]:
+        """The special tokens, but those of thoughts."""
+        return self._controls.closing
+
+    def says(self, turn: int) -> bool:
+        """Whether the turn has words, or calls a tool."""
+        message = self.messages[turn]
+        return bool(message.get("tool_calls") or str(message.get("content") or "").strip())
 
     def ends_turn(self, span: Span) -> bool:
-        """Whether the last thing in the span is a special token."""
+        """Whether the last thing in the span is a special token, and none of a thought."""
         said = self.text[span[0] : span[1]]
-        names = self._controls.names
-        return said.endswith(names) or said.rstrip().endswith(names)
+        closers = self._controls.closers
+        return said.endswith(closers) or said.rstrip().endswith(closers)
 
     def _widen(self, turn: int, end: int) -> int:
         """`end` moved behind the special token that ends the message.
@@ -201,7 +264,7 @@ class Conversation:
         one stands what opens the next.
         """
         space = len(self.text) - end - len(self.text[end:].lstrip())
-        token = self._controls.pattern.match(self.text, end + space)
+        token = self._controls.closing.match(self.text, end + space)
         if not token:
             return end
         try:
@@ -213,5 +276,5 @@ class Conversation:
         return token.end() if nests or self._last_token(alone) == token[0] else end
 
     def _last_token(self, text: str) -> str:
-        found = [m for m in self._controls.pattern.finditer(text) if not text[m.end() :].strip()]
+        found = [m for m in self._controls.closing.finditer(text) if not text[m.end() :].strip()]
         return found[-1][0] if found else ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,13 @@ from posttrain_dist.flow import Record
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
-_BATCH = 256  # samples that the tokenizer is given at once
+# What the tokenizer is given at once: its answer takes some hundred bytes a character.
+_BATCH = 256  # samples
+_BATCH_CHARACTERS = 1 << 20
+_MERGES = (
+    "end the prompt where a token ends: move spaces or line breaks from the end of the prompt to "
+    "the beginning of the completion"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +100,9 @@ class Encoder:
         A row that was cut may be left without any supervised token; the caller decides.
 
         Raises:
-            DataError: the row cannot be used, or a check fails and `strict` is set.
-            ModelError, ConfigError: the chat template cannot be used, or not be masked.
+            DataError: the row cannot be used or not be masked, or a check fails and `strict` is
+                set.
+            ModelError, ConfigError: the chat template cannot be used.
         """
         (result,) = self.encode_many([record])
         if isinstance(result, PosttrainError):
@@ -108,24 +115,47 @@ class Encoder:
         Only a DataError is returned; others say that no row can be encoded, and are raised.
         """
         results: list[list[Encoded] | PosttrainError] = []
-        waiting: list[tuple[int, Sample]] = []
+        batch: list[tuple[int, Sample]] = []
+        num_characters = 0
         for i, record in enumerate(records):
             results.append([])
+            full = None  # a sample of this row whose prompt fills the limit
             try:
-                waiting += [(i, sample) for sample in self._supervision.samples(record)]
+                for sample in self._supervision.samples(record):
+                    if full and _begins_alike(sample, full):
+                        self._leave_out(sample, results[i])
+                        continue
+                    batch.append((i, sample))
+                    num_characters += len(sample.protected.text)
+                    if len(batch) >= _BATCH or num_characters >= _BATCH_CHARACTERS:
+                        self._finish_batch(batch, results)
+                        full = sample if sample.num_filling else full
+                        batch, num_characters = [], 0
+                    if isinstance(results[i], PosttrainError):
+                        break
             except DataError as error:
                 results[i] = error
-        for first in range(0, len(waiting), _BATCH):
-            batch = waiting[first : first + _BATCH]
-            for (i, sample), encoding in zip(batch, self._tokenise(batch), strict=True):
-                done = results[i]
-                if isinstance(done, PosttrainError):
-                    continue
-                try:
-                    done += self._finish(sample, encoding)
-                except DataError as error:
-                    results[i] = error
+        self._finish_batch(batch, results)
         return results
+
+    def _finish_batch(
+        self, batch: Sequence[tuple[int, Sample]], results: list[list[Encoded] | PosttrainError]
+    ) -> None:
+        """Tokenise the samples, and put each to the results of its row."""
+        for (i, sample), encoding in zip(batch, self._tokenise(batch), strict=True):
+            done = results[i]
+            if isinstance(done, PosttrainError):
+                continue
+            try:
+                done += self._finish(sample, encoding)
+            except DataError as error:
+                results[i] = error
+
+    def _leave_out(self, sample: Sample, done: list[Encoded] | PosttrainError) -> None:
+        """A sample that is cut as the last one of its row was: before its first target."""
+        if self._long_rows is LongRows.truncate and isinstance(done, list):
+            faults = tuple(dict.fromkeys([*sample.faults, *done[-1].faults]))
+            done.append(replace(done[-1], faults=faults))
 
     # ---------------------------------------------------------------------------- text -> tokens
 
@@ -168,6 +198,8 @@ class Encoder:
         weight_L[0] = 0  # nothing stands before the first token to predict it from
         if not weight_L.any():
             sample.note("no_target", "the row has no supervised token", self._choice.strict)
+        if len(ids) > self._max_length and self._choice.explode_turns and sample.prompts:
+            sample.num_filling = self._filling(sample, ids, offsets)
         return self._cut(sample, np.array(ids, np.int32), weight_L)
 
     def _weigh(
@@ -180,7 +212,8 @@ class Encoder:
         for length, name in sample.prompts:
             if "prompt_prefix" not in sample.faults:
                 fault = self._token_fault(sample, ids, offsets, length, name)
-                sample.note("prompt_prefix", fault, self._choice.strict)
+                fix = _MERGES if sample.is_text else ""
+                sample.note("prompt_prefix", fault, self._choice.strict, fix)
         weight_L = token_weights(offsets, sample.spans)
         if sample.is_text:
             weight_L[-1] = 1  # the end token
@@ -253,7 +286,36 @@ class Encoder:
             faults.append("truncated_target")
         elif weight_L[limit:].any() and sample.spans and not sample.is_text:
             faults.append("end_of_turn")
-        return [Encoded(ids_L[:limit], weight_L[:limit], True, tuple(dict.fromkeys(faults)))]
+        ids_L, weight_L = ids_L[:limit].copy(), weight_L[:limit].copy()  # not a view of the whole
+        return [Encoded(ids_L, weight_L, True, tuple(dict.fromkeys(faults)))]
+
+    def _filling(self, sample: Sample, ids: list[int], offsets: list[Span]) -> int:
+        """Characters before the first target whose tokens alone fill the limit; 0: too few.
+
+        They end with a control token, so that they give the same tokens whatever follows.
+        """
+        if sample.is_text or sample.protected.aliased or self._long_rows is LongRows.split:
+            return 0
+        controls = self.template.controls
+        if not controls.are_borders:
+            return 0
+        for i in range(self._max_length, len(ids)):
+            if offsets[i][1] > sample.spans[0][0]:
+                break
+            if ids[i] in controls.numbers:
+                return offsets[i][1]
+        return 0
+
+
+def _begins_alike(sample: Sample, full: Sample) -> bool:
+    """Whether what fills the limit in `full` also stands before all that `sample` teaches."""
+    num = full.num_filling
+    text = sample.protected.text
+    return (
+        sample.protected.aliased is None
+        and all(span[0] >= num for span in sample.spans)
+        and text[:num] == full.protected.text[:num]
+    )
 
 
 def token_weights(

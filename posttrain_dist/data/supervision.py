@@ -31,12 +31,15 @@ class Sample:
     prompts: list[tuple[int, str]] = field(default_factory=list)  # (length, name): of each turn
     faults: list[str] = field(default_factory=list)
     is_text: bool = False  # no template: the tokenizer adds its own special tokens
+    num_filling: int = 0  # characters before the first target that alone fill the limit
     # Of a row that comes as tokens:
     ids: list[int] | None = None
     weights: npt.NDArray[np.float32] | None = None
 
-    def note(self, name: str, what: str, strict: bool) -> None:
+    def note(self, name: str, what: str, strict: bool, fix: str = "") -> None:
         """Write a fault down, or refuse the row for it; an empty `what` is no fault.
+
+        `fix` is for this row, if that of the check is not.
 
         Raises:
             DataError: the check is of level "error", and `strict` is set.
@@ -45,7 +48,7 @@ class Sample:
             return
         check = CHECKS[name]
         if strict and check.level == "error":
-            raise DataError(what, where=self.where, fix=check.fix)
+            raise DataError(what, where=self.where, fix=fix or check.fix)
         if name not in self.faults:
             self.faults.append(name)
 
@@ -66,7 +69,7 @@ class Supervision:
 
         Raises:
             DataError: the row cannot be used, or a check fails and `strict` is set.
-            ModelError, ConfigError: the chat template cannot be used, or not be masked.
+            ModelError, ConfigError: the chat template cannot be used.
         """
         if record.chosen or record.rejected:
             raise DataError(
@@ -100,13 +103,15 @@ class Supervision:
     def _chat(self, record: Record) -> Iterator[Sample]:
         weights = self._weights(record)
         messages, tools, breaker = self._template().controls.break_up(record.messages, record.tools)
-        if not self._choice.explode_turns:
+        if not self._choice.explode_turns or not any(weights):
             yield self._conversation(record, messages, tools, breaker, weights)
             return
+        first = 0
         for turn, weight in enumerate(weights):
-            if weight and messages[turn]["role"] == "assistant":
+            if weight:
                 only = [0.0] * turn + [weight]
-                yield self._conversation(record, messages[: turn + 1], tools, breaker, only)
+                yield self._conversation(record, messages[: turn + 1], tools, breaker, only, first)
+                first = turn + 1
 
     def _weights(self, record: Record) -> list[float]:
         """The weight of each message: what the row says, else what the policy says."""
@@ -137,6 +142,13 @@ class Supervision:
                     where=record.where,
                     fix="remove the weight: the model is not to learn what tools answer",
                 )
+            if weight and roles[i] != "assistant" and self._choice.explode_turns:
+                raise DataError(
+                    f"messages[{i}] is of the {roles[i]} and has a weight in the loss, and "
+                    "template.explode_turns=true teaches turns of the assistant only",
+                    where=record.where,
+                    fix="remove the weight, or set template.explode_turns=false",
+                )
         return weights
 
     def _conversation(
@@ -146,7 +158,9 @@ class Supervision:
         tools: Sequence[Any],
         breaker: str,
         weights: Sequence[float],
+        first: int = 0,
     ) -> Sample:
+        """A sample; calls before messages[first] are not looked at again."""
         where = record.where
         rendered = Conversation(self._template(), messages, where, tools)
         protected = self._template().controls.restore(rendered.text, breaker, where)
@@ -154,7 +168,7 @@ class Supervision:
         if protected.forged:
             sample.faults.append("control_tokens")
         if tools or any("tool_calls" in message for message in messages):
-            self._refuse_unseen(rendered)
+            self._refuse_unseen(rendered, first)
         turns = rendered.turn_spans([i for i, weight in enumerate(weights) if weight])
         for i, weight in enumerate(weights):
             if not weight:
@@ -166,9 +180,9 @@ class Supervision:
         sample.spans.sort()
         return sample
 
-    def _refuse_unseen(self, rendered: Conversation) -> None:
+    def _refuse_unseen(self, rendered: Conversation, first: int) -> None:
         plain = self._template().render(rendered.messages, rendered.where) if rendered.tools else ""
-        what = checks.unseen_fault(rendered, plain)
+        what = checks.unseen_fault(rendered, plain, first)
         if what:
             raise DataError(
                 what,
@@ -182,6 +196,9 @@ class Supervision:
         strict = self._choice.strict
         sample.note("prompt_prefix", checks.prompt_text_fault(rendered, turn, spans), strict)
         sample.note("generation_prompt", checks.gap_fault(rendered, turn, spans), strict)
+        sample.note("generation_marks", checks.mark_fault(rendered, turn, spans), strict)
+        sample.note("content_shown", checks.shown_fault(rendered, turn, spans), strict)
+        sample.note("empty_turn", checks.empty_fault(rendered, turn), strict)
         sample.note("end_of_turn", checks.end_fault(rendered, turn, spans), strict)
         length = sample.protected.place(len(rendered.prompt(turn)))
         if "prompt_prefix" not in sample.faults:

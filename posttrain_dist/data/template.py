@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -25,8 +26,16 @@ _NEEDS = re.compile(r"\{#-?\s*tokens:(.*?)-?#\}", re.DOTALL)
 # Content in the conversation that shows a template's skeleton; roles that it refuses are left out.
 _PROBES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
 # Fields of a message that transformers knows under several names.
-_RENAMED = ("reasoning_content", "thinking", "reasoning")
+_RENAMED = frozenset({"reasoning_content", "thinking", "reasoning"})
+_CALLS = frozenset({"tool_calls"})
 _NOTHING: nullcontext[None] = nullcontext()
+# What Jinja raises when a template does what it cannot do with a row.
+_REFUSALS = (
+    *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
+    RecursionError,
+)
+_ARGUMENTS = {"probe_key": "probe value"}
+_ANSWER = {"role": "assistant", "content": "a"}
 
 
 # ------------------------------------------------------------------------------------ choosing
@@ -156,13 +165,27 @@ class ChatTemplate:
         """Text, and with `marks` what stands between the template's `{% generation %}` marks.
 
         `starts`, where given, is filled with the place of each message, and of the end of the
-        last: see data/causal.py.
+        last: see data/causal.py. Arguments of tool calls are given to the template as an object,
+        or as JSON text if only that comes out as JSON.
         """
+        if not all(map(_CALLS.isdisjoint, messages)) and self._arguments_as_text(where):
+            messages = [_with_text(message) for message in messages]
+        return self._render(messages, where, tools, generation_prompt, marks, starts)
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        where: str,
+        tools: Sequence[Any] = (),
+        generation_prompt: bool = False,
+        marks: bool = False,
+        starts: dict[int, int] | None = None,
+    ) -> tuple[str, list[Span]]:
         # Not apply_chat_template: it gives no character spans, and its token mask loses the last
         # bytes of a character that is several tokens.
         try:
             compiled = self._compiled
-            if compiled is None or any(key in message for message in messages for key in _RENAMED):
+            if compiled is None or not all(map(_RENAMED.isdisjoint, messages)):
                 return self._render_slowly(messages, tools, generation_prompt, marks)
             pieces, spans = Pieces(), list[Span]()
             given = list(messages) if starts is None else Watched(messages, pieces, starts)
@@ -181,7 +204,7 @@ class ChatTemplate:
             raise ModelError(
                 f"is not valid Jinja: {error}", where="chat template", fix="mend the template"
             ) from error
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        except _REFUSALS as error:
             raise DataError(
                 f"the chat template refuses this conversation: {error}",
                 where=where,
@@ -208,6 +231,46 @@ class ChatTemplate:
                 return None
             found.append(text[starts[1] :])
         return found[0], found[1]
+
+    def _arguments_as_text(self, where: str) -> bool:
+        """Whether the template is given the arguments of tool calls as JSON text.
+
+        Raises:
+            DataError: they come out neither way.
+        """
+        if self._arguments is None:
+            raise DataError(
+                "the chat template writes the arguments of tool calls as Python does, not as JSON",
+                where=where,
+                fix="write tool_call.function.arguments | tojson in the template, or leave out "
+                "the rows that call tools",
+            )
+        return self._arguments == "text"
+
+    @cached_property
+    def _arguments(self) -> str | None:
+        """What calls are given to the template with: "object" or "text"; null: neither works."""
+        as_object, as_text = self._probe_call(_ARGUMENTS), self._probe_call(json.dumps(_ARGUMENTS))
+        is_python = as_object is not None and repr(_ARGUMENTS) in as_object
+        if as_object is not None and not is_python:
+            return "object"
+        if as_text is not None and (json.dumps(_ARGUMENTS) in as_text or not is_python):
+            return "text"
+        return None if is_python else "object"
+
+    def _probe_call(self, arguments: Any) -> str | None:
+        """A conversation with a call; null where the template refuses it."""
+        function = {"name": "probe", "arguments": arguments}
+        call = {"type": "function", "id": "a23456789", "function": function}
+        ask = {"role": "user", "content": "a"}
+        said: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        result = {"role": "tool", "content": "a", "tool_call_id": call["id"], "name": "probe"}
+        for messages in ([ask, said], [ask, said, result], [ask, said, result, _ANSWER]):
+            try:
+                return self._render(messages, "probe")[0]
+            except DataError:
+                continue
+        return None
 
     @cached_property
     def _compiled(self) -> Any:
@@ -246,3 +309,18 @@ class ChatTemplate:
             except DataError:
                 continue
         return ""
+
+
+def _with_text(message: Message) -> Message:
+    """The message with the arguments of its tool calls as JSON text."""
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [_call_with_text(c) for c in calls]} if calls else message
+
+
+def _call_with_text(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    if not isinstance(function.get("arguments"), dict | list):
+        return call
+    text = json.dumps(function["arguments"], ensure_ascii=False)
+    written = {**function, "arguments": text}
+    return {**call, "function": written} if "function" in call else written

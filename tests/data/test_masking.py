@@ -133,8 +133,10 @@ def test_a_turn_marked_in_two_places_and_one_not_marked(tokenizer_of: TokenizerO
     )
     row = record(("user", "x"), ("assistant", "skip"), ("user", "y"), ("assistant", "abc"))
     tokenizer = tokenizer_of(template)
-    assert supervised(tokenizer, row) == ["a", "<|end|>"]
-    weighed = encode(tokenizer, replace(row, weights=(None, 9.0, None, 0.5)))
+    assert supervised(tokenizer, row, strict=False) == ["a", "<|end|>"]
+    assert supervised(tokenizer, row, policy=Policy.last_turn) == ["a", "<|end|>"]
+    weighed = encode(tokenizer, replace(row, weights=(None, 9.0, None, 0.5)), strict=False)
+    assert weighed.faults == ("generation_marks",)
     assert set(weighed.weight_L.tolist()) == {0.0, 0.5}
 
 
@@ -145,7 +147,7 @@ def test_next_header_is_not_taken_for_the_end_of_a_turn(tokenizer_of: TokenizerO
 
 def test_template_whose_prefixes_do_not_nest_is_refused(tokenizer_of: TokenizerOf) -> None:
     tokenizer = tokenizer_of(SHIFTING)
-    with pytest.raises(ModelError, match=r"(?s)rows\.jsonl:7.*messages\[2\].*\{% generation %\}"):
+    with pytest.raises(DataError, match=r"(?s)rows\.jsonl:7.*messages\[2\].*\{% generation %\}"):
         supervised(tokenizer, TWO)
     single = record(("user", "x"), ("assistant", "y"))
     assert supervised(tokenizer, single) == ["<think></think>y<|end|>"]
@@ -199,9 +201,10 @@ def test_policies(
 def test_all_is_refused_where_a_template_changes_what_is_said(tokenizer_of: TokenizerOf) -> None:
     loud = CHATML.replace("m.content +", "(m.content | upper) +")
     # Capitals do not move the signs, so the place is still proved.
-    assert supervised(tokenizer_of(loud), FOUR, policy=Policy.all)[0] == "BE KIND<|end|>"
+    said = supervised(tokenizer_of(loud), FOUR, policy=Policy.all, strict=False)
+    assert said[0] == "BE KIND<|end|>"
     twice = CHATML.replace("m.content +", "m.content + m.content +")
-    with pytest.raises(ModelError, match=r"rows\.jsonl:7.*messages\[0\]\.content.*be proved"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:7.*messages\[0\]\.content.*be proved"):
         supervised(tokenizer_of(twice), FOUR, policy=Policy.all)
 
 

@@ -247,7 +247,7 @@ def test_marks_and_prefixes_agree(
     rewrites = rewrites or (family == "mistral" and messages is CHAT)
     by_prefix = Conversation(template, messages, "w", by_marks=False)
     if rewrites:
-        with pytest.raises(ModelError, match=r"renders earlier turns differently.*messages\["):
+        with pytest.raises(DataError, match=r"renders earlier turns differently.*messages\["):
             by_prefix.turn_spans()
         choice = Template(name=family)
         with pytest.raises(DataError, match=r"(?s)rows\.jsonl:7.*template\.explode_turns=true"):

@@ -16,7 +16,7 @@ from posttrain_launch.cli import main
 FORGETS = (
     "{% for m in messages %}<|{{ m.role }}|>"
     "{% if m.role == 'assistant' %}{% generation %}"
-    "{{ m.content if loop.last else 'gone' }}<|end|>{% endgeneration %}"
+    "{{ m.content if loop.last else m.content[:1] }}<|end|>{% endgeneration %}"
     "{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
