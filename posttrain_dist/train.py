@@ -310,7 +310,8 @@ def _watched_tokens(config: RunConfig) -> dict[int, str]:
 
 def _recipe(config: RunConfig, inputs: dict[str, Any]) -> dict[str, str]:
     """What decides which samples are in which step."""
-    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
+    given = {name: value for name, value in inputs.items() if name != "versions"}
+    digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode())
     return {
         "objective": type(config.objective).__name__.lower(),
         "seed": str(config.seed),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -16,9 +17,14 @@ from posttrain_dist.errors import DataError, PosttrainError
 from posttrain_dist.files import sync
 
 KEPT_DAYS = 30  # that an entry stays after its last use
+_ENTRY = re.compile(r"[0-9a-f]{32}")
 
 Build = Callable[[Path], None]  # fills an empty folder
 Say = Callable[[str], None]
+
+
+class Unwritable(DataError):
+    """A place for prepared data cannot be written to; the rows may be good."""
 
 
 def cache_folder(named: str | None) -> Path:
@@ -36,7 +42,7 @@ def obtain(cached: Path, build: Build, say: Say) -> Path:
     one that was cut, is built anew.
 
     Raises:
-        DataError: it is not there, and the cache cannot be written to.
+        Unwritable: it is not there, and the cache cannot be written to.
         PosttrainError: what `build` raises, with nothing left behind.
     """
     try:
@@ -62,9 +68,7 @@ def fetch(cached: Path, folder: Path, build: Build, say: Say) -> None:
     """Put the cached entry at `folder`; where the cache cannot be used, build `folder` itself."""
     try:
         source = obtain(cached, build, say)
-    except DataError as error:
-        if not isinstance(error.__cause__, OSError):
-            raise
+    except Unwritable as error:
         say(f"{cached.parent}: {error.what}; data.cache names another; preparing without one")
         make_whole(folder, build)
         return
@@ -88,7 +92,7 @@ def make_whole(folder: Path, build: Build) -> None:
     What `build` raises is passed on, with nothing left behind.
 
     Raises:
-        DataError: the place cannot be written to.
+        Unwritable: the place cannot be written to.
     """
     partial = folder.with_name(folder.name + ".partial")
     try:
@@ -110,8 +114,8 @@ def make_whole(folder: Path, build: Build) -> None:
         raise
 
 
-def _unwritable(place: Path, error: OSError) -> DataError:
-    return DataError(
+def _unwritable(place: Path, error: OSError) -> Unwritable:
+    return Unwritable(
         f"the prepared data cannot be written: {error.strerror}",
         where=str(place),
         fix="check permissions and free space there, or set data.cache to another folder",
@@ -132,16 +136,18 @@ def _take(lock: int, say: Say) -> None:
 def _sweep(cache: Path) -> None:
     """Remove what killed processes left, and entries that nobody has used for long.
 
-    A run that was started from an entry has its own links to the files.
+    A run that was started from an entry has its own links to the files. Only names that entries
+    have are looked at: the folder may hold other things.
     """
-    for left in cache.glob("*.partial"):
-        with _free(left.with_suffix(".lock")) as free:
-            if free and left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
     for lock in cache.glob("*.lock"):
         entry = lock.with_suffix("")
+        if not _ENTRY.fullmatch(entry.name):
+            continue
         with _free(lock) as free, contextlib.suppress(OSError):
-            if free and time.time() - entry.stat().st_mtime > KEPT_DAYS * 86400:
+            if not free:
+                continue
+            shutil.rmtree(entry.with_suffix(".partial"), ignore_errors=True)
+            if time.time() - entry.stat().st_mtime > KEPT_DAYS * 86400:
                 shutil.rmtree(entry, ignore_errors=True)
 
 

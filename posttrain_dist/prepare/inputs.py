@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from posttrain_dist import data as data_package
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.records import Reader
 from posttrain_dist.data.sources import FileSet, file_sets
@@ -19,7 +20,8 @@ from posttrain_dist.models.folder import check_folder, check_tokenizer, load_tok
 from posttrain_dist.prepare.cache import cache_folder
 from posttrain_dist.prepare.digests import Digests, state
 
-FORMAT = 3  # of the prepared folder and what is in it; a change makes older folders unreadable
+FORMAT = 3  # of the prepared folder; a change makes older folders unreadable
+LIBRARIES = ("jinja2", "tokenizers", "transformers")
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -73,7 +75,7 @@ def look(config: RunConfig, *, only_heldout: bool) -> Inputs:
     states = {file: state(file) for each in sets for file in each.files}
     digest = {
         "format": FORMAT,
-        "versions": {name: version(name) for name in ("tokenizers", "transformers")},
+        "versions": {name: version(name) for name in LIBRARIES} | {"posttrain-dist": _code()},
         "rows": rows,
         "only_heldout": only_heldout,
         "max_length": data.max_length,
@@ -114,6 +116,14 @@ def _readers(sets: list[FileSet], config: RunConfig) -> list[Reader]:
             problems.append(error)
     raise_all(problems)
     return readers
+
+
+def _code() -> str:
+    """A digest of the code that turns rows into samples: what it fixes is not in older entries."""
+    folders = (Path(data_package.__file__).parent, Path(__file__).parent)
+    files = sorted(p for f in folders for p in f.rglob("*") if p.suffix in (".py", ".jinja"))
+    text = b"".join(path.name.encode() + path.read_bytes() for path in files)
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def refuse_changed(inputs: Inputs) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from posttrain_dist import data as data_package
 from posttrain_dist.build import make_mixture
 from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, complete
 from posttrain_dist.data import OnBadRow, Source
@@ -126,6 +128,21 @@ def test_a_digest_is_remembered_until_the_file_changes(tmp_path: Path) -> None:
     assert Digests(store).of(file) == second
 
 
+def test_other_code_makes_another_entry(
+    make: Any, builders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make(train=str(of_task(builders, tmp_path / "rows.jsonl", "t", 20)))
+    prepare(config, tmp_path / "p")
+    first = prepare_cached(config)
+    code = tmp_path / "code"
+    shutil.copytree(Path(data_package.__file__).parent, code)
+    with (code / "masking.py").open("a") as stream:
+        stream.write("# mended\n")
+    monkeypatch.setattr(data_package, "__file__", str(code / "__init__.py"))
+    assert prepare_cached(config) != first
+    prepare(config, tmp_path / "p")  # a run that was begun goes on all the same
+
+
 # --------------------------------------------------------------------------- lost, left, old
 
 
@@ -177,19 +194,40 @@ def test_a_cache_that_cannot_be_used_is_said(make: Any, builders: Any, tmp_path:
         prepare_cached(config)
 
 
+def test_a_fault_of_the_data_is_none_of_the_cache(
+    make: Any, builders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = of_task(builders, tmp_path / "rows.jsonl", "t", 20)
+    plain, built = build.encode, []
+
+    def gone(*args: Any) -> Any:
+        built.append(args)
+        yield from plain(*args)
+        data.unlink()
+
+    monkeypatch.setattr(build, "encode", gone)
+    said: list[str] = []
+    with pytest.raises(DataError, match="cannot be read"):
+        prepare(make(train=str(data)), tmp_path / "p", say=said.append)
+    assert len(built) == 1 and not said
+
+
 def test_what_a_killed_process_left_is_removed_by_the_next(
     make: Any, builders: Any, tmp_path: Path
 ) -> None:
     left, old = tmp_path / "c" / ("a" * 32 + ".partial"), tmp_path / "c" / ("b" * 32)
-    for folder in (left, old):
+    others = [tmp_path / "c" / "download.partial", tmp_path / "c" / "model"]
+    for folder in (left, old, *others):
         folder.mkdir(parents=True)
         folder.with_suffix(".lock").touch()
+        os.utime(folder, (1, 1) if folder in others else None)
     recent = prepare_cached(make(train=str(of_task(builders, tmp_path / "a.jsonl", "t", 9))))
     assert not left.exists() and old.exists()
     then = time.time() - (KEPT_DAYS + 1) * 86400
     os.utime(old, (then, then))
     prepare_cached(make(train=str(of_task(builders, tmp_path / "b.jsonl", "t", 8))))
     assert not old.exists() and recent.exists()
+    assert all(folder.is_dir() for folder in others)  # somebody else's
 
 
 def test_a_run_goes_on_when_its_data_is_gone(make: Any, builders: Any, tmp_path: Path) -> None:
