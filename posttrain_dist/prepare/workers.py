@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import pickle
 import queue
@@ -152,6 +153,7 @@ def work(parent: int) -> None:
     os.dup2(2, 1)  # what a library prints must not get among the answers
     try:
         encoder = RowEncoder(pickle.load(stdin))
+        gc.freeze()  # what the libraries hold need not be looked through again and again
         while True:
             task = pickle.load(stdin)
             end: Exception | None = None
