@@ -56,10 +56,22 @@ CHECKS: dict[str, Check] = {
         "<think>...</think>, and what stands beside a tool call into a turn of its own; or take "
         "it out of the row",
     ),
+    "tools_shown": Check(
+        "error",
+        "A model that is to call tools reads their description in the prompt, and each call stands "
+        "in its own turn; a template may write neither.",
+        "choose a template that knows tools, or leave them out of the row",
+    ),
+    "tools_listed": Check(
+        "warning",
+        "The row lists tools that nobody calls, and the chat template does not write them.",
+        "nothing is to be done where the answers do without tools; else choose a template that "
+        "knows tools",
+    ),
     "double_bos": Check(
         "error",
         "A second begin-of-text token is text that the model has never seen before.",
-        "remove the one in the row, or one of those that the chat template writes",
+        "remove the one with which the row begins, or one of those that the chat template writes",
     ),
     "end_of_turn": Check(
         "error",
@@ -88,7 +100,8 @@ CHECKS: dict[str, Check] = {
     "control_tokens": Check(
         "warning",
         "The content quotes control tokens of the template; they are encoded as plain text, so "
-        "that no content can forge a turn.",
+        "that no content can forge a turn. In a row of plain text they are what they say: it "
+        "begins or ends in the middle.",
         "nothing is to be done where the text means to quote them; else clean the data",
     ),
 }
@@ -97,7 +110,7 @@ CHECKS: dict[str, Check] = {
 def prompt_text_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
     """A turn whose inference prompt, or whose own text, is not that of the training text."""
     if not rendered.text.startswith(rendered.prompt(turn)):
-        return f"the inference prompt of messages[{turn}] does not begin the training text"
+        return rendered.other_prompt(turn, rendered.text)
     end = spans[-1][1] if spans else len(rendered.prompt(turn))
     if rendered.upto(turn)[:end] != rendered.text[:end]:
         return (
@@ -128,8 +141,12 @@ def gap_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
 
 def end_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
     """A turn whose last supervised character is not that of a special token."""
-    if not spans or rendered.ends_turn(spans[-1]):
+    if not spans:
         return ""
+    if rendered.ends_turn(spans[-1]):
+        if not rendered.stops_early(turn, spans[-1]):
+            return ""
+        return f"not all of the tokens that end messages[{turn}] are supervised"
     return f"no end-of-turn token is supervised in messages[{turn}]"
 
 
@@ -143,15 +160,20 @@ def bos_fault(ids: Sequence[int], bos: int | None, eos: int | None, name: str) -
     return f"holds a second {name} token, as its token {wrong[0]}" if wrong else ""
 
 
+def quote_fault(ids: Sequence[int], bos: int | None, eos: int | None) -> str:
+    """A row of plain text that holds a token which begins or ends one."""
+    inside = ids[1:-1]
+    return "holds a begin or an end of text" if bos in inside or eos in inside else ""
+
+
 def mark_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
     """A turn of which nothing is learned, or more than what stands behind its inference prompt."""
     if not spans:
         verb = "marks" if rendered.by_marks else "writes"
         return f"the chat template {verb} nothing of messages[{turn}], so it would not be learned"
-    prompt, start = rendered.prompt(turn), spans[0][0]
-    before = rendered.text[start : len(prompt)].strip() if start < len(prompt) else ""
-    if not before or not rendered.text.startswith(prompt):
+    if turn not in rendered.early:
         return ""
+    before = rendered.text[rendered.early[turn] : spans[0][0]].strip()
     return (
         f"what the chat template marks of messages[{turn}] begins before that turn, so "
         f"{before[:80]!r} would be learned"
@@ -178,8 +200,12 @@ def unseen_fault(rendered: Conversation, plain: str, first: int = 0) -> str:
         calls = message.get("tool_calls")
         if not calls:
             continue
-        rest, _ = _unwritten(message, _said(rendered, rendered.own_text(i)))
-        if not any(_name(call) in rest for call in calls):
+        said = _said(rendered, rendered.own_text(i))
+        rest, _ = _unwritten(message, said)
+        if any(_name(call) in rest for call in calls):
+            continue
+        # What was taken for the content may be the call.
+        if not any(_name(call) in said for call in calls) or rendered.shows_content(i):
             return f"the chat template does not show messages[{i}].tool_calls"
     return ""
 
@@ -190,11 +216,11 @@ def shown_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str
         return ""
     message, (start, end) = rendered.messages[turn], (spans[0][0], spans[-1][1])
     calls = message.get("tool_calls") or ()
-    if not calls and not message.get("reasoning_content"):
-        content = str(message.get("content") or "").strip()
-        # The usual case at once; a short content may stand in a header, or in an end token.
-        if not content or (len(content) > 40 and rendered.text.find(content, start, end) >= 0):
-            return ""
+    content = str(message.get("content") or "").strip()
+    # The usual case at once; a short content may stand in a header, or in an end token.
+    is_shown = not content or (len(content) > 40 and rendered.text.find(content, start, end) >= 0)
+    if is_shown and not calls and not message.get("reasoning_content"):
+        return ""
     rest, field = _unwritten(message, _said(rendered, rendered.text[start:end]))
     if field:
         return f"the chat template does not write all of messages[{turn}].{field}"
@@ -203,7 +229,8 @@ def shown_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str
         name, arguments = _name(call), call.get("function", call).get("arguments")
         at = rest.find(name, at) + len(name)
         if at < len(name) or not all(any(f in rest for f in forms) for forms in _leaves(arguments)):
-            return f"the chat template does not write all of messages[{turn}].tool_calls"
+            field = "tool_calls" if not content or rendered.shows_content(turn) else "content"
+            return f"the chat template does not write all of messages[{turn}].{field}"
     return ""
 
 

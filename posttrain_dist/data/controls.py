@@ -84,6 +84,7 @@ class ControlTokens:
         # Thoughts are part of a turn, so their tokens never close one.
         self.closers = tuple(n for n in self.ids if not REASONING.fullmatch(n))
         self.closing = re.compile(_any(self.closers))
+        self.eos = str(tokenizer.eos_token)
         self._risky, self._risky_spoken = _Risky(self.ids), _Risky(self.closers)
 
     # -------------------------------------------------------------------------- before rendering

@@ -11,9 +11,15 @@ from posttrain_dist.data.template import ChatTemplate
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Message
 
+_SPACE = re.compile(r"\s*")
 _ADD_MARKS = (
     "wrap what the assistant says, with its end-of-turn token, in {% generation %} ... "
     "{% endgeneration %} in the chat template"
+)
+OTHER_PROMPT = (
+    "choose the template of the model's family (template=<one of docs/templates.md>), or give "
+    "template.name the path of a copy of this one (.jinja) whose turns begin as its inference "
+    "prompt ends"
 )
 
 
@@ -44,6 +50,8 @@ class Conversation:
         self.text, self._marks = template.render_marked(
             messages, where, tools, generation_prompt=False, marks=self.by_marks, starts=starts
         )
+        # Turn -> where its mark begins, if that is before the turn.
+        self.early: dict[int, int] = {}
         self._asked = (0, "")  # the prompt that was last cut from the text, and its turn
         self._prompts: dict[int, str] = {}
         self._prefixes: dict[int, str] = {len(messages): self.text}
@@ -70,6 +78,31 @@ class Conversation:
                     '(weight 0 or "train": false)',
                 ) from error
         return self._prompts[turn]
+
+    def other_prompt(self, turn: int, text: str) -> str:
+        """What is wrong where the inference prompt of a turn does not begin `text`."""
+        prompt = self.prompt(turn)
+        same = _common(prompt, text)
+        ends, begins = (t[same : same + 60] + "..." * (len(t) > same + 60) for t in (prompt, text))
+        return (
+            f"the inference prompt of messages[{turn}] does not begin the training text: it ends "
+            f"in {ends!r}, and the turn begins with {begins!r}"
+        )
+
+    def begins_as_prompted(self, turn: int) -> bool:
+        """Whether the inference prompt begins what is written of the turn while it is the last."""
+        return self.upto(turn).startswith(self.prompt(turn))
+
+    def shows_content(self, turn: int) -> bool:
+        """Whether the template writes the content of a message, where it is the last."""
+        sign, _ = self._signs()
+        message = self.messages[turn]
+        signed = {**message, "content": (message.get("content") or "") + sign}
+        messages = [*self.messages[:turn], signed]
+        try:
+            return sign in self._template.render(messages, self.where, tools=self.tools)
+        except DataError:
+            return True
 
     def upto(self, turn: int) -> str:
         """The conversation as it was when message `turn` was its last."""
@@ -132,8 +165,7 @@ class Conversation:
             return self.text
         if upto.startswith(prompt):
             return upto[len(prompt) :]
-        pairs = zip(prompt, upto, strict=False)
-        return upto[next((i for i, (a, b) in enumerate(pairs) if a != b), len(upto)) :]
+        return upto[_common(prompt, upto) :]
 
     # ------------------------------------------------------------------------------- inside
 
@@ -155,7 +187,35 @@ class Conversation:
         for turn, found in spans.items():
             if found and not (self.ends_turn(found[-1]) and self.says(turn)):
                 found[-1] = (found[-1][0], self._widen(turn, found[-1][1]))
+            if found and found[0][0] < len(self.prompt(turn)):
+                spans[turn] = self._without_header(turn, found)
         return spans
+
+    def _without_header(self, turn: int, spans: list[Span]) -> list[Span]:
+        """Spans of a turn without what its inference prompt gives.
+
+        A mark may also hold the header, if that is all it holds and its end is the turn's: where
+        a mark stands in a macro, both its ends are wrong.
+        """
+        prompt, start = self.prompt(turn), spans[0][0]
+        given = len(prompt)
+        if not self.text.startswith(prompt):
+            given = _common(prompt, self.text)
+            if not self._controls.closing.search(self.text, start, given):
+                return spans
+        cut = [(max(a, given), b) for a, b in spans if b > given]
+        before = self.text[start:given].strip()
+        if before and not (cut and self._adds_header(turn, start) and self.ends_turn(cut[-1])):
+            self.early[turn] = start
+        return cut
+
+    def _adds_header(self, turn: int, start: int) -> bool:
+        """Whether all of the prompt behind `start` is there for the sake of this turn."""
+        try:
+            before = self.upto(turn - 1)
+        except DataError:
+            return False
+        return start >= len(before) and self.prompt(turn).startswith(before)
 
     def _has_one(self, turn: int, place: int) -> bool:
         """Whether of all marks that at `place` alone ends in what the turn adds to the text."""
@@ -183,10 +243,9 @@ class Conversation:
             prompt, upto = self.prompt(turn), self.upto(turn)
             if not upto.startswith(prompt):
                 raise DataError(
-                    f"the chat template's inference prompt does not begin what it writes of "
-                    f"messages[{turn}], so what the assistant says cannot be told from the rest",
+                    self.other_prompt(turn, upto),
                     where=self.where,
-                    fix=_ADD_MARKS,
+                    fix=OTHER_PROMPT,
                 )
             end = self._turn_end(turn)
             if not self.text.startswith(upto[:end]):
@@ -206,17 +265,41 @@ class Conversation:
         A template without an end token: its separator is all that tells the end of the turn.
         """
         upto = self.upto(turn)
-        found = [m.span() for m in self._controls.closing.finditer(upto, len(self.prompt(turn)))]
+        first, last = len(self.prompt(turn)), self._own_end(upto)
+        found = [m.span() for m in self._controls.closing.finditer(upto, first, last)]
         if not found:
-            return len(upto)
-        is_last = not upto[found[-1][1] :].strip()
+            return last
+        is_last = not upto[found[-1][1] : last].strip()
         if self.messages[turn].get("tool_calls"):  # may be full of special tokens
-            return found[-1][1] if is_last else len(upto)
+            return found[-1][1] if is_last else last
         if is_last and len(found) == 1 and self.says(turn):
             return found[0][1]  # what is said cannot stand behind it
         # The header, or what was thought, has some too, or may quote what is said.
         said = self._content_end(turn)
-        return next((end for start, end in found if start >= said), len(upto))
+        end = next((end for start, end in found if start >= said), 0)
+        return self._behind_all(upto, end) if end else last
+
+    def _own_end(self, upto: str) -> int:
+        """Where `upto` ends without what the template adds to each conversation."""
+        trailer = self._template.trailer
+        return len(upto) - len(trailer) if trailer and upto.endswith(trailer) else len(upto)
+
+    def _behind_all(self, upto: str, end: int) -> int:
+        """`end`, behind a closing token, moved behind those of the same turn that follow it.
+
+        They stand in the text and in `upto`, where the turn is the last. White space may stand
+        before the end token of the tokenizer only: another may open the next turn.
+        """
+        last = -1
+        while True:
+            space = self._space(end)
+            token = self._controls.closing.match(self.text, end + space)
+            if not token or (space and token[0] != self._controls.eos):
+                return end
+            last = self._own_end(upto) if last < 0 else last
+            if token.end() > last or upto[end : token.end()] != self.text[end : token.end()]:
+                return end
+            end = token.end()
 
     def _content_end(self, turn: int) -> int:
         """Where the content of a turn ends in `upto(turn)`: proved by a sign that is put there."""
@@ -257,14 +340,31 @@ class Conversation:
         closers = self._controls.closers
         return said.endswith(closers) or said.rstrip().endswith(closers)
 
-    def _widen(self, turn: int, end: int) -> int:
-        """`end` moved behind the special token that ends the message.
+    def stops_early(self, turn: int, span: Span) -> bool:
+        """Whether a closing token of the turn stands directly behind the one that ends the span."""
+        text, end = self.text, span[1]
+        while text[end - 1].isspace():
+            end -= 1
+        if end == len(text) or not self._controls.closing.match(text, end + self._space(end)):
+            return False
+        upto = self.upto(turn)
+        return upto[:end] == self.text[:end] and self._behind_all(upto, end) > span[1]
 
-        Which one that is shows where the conversation ends with this message: behind an inner
+    def _space(self, at: int) -> int:
+        """How much white space stands at `at` in the text."""
+        if not self.text[at : at + 1].isspace():
+            return 0
+        found = _SPACE.match(self.text, at)
+        return found.end() - at if found else 0
+
+    def _widen(self, turn: int, end: int) -> int:
+        """`end` moved behind the special tokens that end the message.
+
+        Which they are shows where the conversation ends with this message: behind an inner
         one stands what opens the next.
         """
-        space = len(self.text) - end - len(self.text[end:].lstrip())
-        token = self._controls.closing.match(self.text, end + space)
+        at = end + self._space(end)
+        token = self._controls.closing.match(self.text, at)
         if not token:
             return end
         try:
@@ -272,9 +372,25 @@ class Conversation:
         except DataError:  # no conversation of its own: the end token belongs to a later message
             return end
         # Its own turn may be rendered otherwise when it is the last; how it ends is the same.
-        nests = self.text.startswith(alone[: token.end()]) and len(alone) >= token.end()
-        return token.end() if nests or self._last_token(alone) == token[0] else end
+        if self.text.startswith(alone[: token.end()]) and len(alone) >= token.end():
+            return self._behind_all(alone, token.end())
+        ends = self._last_tokens(alone)
+        return next((at + len(e) for e in ends if self.text.startswith(e, at)), end)
 
-    def _last_token(self, text: str) -> str:
-        found = [m for m in self._controls.closing.finditer(text) if not text[m.end() :].strip()]
-        return found[-1][0] if found else ""
+    def _last_tokens(self, upto: str) -> list[str]:
+        """The run of closing tokens at the end of `upto`, and how it ends, longest first."""
+        upto = upto[: self._own_end(upto)].rstrip()
+        ends: list[str] = []
+        at = len(upto)
+        for start, end in reversed([m.span() for m in self._controls.closing.finditer(upto)]):
+            if end != at:
+                break
+            ends.insert(0, upto[start:])
+            at = start
+        return ends
+
+
+def _common(a: str, b: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))

@@ -27,10 +27,6 @@ if TYPE_CHECKING:
 # What the tokenizer is given at once: its answer takes some hundred bytes a character.
 _BATCH = 256  # samples
 _BATCH_CHARACTERS = 1 << 20
-_MERGES = (
-    "end the prompt where a token ends: move spaces or line breaks from the end of the prompt to "
-    "the beginning of the completion"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +185,14 @@ class Encoder:
             raise DataError(
                 "the chat template renders nothing", where=sample.where, fix="mend the template"
             )
-        fault = checks.bos_fault(ids, self._bos, eos, self._bos_name)
+        # In a row of plain text, special tokens are what they say.
+        is_added = not sample.is_text or offsets[0][0] == offsets[0][1]
+        own = ids[:2] if sample.is_text else ids
+        fault = checks.bos_fault(own, self._bos, eos, self._bos_name) if is_added else ""
         sample.note("double_bos", fault, self._choice.strict)
+        if sample.is_text and not fault:
+            quoted = checks.quote_fault(ids, self._bos, eos)
+            sample.note("control_tokens", quoted, self._choice.strict)
         if sample.weights is None:
             weight_L = self._weigh(sample, ids, offsets)
         else:
@@ -209,10 +211,9 @@ class Encoder:
             return np.ones(len(ids), np.float32)
         if not sample.is_text and self.template.controls.strip_ids:
             offsets = self._unpadded(sample, ids, offsets)
-        for length, name in sample.prompts:
+        for length, name, fix in sample.prompts:
             if "prompt_prefix" not in sample.faults:
                 fault = self._token_fault(sample, ids, offsets, length, name)
-                fix = _MERGES if sample.is_text else ""
                 sample.note("prompt_prefix", fault, self._choice.strict, fix)
         weight_L = token_weights(offsets, sample.spans)
         if sample.is_text:

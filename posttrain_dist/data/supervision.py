@@ -12,12 +12,16 @@ import numpy.typing as npt
 from posttrain_dist.data import Policy, Template, checks
 from posttrain_dist.data.checks import CHECKS
 from posttrain_dist.data.controls import Protected, Span
-from posttrain_dist.data.conversation import Conversation
+from posttrain_dist.data.conversation import OTHER_PROMPT, Conversation
 from posttrain_dist.data.template import ChatTemplate
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Message, Record
 
 _MASKED = -100  # the label of a token that is no target
+_MERGES = (
+    "end the prompt where a token ends: move spaces or line breaks from the end of the prompt to "
+    "the beginning of the completion"
+)
 Weighted = tuple[int, int, float]  # characters [start, end) and their weight as targets
 
 
@@ -28,7 +32,8 @@ class Sample:
     where: str
     protected: Protected
     spans: list[Weighted]
-    prompts: list[tuple[int, str]] = field(default_factory=list)  # (length, name): of each turn
+    # Of each turn: length, name, and how to mend it if its last token is another in training.
+    prompts: list[tuple[int, str, str]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     is_text: bool = False  # no template: the tokenizer adds its own special tokens
     num_filling: int = 0  # characters before the first target that alone fill the limit
@@ -97,7 +102,7 @@ class Supervision:
         sample = Sample(record.where, Protected(text, None, (), ()), [(start, len(text), 1.0)])
         sample.is_text = True
         if start:
-            sample.prompts.append((start, ""))
+            sample.prompts.append((start, "", _MERGES))
         return sample
 
     def _chat(self, record: Record) -> Iterator[Sample]:
@@ -168,7 +173,7 @@ class Supervision:
         if protected.forged:
             sample.faults.append("control_tokens")
         if tools or any("tool_calls" in message for message in messages):
-            self._refuse_unseen(rendered, first)
+            self._check_tools(rendered, first, sample)
         turns = rendered.turn_spans([i for i, weight in enumerate(weights) if weight])
         for i, weight in enumerate(weights):
             if not weight:
@@ -180,21 +185,19 @@ class Supervision:
         sample.spans.sort()
         return sample
 
-    def _refuse_unseen(self, rendered: Conversation, first: int) -> None:
+    def _check_tools(self, rendered: Conversation, first: int, sample: Sample) -> None:
         plain = self._template().render(rendered.messages, rendered.where) if rendered.tools else ""
-        what = checks.unseen_fault(rendered, plain, first)
-        if what:
-            raise DataError(
-                what,
-                where=rendered.where,
-                fix="choose a template that knows tools, or leave them out of the row",
-            )
+        is_called = any(message.get("tool_calls") for message in rendered.messages)
+        name = "tools_shown" if is_called else "tools_listed"
+        sample.note(name, checks.unseen_fault(rendered, plain, first), self._choice.strict)
 
     def _check_turn(
         self, rendered: Conversation, turn: int, spans: list[Span], sample: Sample
     ) -> None:
         strict = self._choice.strict
-        sample.note("prompt_prefix", checks.prompt_text_fault(rendered, turn, spans), strict)
+        fault = checks.prompt_text_fault(rendered, turn, spans)
+        fix = OTHER_PROMPT if fault and not rendered.begins_as_prompted(turn) else ""
+        sample.note("prompt_prefix", fault, strict, fix)
         sample.note("generation_prompt", checks.gap_fault(rendered, turn, spans), strict)
         sample.note("generation_marks", checks.mark_fault(rendered, turn, spans), strict)
         sample.note("content_shown", checks.shown_fault(rendered, turn, spans), strict)
@@ -202,4 +205,7 @@ class Supervision:
         sample.note("end_of_turn", checks.end_fault(rendered, turn, spans), strict)
         length = sample.protected.place(len(rendered.prompt(turn)))
         if "prompt_prefix" not in sample.faults:
-            sample.prompts.append((length, f" of messages[{turn}]"))
+            fix, name = "", f"messages[{turn}]"
+            if str(rendered.messages[turn].get("content") or "")[:1].isspace():
+                fix = f"remove the white space at the beginning of {name}.content"
+            sample.prompts.append((length, f" of {name}", fix))

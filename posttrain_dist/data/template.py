@@ -36,6 +36,9 @@ _REFUSALS = (
 )
 _ARGUMENTS = {"probe_key": "probe value"}
 _ANSWER = {"role": "assistant", "content": "a"}
+# A question and an answer, and how the conversation goes on.
+_ASK, _SAY = {"role": "user", "content": "probe q"}, {"role": "assistant", "content": "probe a"}
+_TURNS = ([_ASK, _SAY], [{"role": "system", "content": "probe s"}, _ASK, _SAY])
 
 
 # ------------------------------------------------------------------------------------ choosing
@@ -231,6 +234,27 @@ class ChatTemplate:
                 return None
             found.append(text[starts[1] :])
         return found[0], found[1]
+
+    @cached_property
+    def trailer(self) -> str:
+        """What stands behind the end of the last turn, and behind that of no inner one.
+
+        Empty where the template refuses the probe, or where an inner turn has no end of its own.
+        """
+        for turns in _TURNS:
+            try:
+                last, inner = self._render(turns, "")[0], self._render([*turns, _ASK], "")[0]
+            except DataError:
+                continue
+            pairs = enumerate(zip(last, inner, strict=False))
+            common = next((i for i, (a, b) in pairs if a != b), min(len(last), len(inner)))
+            said = last.rfind(_SAY["content"]) + len(_SAY["content"])
+            # Two different tokens may begin alike.
+            tokens = [m.span() for m in self.controls.closing.finditer(last, said)]
+            common = next((a for a, b in tokens if a < common < b), common)
+            is_closed = any(b <= common for _, b in tokens)
+            return last[common:] if said <= common and is_closed else ""
+        return ""
 
     def _arguments_as_text(self, where: str) -> bool:
         """Whether the template is given the arguments of tool calls as JSON text.

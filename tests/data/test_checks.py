@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from posttrain_dist.data import Policy, Template
 from posttrain_dist.data.checks import CHECKS
@@ -60,7 +61,19 @@ def test_answer_that_merges_with_the_prompt(tokenizer_of: TokenizerOf) -> None:
     tokenizer = tokenizer_of(CHATML)
     assert len(tokenizer("\n\n")["input_ids"]) == 1
     messages = [GOOD[0], {"role": "assistant", "content": "\n"}]
-    fails(tokenizer, messages, "prompt_prefix", "merge with the prompt's last")
+    with pytest.raises(DataError, match=r"rows\.jsonl:7: .*merge with the prompt's last") as caught:
+        encode(tokenizer, messages)
+    assert caught.value.fix == "remove the white space at the beginning of messages[1].content"
+    assert encode(tokenizer, messages, strict=False).faults == ("empty_turn", "prompt_prefix")
+    samples = [*GOOD, GOOD[0], {"role": "assistant", "content": "\n\nHello"}]
+    with pytest.raises(DataError, match="merge") as caught:
+        encode(tokenizer, samples)
+    assert "messages[3].content" in caught.value.fix
+    # Where the line break is the template's, the row cannot help it.
+    said = "{{ m.content + '<|end|>' }}{% endg"
+    own = CHATML.replace(said, said.replace("m.content", "'\\n\\n' + m.content"))
+    breaks = tokenizer_of(own)
+    fails(breaks, GOOD, "prompt_prefix", "merge with the prompt's last")
 
 
 @pytest.mark.parametrize("metaspace", [None, "first", "always"])
@@ -95,7 +108,32 @@ def test_token_check_agrees_with_tokenising_whole_prompts(
 
 def test_template_that_shows_the_prompt_otherwise_at_inference(tokenizer_of: TokenizerOf) -> None:
     other = CHATML.replace("{{ '<|start|>assistant\n' }}", "{{ '<|start|>bot\n' }}")
-    fails(tokenizer_of(other), GOOD, "prompt_prefix", r"messages\[1\] does not begin")
+    tokenizer = tokenizer_of(other)
+    with pytest.raises(DataError, match=r"rows\.jsonl:7: .*messages\[1\] does not begin") as caught:
+        encode(tokenizer, GOOD)
+    assert r"it ends in 'bot\n', and the turn begins with 'assistant\nhello" in caught.value.what
+    assert "explode_turns" not in caught.value.fix  # it cannot help
+    assert "template=" in caught.value.fix and ".jinja" in caught.value.fix
+    assert "prompt_prefix" in encode(tokenizer, GOOD, strict=False).faults
+    assert "prompt_prefix" in encode(tokenizer, GOOD, strict=False, explode_turns=True).faults
+
+
+@pytest.mark.parametrize("marks", ["", "if true"])
+def test_prompt_that_opens_a_thought_the_template_cuts(
+    tokenizer_of: TokenizerOf, marks: str
+) -> None:
+    """As the distilled R1: no setting helps, only another template."""
+    cuts = CHATML.replace("m.content + '<|end|>' }}{% end", "m.content.split('</think>')[-1] }}"
+        "<|end|>{% end")  # fmt: skip
+    cuts = cuts.replace("<|start|>assistant\n", "<|start|>assistant\n<think>\n")
+    if marks:
+        cuts = cuts.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    messages = [GOOD[0], {"role": "assistant", "content": "<think>\nhm\n</think>yes"}]
+    for explode in (False, True):
+        with pytest.raises(DataError, match=r"rows\.jsonl:7: .*does not begin") as caught:
+            encode(tokenizer_of(cuts), messages, explode_turns=explode)
+        assert r"ends in '<think>\n', and the turn begins with 'yes<|end|>" in caught.value.what
+        assert ".jinja" in caught.value.fix and "explode_turns" not in caught.value.fix
 
 
 def test_turn_that_is_rewritten_once_others_follow(tokenizer_of: TokenizerOf) -> None:
@@ -131,6 +169,30 @@ def test_bos_is_never_doubled(tokenizer_of: TokenizerOf) -> None:
     assert "double_bos" in encode(inside, GOOD, strict=False).faults
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_rows_of_text_that_quote_the_begin_or_end(tokenizer_of: TokenizerOf, strict: bool) -> None:
+    def faults(text: str, **options: Any) -> tuple[str, ...]:
+        tokenizer = tokenizer_of(None)
+        if options:
+            add = TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+            tokenizer.backend_tokenizer.post_processor = add
+        encoder = Encoder(tokenizer, Template(strict=strict), max_length=99)
+        (encoded,) = encoder.encode(Record(channel="c", where="t:1", text=text))
+        return encoded.faults
+
+    for text in ("price <|bos|>10", "price <|end|>10", "<|bos|>a<|end|><|bos|>b", "<|bos|><|bos|>"):
+        assert faults(text) == ("control_tokens",), text
+        if not text.startswith("<|bos|>"):
+            assert faults(text, adds=True) == ("control_tokens",), text
+    assert faults("<|bos|>a<|end|>") == faults("a") == faults("a", adds=True) == ()
+    if strict:
+        with pytest.raises(DataError, match=r"t:1: begins with two <\|bos\|>") as caught:
+            faults("<|bos|>a", adds=True)
+        assert caught.value.fix == CHECKS["double_bos"].fix
+    else:
+        assert faults("<|bos|>a", adds=True) == ("double_bos",)
+
+
 def test_row_without_a_target(tokenizer_of: TokenizerOf) -> None:
     tokenizer = tokenizer_of(CHATML)
     off = record(GOOD, weights=(None, 0.0))
@@ -147,12 +209,29 @@ def test_row_without_a_target(tokenizer_of: TokenizerOf) -> None:
 
 
 def test_tools_that_the_template_does_not_show(tokenizer_of: TokenizerOf) -> None:
-    encoder = Encoder(tokenizer_of(CHATML), Template(), max_length=999)
-    with pytest.raises(DataError, match=r"rows\.jsonl:7: .*does not show the row's tools"):
-        encoder.encode(record(GOOD, tools=({"type": "function"},)))
-    call = {**GOOD[1], "tool_calls": [{"function": {"name": "weather", "arguments": {}}}]}
-    with pytest.raises(DataError, match=r"does not show messages\[1\]\.tool_calls"):
-        encoder.encode(record([GOOD[0], call]))
+    tokenizer, tools = tokenizer_of(CHATML), ({"type": "function"},)
+    encoder = Encoder(tokenizer, Template(), max_length=999)
+    lax = Encoder(tokenizer, Template(strict=False), max_length=999)
+    function = {"name": "weather", "arguments": {}}
+    call: dict[str, Any] = {**GOOD[1], "tool_calls": [{"function": function}]}
+    for row, what in (
+        (record([GOOD[0], call]), r"messages\[1\]\.tool_calls"),
+        (record([GOOD[0], call], tools=tools), "the row's tools"),
+    ):
+        with pytest.raises(DataError, match=rf"rows\.jsonl:7: .*does not show {what}") as caught:
+            encoder.encode(row)
+        assert caught.value.fix == CHECKS["tools_shown"].fix
+        (encoded,) = lax.encode(row)
+        assert encoded.faults == ("tools_shown", "content_shown")
+        assert tokenizer.decode(encoded.input_ids_L[encoded.weight_L > 0]) == "hello<|end|>"
+
+
+def test_tools_that_nobody_calls(tokenizer_of: TokenizerOf) -> None:
+    for strict in (True, False):
+        encoder = Encoder(tokenizer_of(CHATML), Template(strict=strict), max_length=999)
+        (encoded,) = encoder.encode(record(GOOD, tools=({"type": "function"},)))
+        assert encoded.faults == ("tools_listed",)
+    assert (CHECKS["tools_shown"].level, CHECKS["tools_listed"].level) == ("error", "warning")
 
 
 # ------------------------------------------------------------------------------- forgery

@@ -70,10 +70,12 @@ def hidden(tokenizer: Any, messages: list[dict[str, Any]], match: str, **rest: A
 def test_calls_that_are_never_written(tokenizer_of: TokenizerOf, source: str, content: str) -> None:
     """The function's name stands in the description of the tools, and in what is said."""
     messages = [ASK, say(content, tool_calls=[call(city="Paris")]), RESULT, say("sunny")]
-    for choice in ({}, {"explode_turns": True}, {"policy": "last_turn"}, {"strict": False}):
+    for choice in ({}, {"explode_turns": True}, {"policy": "last_turn"}):
         with pytest.raises(DataError, match=r"does not show messages\[1\]\.tool_calls") as caught:
             encode(tokenizer_of(template("", source)), messages, TOOLS, **choice)
         assert "template that knows tools" in caught.value.fix
+    (encoded,) = encode(tokenizer_of(template("", source)), messages, TOOLS, strict=False)
+    assert encoded.faults == ("tools_shown", "content_shown")
 
 
 WRITTEN = {
@@ -197,6 +199,23 @@ def test_words_beside_a_call(family_tokenizer: TokenizerOf) -> None:
     # The model's own template has no place for them.
     llama = family_tokenizer("llama3")
     hidden(llama, messages, r"messages\[1\]\.content", tools=TOOLS, name="llama3")
+
+
+@pytest.mark.parametrize("source", [CHATML, UNMARKED])
+@pytest.mark.parametrize("content", ["get_weather", "Paris", '{"city": "Paris"}', "t"])
+def test_words_beside_a_call_that_are_as_the_call(
+    tokenizer_of: TokenizerOf, source: str, content: str
+) -> None:
+    """The call is written and the content is not: that is what is said."""
+    said = "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}"
+    only = source.replace("{{ m.content }}SAID", said + "{{ '' if m.tool_calls else m.content }}")
+    messages = [ASK, say(content, tool_calls=[call(city="Paris")]), RESULT, say("sunny")]
+    for choice in ({}, {"explode_turns": True}):
+        with pytest.raises(DataError, match=r"does not write all of messages\[1\]\.content"):
+            encode(tokenizer_of(only), messages, TOOLS, **choice)
+    both = source.replace("{{ m.content }}SAID", "{{ m.content }}" + said)
+    for encoded in encode(tokenizer_of(both), messages, TOOLS):
+        assert encoded.faults == ()
 
 
 def test_spaces_are_the_templates_own_affair(tokenizer_of: TokenizerOf) -> None:

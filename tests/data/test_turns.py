@@ -148,18 +148,19 @@ HEADER = "{% generation %}{{ '<|start|>assistant\n' + m.content + '<|end|>' }}{%
 def test_a_mark_that_begins_before_the_turn(tokenizer_of: TokenizerOf) -> None:
     row = record(ASK, say("yo"), ASK, say("yo"))
     assert learned(tokenizer_of(loop(MARKED)), row) == ["yo<|end|>"] * 2
-    tokenizer = tokenizer_of(loop(HEADER))
-    with pytest.raises(DataError, match=r"rows\.jsonl:7: .*messages\[1\].*begins before") as caught:
-        learned(tokenizer, row)
-    assert caught.value.fix == CHECKS["generation_marks"].fix
-    assert faults(tokenizer, row) == ("generation_marks",)
+    # The header is what the generation prompt adds.
+    assert learned(tokenizer_of(loop(HEADER)), row) == ["yo<|end|>"] * 2
+    assert faults(tokenizer_of(loop(HEADER)), row) == ()
 
 
 def test_a_mark_in_a_macro_is_misplaced(tokenizer_of: TokenizerOf) -> None:
     macro = "{% macro turn(m) %}" + MARKED + "{% endmacro %}"
     tokenizer = tokenizer_of(macro + loop("{{ turn(m) }}"))
-    with pytest.raises(DataError, match="begins before"):
-        learned(tokenizer, record(ASK, say("a long answer that ends")))
+    row = record(ASK, say("a long answer that ends"))
+    with pytest.raises(DataError, match=r"rows\.jsonl:7: .*messages\[1\] begins before") as caught:
+        learned(tokenizer, row)
+    assert caught.value.fix == CHECKS["generation_marks"].fix
+    assert "generation_marks" in faults(tokenizer, row)
 
 
 def test_one_mark_around_everything(tokenizer_of: TokenizerOf) -> None:
