@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ from posttrain_dist.data.checks import CHECKS
 from posttrain_dist.data.masking import Encoder
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Record
+
+learned = runpy.run_path(str(Path(__file__).with_name("learned_text.py")))["learned"]
 
 TokenizerOf = Callable[..., Any]
 ASK = {"role": "user", "content": "q"}
@@ -50,18 +54,6 @@ def loop(answer: str) -> str:
 
 def record(*messages: dict[str, Any], weights: tuple[float | None, ...] = ()) -> Record:
     return Record(channel="c", where="rows.jsonl:7", messages=messages, weights=weights)
-
-
-def learned(tokenizer: Any, row: Record, **choice: Any) -> list[str]:
-    """What is learned of the one sample, run by run."""
-    (encoded,) = Encoder(tokenizer, Template(**choice), max_length=9999).encode(row)
-    runs: list[list[int]] = [[]]
-    for token, weight in zip(encoded.input_ids_L, encoded.weight_L, strict=True):
-        if weight:
-            runs[-1].append(int(token))
-        elif runs[-1]:
-            runs.append([])
-    return [tokenizer.decode(run) for run in runs if run]
 
 
 def faults(tokenizer: Any, row: Record, **choice: Any) -> tuple[str, ...]:
