@@ -308,6 +308,12 @@ def load_hf(name: str) -> Any:
     split = split or "train"
     folder = Path(place).expanduser()
     saved = any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    if saved and ("[" in split or "+" in split):
+        raise DataError(
+            f"a dataset that save_to_disk wrote has no slice {split!r}",
+            where=name,
+            fix="leave the slice out, or save the part of it by itself with .select(...)",
+        )
     try:
         loaded = (
             datasets.load_from_disk(str(folder))

@@ -381,6 +381,10 @@ def test_a_hugging_face_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(DataError, match="cannot be loaded") as caught:
         read(f"{name}:nosuch")
     assert caught.value.where == f"{name}:nosuch"
+    for part in ("train[:2]", "train+dev"):  # load_from_disk knows none: nothing is passed over
+        with pytest.raises(DataError, match="has no slice") as caught:
+            read(f"{name}:{part}")
+        assert ".select(" in caught.value.fix
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="needs the package datasets"):
         read("hf:owner/name")
