@@ -15,6 +15,7 @@ from torch import nn
 
 from posttrain_dist.errors import ModelError
 from posttrain_dist.flow import Batch, Loss
+from posttrain_dist.models.last_layer import shorten
 from posttrain_dist.models.shape import HeadShape, head_shape
 
 
@@ -39,6 +40,7 @@ class Policy(nn.Module):
         self.config: Any = causal_lm.config
         head = causal_lm.get_output_embeddings()  # type: ignore[operator]
         shape = head_shape(causal_lm.config)
+        shorten(self._backbone)
         head.forward = _fused_forward(head, shape, linear_cross_entropy, num_channels)
 
     @property
@@ -47,17 +49,16 @@ class Policy(nn.Module):
         head: nn.Module = self.causal_lm.get_output_embeddings()  # type: ignore[operator]
         return head
 
-    def hidden(self, batch: Batch) -> torch.Tensor:
-        """Last hidden states [T, D] of one packed row, after the final norm."""
+    @property
+    def _backbone(self) -> nn.Module:
         backbone: nn.Module = getattr(self.causal_lm, str(self.causal_lm.base_model_prefix))
-        output = backbone(
-            input_ids=batch.input_ids_T[None],
-            position_ids=batch.position_ids_T[None],
-            cu_seqlens=batch.cu_seqlens_S,
-            use_cache=False,
-        )
-        hidden_TD: torch.Tensor = output.last_hidden_state[0]
-        return hidden_TD
+        return backbone
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """Last hidden states [N, D], after the final norm, of the rows `batch.supervised_N`."""
+        output = self._backbone(**_inputs(batch), supervised_N=batch.supervised_N)
+        hidden_ND: torch.Tensor = output.last_hidden_state[0]
+        return hidden_ND
 
     def forward(self, batch: Batch, objective: Any, denominator: float) -> Loss:
         """Loss of one micro-batch, divided by the step's global `denominator`."""
@@ -75,12 +76,7 @@ class Policy(nn.Module):
             ModelError: a token's loss differs by more than rounding.
         """
         fused = self(batch, objective, 1.0).nll_N
-        logits_TV = self.causal_lm(
-            input_ids=batch.input_ids_T[None],
-            position_ids=batch.position_ids_T[None],
-            cu_seqlens=batch.cu_seqlens_S,
-            use_cache=False,
-        ).logits[0]
+        logits_TV = self.causal_lm(**_inputs(batch)).logits[0]  # of all rows, by no path of ours
         logits_NV = logits_TV[batch.supervised_N].float()
         own = nn.functional.cross_entropy(logits_NV, batch.labels_N, reduction="none")
         difference = float((fused - own).abs().max()) if len(own) else 0.0
@@ -97,17 +93,25 @@ class Policy(nn.Module):
         return difference
 
 
+def _inputs(batch: Batch) -> dict[str, Any]:
+    """Keywords of a backbone; those it does not know travel through it to the attention."""
+    return {
+        "input_ids": batch.input_ids_T[None],
+        "position_ids": batch.position_ids_T[None],
+        "cu_seqlens": batch.cu_seqlens_S,
+        "use_cache": False,
+    }
+
+
 def _fused_forward(
     head: nn.Module, shape: HeadShape, linear_cross_entropy: Callable[..., Any], num_channels: int
 ) -> Callable[..., Any]:
-    def forward(
-        hidden_TD: torch.Tensor, labels_N: torch.Tensor | None = None, **options: Any
-    ) -> Any:
+    def forward(hidden: torch.Tensor, labels_N: torch.Tensor | None = None, **options: Any) -> Any:
         weight, bias = head.weight, getattr(head, "bias", None)
         if labels_N is None:
-            return nn.functional.linear(hidden_TD, weight, bias)  # type: ignore[arg-type]
+            return nn.functional.linear(hidden, weight, bias)  # type: ignore[arg-type]
         return linear_cross_entropy(
-            hidden_TD,
+            hidden,
             weight,
             labels_N,
             bias=bias,

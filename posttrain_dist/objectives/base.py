@@ -25,8 +25,13 @@ class Objective:
         """Weight of this micro-batch in the global denominator of its step."""
         raise NotImplementedError
 
-    def loss(self, hidden_TD: torch.Tensor, head: Any, batch: Batch, denominator: float) -> Loss:
-        """Loss of one micro-batch, divided by `denominator`."""
+    def loss(self, hidden_ND: torch.Tensor, head: Any, batch: Batch, denominator: float) -> Loss:
+        """Loss of one micro-batch, divided by `denominator`.
+
+        Args:
+            hidden_ND: last hidden states of the rows `batch.supervised_N`, in that order.
+            head: called with `hidden_ND` and labels it is the fused loss.
+        """
         raise NotImplementedError
 
 
@@ -34,7 +39,7 @@ class Objective:
 class TokenLoss(Objective):
     """Cross-entropy of the supervised tokens.
 
-    Reference, with logits = head(hidden[supervised]):
+    Reference, with logits_NV = head(hidden_ND):
 
         loss = (F.cross_entropy(logits_NV, labels_N, reduction="none") * weight_N).sum()
         loss = loss / denominator
@@ -44,14 +49,13 @@ class TokenLoss(Objective):
         """Sum of the token weights."""
         return batch.weight_sum
 
-    def loss(self, hidden_TD: torch.Tensor, head: Any, batch: Batch, denominator: float) -> Loss:
-        """Fused over the supervised rows only."""
+    def loss(self, hidden_ND: torch.Tensor, head: Any, batch: Batch, denominator: float) -> Loss:
+        """Fused with the head."""
         from posttrain_dist.flow import Loss
 
         result = head(
-            hidden_TD,
+            hidden_ND,
             batch.labels_N,
-            supervised=batch.supervised_N,
             token_weight=batch.weight_N,
             channel=batch.channel_N,
             denominator=denominator,
