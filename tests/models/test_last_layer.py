@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import logging
 
 import numpy as np
 import pytest
@@ -11,28 +11,59 @@ from posttrain_kernels import linear_cross_entropy
 
 from posttrain_dist.data.collate import collate
 from posttrain_dist.flow import Example
-from posttrain_dist.models import ModelConfig
-from posttrain_dist.models.load import load_model
+from posttrain_dist.models.attention import EAGER, SDPA, register
+from posttrain_dist.models.last_layer import decoder_layers
 from posttrain_dist.models.policy import Policy
+from posttrain_dist.objectives.sft import Sft
 
+# Caps and multipliers so far from 1 that forgetting one changes the loss in its first digits.
 CAPS = {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}
-ARCHITECTURES = {
-    "Llama": {},
-    "Qwen2": {},
+GEMMA = {"sliding_window": 6, "query_pre_attn_scalar": 8}
+MULTIPLIERS = {"attention_multiplier": 0.5, "residual_multiplier": 0.3, "logits_scaling": 2.0}
+KNOWN = {
+    "Llama": {"attention_bias": True},
+    "Qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     "Qwen3": {},
     "Mistral": {"sliding_window": 6},
-    "Gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8, **CAPS},
-    "Phi": {},  # no layer of its kind is known here: attention and MLP side by side
+    "Granite": MULTIPLIERS,
+    "Gemma2": {**GEMMA, **CAPS},
+    "Gemma3": GEMMA,
 }
+SIZE = {
+    "vocab_size": 220,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 1,
+}
+ARCHITECTURES = {**KNOWN, "Phi": {}}  # attention and MLP side by side: not known here
+TOKENS = 35
+
+
+def causal_lm(name: str, attention: str):
+    """A random model, the same at every call."""
+    import transformers
+
+    register()
+    kind = {"Gemma3": "Gemma3Text"}.get(name, name)
+    config = getattr(transformers, f"{kind}Config")(**SIZE, **ARCHITECTURES[name])
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float64, attn_implementation=attention
+    )
+    with torch.no_grad():  # far from zero, and no norm without effect
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.5))
+    return model
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def policy(request, tmp_path_factory, builders):
-    target = tmp_path_factory.mktemp(request.param)
-    folder = builders.model(target, request.param, **ARCHITECTURES[request.param])
-    config = ModelConfig(path=str(folder))
-    model = load_model(config, folder, dtype=torch.float64, seed=0, materialise=nullcontext())
-    return Policy(model, linear_cross_entropy, num_channels=2)
+def policy(request):
+    attention = EAGER if "attn_logit_softcapping" in ARCHITECTURES[request.param] else SDPA
+    return Policy(causal_lm(request.param, attention), linear_cross_entropy, num_channels=2)
 
 
 def batch_of(masked: float, vocabulary: int = 200):
@@ -48,17 +79,93 @@ def batch_of(masked: float, vocabulary: int = 200):
     return collate(rows)
 
 
+def whole_row(batch) -> dict:
+    """What a model without any change takes: all rows, and the attention's bounds."""
+    return {
+        "input_ids": batch.input_ids_T[None],
+        "position_ids": batch.position_ids_T[None],
+        "cu_seqlens": batch.cu_seqlens_S,
+        "use_cache": False,
+    }
+
+
+def gradients(policy) -> dict[str, torch.Tensor]:
+    found = {name: p.grad for name, p in policy.named_parameters()}
+    policy.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("masked", [0.0, 0.7, 1.0])
-def test_hidden_states_are_those_of_the_whole_row(policy, masked):
+def test_losses_and_gradients_are_those_of_the_whole_row(policy, masked, checkpointing):
     batch = batch_of(masked)
-    backbone = policy.causal_lm.base_model
-    whole = backbone(
-        input_ids=batch.input_ids_T[None],
-        position_ids=batch.position_ids_T[None],
-        cu_seqlens=batch.cu_seqlens_S,
-        use_cache=False,
-    ).last_hidden_state[0]
-    assert len(whole) == 35
-    rows = policy.hidden(batch)
-    assert rows.shape == (128, whole.shape[1])
-    torch.testing.assert_close(rows, whole[batch.supervised_N], rtol=1e-12, atol=1e-12)
+    assert len(batch.supervised_N) == 128 > batch.num_targets  # padding is there
+
+    logits_NV = policy.causal_lm(**whole_row(batch)).logits[0][batch.supervised_N]
+    nll_N = torch.nn.functional.cross_entropy(logits_NV, batch.labels_N, reduction="none")
+    total = (nll_N * batch.weight_N).sum() / 7.0
+    total.backward()
+    expected = gradients(policy)
+
+    policy.train(checkpointing)
+    for layer in decoder_layers(policy.causal_lm):
+        layer.gradient_checkpointing = checkpointing
+        layer._gradient_checkpointing_func = lambda run, *args: torch.utils.checkpoint.checkpoint(
+            run, *args, use_reentrant=False
+        )
+    loss = policy(batch, Sft(), 7.0)
+    loss.total.backward()
+
+    # The head gives its figures in float32.
+    torch.testing.assert_close(loss.total.double(), total, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss.nll_N.double(), nll_N, rtol=1e-6, atol=1e-6)
+    for name, gradient in gradients(policy).items():
+        assert expected[name].abs().sum() > 0, name
+        # Norms compute in float32, whatever the weights are in.
+        assert (gradient - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
+
+
+def test_unsupervised_rows_are_not_computed(policy, request):
+    batch = batch_of(0.7)
+    last = decoder_layers(policy.causal_lm)[-1]
+    seen: dict[str, int] = {}
+
+    def watch(name):
+        def hook(module, args, kwargs, output):
+            seen[name] = (args or tuple(kwargs.values()))[0].shape[1]
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(watch(name), with_kwargs=True)
+        for name, module in last.named_modules()
+    ]
+    policy.hidden(batch)
+    for hook in hooks:
+        hook.remove()
+    if request.node.callspec.params["policy"] == "Phi":
+        assert set(seen.values()) == {TOKENS}
+        return
+    assert seen[""] == TOKENS  # the layer itself, whose hooks fire
+    for name in ("self_attn.k_proj", "self_attn.v_proj", "input_layernorm"):
+        assert seen.pop(name) == TOKENS, name
+    shortened = {"self_attn.q_proj", "self_attn.o_proj", "mlp", "mlp.down_proj"}
+    shortened |= {name for name in seen if name.startswith(("post_", "pre_"))}
+    assert {name: seen[name] for name in shortened} == dict.fromkeys(shortened, 128)
+
+
+def test_a_model_without_rows_is_as_it_was(policy, request):
+    ids = batch_of(0.0).input_ids_T[None, 5:22]
+    own = causal_lm(request.node.callspec.params["policy"], "eager")
+    expected = own(input_ids=ids).logits
+    logits = policy.causal_lm(input_ids=ids, cu_seqlens=[0, 17], use_cache=False).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)  # norms are in float32
+
+
+def test_the_log_names_a_layer_that_is_not_known(caplog):
+    with caplog.at_level(logging.WARNING, logger="posttrain_dist"):
+        for name in ("Phi", "Llama"):
+            Policy(causal_lm(name, SDPA), linear_cross_entropy, num_channels=1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "PhiDecoderLayer runs on all rows: its last layer is not known here"
+    ]
