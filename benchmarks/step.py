@@ -1,0 +1,190 @@
+"""The whole training step side by side: ours, TRL's SFTTrainer 1.16 as it is and tuned.
+
+    pip install trl==1.16.0 && python benchmarks/step.py --kind mixed
+
+Every arm is a process of its own (step_arms.py) that trains the same random Llama on the same
+samples per optimizer step. The arms take turns: step 1 of each, step 2 of each, ... The first
+steps are not timed. Losses and gradient norms of every step are held against a plain float32 loop.
+Tokens per second count real tokens, no padding. One row per arm goes to
+benchmarks/results/step.jsonl.
+
+    --kind mixed     lognormal lengths up to 1024, 70 % masked
+    --kind uniform   256 tokens each, none masked: nothing to gain by packing or masking
+    --tune           the settings of TRL that were tried, few steps each; the best is TUNED
+    --channels       ours with and without the metrics of 8 channels
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import rows
+import step_arms
+import step_data
+from step_data import TINY, Sizes
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets")
+TUNED = {"mixed": "TRL 1 x 8", "uniform": "TRL 8 x 1"}  # the best of --tune on two AVX2 cores
+FEW = {"TRL default": 2, "TRL default, float32": 5}  # timed steps of arms that take long
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kind", choices=("mixed", "uniform"), default="mixed")
+    parser.add_argument("--arms", nargs="+", choices=list(step_arms.names()))
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=2, help="steps that are not timed")
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--channels", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, to see that it runs")
+    parser.add_argument("--results", type=Path, default=rows.RESULTS)
+    arguments = parser.parse_args()
+    if arguments.tune:
+        arguments.steps = min(arguments.steps, arguments.warmup + 4)
+    arguments.arms = arguments.arms or list(default_arms(arguments))
+    return arguments
+
+
+def default_arms(arguments: argparse.Namespace) -> list[str]:
+    """What one command compares."""
+    if arguments.tune:
+        return ["reference", *(name for name in step_arms.TRL if "default" not in name)]
+    if arguments.channels:
+        return ["ours", "ours, no channels", "ours again"]
+    tuned = TUNED[arguments.kind]
+    return ["reference", "ours", "TRL default", "TRL default, float32", tuned]
+
+
+class Child:
+    """One arm's process; `step` runs one optimizer step of it and waits."""
+
+    def __init__(self, folder: Path, arm: str) -> None:
+        self.arm = arm
+        self.steps: list[dict[str, float]] = []
+        self.failed = ""
+        script = str(Path(step_arms.__file__))
+        self._errors = (folder / f"{arm}.stderr").open("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, script, str(folder), arm],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        self._read()  # it is loaded
+
+    def step(self) -> None:
+        """Run one step."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        line = self._read()
+        if line is not None:
+            self.steps.append(line)
+
+    def _read(self) -> dict[str, float] | None:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if line:
+            read: dict[str, float] = json.loads(line)
+            return read
+        self._errors.seek(0)
+        self.failed = (self._errors.read().strip().splitlines() or ["it ended"])[-1]
+        return None
+
+    def close(self) -> None:
+        """End the process: it ends by itself when there are no more turns."""
+        self._process.communicate()
+        self._errors.close()
+
+
+def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Child]:
+    """Let the arms take turns, step by step."""
+    children: dict[str, Child] = {}
+    try:
+        for arm in arguments.arms:
+            children[arm] = Child(folder, arm)
+        for step in range(arguments.steps):
+            for arm, child in children.items():
+                last = arguments.warmup + FEW.get(arm, arguments.steps)
+                if arm == "TRL default":
+                    last -= arguments.warmup - 1  # one step of warm-up: it takes minutes
+                if not child.failed and step < last:
+                    child.step()
+    finally:
+        for child in children.values():
+            child.close()
+    return children
+
+
+def row_of(
+    arguments: argparse.Namespace, child: Child, children: dict[str, Child], tokens: list[int]
+) -> dict[str, Any]:
+    """Figures of one arm; ratios step by step, each of the same samples."""
+    row: dict[str, Any] = {"arm": child.arm}
+    first = 1 if child.arm == "TRL default" else arguments.warmup
+    if child.failed or len(child.steps) <= first:
+        return row | {"failed": child.failed or "no timed step"}
+    seconds = [s["seconds"] for s in child.steps]
+    timed = seconds[first:]
+    row |= rows.spread(timed)
+    row["tokens_per_s"] = statistics.median(
+        t / s for t, s in zip(tokens[first:], timed, strict=False)
+    )
+    row["peak_bytes"] = int(child.steps[-1]["peak_bytes"])
+    row["losses"] = [s["loss"] for s in child.steps]
+    row["norms"] = [s["norm"] for s in child.steps]
+    truth, own = children.get("reference"), children.get("ours")
+    if truth is not None and not truth.failed:
+        for name, key in (("loss", "losses"), ("norm", "norms")):
+            pairs = zip(row[key], (s[name] for s in truth.steps), strict=False)
+            row[f"{name}_error"] = max(abs(a - b) / b for a, b in pairs)
+    if own is not None and len(own.steps) >= len(seconds):
+        fast = [s["seconds"] for s in own.steps[first : len(seconds)]]
+        ratios = [s / f for s, f in zip(timed, fast, strict=True)]
+        row["ours_times_faster"] = statistics.median(ratios)
+        row["ratio_p20"] = rows.spread(ratios)["p20_s"]
+        row["ratio_p80"] = rows.spread(ratios)["p80_s"]
+        row["ours_share_of_memory"] = own.steps[-1]["peak_bytes"] / row["peak_bytes"]
+    return row
+
+
+def show(table: list[dict[str, Any]]) -> None:
+    """Print one line a row."""
+    for row in table:
+        if "p50_s" not in row:
+            print(f"{row['arm']:32} {row['failed']}")
+            continue
+        print(
+            f"{row['arm']:32} {row['p50_s']:8.2f} s {row['tokens_per_s']:8.0f} tokens/s "
+            f"{row['peak_bytes'] / 2**20:7.0f} MiB  ours {row.get('ours_times_faster', 0):6.2f} x"
+            f"  loss error {row.get('loss_error', 0):.1e}"
+            f"  norm error {row.get('norm_error', 0):.1e}"
+        )
+
+
+def main() -> None:
+    arguments = parse()
+    sizes = TINY if arguments.smoke else Sizes()
+    with tempfile.TemporaryDirectory() as folder:
+        data = step_data.write(Path(folder), sizes, arguments.kind, arguments.steps)
+        steps = step_data.read(Path(folder))
+        children = run(arguments, Path(folder))
+    tokens = [sum(len(s.input_ids) for s in step) for step in steps]
+    table = [row_of(arguments, child, children, tokens) for child in children.values()]
+    show(table)
+    part = "tuning" if arguments.tune else "channels" if arguments.channels else "step"
+    case = {"part": part, "kind": arguments.kind, "sizes": asdict(sizes), "seed": 0, **data}
+    rows.append("step", [{**rows.facts(PACKAGES), **case, **r} for r in table], arguments.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""One arm of step.py in a process of its own: it trains one optimizer step a line of stdin.
+
+    python benchmarks/step_arms.py <folder> <arm>
+
+So the parent lets the arms take turns, step by step, and each arm's memory is its own. A line is
+written after each step: its seconds, from the line that asked for it until the loss and the
+gradient norm are logged (so data and logging count), loss, norm, and the memory peak since the
+model was there. That is counted over what the process held before: each arm first trains a tiny
+model, so that its libraries and their threads are there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import rows
+import step_data
+import torch
+from step_data import IGNORED, MAX_LENGTH, Sample
+
+LEARNING_RATE, BETAS, CLIP = 1e-3, (0.9, 0.95), 1.0
+
+
+class Alone:
+    """Waits for nobody: what an arm is given to train before it is measured."""
+
+    def ready(self) -> None:
+        """The model is there."""
+
+    def done(self, loss: float, norm: float) -> None:
+        """A step is done."""
+
+
+class Turns(Alone):
+    """Waits for the parent's word, and times what is done until the next."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        rows.give_back_freed_memory()
+        self._base_bytes = rows.resident_bytes()
+        self._since = 0.0
+
+    def ready(self) -> None:
+        rows.give_back_freed_memory()
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
+        self._say({"ready": True})
+
+    def done(self, loss: float, norm: float) -> None:
+        seconds = time.perf_counter() - self._since
+        peak = rows.resident_bytes("VmHWM") - self._base_bytes
+        self._say({"seconds": seconds, "loss": loss, "norm": norm, "peak_bytes": peak})
+
+    def _say(self, line: dict[str, Any]) -> None:
+        print(json.dumps(line), file=self._out, flush=True)
+        if not sys.stdin.readline():
+            raise SystemExit(0)  # the parent has seen enough
+        self._since = time.perf_counter()
+
+
+# ------------------------------------------------------------------------------- ours
+
+
+@dataclass(slots=True)
+class GivenSteps:
+    """A source of the loop whose steps are given; packed by the project's own planner."""
+
+    steps: list[list[Sample]]
+
+    def step(self, step: int) -> list[Any]:
+        """Micro-batches: packs of at most MAX_LENGTH tokens."""
+        import numpy as np
+
+        from posttrain_dist.data.collate import collate
+        from posttrain_dist.data.packing import plan_in_order
+        from posttrain_dist.flow import Example
+
+        samples = self.steps[step - 1]
+        lengths = np.array([len(s.input_ids) for s in samples])
+        plan = plan_in_order(lengths, MAX_LENGTH, len(samples))
+        examples = [
+            Example(
+                input_ids_L=np.array(s.input_ids, np.int32),
+                weight_L=(np.array(s.labels) != IGNORED).astype(np.float32),
+                channel=s.channel,
+                sample_id=i,
+            )
+            for i, s in enumerate(samples)
+        ]
+        return [collate([examples[int(i)] for i in plan[p]]) for p in range(len(plan))]
+
+
+def ours(folder: Path, turns: Alone, channels: bool = True) -> None:
+    """posttrain_dist as `posttrain train engine=single` puts it together (train.py)."""
+    from posttrain_dist.build import build_policy, make_engine
+    from posttrain_dist.config import Dtype, ModelConfig, RunConfig, complete
+    from posttrain_dist.dist import Process
+    from posttrain_dist.engine import AdamW, Single
+    from posttrain_dist.loop import Fit, Hook
+    from posttrain_dist.metrics.sinks import JsonlSink
+    from posttrain_dist.metrics.special_tokens import TokenMeter, special_tokens
+    from posttrain_dist.models.folder import load_tokenizer
+    from posttrain_dist.objectives.sft import Sft
+
+    optimizer = AdamW(lr=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], clip=CLIP)
+    model = ModelConfig(path=str(folder / "model"))
+    config = complete(RunConfig(model=model, optimizer=optimizer, engine=Single()))
+    source = GivenSteps(step_data.read(folder))
+    names = [f"task{i}" for i in range(step_data.Sizes().channels)] if channels else ["all"]
+    if not channels:
+        source = GivenSteps([[_of_one_channel(s) for s in step] for step in source.steps])
+    dtype = torch.float32 if config.train.dtype is Dtype.float32 else _auto(config)
+    engine = make_engine(config, Process(), dtype)
+    build_policy(config, engine, dtype, names)
+    objective: Any = Sft() if channels else WithoutChannels(objective=Sft())
+    meter = TokenMeter(names, special_tokens(load_tokenizer(folder / "model")), engine.device)
+    with tempfile.TemporaryDirectory() as to:
+        fit = Fit(
+            engine=engine,
+            source=source,
+            objective=objective,
+            meter=meter,
+            describe=meter.train_metrics,
+            learning_rate=lambda _: LEARNING_RATE,
+            steps=len(source.steps),
+            hooks=(Hook(JsonlSink(Path(to) / "metrics.jsonl", 0).write, every=1),),
+        )
+        for info in fit.run():
+            if info.step == 0:
+                turns.ready()
+            else:
+                turns.done(info.metrics["train/loss"], info.metrics["train/grad_norm"])
+
+
+def _auto(config: Any) -> torch.dtype:
+    from posttrain_dist.build import pick_dtype
+
+    return pick_dtype(config.train.dtype)
+
+
+@dataclass(slots=True)
+class WithoutChannels:
+    """The same objective, its head not told of channels: what channel metrics are compared to."""
+
+    objective: Any
+
+    def count(self, batch: Any) -> float:
+        """As the objective counts."""
+        return float(self.objective.count(batch))
+
+    def loss(self, hidden_TD: torch.Tensor, head: Any, batch: Any, denominator: float) -> Any:
+        """The loss with an empty channel table but for its sum, which the log needs."""
+
+        def quiet(*args: Any, channel: torch.Tensor, **options: Any) -> Any:
+            return head(*args, **options)
+
+        loss = self.objective.loss(hidden_TD, quiet, batch, denominator)
+        weight = batch.weight_sum
+        table_C4 = torch.tensor([[float(loss.total.detach()) * denominator, weight, 0.0, 0.0]])
+        return loss._replace(channels_C4=table_C4)
+
+
+def _of_one_channel(sample: Sample) -> Sample:
+    return Sample(input_ids=sample.input_ids, labels=sample.labels, channel=0)
+
+
+# -------------------------------------------------------------------------- reference
+
+
+def reference(folder: Path, turns: Alone) -> None:
+    """float32, one sample at a time, transformers' own logits and cross-entropy, torch's AdamW."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0
+    )
+    model.train()
+    turns.ready()
+    for samples in step_data.read(folder):
+        labels = [torch.tensor(s.labels)[1:] for s in samples]
+        count = sum(int((x != IGNORED).sum()) for x in labels)
+        total = 0.0
+        for sample, label in zip(samples, labels, strict=True):
+            logits = model(torch.tensor([sample.input_ids]), use_cache=False).logits[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits, label, reduction="sum") / count
+            loss.backward()
+            total += loss.item()
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP))
+        optimizer.step()
+        optimizer.zero_grad()
+        turns.done(total, norm)
+
+
+# -------------------------------------------------------------------------------- TRL
+
+# What of SFTConfig differs from its defaults. Everything else that an arm of TRL sets is the same
+# in all of them and changes no speed: the optimizer's numbers, the order of samples, no saving.
+FLOAT32 = {"bf16": False}
+PLAIN = {**FLOAT32, "gradient_checkpointing": False}
+
+
+def _batches(size: int, times: int) -> dict[str, Any]:
+    return {**PLAIN, "per_device_train_batch_size": size, "gradient_accumulation_steps": times}
+
+
+TRL: dict[str, dict[str, Any]] = {
+    "TRL default": {},
+    "TRL default, float32": FLOAT32,
+    "TRL 8 x 1": _batches(8, 1),
+    "TRL 4 x 2": _batches(4, 2),
+    "TRL 2 x 4": _batches(2, 4),
+    "TRL 1 x 8": _batches(1, 8),
+    "TRL 1 x 8, eager attention": {
+        **_batches(1, 8),
+        "model_init_kwargs": {"attn_implementation": "eager"},
+    },
+    "TRL 1 x 8, 1 worker": {**_batches(1, 8), "dataloader_num_workers": 1},
+    "TRL 1 x 8, compiled": {**_batches(1, 8), "torch_compile": True},
+    "TRL padding-free": {**_batches(8, 1), "padding_free": True, "max_length": None},
+}
+
+
+def trl(folder: Path, turns: Alone, changes: dict[str, Any]) -> None:
+    """SFTTrainer 1.16 on the tokenised samples, in their order."""
+    import datasets
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    steps = step_data.read(folder)
+    samples = [s for step in steps for s in step]
+    data = datasets.Dataset.from_dict(
+        {"input_ids": [s.input_ids for s in samples], "labels": [s.labels for s in samples]}
+    )
+
+    class Turn(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            turns.ready()
+
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            if "loss" in logs:
+                turns.done(logs["loss"], logs["grad_norm"])
+
+    with tempfile.TemporaryDirectory() as to:
+        config = SFTConfig(
+            output_dir=to,
+            use_cpu=True,
+            max_steps=len(steps),
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            adam_beta2=BETAS[1],
+            max_grad_norm=CLIP,
+            train_sampling_strategy="sequential",
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            **changes,
+        )
+        SFTTrainer(
+            model=str(folder / "model"), args=config, train_dataset=data, callbacks=[Turn()]
+        ).train()
+
+
+# ------------------------------------------------------------------------------- main
+
+
+def names() -> Iterator[str]:
+    """Every arm."""
+    yield from ("reference", "ours", "ours again", "ours, no channels", *TRL)
+
+
+def train(folder: Path, arm: str, turns: Alone) -> None:
+    """Train all steps of a folder with one arm."""
+    torch.manual_seed(0)
+    if arm == "reference":
+        reference(folder, turns)
+    elif arm.startswith("ours"):
+        ours(folder, turns, channels=not arm.endswith("no channels"))
+    else:
+        trl(folder, turns, TRL[arm])
+
+
+def main() -> None:
+    folder, arm = Path(sys.argv[1]), sys.argv[2]
+    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not for the parent
+    train(folder / "tiny", arm, Alone())
+    train(folder, arm, Turns(out))
+
+
+if __name__ == "__main__":
+    main()
