@@ -4,9 +4,9 @@
 
 Forward and backward of one head, all arms and all masks in turn in one process, and the matrix
 products alone (the floor) among them; then each arm once in a process of its own for its peak
-memory. Inputs, arms and what is checked of them: head_arms.py. Peers that are not installed, or
-do not run on this device, are named with the reason. One row per arm and mask goes to
-benchmarks/results/head.jsonl.
+memory, at the first mask. Inputs, arms and what is checked of them: head_arms.py. Peers that are
+not installed, or do not run on this device, are named with the reason. One row per arm and mask
+goes to benchmarks/results/head.jsonl.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--frozen", action="store_true", help="no gradient for the weight")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--memory-masks", type=float, nargs="*", help="default: the first mask")
     parser.add_argument("--smoke", action="store_true", help="a tiny shape, to see that it runs")
     parser.add_argument("--results", type=Path, default=rows.RESULTS)
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)  # this process measures one arm's peak
     arguments = parser.parse_args()
+    if arguments.memory_masks is None:
+        arguments.memory_masks = arguments.masks[:1]
     if arguments.smoke:
         vars(arguments).update(SMOKE)
     return arguments
@@ -88,6 +90,8 @@ def checked(arms: dict[str, Arm], problem: Problem) -> dict[str, dict[str, Any]]
         try:
             found[name] = truth.errors(once(arm, problem)(), problem)
         except Exception as error:  # a peer's failure is a result
+            if name.startswith("ours"):
+                raise
             found[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
     problem.clear()
     return found
@@ -101,22 +105,27 @@ def peak_of(arguments: argparse.Namespace) -> None:
     """
     arm = ARMS[arguments.peak_of]()
     share = arguments.masks[0]
-    small = mask(problem_of(arguments, rows_=min(64, arguments.rows)), share)
-    once(arm, small)()
-    del small
+    once(arm, mask(problem_of(arguments, rows_=min(64, arguments.rows)), share))()
     problem = mask(problem_of(arguments), share)
-    if arguments.device == "cpu":
-        with rows.Peak() as peak:
-            arm(problem)
-        over = peak.over_start_bytes
-    else:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
+    with rows.Peak() as peak:
         arm(problem)
-        over = torch.cuda.max_memory_allocated() - start
-    extra = over - problem.gradient_bytes
-    print(json.dumps({"peak_over_inputs_bytes": over, "peak_extra_bytes": extra}))
+    print(json.dumps(peaks(peak.over_start_bytes, problem)))
+
+
+def peaks(over_inputs_bytes: int, problem: Problem) -> dict[str, int]:
+    """Memory over the inputs, and what of it is neither of the gradients that were asked for."""
+    extra = over_inputs_bytes - problem.gradient_bytes
+    return {"peak_over_inputs_bytes": over_inputs_bytes, "peak_extra_bytes": extra}
+
+
+def peak_on_gpu(arm: Arm, problem: Problem) -> dict[str, int]:
+    """The same on a GPU, whose allocator counts every byte: no process of its own is needed."""
+    problem.clear()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    arm(problem)
+    return peaks(torch.cuda.max_memory_allocated() - start, problem)
 
 
 def memory(arguments: argparse.Namespace, name: str, share: float) -> dict[str, Any]:
@@ -134,9 +143,10 @@ def memory(arguments: argparse.Namespace, name: str, share: float) -> dict[str, 
         return {"peak_failed": str(error).splitlines()[-1]}
 
 
-def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows of one command."""
+def measure(arguments: argparse.Namespace, until: float | None = None) -> list[dict[str, Any]]:
+    """All rows of one command; `until`: `time.monotonic()` after which no round begins."""
     arms, skipped = usable(arguments.arms)
+    on_gpu = arguments.device != "cpu"
     whole = problem_of(arguments)
     problems = {share: mask(whole, share) for share in arguments.masks}
     checks = {share: checked(arms, problem) for share, problem in problems.items()}
@@ -146,9 +156,11 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for name, arm in arms.items():
             if "failed" not in checks[share][name]:
                 turns[name, share] = once(arm, problem)
-    wait = torch.cuda.synchronize if arguments.device != "cpu" else lambda: None
-    taken = rows.take_turns(turns, rounds=arguments.rounds, wait=wait)  # type: ignore[arg-type]
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    # The check was the warm-up.
+    taken = rows.take_turns(turns, rounds=arguments.rounds, warmup=0, wait=wait, until=until)
     whole.clear()
+    turns.clear()
     table = []
     for share in arguments.masks:
         for name in ("floor", *arguments.arms):
@@ -157,10 +169,23 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 row["skipped"] = skipped[name]
             if (name, share) in taken:
                 row |= figures(taken, name, share, arguments.rows)
-                if name != "floor" and not arguments.no_memory:
-                    row |= memory(arguments, name, share)
+                if name != "floor" and share in arguments.memory_masks:
+                    row |= (
+                        peak_on_gpu(arms[name], problems[share])
+                        if on_gpu
+                        else memory(arguments, name, share)
+                    )
             table.append(row)
+    compare_memory(table)
     return table
+
+
+def compare_memory(table: list[dict[str, Any]]) -> None:
+    """Add to each row its extra memory as a share of eager's at the same mask."""
+    eager = {r["masked"]: r.get("peak_extra_bytes") for r in table if r["arm"] == "eager"}
+    for row in table:
+        if "peak_extra_bytes" in row and eager.get(row["masked"]):
+            row["share_of_eager_memory"] = row["peak_extra_bytes"] / eager[row["masked"]]
 
 
 def case_of(arguments: argparse.Namespace, share: float) -> dict[str, Any]:

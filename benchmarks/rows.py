@@ -16,12 +16,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+Name = TypeVar("Name", bound=Hashable)
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -90,20 +91,20 @@ _STARTED = time.time()
 
 
 def take_turns(
-    arms: Mapping[str, Callable[[], Any]],
+    arms: Mapping[Name, Callable[[], Any]],
     *,
     rounds: int,
     warmup: int = 1,
     wait: Callable[[], Any] = lambda: None,
     until: float | None = None,
-) -> dict[str, list[float]]:
+) -> dict[Name, list[float]]:
     """Seconds of each call, the arms in turn: A B C A B C ...; rounds of warm-up are not kept.
 
     Args:
         wait: called before and after each call; `torch.cuda.synchronize` on a GPU.
         until: `time.monotonic()` after which no further round begins; one is always made.
     """
-    taken: dict[str, list[float]] = {name: [] for name in arms}
+    taken: dict[Name, list[float]] = {name: [] for name in arms}
     for turn in range(warmup + rounds):
         if until is not None and turn > warmup and time.monotonic() > until:
             break

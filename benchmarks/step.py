@@ -130,6 +130,8 @@ def row_of(
 ) -> dict[str, Any]:
     """Figures of one arm; ratios step by step, each of the same samples."""
     row: dict[str, Any] = {"arm": child.arm}
+    if child.arm == TUNED[arguments.kind]:
+        row["role"] = "tuned"
     first = 1 if child.arm == "TRL default" else arguments.warmup
     if child.failed or len(child.steps) <= first:
         return row | {"failed": child.failed or "no timed step"}

@@ -1,0 +1,182 @@
+"""What the tables of docs/performance.md show, by the name in their marks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tables import Cell, Goal, Goals, Row, Table, error, number, span, text
+
+MIB = 2.0**-20
+
+# ------------------------------------------------------------------------------ head
+
+HEAD: dict[str, Cell] = {
+    "arm": text("arm"),
+    "masked": number("masked", 0, 100, " %"),
+    "ms": number("p50_s", 0, 1e3),
+    "p20 to p80": span("p20_s", "p80_s", 0, 1e3),
+    "times ours": number("ours_times_faster"),
+    "share of the floor": number("share_of_floor"),
+    "extra MiB": number("peak_extra_bytes", 0, MIB),
+    "error": error("loss_error", "gradient_error"),
+}
+
+
+def head(num_rows: int, kind: str = "trainable", dtype: str = "float32") -> Table:
+    """All arms and masks of one shape on two cores."""
+    return Table(source="head", columns=HEAD, where=_head(num_rows, kind, dtype))
+
+
+def _head(num_rows: int, kind: str = "trainable", dtype: str = "float32") -> dict[str, Any]:
+    return {"rows": num_rows, "head": kind, "dtype": dtype, "device": "cpu", "vocabulary": 32_000}
+
+
+def _of(arm: str, num_rows: int, masked: float) -> dict[str, Any]:
+    return {**_head(num_rows), "arm": arm, "masked": masked}
+
+
+def _field(key: str) -> Any:
+    return lambda row: row.get(key)
+
+
+def head_goal(arm: str, num_rows: int, masked: float, times: float) -> Goal:
+    """Ours is `times` faster than an arm."""
+    return Goal(
+        said=f"head, N={num_rows}, {masked:.0%} masked: times faster than {arm}",
+        limit=times,
+        most=False,
+        source="head",
+        where=_of(arm, num_rows, masked),
+        value=_field("ours_times_faster"),
+    )
+
+
+def floor_goal(num_rows: int, masked: float) -> Goal:
+    """Ours reaches a share of its own matrix products."""
+    return Goal(
+        said=f"head, N={num_rows}, {masked:.0%} masked: share of the GEMM floor",
+        limit=0.6,
+        most=False,
+        source="head",
+        where=_of("ours", num_rows, masked),
+        value=_field("share_of_floor"),
+    )
+
+
+def memory_goal(num_rows: int) -> Goal:
+    """Extra memory of ours against eager's."""
+    return Goal(
+        said=f"head, N={num_rows}: extra memory, ours over eager's",
+        limit=1 / 12,
+        most=True,
+        source="head",
+        where=_of("ours", num_rows, 0.0),
+        value=_field("share_of_eager_memory"),
+        digits=3,
+    )
+
+
+# ------------------------------------------------------------------------------ step
+
+STEP: dict[str, Cell] = {
+    "arm": text("arm"),
+    "s a step": number("p50_s"),
+    "p20 to p80": span("p20_s", "p80_s"),
+    "real tokens/s": number("tokens_per_s", 0),
+    "times ours": number("ours_times_faster"),
+    "its p20 to p80": span("ratio_p20", "ratio_p80"),
+    "peak MiB": number("peak_bytes", 0, MIB),
+    "loss error": error("loss_error"),
+    "gradient norm error": error("norm_error"),
+}
+
+
+def step(kind: str, part: str = "step") -> Table:
+    """All arms on one kind of data."""
+    return Table(source="step", columns=STEP, where={"kind": kind, "part": part})
+
+
+def step_goal(
+    said: str, kind: str, limit: float, key: str = "ours_times_faster", **which: str
+) -> Goal:
+    """A ratio of whole steps to one arm."""
+    return Goal(
+        said=said,
+        limit=limit,
+        most=key == "ours_share_of_memory",
+        source="step",
+        where={"kind": kind, "part": "step", **which},
+        value=_field(key),
+    )
+
+
+def _channel_cost(row: Row) -> float | None:
+    times = row.get("ours_times_faster")  # how much slower it is without channels
+    return None if times is None else 100 * (1 / times - 1)
+
+
+DEFAULT = {"arm": "TRL default"}
+SHARE = "ours_share_of_memory"
+GOALS = Goals(
+    [
+        head_goal("TRL", 1024, 0.0, 12),
+        head_goal("TRL", 4096, 0.0, 12),
+        head_goal("TRL", 1024, 0.75, 30),
+        head_goal("TRL", 4096, 0.75, 30),
+        head_goal("eager", 1024, 0.0, 4.5),
+        head_goal("eager", 4096, 0.0, 4.5),
+        head_goal("eager", 1024, 0.75, 9),
+        head_goal("eager", 4096, 0.75, 9),
+        floor_goal(1024, 0.0),
+        floor_goal(4096, 0.0),
+        floor_goal(4096, 0.75),
+        memory_goal(1024),
+        memory_goal(4096),
+        Goal(
+            said="head, N=4096: cost at 75 % masked over cost unmasked",
+            limit=0.32,
+            most=True,
+            source="head",
+            where=_of("ours", 4096, 0.75),
+            value=_field("cost_of_first_mask"),
+        ),
+        step_goal("step, mixed: times faster than TRL by default", "mixed", 15, **DEFAULT),
+        step_goal("step, mixed: times faster than TRL tuned", "mixed", 9, role="tuned"),
+        step_goal("step, uniform: times faster than TRL by default", "uniform", 3, **DEFAULT),
+        step_goal("step, uniform: times faster than TRL tuned", "uniform", 3, role="tuned"),
+        step_goal("step, mixed: memory, ours over TRL by default", "mixed", 0.33, SHARE, **DEFAULT),
+        step_goal("step, mixed: memory, ours over TRL tuned", "mixed", 0.33, SHARE, role="tuned"),
+        Goal(
+            said="step, mixed: cost of the metrics of 8 channels, %",
+            limit=1.0,
+            most=True,
+            source="step",
+            where={"part": "channels", "arm": "ours, no channels"},
+            value=_channel_cost,
+        ),
+    ]
+)
+
+# ------------------------------------------------------------------------- the others
+
+LAUNCH: dict[str, Cell] = {
+    "arm": text("arm"),
+    "s": number("p50_s", 1),
+    "p20 to p80": span("p20_s", "p80_s", 1),
+    "over": text("over"),
+    "by s": number("over_s", 1),
+}
+
+TABLES: dict[str, Table | Goals] = {
+    "goals": GOALS,
+    "head-1024": head(1024),
+    "head-4096": head(4096),
+    "head-1024-frozen": head(1024, "frozen"),
+    "head-bf16": head(128, dtype="bfloat16"),
+    "step-mixed": step("mixed"),
+    "step-uniform": step("uniform"),
+    "step-tuning": step("mixed", "tuning"),
+    "step-tuning-uniform": step("uniform", "tuning"),
+    "step-channels": step("mixed", "channels"),
+    "launch": Table(source="launch", columns=LAUNCH),
+}
