@@ -11,7 +11,8 @@ __all__ = ["Attention", "ModelConfig", "Weights"]
 class Attention(Enum):
     """How attention inside each sample of a packed row is computed."""
 
-    auto = "auto"  # sdpa, or eager where the model caps its attention logits (Gemma 2)
+    auto = "auto"  # the fastest that is exact for this model, on this device
+    varlen = "varlen"  # torch's kernel for packed rows: CUDA, half precision
     sdpa = "sdpa"  # torch's scaled_dot_product_attention, sample by sample
     eager = "eager"  # plain matmul and softmax: the reference
 

@@ -11,9 +11,8 @@ from torch import nn
 
 from posttrain_dist.errors import ModelError
 from posttrain_dist.models import ModelConfig, Weights
-from posttrain_dist.models.attention import implementation, register
+from posttrain_dist.models.attention import Needs, implementation, register
 from posttrain_dist.models.folder import check_folder
-from posttrain_dist.models.shape import head_shape
 
 
 def load_model(
@@ -42,7 +41,7 @@ def load_model(
     hf_config = transformers.AutoConfig.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
     )
-    attention = implementation(config.attention, head_shape(hf_config).attention_softcap)
+    attention = implementation(config.attention, Needs.of(hf_config, dtype))
     with materialise:
         if fresh:
             torch.manual_seed(seed)

@@ -99,6 +99,8 @@ def _inputs(batch: Batch) -> dict[str, Any]:
         "input_ids": batch.input_ids_T[None],
         "position_ids": batch.position_ids_T[None],
         "cu_seqlens": batch.cu_seqlens_S,
+        "bounds_S": batch.bounds_S,
+        "max_seqlen": batch.max_seqlen,
         "use_cache": False,
     }
 

@@ -12,7 +12,6 @@ class HeadShape:
 
     logit_scale: float = 1.0
     softcap: float | None = None
-    attention_softcap: float | None = None
 
 
 def head_shape(config: Any) -> HeadShape:
@@ -26,5 +25,4 @@ def head_shape(config: Any) -> HeadShape:
     return HeadShape(
         logit_scale=scale,
         softcap=getattr(config, "final_logit_softcapping", None),
-        attention_softcap=getattr(config, "attn_logit_softcapping", None),
     )
