@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["Attention", "ModelConfig", "Weights"]
+__all__ = ["Attention", "Checkpointing", "ModelConfig", "Weights"]
 
 
 class Attention(Enum):
@@ -15,6 +15,14 @@ class Attention(Enum):
     varlen = "varlen"  # torch's kernel for packed rows: CUDA, half precision
     sdpa = "sdpa"  # torch's scaled_dot_product_attention, sample by sample
     eager = "eager"  # plain matmul and softmax: the reference
+
+
+class Checkpointing(Enum):
+    """Which decoder layers drop their activations and compute them again in backward."""
+
+    none = "none"  # fastest
+    full = "full"  # all: least memory, a third more work
+    selective = "selective"  # the first `checkpoint_layers`
 
 
 class Weights(Enum):
@@ -32,4 +40,5 @@ class ModelConfig:
     path: str = "tiny_base"
     attention: Attention = Attention.auto
     weights: Weights = Weights.load
-    activation_checkpointing: bool = False  # recompute activations in backward, save memory
+    activation_checkpointing: Checkpointing = Checkpointing.none
+    checkpoint_layers: int | None = None  # how many layers, of `selective`

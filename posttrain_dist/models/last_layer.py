@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from posttrain_dist.errors import ModelError
+from posttrain_dist.models.layers import decoder_layers
 
 _log = logging.getLogger(__name__)
 
@@ -43,22 +42,6 @@ def shorten(backbone: nn.Module) -> None:
     # A subclass, not a function put on the object: activation checkpointing wraps the forward of
     # the class (transformers 5.23) or its call (5.17), and hooks fire as before.
     last.__class__ = type(f"Short{base.__name__}", (base,), {"forward": _forward(base, family)})
-
-
-def decoder_layers(backbone: nn.Module) -> list[Any]:
-    """The layers of a transformers backbone, first to last.
-
-    Raises:
-        ModelError: there is none.
-    """
-    layers = [m for m in backbone.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not layers:
-        raise ModelError(
-            f"{type(backbone).__name__} has no decoder layers in the form of transformers",
-            where="model.path",
-            fix="this architecture is not supported yet",
-        )
-    return layers
 
 
 def _select(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:

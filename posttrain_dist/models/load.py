@@ -13,6 +13,7 @@ from posttrain_dist.errors import ModelError
 from posttrain_dist.models import ModelConfig, Weights
 from posttrain_dist.models.attention import Needs, implementation, register
 from posttrain_dist.models.folder import check_folder
+from posttrain_dist.models.layers import checkpoint_activations
 
 
 def load_model(
@@ -32,6 +33,7 @@ def load_model(
 
     Raises:
         ModelError: the folder cannot be used, or weights are missing from it.
+        ConfigError: model.checkpoint_layers does not fit the model.
     """
     import transformers
 
@@ -60,8 +62,7 @@ def load_model(
             )
             _refuse_incomplete(report, folder)
     model.config.use_cache = False
-    if config.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model, config)
     return model  # type: ignore[no-any-return]
 
 

@@ -12,7 +12,7 @@ from posttrain_kernels import linear_cross_entropy
 from posttrain_dist.data.collate import collate
 from posttrain_dist.flow import Example
 from posttrain_dist.models.attention import EAGER, SDPA, register
-from posttrain_dist.models.last_layer import decoder_layers
+from posttrain_dist.models.layers import decoder_layers
 from posttrain_dist.models.policy import Policy
 from posttrain_dist.objectives.sft import Sft
 

@@ -98,19 +98,6 @@ def test_changing_one_sample_leaves_the_others_alone(folder):
     assert not torch.equal(before[:first], after[:first])
 
 
-def test_activation_checkpointing_changes_no_gradient(folder):
-    gradients = []
-    for activation_checkpointing in (False, True):
-        config = ModelConfig(path=str(folder), activation_checkpointing=activation_checkpointing)
-        model = load_model(config, folder, dtype=torch.float32, seed=0, materialise=nullcontext())
-        policy = Policy(model, linear_cross_entropy, num_channels=2).train()
-        policy(collate(examples(policy.config.vocab_size)), Sft(), 10.0).total.backward()
-        gradients.append({n: p.grad for n, p in policy.named_parameters()})
-    for name, gradient in gradients[0].items():
-        assert gradient.abs().sum() > 0, name
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-5, atol=1e-7, msg=name)
-
-
 def test_head_check_passes_and_notices_a_forgotten_cap(folder):
     policy = policy_of(folder)
     batch = collate(examples(policy.config.vocab_size))
