@@ -113,8 +113,9 @@ def take_turns(
             start = time.perf_counter()
             run()
             wait()
+            seconds = time.perf_counter() - start
             if turn >= warmup:
-                taken[name].append(time.perf_counter() - start)
+                taken[name].append(seconds)
     return taken
 
 

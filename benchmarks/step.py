@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=list(step_arms.names()))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not timed")
+    parser.add_argument("--seconds", type=float, default=600, help="no step begins after")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--channels", action="store_true")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, to see that it runs")
@@ -79,7 +81,10 @@ class Child:
             stderr=self._errors,
             text=True,
         )
-        self._read()  # it is loaded
+
+    def wait(self) -> None:
+        """Until the model is loaded and no step has begun."""
+        self._read()
 
     def step(self) -> None:
         """Run one step."""
@@ -112,8 +117,13 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Child]:
     try:
         for arm in arguments.arms:
             children[arm] = Child(folder, arm)
+        for child in children.values():
+            child.wait()
+        until = time.monotonic() + arguments.seconds
         for step in range(arguments.steps):
             for arm, child in children.items():
+                if time.monotonic() > until:
+                    return children
                 last = arguments.warmup + FEW.get(arm, arguments.steps)
                 if arm == "TRL default":
                     last -= arguments.warmup - 1  # one step of warm-up: it takes minutes

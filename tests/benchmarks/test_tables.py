@@ -1,0 +1,106 @@
+"""The tables of docs/performance.md: made from rows, and the committed page is what they give."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Two runs of two arms; the last run has an arm that could not run."""
+    facts = {"machine": "m", "versions": {"torch": "1", "trl": "-"}, "command": "c"}
+
+    def row(run: str, arm: str, **more: object) -> dict:
+        return {"date": f"2026-01-0{run}T00:00:00", "run": run, **facts, "arm": arm, **more}
+
+    rows = [
+        row("1", "ours", n=8, p50_s=9.0),
+        row("1", "peer", n=8, p50_s=9.0),
+        row("2", "ours", n=8, p50_s=0.0123),
+        row("2", "peer", n=8, skipped="it is not here"),
+        row("3", "ours", n=9, p50_s=0.5, times=3.0),
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return tmp_path
+
+
+def test_the_committed_page_is_what_the_generator_makes_of_the_committed_rows():
+    from table_specs import TABLES
+    from tables import fill
+
+    page = (ROOT / "docs/performance.md").read_text()
+    assert fill(page, TABLES) == page
+
+
+def test_every_table_has_its_place():
+    from table_specs import TABLES
+    from tables import MARKS
+
+    marks = [m[2] for m in MARKS.finditer((ROOT / "docs/performance.md").read_text())]
+    assert sorted(marks) == sorted(TABLES)
+
+
+def test_a_table_shows_the_last_run_that_has_what_it_asks_for(results):
+    from tables import Table, fill, number, text
+
+    columns = {"arm": text("arm"), "ms": number("p50_s", 1, 1e3), "x": number("none")}
+    table = Table(source="x", columns=columns, where={"n": 8})
+    page = fill("a\n<!-- table: t -->\nold\n<!-- /table -->\nb\n", {"t": table}, results)
+    assert page.splitlines() == [
+        "a",
+        "<!-- table: t -->",
+        "",
+        "| arm | ms | x |",
+        "| --- | ---: | ---: |",
+        "| ours | 12.3 | - |",
+        "",
+        "Not run: peer: it is not here.",
+        "",
+        "m; torch 1; 2026-01-02T00:00Z; `c`",
+        "",
+        "<!-- /table -->",
+        "b",
+    ]
+
+
+def test_a_page_that_was_filled_stays_as_it_is(results):
+    from tables import Table, fill, text
+
+    tables = {"t": Table(source="x", columns={"arm": text("arm")})}
+    once = fill("<!-- table: t -->\n<!-- /table -->\n", tables, results)
+    assert fill(once, tables, results) == once
+
+
+def test_a_mark_without_a_table_is_an_error(results):
+    from tables import fill
+
+    with pytest.raises(KeyError, match="nothing"):
+        fill("<!-- table: nothing -->\n<!-- /table -->", {}, results)
+
+
+@pytest.mark.parametrize(
+    ("limit", "most", "where", "expected"),
+    [
+        (2.5, False, {"n": 9}, ["g", "at least 2.5", "3.00", "yes"]),
+        (3.5, False, {"n": 9}, ["g", "at least 3.5", "3.00", "**no**"]),
+        (3.5, True, {"n": 9}, ["g", "at most 3.5", "3.00", "yes"]),
+        (2.5, True, {"n": 9}, ["g", "at most 2.5", "3.00", "**no**"]),
+        (2.5, True, {"n": 7}, ["g", "at most 2.5", "not measured", ""]),
+        (2.5, True, {"n": 8, "arm": "peer"}, ["g", "at most 2.5", "not measured", ""]),
+    ],
+)
+def test_a_goal_says_whether_it_is_met(results, limit, most, where, expected):
+    from tables import Goal
+
+    goal = Goal(
+        said="g",
+        limit=limit,
+        most=most,
+        source="x",
+        where=where,
+        value=lambda row: row.get("times"),
+    )
+    assert goal.cells(results) == expected
