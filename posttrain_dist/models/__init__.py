@@ -42,3 +42,4 @@ class ModelConfig:
     weights: Weights = Weights.load
     activation_checkpointing: Checkpointing = Checkpointing.none
     checkpoint_layers: int | None = None  # how many layers, of `selective`
+    compile: bool = False  # torch.compile of norms and MLPs; needs a C++ compiler

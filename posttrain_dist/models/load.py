@@ -12,6 +12,7 @@ from torch import nn
 from posttrain_dist.errors import ModelError
 from posttrain_dist.models import ModelConfig, Weights
 from posttrain_dist.models.attention import Needs, implementation, register
+from posttrain_dist.models.compiled import compile_layers
 from posttrain_dist.models.folder import check_folder
 from posttrain_dist.models.layers import checkpoint_activations
 
@@ -33,7 +34,7 @@ def load_model(
 
     Raises:
         ModelError: the folder cannot be used, or weights are missing from it.
-        ConfigError: model.checkpoint_layers does not fit the model.
+        ConfigError: model.checkpoint_layers or model.compile cannot be had.
     """
     import transformers
 
@@ -63,6 +64,8 @@ def load_model(
             _refuse_incomplete(report, folder)
     model.config.use_cache = False
     checkpoint_activations(model, config)
+    if config.compile:
+        compile_layers(model)
     return model  # type: ignore[no-any-return]
 
 

@@ -69,8 +69,8 @@ class Policy(nn.Module):
     def check_head(self, batch: Batch, objective: Any) -> float:
         """Compare the fused loss with the model's own logits; returns the largest difference.
 
-        A softcap or logit scale that the fused head does not know would train another model than
-        the one that is served.
+        A softcap or logit scale that the fused head does not know, or a last layer that does more
+        than the shortened one, would train another model than the one that is served.
 
         Raises:
             ModelError: a token's loss differs by more than rounding.
@@ -86,7 +86,8 @@ class Policy(nn.Module):
             name = type(self.causal_lm).__name__
             raise ModelError(
                 f"the fused loss differs from the logits of {name} by {difference:.2e} "
-                f"(tolerance {tolerance:.0e}): its head does more than softcap and logit scale",
+                f"(tolerance {tolerance:.0e}): its head does more than softcap and logit scale, or "
+                "its last layer is not built as in the transformers release that is known here",
                 where="model.path",
                 fix="this architecture is not supported yet",
             )

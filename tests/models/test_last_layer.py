@@ -10,7 +10,9 @@ import torch
 from posttrain_kernels import linear_cross_entropy
 
 from posttrain_dist.data.collate import collate
+from posttrain_dist.errors import ModelError
 from posttrain_dist.flow import Example
+from posttrain_dist.models import last_layer
 from posttrain_dist.models.attention import EAGER, SDPA, register
 from posttrain_dist.models.layers import decoder_layers
 from posttrain_dist.models.policy import Policy
@@ -160,6 +162,18 @@ def test_a_model_without_rows_is_as_it_was(policy, request):
     expected = own(input_ids=ids).logits
     logits = policy.causal_lm(input_ids=ids, cu_seqlens=[0, 17], use_cache=False).logits
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)  # norms are in float32
+
+
+def test_the_start_up_check_notices_a_layer_that_does_more(monkeypatch):
+    right = Policy(causal_lm("Granite", SDPA), linear_cross_entropy, num_channels=2)
+    assert right.check_head(batch_of(0.7), Sft()) < 1e-4
+    # A release in which a layer of a known name has got a multiplier.
+    monkeypatch.setitem(
+        last_layer._FAMILIES, "GraniteDecoderLayer", last_layer._FAMILIES["LlamaDecoderLayer"]
+    )
+    wrong = Policy(causal_lm("Granite", SDPA), linear_cross_entropy, num_channels=2)
+    with pytest.raises(ModelError, match=r"GraniteForCausalLM.*its last layer is not built as"):
+        wrong.check_head(batch_of(0.7), Sft())
 
 
 def test_the_log_names_a_layer_that_is_not_known(caplog):
