@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from posttrain_kernels import linear_cross_entropy
+from posttrain_kernels import linear_cross_entropy, multiplies_fast
 
 from posttrain_dist import dist
 from posttrain_dist.config import Dtype, RunConfig
@@ -32,9 +31,7 @@ def pick_dtype(choice: Dtype) -> torch.dtype:
         return torch.bfloat16 if choice is Dtype.bfloat16 else torch.float32
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    cpuinfo = Path("/proc/cpuinfo")
-    has_amx = cpuinfo.is_file() and " amx_bf16" in cpuinfo.read_text()
-    return torch.bfloat16 if has_amx else torch.float32
+    return torch.bfloat16 if multiplies_fast(torch.bfloat16) else torch.float32
 
 
 def make_engine(config: RunConfig, process: Process, dtype: torch.dtype) -> TrainEngine:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from posttrain_kernels import linear_cross_entropy
+from posttrain_kernels import VocabShard, linear_cross_entropy
 
 
 def int64(*shape: int, value: int = 0) -> torch.Tensor:
@@ -17,7 +17,7 @@ def int64(*shape: int, value: int = 0) -> torch.Tensor:
     ("change", "message"),
     [
         ({"labels_N": int64(4, value=11)}, r"labels_N holds 11, outside \[0, 11\)"),
-        ({"labels_N": int64(4, value=-100)}, "labels_N holds -100.*supervised rows only"),
+        ({"labels_N": int64(4, value=-1)}, "labels_N holds -1, .*only -100 means no label"),
         ({"labels_N": int64(3)}, r"labels_N must be \[4\], it is \[3\]"),
         ({"labels_N": torch.zeros(4)}, "labels_N must be int64"),
         ({"channel": int64(4, value=2)}, r"channel holds 2, outside \[0, 2\)"),
@@ -32,7 +32,12 @@ def int64(*shape: int, value: int = 0) -> torch.Tensor:
         ({"bias": torch.zeros(7)}, "bias must be"),
         ({"weight_VD": torch.zeros(11, 2)}, r"\[6, 3\] and \[11, 2\]"),
         ({"weight_VD": torch.zeros(11, 3).bfloat16()}, "weight_VD is torch.bfloat16"),
-        ({"hidden_TD": torch.zeros(6, 3).half()}, "float16 is not supported; use bfloat16"),
+        ({"weight_VD": torch.zeros(11, 3).half()}, "weight_VD is torch.float16"),
+        ({"hidden_TD": int64(6, 3)}, "hidden_TD is torch.int64; use bfloat16"),
+        ({"denominator": torch.ones(2)}, "denominator must be one number"),
+        ({"z_loss": -1.0}, "z_loss must be"),
+        ({"logit_scale": float("inf")}, "logit_scale must be"),
+        ({"shard": VocabShard(3, 13)}, "11 rows from 3 do not lie in a vocabulary of 13"),
         ({"impl": "fast"}, "impl must be one of auto"),
         ({"chunk_rows": 0}, "chunk_rows must be"),
     ],
