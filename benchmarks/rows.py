@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -57,11 +58,16 @@ def versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def command() -> str:
-    """The command that this process was started with, as a reader types it in the repository."""
+    """The command that this process was started with, as a reader types it in the repository.
+
+    Where its rows go (`--results`) is no part of it.
+    """
+    given = iter(sys.argv[1:])
+    kept = [x for x in given if not (x == "--results" and next(given, None))]
     threads = os.environ.get("OMP_NUM_THREADS")
     prefix = f"OMP_NUM_THREADS={threads} " if threads else ""
     script = Path(sys.argv[0]).name
-    return " ".join([f"{prefix}python benchmarks/{script}", *sys.argv[1:]])
+    return " ".join([f"{prefix}python benchmarks/{script}", *map(shlex.quote, kept)])
 
 
 def facts(packages: Iterable[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ benchmarks/results/step.jsonl.
     --kind uniform   256 tokens each, none masked: nothing to gain by packing or masking
     --tune           the settings of TRL that were tried, few steps each; the best is TUNED
     --channels       ours with and without the metrics of 8 channels
+    --profile        where the time of our own step goes
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=600, help="no step begins after")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--channels", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, to see that it runs")
     parser.add_argument("--results", type=Path, default=rows.RESULTS)
     arguments = parser.parse_args()
@@ -95,6 +97,13 @@ class Child:
         if line is not None:
             self.steps.append(line)
 
+    def last(self) -> str:
+        """How its last step went."""
+        if self.failed:
+            return f"{self.arm}: {self.failed}"
+        now = self.steps[-1]
+        return f"{self.arm}: {now['seconds']:.2f} s, loss {now['loss']:.4f}"
+
     def _read(self) -> dict[str, float] | None:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -129,6 +138,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Child]:
                     last -= arguments.warmup - 1  # one step of warm-up: it takes minutes
                 if not child.failed and step < last:
                     child.step()
+                    print(child.last(), file=sys.stderr, flush=True)
     finally:
         for child in children.values():
             child.close()
@@ -189,11 +199,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = step_data.write(Path(folder), sizes, arguments.kind, arguments.steps)
         steps = step_data.read(Path(folder))
-        children = run(arguments, Path(folder))
-    tokens = [sum(len(s.input_ids) for s in step) for step in steps]
-    table = [row_of(arguments, child, children, tokens) for child in children.values()]
-    show(table)
-    part = "tuning" if arguments.tune else "channels" if arguments.channels else "step"
+        if arguments.profile:
+            script = str(Path(step_arms.__file__))
+            table = rows.fresh_process([script, folder, "ours", "--profile"])["profile"]
+            print("\n".join(f"{r['arm']:24} {r['p50_s']:.3f} s {r['share']:.1%}" for r in table))
+        else:
+            children = run(arguments, Path(folder))
+            tokens = [sum(len(s.input_ids) for s in step) for step in steps]
+            table = [row_of(arguments, child, children, tokens) for child in children.values()]
+            show(table)
+    part = next((p for p in ("tune", "channels", "profile") if getattr(arguments, p)), "step")
     case = {"part": part, "kind": arguments.kind, "sizes": asdict(sizes), "seed": 0, **data}
     rows.append("step", [{**rows.facts(PACKAGES), **case, **r} for r in table], arguments.results)
 

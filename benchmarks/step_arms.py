@@ -64,6 +64,45 @@ class Turns(Alone):
         self._since = time.perf_counter()
 
 
+KINDS = {
+    "matrix products": ("mm", "addmm", "bmm", "baddbmm", "mkldnn", "linear"),
+    "attention": ("attention", "sdpa"),
+    "optimizer and clipping": ("adam", "foreach", "linalg_vector_norm"),
+    "copies and fills": ("copy_", "cat", "index", "fill_", "zero_", "gather", "embedding"),
+}
+
+
+class Profile(Alone):
+    """Profiles the steps after the second, and prints where their time went."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out, self._steps, self._since = out, 0, 0.0
+        self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+    def done(self, loss: float, norm: float) -> None:
+        self._steps += 1
+        if self._steps == 2:
+            self._profiler.start()
+            self._since = time.perf_counter()
+
+    def say(self) -> None:
+        """Print seconds a step by kind of operation; what no operation took is Python's."""
+        seconds = time.perf_counter() - self._since
+        self._profiler.stop()
+        found = dict.fromkeys([*KINDS, "other operations"], 0.0)
+        for event in self._profiler.key_averages():
+            name = event.key.lower()
+            kind = next((k for k, words in KINDS.items() if any(w in name for w in words)), None)
+            found[kind or "other operations"] += event.self_cpu_time_total / 1e6
+        found["between operations"] = seconds - sum(found.values())
+        steps = self._steps - 2
+        line = [
+            {"arm": kind, "p50_s": own / steps, "share": own / seconds}
+            for kind, own in found.items()
+        ]
+        print(json.dumps({"profile": line}), file=self._out, flush=True)
+
+
 # ------------------------------------------------------------------------------- ours
 
 
@@ -292,6 +331,11 @@ def main() -> None:
     folder, arm = Path(sys.argv[1]), sys.argv[2]
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not for the parent
     train(folder / "tiny", arm, Alone())
+    if "--profile" in sys.argv:
+        profile = Profile(out)
+        train(folder, arm, profile)
+        profile.say()
+        return
     train(folder, arm, Turns(out))
 
 

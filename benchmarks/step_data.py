@@ -22,11 +22,11 @@ MAX_LENGTH = 1024  # TRL's default, and our pack
 class Sizes:
     """A Llama, and the samples of one optimizer step."""
 
-    hidden: int = 512
+    hidden: int = 384
     layers: int = 6
-    feed_forward: int = 1376
-    heads: int = 8
-    vocabulary: int = 32_000
+    feed_forward: int = 1024
+    heads: int = 6
+    vocabulary: int = 16_000
     samples: int = 8  # of an optimizer step; TRL's default batch
     mean_log_length: float = 5.0  # lognormal, in tokens
     uniform_length: int = 256

@@ -157,6 +157,12 @@ GOALS = Goals(
     ]
 )
 
+PROFILE: dict[str, Cell] = {
+    "kind": text("arm"),
+    "s a step": number("p50_s", 3),
+    "share": number("share", 1, 100, " %"),
+}
+
 # ------------------------------------------------------------------------- the others
 
 LAUNCH: dict[str, Cell] = {
@@ -175,8 +181,9 @@ TABLES: dict[str, Table | Goals] = {
     "head-bf16": head(128, dtype="bfloat16"),
     "step-mixed": step("mixed"),
     "step-uniform": step("uniform"),
-    "step-tuning": step("mixed", "tuning"),
-    "step-tuning-uniform": step("uniform", "tuning"),
+    "step-tuning": step("mixed", "tune"),
+    "step-tuning-uniform": step("uniform", "tune"),
     "step-channels": step("mixed", "channels"),
+    "step-profile": Table(source="step", columns=PROFILE, where={"part": "profile"}),
     "launch": Table(source="launch", columns=LAUNCH),
 }

@@ -62,7 +62,7 @@ def test_a_fresh_process_is_read_by_its_last_line_and_its_failure_is_told(tmp_pa
 def test_rows_are_appended_with_what_was_typed(tmp_path, monkeypatch):
     import rows
 
-    monkeypatch.setattr(sys, "argv", ["/somewhere/head.py", "--rows", "8"])
+    monkeypatch.setattr(sys, "argv", ["/x/head.py", "--results", "/y", "--rows", "8"])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     facts = rows.facts(["numpy", "no-such-thing"])
     rows.append("x", [facts | {"arm": "a"}], tmp_path)
