@@ -194,7 +194,7 @@ def measure(
         "mfu": flops / found["p50_s"] / peak if peak else None,
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else rows.resident_bytes("VmHWM"),
         "loss": float(seen["loss"]),
-        "norm": seen["norm"],
+        "norm": float(seen["norm"]),
     }
 
 
