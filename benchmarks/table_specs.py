@@ -173,6 +173,18 @@ LAUNCH: dict[str, Cell] = {
     "by s": number("over_s", 1),
 }
 
+DEEPSPEED: dict[str, Cell] = {
+    "arm": text("arm"),
+    "model": text("size"),
+    "processes": text("processes"),
+    "ZeRO": text("stage"),
+    "ms": number("p50_s", 1, 1e3),
+    "times single": number("ratio"),
+    "p20 to p80": lambda row: " to ".join(f"{x:.2f}" for x in row.get("ratio_p20_p80", ())),
+    "of processor time": number("cpu_ratio"),
+    "peak MiB": number("peak_bytes", 0, MIB),
+}
+
 TABLES: dict[str, Table | Goals] = {
     "goals": GOALS,
     "head-1024": head(1024),
@@ -186,4 +198,7 @@ TABLES: dict[str, Table | Goals] = {
     "step-channels": step("mixed", "channels"),
     "step-profile": Table(source="step", columns=PROFILE, where={"part": "profile"}),
     "launch": Table(source="launch", columns=LAUNCH),
+    "deepspeed-overhead": Table(
+        source="deepspeed_overhead", columns=DEEPSPEED, per=("size", "processes", "stage")
+    ),
 }

@@ -4,7 +4,7 @@
 
 A table stands between two comments, `<!-- table: name -->` and `<!-- /table -->`, and shows rows of
 one run: the last one that has what the table asks for, because only arms of one run compare. Under
-it stand machine, versions, date and command. What a table shows is a `Table` in table_specs.py.
+it stand machine, versions, load, date and command. What tables there are: table_specs.py.
 """
 
 from __future__ import annotations
@@ -35,12 +35,17 @@ class Table:
     source: str  # results/<source>.jsonl
     columns: Mapping[str, Cell]  # heading -> the text of a row
     where: Mapping[str, Any] = field(default_factory=dict)  # what a row must say
+    per: Sequence[str] = ()  # rows that differ in these compare only among themselves
 
     def rows(self, results: Path) -> list[Row]:
-        """The rows of the last run that has any."""
+        """The rows of the last run that has any; of each group of `per`, if given."""
         found = [row for row in read(results / f"{self.source}.jsonl") if holds(row, self.where)]
-        last = run_of(found[-1]) if found else None
-        return [row for row in found if run_of(row) == last]
+        last = {self._group(row): run_of(row) for row in found}
+        kept = [row for row in found if run_of(row) == last[self._group(row)]]
+        return sorted(kept, key=lambda row: list(last).index(self._group(row)))
+
+    def _group(self, row: Row) -> tuple[Any, ...]:
+        return tuple(row.get(key) for key in self.per)
 
     def text(self, results: Path) -> str:
         """The table in Markdown, what was left out and why, and where it was measured."""
@@ -54,7 +59,9 @@ class Table:
         left_out = dict.fromkeys(f"{r['arm']}: {reason(r)}" for r in rows if reason(r) is not None)
         if left_out:
             lines += ["", f"Not run: {'; '.join(left_out)}."]
-        return "\n".join([*lines, "", origin(rows[-1])]) + "\n"
+        for last in {run_of(row): row for row in rows}.values():
+            lines += ["", origin(last)]
+        return "\n".join(lines) + "\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,6 +66,13 @@ def test_a_table_shows_the_last_run_that_has_what_it_asks_for(results):
     ]
 
 
+def test_groups_are_each_of_their_own_last_run(results):
+    from tables import Table
+
+    table = Table(source="x", columns={}, per=("n",))
+    assert [(r["run"], r["n"]) for r in table.rows(results)] == [("2", 8), ("2", 8), ("3", 9)]
+
+
 def test_a_page_that_was_filled_stays_as_it_is(results):
     from tables import Table, fill, text
 
