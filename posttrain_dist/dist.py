@@ -59,7 +59,8 @@ def start(process: Process) -> None:
         "MASTER_PORT": port,
     }
     os.environ.update({name: str(value) for name, value in environment.items()})
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    # Numbers of the host go by gloo, so that reading them waits for no device.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(
         backend,
         init_method=f"tcp://{process.master_address}:{port}",
@@ -85,7 +86,7 @@ def rank() -> int:
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of `tensor` over all ranks, in place; any shape."""
+    """The sum of `tensor` over all ranks, in place; any shape, on the CPU or the rank's GPU."""
     import torch
 
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
@@ -125,8 +126,7 @@ def on_all(work: Callable[[], T]) -> T:
         result = work()
     except Exception as error:
         failure = error
-    on_gpu = torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl"
-    failed = torch.tensor([float(failure is not None)], device="cuda" if on_gpu else "cpu")
+    failed = torch.tensor([float(failure is not None)])
     ranks = int(all_sum(failed).item())
     if failure is not None:
         raise failure

@@ -135,7 +135,7 @@ class StepInfo:
     sample_ids: list[int] = field(default_factory=list)  # of all ranks, for samples.log
     last: bool = False  # the run ends after this step
     stopped: bool = False  # ... because someone asked it to stop
-    broken: bool = False  # ... because the update was not finite, and the weights are lost
+    broken: int = 0  # ... because this update was not finite, and the weights are lost; 0: none
 
     def row(self) -> dict[str, Any]:
         """The object written to metrics.jsonl."""

@@ -15,17 +15,11 @@ from typing import Any, Protocol
 import torch
 
 from posttrain_dist import dist
+from posttrain_dist.data.ahead import Ahead, Source
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Batch, StepInfo
 
 GO_ON, LEAVE, END_EARLY = 0, 1, 2  # someone asked to leave; nothing more is to be gained
-
-
-class Source(Protocol):
-    """Batches of this rank, as a pure function of the step."""
-
-    def step(self, step: int) -> list[Batch]:
-        """The micro-batches of update `step` (from 1); as many on every rank."""
 
 
 class Meter(Protocol):
@@ -87,16 +81,29 @@ class Fit:
         """
         if self.start == 0:
             yield self._finish(StepInfo(step=0))
+        with Ahead(self.source, self.engine.device, self.steps) as ahead:
+            yield from self._train(ahead)
+
+    def _train(self, ahead: Ahead) -> Iterator[StepInfo]:
         since = time.perf_counter()
+        norms: list[torch.Tensor | float] = []  # of the updates since they were last looked at
         for step in range(self.start + 1, self.steps + 1):
-            info, lr, norm = self._update(step)
+            info, lr, norm = self._update(step, ahead.step(step))
+            norms.append(norm)
             if info.last or any(step % every == 0 for every in self.log_every):
+                # Only now does the host wait for the device.
+                known = [float(norm) for norm in norms]
+                norms.clear()
+                lost = [i for i, norm in enumerate(known) if not math.isfinite(norm)]
+                if lost:  # the same on all ranks
+                    info.broken = step - len(known) + 1 + lost[0]
+                    info.last = True
                 table_C4, tokens = self.meter.flush()
                 seconds, since = time.perf_counter() - since, time.perf_counter()
                 info.metrics = {
                     **self.describe(table_C4),
                     "train/lr": lr,
-                    "train/grad_norm": norm,
+                    "train/grad_norm": known[-1],
                     "train/tokens_per_s": tokens / seconds,
                 }
             paused = time.perf_counter()
@@ -105,16 +112,16 @@ class Fit:
             if info.last:
                 return
 
-    def _update(self, step: int) -> tuple[StepInfo, float, float]:
+    def _update(
+        self, step: int, batches: list[Batch]
+    ) -> tuple[StepInfo, float, torch.Tensor | float]:
         # Each step is seeded by itself, so that a resumed run draws the same dropout.
         torch.manual_seed(hash((self.seed, step, dist.rank())) & 0x7FFFFFFF)
-        batches = self.source.step(step)
         denominator, wish = self._agree(sum(self.objective.count(b) for b in batches))
         if denominator <= 0:
             raise DataError(f"step {step} has no supervised token", where="data.train")
         self.engine.train(True)
         for i, batch in enumerate(batches):
-            batch = batch.to(self.engine.device)
             loss = self.engine.forward(batch, self.objective, denominator)
             self.engine.backward(loss.total, last=i == len(batches) - 1)
             self.meter.add(loss, batch)
@@ -122,15 +129,14 @@ class Fit:
         norm = self.engine.step(lr)
         completed = step == self.steps
         stopped = wish == LEAVE and not completed
-        broken = not math.isfinite(norm)  # the same on all ranks
-        last = completed or broken or wish != GO_ON
-        info = StepInfo(step, last=last, stopped=stopped, broken=broken)
+        info = StepInfo(step, last=completed or wish != GO_ON, stopped=stopped)
         return info, lr, norm
 
     def _agree(self, count: float) -> tuple[float, int]:
         """Global denominator, and rank 0's wish to stop, in one reduction."""
         wish = float(self.stop_requested()) if dist.rank() == 0 else 0.0
-        both = torch.tensor([count, wish], dtype=torch.float64, device=self.engine.device)
+        # Numbers of the host, so that nobody waits for the device.
+        both = torch.tensor([count, wish], dtype=torch.float64)
         total, stop = dist.all_sum(both).tolist()
         return total, round(stop)
 

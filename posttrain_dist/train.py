@@ -237,10 +237,10 @@ class _Run:
         self._close_logs()
         whole = store.whole_checkpoints(self.folder)
         again = f"go on from {whole[-1]} with train.resume" if whole else "start again"
-        first = "; try train.dtype=float32" if info.step <= 1 else ""
+        first = "; try train.dtype=float32" if info.broken <= 1 else ""
         raise TrainingError(
             "the gradient is not finite, so the weights are lost; nothing of this step is saved",
-            where=f"step {info.step}",
+            where=f"step {info.broken}",
             fix=f"{again}, with optimizer.lr halved and optimizer.clip above 0{first}; the rows of "
             "this step are in samples.log",
         )

@@ -8,6 +8,7 @@ unfinished: the next one begins with the rest of it, so epochs of the run end at
 from __future__ import annotations
 
 import math
+import threading
 from bisect import bisect_right
 from functools import partial
 from itertools import chain
@@ -53,6 +54,7 @@ class Order:
         start = Past() if mixture is None else mixture.start
         self._lines = [self._begin(0, start)]  # of the phases known so far
         self._end: int | None = None  # packs of the whole run; None: no end
+        self._planning = threading.Lock()  # the next step is made in a thread
 
     def settle(
         self, steps: int | None = None, epochs: float | None = None, tokens: int | None = None
@@ -100,8 +102,9 @@ class Order:
             end = min(end, self._end)
         # A phase begins with a step, so a step lies in one phase.
         phase = bisect_right(self._first, start) - 1
-        line, first = self.line(phase), self._first[phase]
-        return [line.pack(index - first) for index in range(start, end)]
+        with self._planning:
+            line, first = self.line(phase), self._first[phase]
+            return [line.pack(index - first) for index in range(start, end)]
 
     def line(self, phase: int) -> Line:
         """The packs of one phase, from 0; it begins with what the phases before left."""

@@ -32,8 +32,11 @@ class TrainEngine(Protocol):
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add the gradients of one micro-batch; `last` marks the step's last one."""
 
-    def step(self, lr: float) -> float:
-        """Update the parameters; returns the global gradient norm before clipping."""
+    def step(self, lr: float) -> torch.Tensor | float:
+        """Update the parameters; returns the global gradient norm before clipping.
+
+        A tensor may still be under way on the device: reading it waits.
+        """
 
     def train(self, mode: bool) -> None:
         """Switch between training (dropout) and evaluation."""

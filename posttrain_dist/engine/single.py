@@ -12,7 +12,7 @@ from torch import nn
 
 from posttrain_dist.engine import AdamW
 from posttrain_dist.engine.base import stored_tensors
-from posttrain_dist.engine.optim import adamw, parameter_groups
+from posttrain_dist.engine.master import MasterAdamW
 from posttrain_dist.flow import Batch, Loss
 
 
@@ -31,34 +31,18 @@ class SingleEngine:
     def attach(self, policy: nn.Module) -> None:
         self.policy = policy.to(self.device)
         trained = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
-        self._parameters = [p for _, p in trained]
-        # A float32 parameter is its own master.
-        self._masters = [
-            p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
-            for p in self._parameters
-        ]
-        named = [(n, m) for (n, _), m in zip(trained, self._masters, strict=True)]
-        self._optimizer = adamw(parameter_groups(named, self._config.weight_decay), self._config)
+        self._optimizer = MasterAdamW(trained, self._config)
 
     def forward(self, batch: Batch, objective: Any, denominator: float) -> Loss:
         loss: Loss = self.policy(batch, objective, denominator)
         return loss
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        self._optimizer.before_backward(last=last)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def step(self, lr: float) -> float:
-        for parameter, master in zip(self._parameters, self._masters, strict=True):
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
-        limit = self._config.clip or float("inf")
-        norm = float(nn.utils.clip_grad_norm_(self._masters, limit))
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self._copy_masters()
-        return norm
+    def step(self, lr: float) -> torch.Tensor:
+        return self._optimizer.step(lr)
 
     def train(self, mode: bool) -> None:
         self.policy.train(mode)
@@ -71,25 +55,14 @@ class SingleEngine:
         folder.mkdir(parents=True, exist_ok=True)
         state: dict[str, Any] = {
             "policy": self.policy.state_dict(),
-            "masters": [m.detach() for m in self._masters],
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": self._optimizer.state(),
         }
         torch.save(state, folder / "single.pt")
 
     def load_state(self, folder: Path) -> None:
         state = torch.load(folder / "single.pt", map_location=self.device, weights_only=True)
         self.policy.load_state_dict(state["policy"])
-        with torch.no_grad():
-            for master, saved in zip(self._masters, state["masters"], strict=True):
-                master.copy_(saved)
-        self._optimizer.load_state_dict(state["optimizer"])
-
-    def _copy_masters(self) -> None:
-        with torch.no_grad():
-            for parameter, master in zip(self._parameters, self._masters, strict=True):
-                if master is not parameter:
-                    parameter.grad = None
-                    parameter.copy_(master)
+        self._optimizer.load_state(state["optimizer"])
 
 
 def read_full_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
