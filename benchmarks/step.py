@@ -10,6 +10,7 @@ benchmarks/results/step.jsonl.
 
     --kind mixed     lognormal lengths up to 1024, 70 % masked
     --kind uniform   256 tokens each, none masked: nothing to gain by packing or masking
+    --as-it-is       ours and SFTTrainer with nothing changed, two steps: its bfloat16 is slow here
     --tune           the settings of TRL that were tried, few steps each; the best is TUNED
     --channels       ours with and without the metrics of 8 channels
     --profile        where the time of our own step goes
@@ -35,7 +36,8 @@ from step_data import TINY, Sizes
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets")
 TUNED = {"mixed": "TRL 1 x 8", "uniform": "TRL 8 x 1"}  # the best of --tune on two AVX2 cores
-FEW = {"TRL default": 2, "TRL default, float32": 5}  # timed steps of arms that take long
+FEW = {"TRL default, float32": 5}  # timed steps of an arm that takes long
+PARTS = ("as_it_is", "tune", "channels", "profile")  # what a command measures; else "step"
 
 
 def parse() -> argparse.Namespace:
@@ -45,12 +47,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not timed")
     parser.add_argument("--seconds", type=float, default=600, help="no step begins after")
-    parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--channels", action="store_true")
-    parser.add_argument("--profile", action="store_true")
+    for part in PARTS:
+        parser.add_argument(f"--{part.replace('_', '-')}", action="store_true")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, to see that it runs")
     parser.add_argument("--results", type=Path, default=rows.RESULTS)
     arguments = parser.parse_args()
+    if arguments.as_it_is:
+        arguments.steps, arguments.warmup = 2, 1
     if arguments.tune:
         arguments.steps = min(arguments.steps, arguments.warmup + 4)
     arguments.arms = arguments.arms or list(default_arms(arguments))
@@ -63,8 +66,9 @@ def default_arms(arguments: argparse.Namespace) -> list[str]:
         return ["reference", *(name for name in step_arms.TRL if "default" not in name)]
     if arguments.channels:
         return ["ours", "ours, no channels", "ours again"]
-    tuned = TUNED[arguments.kind]
-    return ["reference", "ours", "TRL default", "TRL default, float32", tuned]
+    if arguments.as_it_is:
+        return ["ours", "TRL default"]
+    return ["reference", "ours", "TRL default, float32", TUNED[arguments.kind]]
 
 
 class Child:
@@ -134,8 +138,6 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Child]:
                 if time.monotonic() > until:
                     return children
                 last = arguments.warmup + FEW.get(arm, arguments.steps)
-                if arm == "TRL default":
-                    last -= arguments.warmup - 1  # one step of warm-up: it takes minutes
                 if not child.failed and step < last:
                     child.step()
                     print(child.last(), file=sys.stderr, flush=True)
@@ -152,7 +154,7 @@ def row_of(
     row: dict[str, Any] = {"arm": child.arm}
     if child.arm == TUNED[arguments.kind]:
         row["role"] = "tuned"
-    first = 1 if child.arm == "TRL default" else arguments.warmup
+    first = arguments.warmup
     if child.failed or len(child.steps) <= first:
         return row | {"failed": child.failed or "no timed step"}
     seconds = [s["seconds"] for s in child.steps]
@@ -208,7 +210,7 @@ def main() -> None:
             tokens = [sum(len(s.input_ids) for s in step) for step in steps]
             table = [row_of(arguments, child, children, tokens) for child in children.values()]
             show(table)
-    part = next((p for p in ("tune", "channels", "profile") if getattr(arguments, p)), "step")
+    part = next((p for p in PARTS if getattr(arguments, p)), "step")
     case = {"part": part, "kind": arguments.kind, "sizes": asdict(sizes), "seed": 0, **data}
     rows.append("step", [{**rows.facts(PACKAGES), **case, **r} for r in table], arguments.results)
 

@@ -96,18 +96,29 @@ def step(kind: str, part: str = "step") -> Table:
     return Table(source="step", columns=STEP, where={"kind": kind, "part": part})
 
 
-def step_goal(
-    said: str, kind: str, limit: float, key: str = "ours_times_faster", **which: str
-) -> Goal:
-    """A ratio of whole steps to one arm."""
-    return Goal(
-        said=said,
-        limit=limit,
-        most=key == "ours_share_of_memory",
-        source="step",
-        where={"kind": kind, "part": "step", **which},
-        value=_field(key),
-    )
+def step_goals(kind: str, times: float, times_tuned: float) -> list[Goal]:
+    """Ratios of whole steps to TRL as it is, in float32, and tuned."""
+    fields = {
+        "by default": {"part": "as_it_is", "arm": "TRL default"},
+        "by default but float32": {"part": "step", "arm": "TRL default, float32"},
+        "tuned": {"part": "step", "role": "tuned"},
+    }
+    goals = []
+    for said, where in fields.items():
+        for key, what, limit in (
+            ("ours_times_faster", "times faster than TRL", times_tuned if "tu" in said else times),
+            ("ours_share_of_memory", "memory, ours over TRL", 0.33),
+        ):
+            goal = Goal(
+                said=f"step, {kind}: {what} {said}",
+                limit=limit,
+                most=key == "ours_share_of_memory",
+                source="step",
+                where={"kind": kind, **where},
+                value=_field(key),
+            )
+            goals.append(goal)
+    return goals
 
 
 def _channel_cost(row: Row) -> float | None:
@@ -115,8 +126,6 @@ def _channel_cost(row: Row) -> float | None:
     return None if times is None else 100 * (1 / times - 1)
 
 
-DEFAULT = {"arm": "TRL default"}
-SHARE = "ours_share_of_memory"
 GOALS = Goals(
     [
         head_goal("TRL", 1024, 0.0, 12),
@@ -140,12 +149,8 @@ GOALS = Goals(
             where=_of("ours", 4096, 0.75),
             value=_field("cost_of_first_mask"),
         ),
-        step_goal("step, mixed: times faster than TRL by default", "mixed", 15, **DEFAULT),
-        step_goal("step, mixed: times faster than TRL tuned", "mixed", 9, role="tuned"),
-        step_goal("step, uniform: times faster than TRL by default", "uniform", 3, **DEFAULT),
-        step_goal("step, uniform: times faster than TRL tuned", "uniform", 3, role="tuned"),
-        step_goal("step, mixed: memory, ours over TRL by default", "mixed", 0.33, SHARE, **DEFAULT),
-        step_goal("step, mixed: memory, ours over TRL tuned", "mixed", 0.33, SHARE, role="tuned"),
+        *step_goals("mixed", 15, 9),
+        *(g for g in step_goals("uniform", 3, 3) if not g.most),
         Goal(
             said="step, mixed: cost of the metrics of 8 channels, %",
             limit=1.0,
@@ -193,6 +198,8 @@ TABLES: dict[str, Table | Goals] = {
     "head-bf16": head(128, dtype="bfloat16"),
     "step-mixed": step("mixed"),
     "step-uniform": step("uniform"),
+    "step-as-it-is": step("mixed", "as_it_is"),
+    "step-uniform-as-it-is": step("uniform", "as_it_is"),
     "step-tuning": step("mixed", "tune"),
     "step-tuning-uniform": step("uniform", "tune"),
     "step-channels": step("mixed", "channels"),
