@@ -11,25 +11,21 @@ Writes a row to benchmarks/results/packing.jsonl.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import rows
 
 from posttrain_dist.data.balance import Cost, deal
 from posttrain_dist.data.packing import plan_epoch
 
 MAX_LENGTH, WINDOW = 2048, 4096
 ROUNDS = 7
-RESULTS = Path(__file__).parent / "results" / "packing.jsonl"
 
 
 def lognormal(num: int) -> npt.NDArray[np.int32]:
@@ -123,30 +119,17 @@ def eight_ranks() -> dict[str, float]:
 
 def main() -> None:
     """Measure, print, and append one row."""
-    versions = {}
-    for package in ("numpy", "trl", "pyarrow"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "-"
-    cpu = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
-    row = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{len(cpu)} x {cpu[0].partition(': ')[2] if cpu else platform.machine()}",
-        "python": platform.python_version(),
-        "versions": versions,
-        "command": "OMP_NUM_THREADS=1 python benchmarks/packing.py",
+    row: dict[str, Any] = {
+        **rows.facts(("numpy", "trl", "pyarrow")),
         "max_length": MAX_LENGTH,
         "window": WINDOW,
         "million": a_million(),
         "ranks": eight_ranks(),
     }
-    if versions["trl"] != "-":
+    if row["versions"]["trl"] != "-":
         row["against_trl"] = against_trl(50_000)
     print(json.dumps(row, indent=1))
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    rows.append("packing", [row])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -25,13 +24,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import rows as results
+
 PROCESSES = 2
-RESULTS = Path(__file__).parent / "results" / "prepare.jsonl"
 
 
 def write_rows(path: Path, num: int) -> None:
@@ -137,11 +135,7 @@ def main() -> None:
     seconds = {side: statistics.median(r[side][0] for r in rounds) for side in SIDES}
     tokens = {side: rounds[0][side][1] for side in SIDES}
     row = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": f"python benchmarks/prepare.py --rows {arguments.rows} "
-        f"--rounds {arguments.rounds}",
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": {n: version(n) for n in ("datasets", "transformers", "tokenizers")},
+        **results.facts(("datasets", "transformers", "tokenizers")),
         "rows": arguments.rows,
         "tokens": tokens,
         "seconds": {side: round(value, 2) for side, value in seconds.items()},
@@ -153,9 +147,7 @@ def main() -> None:
             if side != "ours"
         },
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    results.append("prepare", [row])
     print(json.dumps(row, indent=1))
 
 
