@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--frozen", action="store_true", help="no gradient for the weight")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=120, help="no round begins after")
     parser.add_argument("--memory-masks", type=float, nargs="*", help="default: the first mask")
     parser.add_argument("--smoke", action="store_true", help="a tiny shape, to see that it runs")
     parser.add_argument("--results", type=Path, default=rows.RESULTS)
@@ -242,7 +244,7 @@ def main() -> None:
     if arguments.peak_of:
         peak_of(arguments)
         return
-    table = measure(arguments)
+    table = measure(arguments, until=time.monotonic() + arguments.seconds)
     show(table)
     rows.append("head", [{**rows.facts(PACKAGES), **row} for row in table], arguments.results)
 
