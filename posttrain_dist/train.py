@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections import Counter
 from dataclasses import astuple, replace
@@ -27,6 +28,7 @@ from posttrain_dist.engine.optim import learning_rate
 from posttrain_dist.errors import TrainingError
 from posttrain_dist.files import write_whole
 from posttrain_dist.flow import Batch, StepInfo
+from posttrain_dist.logs import logged_to
 from posttrain_dist.loop import END_EARLY, GO_ON, LEAVE, Fit, Hook, evaluate
 from posttrain_dist.metrics import WandbMode
 from posttrain_dist.metrics.alarms import ModelFacts
@@ -37,6 +39,8 @@ from posttrain_dist.metrics.throughput import memory_bytes
 from posttrain_dist.models import Weights
 from posttrain_dist.models.folder import load_tokenizer, resolve
 from posttrain_dist.objectives.base import TokenLoss
+
+_log = logging.getLogger(__name__)
 
 # ------------------------------------------------------------------------------ entry
 
@@ -59,7 +63,8 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
         dist.start(process)
     if process.is_main and not (run_folder / "config.yaml").exists():
         write_whole(run_folder / "config.yaml", config.to_yaml())
-    _Run(config, run_folder, process).train()
+    with logged_to(run_folder / "logs" / f"rank-{process.rank}.log"):
+        _Run(config, run_folder, process).train()
 
 
 # -------------------------------------------------------------------------------- run
@@ -101,6 +106,8 @@ class _Run:
     def train(self) -> None:
         config = self.config
         start = self._resume()
+        if start < self.steps:
+            self._check_parity(start + 1)
         if self.process.is_main:
             plan = {"total_steps": self.steps, "start_step": start}
             write_whole(self.folder / "logs" / "plan.json", json.dumps(plan))
@@ -183,6 +190,13 @@ class _Run:
         store.save(self.folder, manifest, self.engine.save_state, keep=keep, best=best)
 
     # ---- pieces
+
+    def _check_parity(self, step: int) -> None:
+        """The fused head beside the reference on this rank's first batch of `step`."""
+        batch = self.source.step(step)[0].to(self.engine.device)
+        found = dist.on_all(lambda: self.policy.check_parity(batch))
+        shown = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
+        _log.info("the fused head differs from the reference on the first batch by: %s", shown)
 
     def _probe(self, examples: Examples) -> Batch:
         """The first tokens of the first sample, all of them supervised."""

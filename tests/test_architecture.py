@@ -44,7 +44,7 @@ LAYERS = {
     **dict.fromkeys(("loop", "planner", "rollouts", "config"), 3),
     **dict.fromkeys(("objectives", "engine", "checkpoint", "metrics"), 2),
     **dict.fromkeys(("data", "models"), 1),
-    **dict.fromkeys(("flow", "errors", "dist", "files"), 0),
+    **dict.fromkeys(("flow", "errors", "dist", "files", "logs"), 0),
 }
 KERNEL_USERS = {"objectives", "build", "posttrain_launch"}
 # Dependency -> modules, with all below them, that may import it.

@@ -15,6 +15,7 @@ from torch import nn
 
 from posttrain_dist.errors import ModelError
 from posttrain_dist.flow import Batch, Loss
+from posttrain_dist.models import parity
 from posttrain_dist.models.last_layer import shorten
 from posttrain_dist.models.shape import HeadShape, head_shape
 
@@ -93,6 +94,27 @@ class Policy(nn.Module):
             )
         return difference
 
+    @torch.no_grad()
+    def check_parity(self, batch: Batch) -> dict[str, float]:
+        """The fused head beside its reference on targets of `batch`; see models/parity.py.
+
+        Collective over ranks that share a sharded head. A batch without targets differs by 0.
+
+        Raises:
+            ModelError: loss, a token's loss or a gradient differs by more than rounding.
+        """
+        weight: Any = self.head.weight
+        places_N = parity.some_targets(batch)
+        weight_N = batch.weight_N[places_N]
+        found = self.head(
+            self.hidden(batch)[places_N],
+            batch.labels_N[places_N],
+            token_weight=weight_N,
+            denominator=float(weight_N.sum()),
+            compare=True,
+        )
+        return parity.check(found, weight.dtype)
+
 
 def _inputs(batch: Batch) -> dict[str, Any]:
     """Keywords of a backbone; those it does not know travel through it to the attention."""
@@ -109,19 +131,22 @@ def _inputs(batch: Batch) -> dict[str, Any]:
 def _fused_forward(
     head: nn.Module, shape: HeadShape, linear_cross_entropy: Callable[..., Any], num_channels: int
 ) -> Callable[..., Any]:
-    def forward(hidden: torch.Tensor, labels_N: torch.Tensor | None = None, **options: Any) -> Any:
-        weight, bias = head.weight, getattr(head, "bias", None)
+    def forward(
+        hidden: torch.Tensor,
+        labels_N: torch.Tensor | None = None,
+        *,
+        compare: bool = False,
+        **options: Any,
+    ) -> Any:
+        weight: Any = head.weight
+        bias = getattr(head, "bias", None)
         if labels_N is None:
-            return nn.functional.linear(hidden, weight, bias)  # type: ignore[arg-type]
+            return nn.functional.linear(hidden, weight, bias)
+        options |= {"softcap": shape.softcap, "logit_scale": shape.logit_scale}
+        if compare:
+            return parity.compare(linear_cross_entropy, hidden, weight, bias, labels_N, **options)
         return linear_cross_entropy(
-            hidden,
-            weight,
-            labels_N,
-            bias=bias,
-            num_channels=num_channels,
-            softcap=shape.softcap,
-            logit_scale=shape.logit_scale,
-            **options,
+            hidden, weight, labels_N, bias=bias, num_channels=num_channels, **options
         )
 
     return forward

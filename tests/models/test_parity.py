@@ -1,0 +1,128 @@
+"""The start-up comparison of the fused head with its reference: what it lets pass, and what not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from posttrain_kernels import linear_cross_entropy
+
+from posttrain_dist.config import DataConfig, Dtype, ModelConfig, RunConfig, TrainConfig, complete
+from posttrain_dist.data.collate import collate, filler
+from posttrain_dist.errors import ModelError
+from posttrain_dist.flow import Batch, Example
+from posttrain_dist.metrics import LoggingConfig, WandbMode
+from posttrain_dist.models import parity
+from posttrain_dist.prepare import prepare
+from posttrain_dist.train import train
+
+
+def batch_of(num_targets: int) -> Batch:
+    weight_L = np.zeros(600, np.float32)
+    weight_L[-num_targets:] = 0.5
+    ids_L = np.random.default_rng(0).integers(0, 50, 600).astype(np.int32)
+    return collate([Example(ids_L, weight_L, 0, 0)])
+
+
+def check(function: Callable[..., Any], dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    random = torch.Generator().manual_seed(0)
+    hidden_ND = torch.randn(40, 16, generator=random).to(dtype)
+    weight_VD = torch.randn(97, 16, generator=random).to(dtype)
+    labels_N = torch.randint(97, (40,), generator=random)
+    found = parity.compare(function, hidden_ND, weight_VD, None, labels_N, denominator=40.0)
+    return parity.check(found, dtype)
+
+
+class Scale(torch.autograd.Function):
+    """The same value, and a gradient that is off by a factor."""
+
+    @staticmethod
+    def forward(ctx, value, factor):
+        ctx.factor = factor
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+def wrong(place: str, factor: float) -> Callable[..., Any]:
+    def function(hidden_ND, weight_VD, labels_N, **options):
+        if options.get("impl") == "reference":
+            return linear_cross_entropy(hidden_ND, weight_VD, labels_N, **options)
+        if place == "grad_hidden":
+            hidden_ND = Scale.apply(hidden_ND, factor)
+        if place == "grad_weight":
+            weight_VD = Scale.apply(weight_VD, factor)
+        result = linear_cross_entropy(hidden_ND, weight_VD, labels_N, **options)
+        if place == "loss":
+            result = result._replace(loss=Scale.apply(result.loss, 1.0) * factor)
+        if place == "nll":
+            result.nll_N[7] *= factor
+        return result
+
+    return function
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.001), (torch.bfloat16, 1.05)])
+@pytest.mark.parametrize("place", ["loss", "nll", "grad_hidden", "grad_weight"])
+def test_each_part_is_compared(place: str, dtype: torch.dtype, factor: float) -> None:
+    assert max(check(linear_cross_entropy, dtype).values()) <= parity.TOLERANCE[dtype]["loss"]
+    with pytest.raises(ModelError, match=f"first batch: .*{place} by"):
+        check(wrong(place, factor if place != "nll" else 1 + 3 * (factor - 1)), dtype)
+    with pytest.raises(ModelError, match=f"{place} by nan"):
+        check(wrong(place, float("nan")), dtype)
+
+
+def test_a_reference_too_large_for_the_device_runs_on_the_host() -> None:
+    full = []
+
+    def function(*tensors, **options):
+        if options["impl"] == "reference" and not full:
+            full.append(True)
+            raise torch.OutOfMemoryError("no room")
+        return linear_cross_entropy(*tensors, **options)
+
+    assert check(function)["grad_weight"] <= 1e-6 and full
+    full.clear()
+    with pytest.raises(ModelError, match="grad_weight"):
+        check(
+            lambda *t, **o: (
+                wrong("grad_weight", 2.0)(*t, **o) if o["impl"] == "auto" else function(*t, **o)
+            )
+        )
+
+
+def test_real_targets_are_taken_and_at_most_256() -> None:
+    for num_targets in (1, 3, 255, 500):
+        places = parity.some_targets(batch_of(num_targets)).tolist()
+        assert len(set(places)) == len(places) == min(num_targets, 256)
+        assert places[0] == 0 and places[-1] == num_targets - 1
+    assert parity.some_targets(filler()).tolist() == []
+
+
+def test_a_run_says_it_and_a_wrong_kernel_trains_nothing(
+    tmp_path: Path, tiny_llama: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = complete(
+        RunConfig(
+            model=ModelConfig(path=str(tiny_llama)),
+            data=DataConfig(train=str(rows_file), max_length=64),
+            train=TrainConfig(steps=1, dtype=Dtype.float32),
+            logging=LoggingConfig(wandb=WandbMode.off),
+        )
+    )
+    for name in ("right", "wrong"):
+        prepare(config, tmp_path / name / "prepared")
+    train(config, tmp_path / "right")
+    log = (tmp_path / "right" / "logs" / "rank-0.log").read_text()
+    assert "the fused head differs from the reference on the first batch by: loss " in log
+    monkeypatch.setattr("posttrain_dist.build.linear_cross_entropy", wrong("grad_weight", 1.01))
+    with pytest.raises(ModelError, match="nothing was trained"):
+        train(replace(config), tmp_path / "wrong")
+    assert not (tmp_path / "wrong" / "metrics.jsonl").exists()
