@@ -20,6 +20,13 @@ from torch import nn
 from posttrain_dist.engine import AdamW, DeepSpeed
 from posttrain_dist.engine.base import stored_tensors
 from posttrain_dist.engine.ds_config import deepspeed_config
+from posttrain_dist.engine.ds_tuning import (
+    Sizes,
+    keep_freed_memory,
+    loading_zero,
+    set_local_size,
+    tuned_zero,
+)
 from posttrain_dist.engine.optim import adamw, parameter_groups
 from posttrain_dist.flow import Batch, Loss
 
@@ -30,6 +37,7 @@ def import_deepspeed() -> ModuleType:
     """Import DeepSpeed for the device that is here, without compiling anything."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        set_local_size()
     import deepspeed
 
     # Its CPU start-up would compile an extension (30 s, needs g++ and ninja) that gloo replaces.
@@ -61,6 +69,7 @@ class DeepSpeedEngine:
         # transformers partitions while it loads as long as this object is alive.
         from transformers.integrations import deepspeed as hf
 
+        self._prefer(loading_zero(self._stage, cpu=self.device.type == "cpu"))
         alive = hf.HfDeepSpeedConfig({**self._json, "train_batch_size": self.world})
         try:
             yield
@@ -71,6 +80,7 @@ class DeepSpeedEngine:
     def attach(self, policy: nn.Module) -> None:
         if self._stage < 3:
             policy.to(self.device)
+        self._tune(policy)
         groups = parameter_groups(policy.named_parameters(), self._optimizer.weight_decay)
         optimizer = self._make_optimizer(groups)
         # DeepSpeed takes a step with zero gradients to make the state: rate 0, so that weight
@@ -82,6 +92,20 @@ class DeepSpeedEngine:
         )
         if self._stage == 0:
             optimizer.state.clear()
+
+    def _tune(self, policy: Any) -> None:
+        from posttrain_dist.models.layers import decoder_layers
+
+        cpu = self.device.type == "cpu"
+        if cpu:
+            keep_freed_memory()
+        embeddings = policy.causal_lm.get_input_embeddings()
+        sizes = Sizes.of(policy, decoder_layers(policy), embeddings)
+        self._prefer(tuned_zero(self._stage, sizes, cpu=cpu, offload=self._offload))
+
+    def _prefer(self, chosen: dict[str, Any]) -> None:
+        """Take `chosen` where neither the run nor the user's JSON says otherwise."""
+        self._json["zero_optimization"] = {**chosen, **self._json["zero_optimization"]}
 
     def _make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         if self._offload and self.device.type == "cuda":

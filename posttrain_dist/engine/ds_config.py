@@ -25,6 +25,7 @@ OWNED = {
     "zero_optimization.stage3_param_persistence_threshold": "engine.persistence_threshold",
     "zero_allow_untested_optimizer": "optimizer",
     "zero_force_ds_cpu_optimizer": "engine.offload",
+    "gradient_allreduce_op": "engine",
     "prescale_gradients": "engine",
     "gradient_predivide_factor": "engine",
 }
