@@ -80,22 +80,15 @@ def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], e
     print(f"run folder: {folder}", file=out, flush=True)
     for stale in (folder / "STOP", folder / "logs" / "outcome.json"):
         stale.unlink(missing_ok=True)
-    with told(err) as lines:
-        summary = prepare(config, folder / "prepared", **lines)
-    report, page = write_data_report(config, folder / "prepared", folder)
-    _record_hashes(folder, summary.inputs)
-    shown = [summary.table(), formats_line(report), f"data report: {page}"]
-    print("", *shown, "", sep="\n", file=out, flush=True)
-
-    with Progress(folder, out) as progress, _stop_on_signals(folder, progress.say):
-        if isinstance(config.cluster, Local):
-            from posttrain_launch import local
-
-            local.run(config, folder)
-        else:
-            from posttrain_launch import ray_driver
-
-            ray_driver.run(config, folder, address)
+    with _workers(config, folder, address) as train:
+        with told(err) as lines:
+            summary = prepare(config, folder / "prepared", **lines)
+        report, page = write_data_report(config, folder / "prepared", folder)
+        _record_hashes(folder, summary.inputs)
+        shown = [summary.table(), formats_line(report), f"data report: {page}"]
+        print("", *shown, "", sep="\n", file=out, flush=True)
+        with Progress(folder, out) as progress, _stop_on_signals(folder, progress.say):
+            train()
 
     outcome = _outcome(folder)
     if outcome["outcome"] != "completed":
@@ -104,6 +97,20 @@ def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], e
         return STOPPED
     _finish(config, folder, outcome, out)
     return 0
+
+
+@contextlib.contextmanager
+def _workers(config: RunConfig, folder: Path, address: str | None) -> Iterator[Callable[[], None]]:
+    """What trains once the data is prepared; Ray's part of it starts at once, beside us."""
+    if isinstance(config.cluster, Local):
+        from posttrain_launch import local
+
+        yield lambda: local.run(config, folder)
+        return
+    from posttrain_launch import ray_driver
+
+    with ray_driver.started(config, folder, address) as job:
+        yield job.finish
 
 
 def _finish(config: RunConfig, folder: Path, outcome: dict[str, Any], out: IO[str]) -> None:

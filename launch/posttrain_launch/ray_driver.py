@@ -17,12 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from posttrain_dist import errors
 from posttrain_dist.config import Ray, RunConfig, Slurm
 from posttrain_dist.errors import ClusterError, PosttrainError, SeveralErrors
+from posttrain_launch.gate import CLOSED, OPEN, set_gate
 
 # A Unix socket's path has at most 107 bytes, and Ray makes
 # `<temp>/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store` of it.
@@ -31,21 +34,30 @@ TERM_GRACE_S = 5.0
 
 
 def run(config: RunConfig, run_folder: Path, address: str | None = None) -> None:
-    """Train on Ray workers and wait for the end; `run_folder` holds the frozen config.
+    """Train on Ray workers and wait for the end, on data that is prepared; see `started`."""
+    with started(config, run_folder, address) as job:
+        job.finish()
+
+
+@contextlib.contextmanager
+def started(config: RunConfig, run_folder: Path, address: str | None = None) -> Iterator[Job]:
+    """A Ray job that comes up, and whose workers start, while the caller prepares the data.
 
     Args:
         config: the run; `config.cluster` is Ray or Slurm.
-        run_folder: shared by all nodes.
+        run_folder: shared by all nodes; holds the frozen config.
         address: "host:port" of a running Ray; null: `cluster.address`, else RAY_ADDRESS, else a
             Ray of its own on this machine.
 
+    Yields:
+        The job; `finish` lets it train. On leaving, every process of it is ended.
+
     Raises:
-        PosttrainError: what a worker raised, or a ClusterError that names the rank and the log.
-        KeyboardInterrupt: by the second Ctrl-C, after every process of the run has been ended.
+        ClusterError: there is no Ray to go to.
     """
     cluster = config.cluster
     if not isinstance(cluster, Ray):
-        raise TypeError(f"ray_driver.run needs cluster=ray or slurm, not {type(cluster).__name__}")
+        raise TypeError(f"ray_driver needs cluster=ray or slurm, not {type(cluster).__name__}")
     address = address or cluster.address or os.environ.get("RAY_ADDRESS")
     if isinstance(cluster, Slurm) and not address:
         raise ClusterError(
@@ -54,26 +66,60 @@ def run(config: RunConfig, run_folder: Path, address: str | None = None) -> None
             fix="send it with `posttrain submit …`, or train here with cluster=ray",
         )
     log = run_folder / "logs" / "driver.log"
-    error_file = run_folder / "logs" / "error.json"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    error_file.unlink(missing_ok=True)
+    set_gate(run_folder, CLOSED)
+    error_file(run_folder).unlink(missing_ok=True)
     temp_dir = None if address else _make_temp_dir()
     try:
-        code = _run_child(run_folder, address, temp_dir, log)
+        child = _start_child(run_folder, address, temp_dir, log)
+        try:
+            yield Job(child, run_folder, log)
+        finally:
+            end_session(child)
     finally:
         if temp_dir is not None:
             keep_logs(temp_dir, run_folder / "ray" / "logs")
             shutil.rmtree(temp_dir, ignore_errors=True)
-    if error_file.exists():
-        raise read_error(error_file, log)
-    if code != 0:
-        ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        raise ClusterError(
-            f"the Ray job ended {ended}", where=str(log), fix="its last lines say what happened"
-        )
 
 
-def _run_child(run_folder: Path, address: str | None, temp_dir: Path | None, log: Path) -> int:
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A Ray job that was started."""
+
+    child: subprocess.Popen[bytes]
+    run_folder: Path
+    log: Path
+
+    def finish(self) -> None:
+        """Let it train on the prepared data, and wait for its end.
+
+        Raises:
+            PosttrainError: what a worker raised, or a ClusterError that names the rank and the log.
+            KeyboardInterrupt: by the second Ctrl-C.
+        """
+        set_gate(self.run_folder, OPEN)
+        while (code := self.child.poll()) is None:
+            # Short waits, so that a signal handler's exception is seen at once.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.child.wait(timeout=0.5)
+        if error_file(self.run_folder).exists():
+            raise read_error(error_file(self.run_folder), self.log)
+        if code != 0:
+            ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+            raise ClusterError(
+                f"the Ray job ended {ended}",
+                where=str(self.log),
+                fix="its last lines say what happened",
+            )
+
+
+def error_file(run_folder: Path) -> Path:
+    """Where a failed job leaves its error."""
+    return run_folder / "logs" / "error.json"
+
+
+def _start_child(
+    run_folder: Path, address: str | None, temp_dir: Path | None, log: Path
+) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "posttrain_launch.ray_job", str(run_folder)]
     environment = {**os.environ, **quiet_environment()}
     if address:
@@ -88,7 +134,7 @@ def _run_child(run_folder: Path, address: str | None, temp_dir: Path | None, log
     if temp_dir is not None:
         command += ["--temp-dir", str(temp_dir)]
     with log.open("ab") as out:
-        child = subprocess.Popen(
+        return subprocess.Popen(
             command,
             stdin=subprocess.PIPE,  # never written: its end tells the child that we died
             stdout=out,
@@ -96,12 +142,6 @@ def _run_child(run_folder: Path, address: str | None, temp_dir: Path | None, log
             env=environment,
             start_new_session=True,
         )
-    try:
-        while True:  # short waits, so that a signal handler's exception is seen at once
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return child.wait(timeout=0.5)
-    finally:
-        end_session(child)
 
 
 def quiet_environment() -> dict[str, str]:
@@ -193,10 +233,10 @@ def error_fields(error: PosttrainError, rank: int | None, trace: str) -> dict[st
     return {**fields, "what": error.what, "where": error.where, "fix": error.fix}
 
 
-def read_error(error_file: Path, log: Path) -> PosttrainError:
+def read_error(file: Path, log: Path) -> PosttrainError:
     """The error that `logs/error.json` tells of, as the class that it was."""
     try:
-        return _rebuild(json.loads(error_file.read_text(encoding="utf-8")))
+        return _rebuild(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as broken:
         return ClusterError(
             f"the Ray job failed, and its error file cannot be read: {broken}",

@@ -27,7 +27,8 @@ from posttrain_dist.engine import Single
 from posttrain_dist.errors import ClusterError, PosttrainError
 from posttrain_dist.files import write_whole
 from posttrain_dist.inputs import single_on_many
-from posttrain_launch.ray_driver import error_fields
+from posttrain_launch.gate import is_soon, wait_for_data
+from posttrain_launch.ray_driver import error_fields, error_file
 from posttrain_launch.ray_worker import WorkerError
 
 OBJECT_STORE_BYTES = 200_000_000  # nothing large travels through it
@@ -45,14 +46,15 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a Ray driver that gets TERM may dump 300 MB
     run_folder = arguments.run_folder.resolve()
     threading.Thread(target=_end_with_driver, args=(arguments.temp_dir,), daemon=True).start()
-    # Ray Train needs it, and it takes seconds; meanwhile Ray's own processes start.
-    threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
+    # Half of what it takes to import Ray Train; meanwhile Ray's own processes start. Not ray.train
+    # itself, which shares modules with what ray.init imports in this thread.
+    threading.Thread(target=importlib.import_module, args=("pandas",), daemon=True).start()
     try:
         run_job(run_folder, arguments.address, arguments.temp_dir)
     except Exception as failure:
         traceback.print_exc()
         fields = _describe(failure, run_folder)
-        write_whole(run_folder / "logs" / "error.json", json.dumps(fields, indent=1))
+        write_whole(error_file(run_folder), json.dumps(fields, indent=1))
         sys.exit(1)
     finally:
         ray.shutdown()
@@ -95,8 +97,10 @@ def run_job(run_folder: Path, address: str | None, temp_dir: Path | None) -> Non
     workers, use_gpu = place(cluster, nodes)
     if isinstance(config.engine, Single) and workers > 1:
         raise single_on_many(workers)
-    from posttrain_launch.ray_train import fit  # imports torch
+    from posttrain_launch.ray_train import fit  # imports ray.train
 
+    if not is_soon(config, run_folder):
+        wait_for_data(run_folder)
     spread = len(nodes) > 1 and not use_gpu
     fit(config, run_folder, workers, use_gpu=use_gpu, spread=spread, here=not address)
     _stage("the workers have ended")

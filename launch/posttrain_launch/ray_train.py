@@ -8,7 +8,8 @@ from typing import Any
 
 from ray.train import FailureConfig, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from posttrain_dist.config import Ray, RunConfig, Slurm
@@ -38,7 +39,7 @@ def fit(
     cluster = config.cluster
     assert isinstance(cluster, Ray)
     per_worker = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
-    trainer = TorchTrainer(
+    trainer = LeanTrainer(
         train_worker,
         train_loop_config={"config": config.to_yaml(), "run_folder": str(run_folder)},
         scaling_config=ScalingConfig(
@@ -47,7 +48,7 @@ def fit(
             resources_per_worker=per_worker,
             placement_strategy="SPREAD" if spread else "PACK",
         ),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        backend_config=PlainConfig(),
         run_config=RayRunConfig(
             storage_path=str(run_folder / "ray"),
             failure_config=FailureConfig(
@@ -75,6 +76,59 @@ def worker_environment(cluster: Ray, use_gpu: bool, here: bool) -> dict[str, str
         environment["GLOO_SOCKET_IFNAME"] = cluster.network_interface
         environment["NCCL_SOCKET_IFNAME"] = cluster.network_interface
     return environment
+
+
+class PlainBackend(Backend):  # type: ignore[misc]
+    """Processes and nothing else: the library makes its own process group.
+
+    Ray Train's TorchConfig would make one, and for it import torch in the job and in the controller
+    too, which takes seconds of the way to the first step.
+    """
+
+    share_cuda_visible_devices = True  # as with TorchConfig: a worker's GPU is its local rank
+
+
+class PlainConfig(BackendConfig):  # type: ignore[misc]
+    """Chooses PlainBackend."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """The backend."""
+        return PlainBackend
+
+
+class LeanTrainer(DataParallelTrainer):  # type: ignore[misc]
+    """Ray Train without the parts that this project has no use for.
+
+    Each of them is a process of its own, which takes 2 s of a CPU to import Ray Train and Ray Data,
+    and most of them are waited for. What is overridden here is private to Ray: should another
+    version of it name things otherwise, the parts come back, and nothing breaks.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [each for each in callbacks if type(each).__name__ not in UNUSED_CALLBACKS]
+
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        # The controller asks an actor of Ray Data that shares out an autoscaler's nodes; on a Ray
+        # that has none it starts one first. `place` has seen that the nodes are there, and the
+        # placement group asks an autoscaler by itself.
+        for request in ("_send", "_maybe_send", "_cancel"):
+            setattr(given.get("scaling_policy"), f"{request}_resource_request", _nothing)
+        return super()._initialize_and_run_controller(**given)
+
+
+UNUSED_CALLBACKS = (
+    # Hands Ray Data sets to the workers, of which there are none.
+    "DatasetsCallback",
+    # Removes the placement group of a controller that died. Ray removes it when the job ends, and
+    # ours ends with its controller. Without a dashboard it also floods the log.
+    "PlacementGroupCleanerCallback",
+)
+
+
+def _nothing() -> None:
+    """What the scaling policy asks for."""
 
 
 class RefuseRetry(UserCallback):  # type: ignore[misc]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_dist.errors import ClusterError, PosttrainError
+from posttrain_launch.gate import wait_for_data
 
 
 class WorkerError(Exception):
@@ -44,20 +45,24 @@ def train_worker(settings: dict[str, Any]) -> None:
     import ray.train
 
     context = ray.train.get_context()
-    rank = context.get_world_rank()
+    rank, world = context.get_world_rank(), context.get_world_size()
     try:
         run_folder = Path(settings["run_folder"])
         _enter(run_folder, rank)
+        # All that takes long to import, before the wait for the data and not behind it.
+        from transformers import AutoModelForCausalLM  # noqa: F401 - lazy up to this name
+
         from posttrain_dist.config import RunConfig
         from posttrain_dist.dist import Process
         from posttrain_dist.train import train
 
+        address, port = _meet(run_folder, rank, world)
         process = Process(
             rank=rank,
-            world=context.get_world_size(),
+            world=world,
             local_rank=context.get_local_rank(),
-            master_address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
-            master_port=int(os.environ.get("MASTER_PORT", "0")),
+            master_address=address,
+            master_port=port,
         )
         train(RunConfig.from_yaml(settings["config"]), run_folder, process)
     except BaseException as failure:
@@ -70,6 +75,24 @@ def train_worker(settings: dict[str, Any]) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _meet(run_folder: Path, rank: int, world: int) -> tuple[str, int]:
+    """Wait until the data is prepared; where rank 0 will listen for the others."""
+    if rank == 0:
+        wait_for_data(run_folder)
+    if world == 1:
+        return "127.0.0.1", 0
+    from ray.train.collective import broadcast_from_rank_zero
+    from ray.util import get_node_ip_address
+
+    place = None
+    if rank == 0:  # looked for this late, so that the port is still free when it is bound
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            place = get_node_ip_address(), probe.getsockname()[1]
+    address, port = broadcast_from_rank_zero(place)
+    return address, port
 
 
 def _enter(run_folder: Path, rank: int) -> None:

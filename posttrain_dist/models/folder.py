@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -70,9 +71,20 @@ def check_folder(path: Path, need_weights: bool = True) -> dict[str, Any]:
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder, from its files alone.
 
+    It is read once a process, as long as no file of the folder changes; nobody may change it.
+
     Raises:
         ModelError: there is none, or it needs code of its own.
     """
+    state: tuple[tuple[str, int, int], ...] = ()
+    if folder.is_dir():
+        stats = sorted((file.name, file.stat()) for file in folder.iterdir() if file.is_file())
+        state = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    return _read_tokenizer(folder, state)
+
+
+@lru_cache(maxsize=1)
+def _read_tokenizer(folder: Path, state: tuple[tuple[str, int, int], ...]) -> Any:
     from transformers import AutoTokenizer
 
     try:

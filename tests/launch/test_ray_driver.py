@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from posttrain_launch import ray_driver
+from posttrain_launch.gate import OPEN
 
 from posttrain_dist import errors
 from posttrain_dist.checkpoint.store import whole_checkpoints
@@ -183,6 +184,7 @@ def test_a_killed_worker_is_replaced_and_the_numbers_are_those_without_ray(
     killer.join()
     assert len(killed) == 2
     assert worker_groups_started(folder) == 2
+    assert actors_of(folder) == {"TrainController", "RayTrainWorker", "SynchronizationActor"}
     assert json.loads((folder / "logs" / "outcome.json").read_text())["outcome"] == "completed"
     assert losses(folder) == pytest.approx(losses(plain), rel=1e-6)
     assert len(losses(folder)) == 8
@@ -193,6 +195,13 @@ def worker_groups_started(folder: Path) -> int:
     """As Ray Train's controller logged it."""
     [log] = (folder / "ray" / "logs" / "train").glob("ray-train-sys-controller-*.log")
     return log.read_text().count("Started training worker group of size 2")
+
+
+def actors_of(folder: Path) -> set[str]:
+    """Kinds of the actors that the run's own Ray had, each a process of its own."""
+    logs = (folder / "ray" / "logs").glob("worker-*.err")
+    lines = [line for log in logs for line in log.read_text().splitlines()]
+    return {line.removeprefix(":actor_name:") for line in lines if line.startswith(":actor_name:")}
 
 
 def is_worker(pid: int) -> bool:
@@ -216,6 +225,21 @@ def test_a_users_error_in_a_worker_comes_back_whole_and_is_not_retried(base, tmp
     told = json.loads((folder / "logs" / "error.json").read_text())
     assert told["kind"] == errors.ModelError.__name__
     assert told["what"] == failure.value.what
+    assert processes_of(folder) == []
+
+
+@pytest.mark.ray
+def test_data_that_cannot_be_used_ends_the_ray_that_was_started_beside(base, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": [{"role": "user", "content": "no answer"}]}\n' * 3)
+    config = replace(base, data=DataConfig(train=str(rows)))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config.to_yaml())
+    done = subprocess.run([POSTTRAIN, "run", folder], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert f"{rows}:1" in done.stderr
+    assert not (folder / "metrics.jsonl").exists()
     assert processes_of(folder) == []
 
 
@@ -267,7 +291,9 @@ def test_nothing_is_left_running(ending, base, tmp_path):
     wait_until(lambda: job_of(driver.pid), 60)
     job = job_of(driver.pid)
     wait_until(ray_runs, 60)
-    if ending == "two Ctrl-C":
+    if ending == "two Ctrl-C":  # the first is a wish from the moment that the data is there
+        gate = folder / "logs" / "data.gate"
+        wait_until(lambda: gate.read_text() == OPEN, 60)
         driver.send_signal(signal.SIGINT)
         wait_until((folder / "STOP").exists, 10)
         driver.send_signal(signal.SIGINT)
