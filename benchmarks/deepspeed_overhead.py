@@ -30,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,8 @@ def make_engine(arm: str, stage: int) -> Any:
     return ours.DeepSpeedEngine(config, optimizer, cpu, torch.float32)
 
 
-def training(options: argparse.Namespace) -> Callable[[], float]:
-    """A function that takes one step and gives its loss."""
+def training(options: argparse.Namespace) -> Callable[[], list[float]]:
+    """A function that takes one step: its loss, processor seconds of forward, backward, step."""
     import torch
     from posttrain_kernels import linear_cross_entropy
 
@@ -131,17 +132,21 @@ def training(options: argparse.Namespace) -> Callable[[], float]:
     objective, steps = TokenLoss(), iter(range(1 << 30))
     denominator = sum(map(objective.count, batches)) / len(batches) * engine.world
 
-    def step() -> float:
+    def step() -> list[float]:
         batch = batches[next(steps) % len(batches)]
+        at = [time.process_time()]
         loss = engine.forward(batch, objective, denominator)
+        at.append(time.process_time())
         engine.backward(loss.total, last=True)
+        at.append(time.process_time())
         engine.step(1e-4)
-        return float(loss.total)
+        at.append(time.process_time())
+        return [float(loss.total), *(b - a for a, b in pairwise(at))]
 
     return step
 
 
-def collectives(numel: int, world: int) -> Callable[[], float]:
+def collectives(numel: int, world: int) -> Callable[[], list[float]]:
     """A function that moves what one step moves, and computes nothing."""
     import torch
     from torch import distributed
@@ -149,12 +154,12 @@ def collectives(numel: int, world: int) -> Callable[[], float]:
     gradients, whole = torch.ones(numel), torch.empty(numel // world * world)
     shard = torch.ones(numel // world)
 
-    def step() -> float:
+    def step() -> list[float]:
         for bucket in gradients.split(FLOOR_BUCKET):
             distributed.all_reduce(bucket)
         distributed.all_gather_into_tensor(whole, shard)
         gradients.fill_(1.0)
-        return 0.0
+        return [0.0] * 4
 
     return step
 
@@ -179,10 +184,11 @@ def work(options: argparse.Namespace) -> None:
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         start = time.process_time()
-        losses = [step() for _ in range(int(line))]
+        steps = [step() for _ in range(int(line))]
         told = {
-            "cpu_s": (time.process_time() - start) / len(losses),
-            "loss": losses[-1],
+            "cpu_s": (time.process_time() - start) / len(steps),
+            "phases_cpu_s": steps[-1][1:],
+            "loss": steps[-1][0],
             "peak_bytes": resident_bytes("VmHWM"),
         }
         print(json.dumps(told), file=answers, flush=True)
@@ -196,7 +202,7 @@ class Arm:
 
     def __init__(self, processes: list[subprocess.Popen[str]], steps: int) -> None:
         self.processes, self.steps = processes, steps
-        self.told: list[list[dict[str, float]]] = []
+        self.told: list[list[dict[str, Any]]] = []
 
     def __call__(self) -> None:
         for process in self.processes:
@@ -206,6 +212,12 @@ class Arm:
     def cpu_s(self) -> list[float]:
         """Processor seconds of a step, mean of the processes, each round after warm-up."""
         return [statistics.mean(p["cpu_s"] for p in round_) for round_ in self.told[WARMUP:]]
+
+    def phases_cpu_s(self) -> dict[str, float]:
+        """Median processor seconds of rank 0 in forward, backward and the optimizer's step."""
+        rounds = [round_[0]["phases_cpu_s"] for round_ in self.told[WARMUP:]]
+        medians = map(statistics.median, zip(*rounds, strict=True))
+        return dict(zip(("forward", "backward", "step"), medians, strict=True))
 
 
 @contextmanager
@@ -280,6 +292,7 @@ def compare(size: str, world: int, stage: int, options: argparse.Namespace, fold
                 "ratio_p20_p80": [round(sorted(a / b for a, b in pairs)[i], 3) for i in (1, -2)],
                 "cpu_ratio": statistics.median(cpu),
                 "cpu_s": statistics.median(arm.cpu_s()),
+                "phases_cpu_s": arm.phases_cpu_s(),
                 "peak_bytes": max(p["peak_bytes"] for p in arm.told[-1]),
                 "loss": losses[name],
             }
@@ -288,6 +301,7 @@ def compare(size: str, world: int, stage: int, options: argparse.Namespace, fold
         print(
             f"{size} x{world} zero{stage} {name:12} {row['p50_s'] * 1e3:8.1f} ms"
             f"  ratio {row['ratio']:.3f} {row['ratio_p20_p80']}  cpu {row['cpu_ratio']:.3f}"
+            f" {[round(s * 1e3) for s in row['phases_cpu_s'].values()]}"
             f"  peak {row['peak_bytes'] / 2**20:.0f} MiB",
             flush=True,
         )

@@ -101,7 +101,9 @@ class DeepSpeedEngine:
             keep_freed_memory()
         embeddings = policy.causal_lm.get_input_embeddings()
         sizes = Sizes.of(policy, decoder_layers(policy), embeddings)
-        self._prefer(tuned_zero(self._stage, sizes, cpu=cpu, offload=self._offload))
+        self._prefer(
+            tuned_zero(self._stage, sizes, world=self.world, cpu=cpu, offload=self._offload)
+        )
 
     def _prefer(self, chosen: dict[str, Any]) -> None:
         """Take `chosen` where neither the run nor the user's JSON says otherwise."""

@@ -51,8 +51,8 @@ class Sizes:
         )
 
 
-def tuned_zero(stage: int, sizes: Sizes, *, cpu: bool, offload: bool) -> dict[str, Any]:
-    """Settings for `zero_optimization` of a run at `stage`."""
+def tuned_zero(stage: int, sizes: Sizes, *, world: int, cpu: bool, offload: bool) -> dict[str, Any]:
+    """Settings for `zero_optimization` of a run at `stage` on `world` ranks."""
     if stage == 0:
         return {}
     chosen: dict[str, Any] = {"reduce_bucket_size": _bucket(stage, sizes, cpu=cpu)}
@@ -60,9 +60,9 @@ def tuned_zero(stage: int, sizes: Sizes, *, cpu: bool, offload: bool) -> dict[st
     # frozen embeddings the first layer has none: its hook fires too early, and the step fails.
     if stage == 3 and sizes.layer <= LARGEST_LEAF_ELEMENTS and sizes.embeddings_trained:
         chosen["leaf_module"] = {"classes": list(sizes.layer_classes)}
-    # On a GPU the reduction of one bucket runs beside the backward that fills the next one. A CPU
+    # On GPUs the reduction of one bucket runs beside the backward that fills the next one. A CPU
     # has no second stream: overlapping would only double the buffers.
-    chosen["overlap_comm"] = not cpu
+    chosen["overlap_comm"] = world > 1 and not cpu
     if not cpu or offload:
         return chosen
     if stage == 3:

@@ -56,41 +56,43 @@ def test_sizes_are_those_of_the_whole_parameters():
 )
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_gpu_overlaps_about_32_buckets_of_at_most_half_a_gigabyte(sizes, elements, stage):
-    chosen = tuned_zero(stage, sizes, cpu=False, offload=False)
+    chosen = tuned_zero(stage, sizes, world=2, cpu=False, offload=False)
     assert chosen["overlap_comm"] is True and chosen["reduce_bucket_size"] == elements
     assert not {"contiguous_gradients", "reduce_scatter"} & chosen.keys()
     assert loading_zero(stage, cpu=False) == {}
+    alone = tuned_zero(stage, sizes, world=1, cpu=False, offload=False)
+    assert alone == {**chosen, "overlap_comm": False}  # nothing to overlap: no second buffer
 
 
 @pytest.mark.parametrize(("sizes", "whole"), [(SMALL, True), (B1, False), (B7, False)])
 def test_only_small_layers_are_gathered_at_once(sizes, whole):
     for cpu in (True, False):
-        chosen = tuned_zero(3, sizes, cpu=cpu, offload=False)
+        chosen = tuned_zero(3, sizes, world=2, cpu=cpu, offload=False)
         assert chosen.get("leaf_module") == ({"classes": ["LlamaDecoderLayer"]} if whole else None)
-    assert "leaf_module" not in tuned_zero(2, sizes, cpu=True, offload=False)
+    assert "leaf_module" not in tuned_zero(2, sizes, world=2, cpu=True, offload=False)
     frozen = replace(sizes, embeddings_trained=False)
-    assert "leaf_module" not in tuned_zero(3, frozen, cpu=True, offload=False)
+    assert "leaf_module" not in tuned_zero(3, frozen, world=2, cpu=True, offload=False)
 
 
 def test_a_cpu_copies_and_moves_as_little_as_it_can():
     for stage in (1, 2):
-        assert tuned_zero(stage, SMALL, cpu=True, offload=False) == {
+        assert tuned_zero(stage, SMALL, world=2, cpu=True, offload=False) == {
             "reduce_bucket_size": 1_000_000,
             "overlap_comm": False,
             "contiguous_gradients": False,
         }
-    chosen = tuned_zero(3, B1, cpu=True, offload=False)
+    chosen = tuned_zero(3, B1, world=2, cpu=True, offload=False)
     # Every tensor of a layer fits into a bucket.
     assert chosen["reduce_bucket_size"] == 2048 * 8192
     assert chosen["reduce_scatter"] is False and chosen["overlap_comm"] is False
     assert loading_zero(3, cpu=True) == {"memory_efficient_linear": False}
     assert loading_zero(2, cpu=True) == {}
     # With offload DeepSpeed keeps its own way of copying gradients.
-    assert tuned_zero(2, SMALL, cpu=True, offload=True).keys() == {
+    assert tuned_zero(2, SMALL, world=2, cpu=True, offload=True).keys() == {
         "reduce_bucket_size",
         "overlap_comm",
     }
-    assert tuned_zero(0, SMALL, cpu=True, offload=False) == {}
+    assert tuned_zero(0, SMALL, world=2, cpu=True, offload=False) == {}
 
 
 def test_the_launcher_may_say_how_many_devices_a_node_has():
