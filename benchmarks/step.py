@@ -163,6 +163,7 @@ def row_of(
     row["tokens_per_s"] = statistics.median(
         t / s for t, s in zip(tokens[first:], timed, strict=False)
     )
+    row["cpu_s"] = statistics.median(s["cpu_s"] for s in child.steps[first:])
     row["peak_bytes"] = int(child.steps[-1]["peak_bytes"])
     row["losses"] = [s["loss"] for s in child.steps]
     row["norms"] = [s["norm"] for s in child.steps]
@@ -174,6 +175,8 @@ def row_of(
     if own is not None and len(own.steps) >= len(seconds):
         fast = [s["seconds"] for s in own.steps[first : len(seconds)]]
         ratios = [s / f for s, f in zip(timed, fast, strict=True)]
+        both = zip(child.steps[first:], own.steps[first:], strict=False)
+        row["ours_times_less_cpu"] = statistics.median(s["cpu_s"] / f["cpu_s"] for s, f in both)
         row["ours_times_faster"] = statistics.median(ratios)
         row["ratio_p20"] = rows.spread(ratios)["p20_s"]
         row["ratio_p80"] = rows.spread(ratios)["p80_s"]

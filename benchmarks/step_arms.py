@@ -45,7 +45,7 @@ class Turns(Alone):
         self._out = out
         rows.give_back_freed_memory()
         self._base_bytes = rows.resident_bytes()
-        self._since = 0.0
+        self._since = self._cpu_since = 0.0
 
     def ready(self) -> None:
         rows.give_back_freed_memory()
@@ -53,15 +53,20 @@ class Turns(Alone):
         self._say({"ready": True})
 
     def done(self, loss: float, norm: float) -> None:
-        seconds = time.perf_counter() - self._since
-        peak = rows.resident_bytes("VmHWM") - self._base_bytes
-        self._say({"seconds": seconds, "loss": loss, "norm": norm, "peak_bytes": peak})
+        line = {
+            "seconds": time.perf_counter() - self._since,
+            "cpu_s": time.process_time() - self._cpu_since,
+            "loss": loss,
+            "norm": norm,
+            "peak_bytes": rows.resident_bytes("VmHWM") - self._base_bytes,
+        }
+        self._say(line)
 
     def _say(self, line: dict[str, Any]) -> None:
         print(json.dumps(line), file=self._out, flush=True)
         if not sys.stdin.readline():
             raise SystemExit(0)  # the parent has seen enough
-        self._since = time.perf_counter()
+        self._since, self._cpu_since = time.perf_counter(), time.process_time()
 
 
 KINDS = {

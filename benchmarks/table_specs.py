@@ -85,6 +85,7 @@ STEP: dict[str, Cell] = {
     "real tokens/s": number("tokens_per_s", 0),
     "times ours": number("ours_times_faster"),
     "its p20 to p80": span("ratio_p20", "ratio_p80"),
+    "times our CPU time": number("ours_times_less_cpu"),
     "peak MiB": number("peak_bytes", 0, MIB),
     "loss error": error("loss_error"),
     "gradient norm error": error("norm_error"),
