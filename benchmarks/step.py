@@ -172,10 +172,9 @@ def row_of(
         for name, key in (("loss", "losses"), ("norm", "norms")):
             pairs = zip(row[key], (s[name] for s in truth.steps), strict=False)
             row[f"{name}_error"] = max(abs(a - b) / b for a, b in pairs)
-    if own is not None and len(own.steps) >= len(seconds):
-        fast = [s["seconds"] for s in own.steps[first : len(seconds)]]
-        ratios = [s / f for s, f in zip(timed, fast, strict=True)]
-        both = zip(child.steps[first:], own.steps[first:], strict=False)
+    both = list(zip(child.steps, own.steps if own is not None else [], strict=False))[first:]
+    if own is not None and both:
+        ratios = [s["seconds"] / f["seconds"] for s, f in both]
         row["ours_times_less_cpu"] = statistics.median(s["cpu_s"] / f["cpu_s"] for s, f in both)
         row["ours_times_faster"] = statistics.median(ratios)
         row["ratio_p20"] = rows.spread(ratios)["p20_s"]
