@@ -20,9 +20,7 @@ so nothing comes before step 1. The arms, in turn:
     empty_ours  the same job through posttrain_launch.ray_train, as a run goes
 
 Writes one row an arm to benchmarks/results/launch.jsonl. `over_s` is the median over the rounds of
-the arm less its reference (local to bare, ray to local_again, empty_ours to empty_stock); `cpu_s`
-the median of what all its processes computed from their start to their end, Ray's included, which
-other load on the machine changes little.
+the arm less its reference (local to bare, ray to local_again, empty_ours to empty_stock).
 """
 
 from __future__ import annotations
@@ -30,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import secrets
 import shutil
 import socket
@@ -41,7 +38,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -173,18 +170,6 @@ def first_step(command: list[str], root: Path, environment: dict[str, str]) -> f
     return found
 
 
-def computed_s(session: int) -> float:
-    """CPU seconds of the processes that this one waited for, and of a session with its dead."""
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    ticks = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session:
-                ticks += sum(map(int, fields[11:15]))  # user and system, own and of the dead
-    return ended.ru_utime + ended.ru_stime + ticks / os.sysconf("SC_CLK_TCK")
-
-
 def arms(data: Path, address: str, environment: dict[str, str]) -> dict[str, Any]:
     """Name -> function that runs it once and returns its seconds."""
     me = [sys.executable, str(Path(__file__).resolve()), "--child"]
@@ -235,8 +220,8 @@ def _folder() -> Iterator[Path]:
 
 
 @contextmanager
-def _running_ray(environment: dict[str, str]) -> Iterator[tuple[str, int]]:
-    """Address and session of a Ray on this machine, with as many CPUs as it has."""
+def _running_ray(environment: dict[str, str]) -> Iterator[str]:
+    """The address of a Ray on this machine, with as many CPUs as it has."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -248,11 +233,10 @@ def _running_ray(environment: dict[str, str]) -> Iterator[tuple[str, int]]:
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
     try:
         time.sleep(10)  # for its first workers too
-        yield f"127.0.0.1:{port}", child.pid
+        yield f"127.0.0.1:{port}"
     finally:
         child.terminate()
         child.wait()
@@ -286,28 +270,23 @@ def main() -> None:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
     environment.pop("RAY_ADDRESS", None)
-    with _folder() as folder, _running_ray(environment) as (address, session):
+    with _folder() as folder, _running_ray(environment) as address:
         data = folder / "rows.jsonl"
         _write_rows(data)
         every = arms(data, address, environment)
         chosen = {name: every[name] for name in arguments.arms.split(",")}
         taken: dict[str, list[float]] = {name: [] for name in chosen}
-        computed: dict[str, list[float]] = {name: [] for name in chosen}
         for turn in range(arguments.rounds + 1):  # the first reads everything from the disk
             for name, run in chosen.items():
-                before = computed_s(session)
                 seconds = run()
                 time.sleep(2)  # for the last of its processes to end
-                cpu_s = computed_s(session) - before
-                print(f"round {turn}  {name:<12} {seconds:6.2f} s, {cpu_s:6.2f} s CPU", flush=True)
+                print(f"round {turn}  {name:<12} {seconds:6.2f} s", flush=True)
                 if turn:
                     taken[name].append(seconds)
-                    computed[name].append(cpu_s)
     facts = rows.facts(["ray", "torch", "transformers", "hydra-core"])
     written = []
     for name, seconds in taken.items():
-        cpu_s = statistics.median(computed[name])
-        row = {**facts, "arm": name, **rows.spread(seconds), "cpu_s": cpu_s}
+        row = {**facts, "arm": name, **rows.spread(seconds)}
         if (reference := REFERENCE.get(name)) in taken:
             pairs = zip(seconds, taken[reference], strict=True)
             row |= {"over": reference, "over_s": statistics.median(a - b for a, b in pairs)}
