@@ -55,16 +55,18 @@ class Gradients(NamedTuple):
     bias_V: torch.Tensor | None
 
 
-def default_chunk_rows(num_rows: int, weight_VD: torch.Tensor, *, trained: bool) -> int:
+def default_chunk_rows(
+    num_rows: int, weight_VD: torch.Tensor, vocabulary: int, *, trained: bool
+) -> int:
     """Rows of a chunk, a multiple of 128, so that its logits take the bytes given above.
 
     On a CPU, where products are slow beside memory, no more than a quarter of all rows.
     """
     if weight_VD.is_cuda:
         budget = CHUNK_BYTES_GPU_TRAINED if trained else CHUNK_BYTES_GPU_FROZEN
-        rows = budget // max(len(weight_VD) * weight_VD.element_size(), 1)
+        rows = budget // max(vocabulary * weight_VD.element_size(), 1)
     else:
-        rows = CHUNK_BYTES_CPU // max(len(weight_VD) * 4, 1)
+        rows = CHUNK_BYTES_CPU // max(vocabulary * 4, 1)
         rows = min(rows, max(num_rows // 4, CHUNK_ROWS_CPU))
     return max(128, rows // 128 * 128)
 
@@ -78,7 +80,10 @@ def run(
 ) -> tuple[Statistics, Gradients]:
     """Statistics and gradients of N rows; see the head of this file."""
     num_rows = len(hidden_ND)
-    most = plan.chunk_rows or default_chunk_rows(num_rows, weight_VD, trained=plan.weight)
+    # Chunks of a shared vocabulary meet in a collective: cut by numbers that all ranks share.
+    shard = targets.shard
+    vocabulary, trained = (len(weight_VD), plan.weight) if shard is None else (shard.size, True)
+    most = plan.chunk_rows or default_chunk_rows(num_rows, weight_VD, vocabulary, trained=trained)
     num_chunks = -(-num_rows // most)
     # Chunks of equal size: a small last one would cost a whole pass over grad_weight.
     chunk_rows = -(-num_rows // max(num_chunks, 1))

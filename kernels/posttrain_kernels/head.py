@@ -86,13 +86,14 @@ def linear_cross_entropy(
         supervised: int64 [N], the rows of `hidden_TD` that are used; None: all T. Rows that are
             left out cost nothing; rows labelled -100 cost nothing on a CPU only, for on a GPU the
             host would have to wait to learn how many they are.
-        token_weight: [N]; None: all 1.
+        token_weight: [N], without gradient; None: all 1.
         channel: int64 [N], each in [0, num_channels); None leaves the channel table zero.
         denominator: what the weighted sum is divided by, global over micro-batches and ranks.
         bias: [V], same dtype as `hidden_TD`.
         z_loss: weight of the squared logsumexp (Chowdhery et al. 2022, section 5). It is part of
             the loss, not of `nll_N` nor of the channel table.
-        entropy: also find the entropy of each row's distribution, in the same pass.
+        entropy: also find the entropy of each row's distribution, in the same pass; 0 where the
+            label is -100.
         shard: this rank's part of the vocabulary, where the head is split over ranks. Collective.
         impl: "triton" (GPU), "torch" (chunked in plain torch), "reference" (all logits at once),
             or "auto": by the device.
@@ -104,9 +105,10 @@ def linear_cross_entropy(
         no other token exceeds. Sums are not divided by the denominator.
 
     Raises:
-        ValueError: shapes, dtypes or options that do not go together; labels or channels out of
-            range. On a GPU, where the host would have to wait to see them, these make the loss
-            of their row, or the table, NaN; TRITON_DEBUG=1 makes labels a device assert.
+        ValueError: shapes, dtypes or options that do not go together; labels, channels or rows
+            out of range. On a GPU, where the host would have to wait to see them, these make the
+            loss of their row, or the table, NaN, or stop the device; TRITON_DEBUG=1 makes labels
+            a device assert. So does a denominator tensor that is 0 where some row has a weight.
     """
     if torch.is_autocast_enabled(hidden_TD.device.type):
         dtype = torch.get_autocast_dtype(hidden_TD.device.type)
@@ -229,7 +231,9 @@ def inverse(denominator: float | torch.Tensor, weight_N: torch.Tensor) -> torch.
         return weight_N.new_full((), 1 / denominator if denominator else 0.0)
     # Divided in the dtype of the argument, which may be wider.
     whole = denominator.detach().reshape(())
-    return torch.where(whole == 0, 0, 1 / whole).to(weight_N)
+    # Nobody waits to look at it: 0 with a weight to divide gives no number.
+    nothing = torch.where(weight_N.any(), torch.nan, 0.0)
+    return torch.where(whole == 0, nothing, 1 / whole).to(weight_N)
 
 
 def total_loss(found: Statistics, targets: Targets, scale: torch.Tensor) -> torch.Tensor:

@@ -57,8 +57,10 @@ def cross_entropy(
         used_NV = logits_TV if rows_N is None else logits_TV.index_select(0, rows_N)
         loss, found = weighted_loss(shaped(used_NV, shape), used.targets, used.scale, entropy)
     else:
+        # Asked here: inside a Function's forward grad mode is always off.
+        enabled = torch.is_grad_enabled() and logits_TV.requires_grad
         loss, *columns = _Loss.apply(  # type: ignore[no-untyped-call]
-            logits_TV, used.supervised, used.targets, used.scale, entropy, kernels(chosen)
+            logits_TV, used.supervised, used.targets, used.scale, entropy, kernels(chosen), enabled
         )
         found = Statistics(*columns)
     return head_loss(loss, found, used, channel, num_channels)
@@ -74,6 +76,7 @@ class _Loss(torch.autograd.Function):
         scale: torch.Tensor,
         entropy: bool,
         parts: Kernels,
+        gradient: bool,
     ) -> tuple[torch.Tensor | None, ...]:
         if supervised_N is None:
             used_NV = logits_TV.clone(memory_format=torch.contiguous_format)
@@ -83,7 +86,7 @@ class _Loss(torch.autograd.Function):
         ctx.late = used_NV.dtype == torch.float16
         scaled = targets if ctx.late else targets.scaled(scale)
         found = Statistics.empty(len(used_NV), used_NV, entropy=entropy)
-        parts.row_pass(used_NV, scaled, found, ctx.needs_input_grad[0])
+        parts.row_pass(used_NV, scaled, found, gradient)
         ctx.num_rows, ctx.scatter = len(logits_TV), parts.scatter
         ctx.save_for_backward(used_NV, supervised_N, scale)
         ctx.mark_non_differentiable(*(column for column in found if column is not None))
@@ -97,5 +100,5 @@ class _Loss(torch.autograd.Function):
             grad_NV = grad_NV.clone()
         factor = grad_loss * scale if ctx.late else grad_loss
         if supervised_N is None:
-            return grad_NV.mul_(factor), *(None,) * 5
-        return ctx.scatter(grad_NV, supervised_N, ctx.num_rows, factor), *(None,) * 5
+            return grad_NV.mul_(factor), *(None,) * 6
+        return ctx.scatter(grad_NV, supervised_N, ctx.num_rows, factor), *(None,) * 6

@@ -25,7 +25,7 @@ class LogProb(NamedTuple):
     """Result of `linear_logprob`; a tuple, so that the hooks of ZeRO-3 see its tensors."""
 
     logprob_N: torch.Tensor  # float32, carries the gradient; 0 where the label is -100
-    entropy_N: torch.Tensor | None  # float32, nats, carries the gradient; where asked for
+    entropy_N: torch.Tensor | None  # float32, nats, carries the gradient; 0 as above; if asked for
     correct_N: torch.Tensor  # bool: no other token exceeds the label
 
 
@@ -191,7 +191,10 @@ class _Recomputed(torch.autograd.Function):
         ctx: Any, grad_nll_N: torch.Tensor, grad_entropy_N: torch.Tensor | None, *_: Any
     ) -> tuple[torch.Tensor | None, ...]:
         used_ND, weight_VD, bias_V = ctx.saved_tensors
-        weight_N = grad_nll_N * ctx.targets.weight_N
+        labelled_N = ctx.targets.weight_N  # 1, and 0 where the label is -100
+        weight_N = grad_nll_N * labelled_N
+        if grad_entropy_N is not None:
+            grad_entropy_N = grad_entropy_N * labelled_N
         if used_ND.dtype == torch.float16:
             size = _largest(weight_N, grad_entropy_N)
         else:

@@ -39,7 +39,10 @@ def reference_statistics(
     own_N = logits_NV.gather(1, labels_N.clamp(min=0)[:, None])[:, 0]
     correct_N = (own_N == logits_NV.amax(dim=1)) & (labels_N != IGNORED)
     log_p_NV = torch.log_softmax(logits_NV, dim=1)
-    entropy_N = -torch.xlogy(log_p_NV.exp(), log_p_NV.exp()).sum(dim=1) if entropy else None
+    entropy_N = None
+    if entropy:
+        entropy_N = -torch.xlogy(log_p_NV.exp(), log_p_NV.exp()).sum(dim=1)
+        entropy_N = entropy_N.masked_fill(labels_N == IGNORED, 0)
     return Statistics(nll_N, logits_NV.logsumexp(dim=1), correct_N, entropy_N)
 
 

@@ -89,14 +89,16 @@ def _strip_pass(
         whole = Softmax(max_B1, p_BV.sum(dim=1, keepdim=True), own_B1, _dot(p_BV, shifted_BV))
     log_sum_B1 = whole.sum.log()
     ignored_B1 = targets.labels_N[:, None] == IGNORED
+    invalid_B1 = ~(_in_vocabulary(targets, logits_BV.shape[1]) | ignored_B1)
     nll_B1 = (log_sum_B1 - (whole.own - whole.max)).masked_fill_(ignored_B1, 0)
+    nll_B1.masked_fill_(invalid_B1, torch.nan)  # seen here on a GPU only, where nobody looked
     logsumexp_B1 = whole.max + log_sum_B1
     entropy_B1 = log_sum_B1 - whole.dot / whole.sum
     for column, value_B1 in (
         (found.nll, nll_B1),
         (found.logsumexp, logsumexp_B1),
-        (found.correct, (whole.own == whole.max) & ~ignored_B1),
-        (found.entropy, entropy_B1),
+        (found.correct, (whole.own == whole.max) & ~ignored_B1 & ~invalid_B1),
+        (found.entropy, entropy_B1.masked_fill(ignored_B1, 0)),
     ):
         if column is not None:
             column.copy_(value_B1[:, 0])
@@ -104,7 +106,7 @@ def _strip_pass(
         return
 
     # --- logits become their gradient; of each row: slope * (share * p - weight * onehot + ...)
-    weight_B1 = targets.weight_N[:, None]
+    weight_B1 = targets.weight_N[:, None].masked_fill(invalid_B1, torch.nan)
     penalty_B1 = 2 * targets.shape.z_loss * logsumexp_B1
     label_grad_B1 = weight_B1 * (torch.expm1(-nll_B1) + penalty_B1 * torch.exp(-nll_B1))
     if targets.entropy_weight_N is not None and shifted_BV is not None:
@@ -145,10 +147,16 @@ def _local_label(targets: Targets, num_columns: int) -> tuple[torch.Tensor, torc
     """A column of this part of the vocabulary for each row, and whether it is the label's."""
     label_B1 = targets.labels_N[:, None]
     if targets.shard is None:
-        return label_B1.clamp(min=0), None
+        return label_B1.clamp(0, num_columns - 1), None
     label_B1 = label_B1 - targets.shard.start
     local_B1 = (label_B1 >= 0) & (label_B1 < num_columns)
     return torch.where(local_B1, label_B1, 0), local_B1
+
+
+def _in_vocabulary(targets: Targets, num_columns: int) -> torch.Tensor:
+    label_B1 = targets.labels_N[:, None]
+    end = num_columns if targets.shard is None else targets.shard.size
+    return (label_B1 >= 0) & (label_B1 < end)
 
 
 def _part(logits_BV: torch.Tensor, targets: Targets, entropy: bool) -> Softmax:

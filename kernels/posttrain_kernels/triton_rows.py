@@ -6,6 +6,9 @@ environment before the import they run on the CPU.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,13 +29,22 @@ def row_pass(logits_BV: torch.Tensor, targets: Targets, found: Statistics, gradi
     A label outside of the vocabulary makes the loss and the gradient of its row NaN, and stops
     the kernel under TRITON_DEBUG=1.
     """
-    if targets.shard is None:
-        _launch(logits_BV, targets, found, None, read=True, gradient=gradient)
-        return
-    part = Softmax(*found.nll.new_empty(4, len(logits_BV), 1))
-    _launch(logits_BV, targets, None, part, read=True, gradient=False)
-    merged = Softmax(*(column.contiguous() for column in targets.shard.merge(part)))
-    _launch(logits_BV, targets, found, merged, read=False, gradient=gradient)
+    with _device_of(logits_BV):
+        if targets.shard is None:
+            _launch(logits_BV, targets, found, None, read=True, gradient=gradient)
+            return
+        part = Softmax(*found.nll.new_empty(4, len(logits_BV), 1))
+        _launch(logits_BV, targets, None, part, read=True, gradient=False)
+        merged = Softmax(*(column.contiguous() for column in targets.shard.merge(part)))
+        _launch(logits_BV, targets, found, merged, read=False, gradient=gradient)
+
+
+def _device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Make the tensor's GPU the current one, where Triton launches."""
+    context: AbstractContextManager[Any] = nullcontext()
+    if tensor.is_cuda:
+        context = torch.cuda.device(tensor.device)
+    return context
 
 
 def _launch(
@@ -146,7 +158,7 @@ def _row_kernel(  # type: ignore[no-untyped-def]
         tl.store(logsumexp_ptr + row, logsumexp)
         tl.store(correct_ptr + row, (own == top) & valid & (label != NEVER))
         if ENTROPY:
-            tl.store(entropy_ptr + row, entropy)
+            tl.store(entropy_ptr + row, tl.where(ignored, 0.0, entropy))
         if GRADIENT:
             weight = tl.load(weight_ptr + row)
             weight = tl.where(valid, weight, float("nan"))
@@ -237,26 +249,33 @@ def _write_gradient(  # type: ignore[no-untyped-def]
 
 
 def gather(values_TD: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
-    """Some rows, [N, D]."""
+    """Some rows, [N, D]; NaN where there is no such row."""
     num_rows, width = len(rows_N), values_TD.shape[1]
     taken_ND = values_TD.new_empty(num_rows, width)
     if num_rows and width:
-        _gather_kernel[(num_rows, triton.cdiv(width, COPY_COLUMNS))](
-            values_TD, *values_TD.stride(), rows_N, taken_ND, width, BLOCK=COPY_COLUMNS
-        )
+        with _device_of(values_TD):
+            _gather_kernel[(num_rows, triton.cdiv(width, COPY_COLUMNS))](
+                values_TD,
+                *values_TD.stride(),
+                len(values_TD),
+                rows_N.contiguous(),
+                taken_ND,
+                width,
+                BLOCK=COPY_COLUMNS,
+            )
     return taken_ND
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gather_kernel(  # type: ignore[no-untyped-def]
-    values_ptr, row_stride, column_stride, rows_ptr, taken_ptr, width, BLOCK: tl.constexpr
+    values_ptr, row_stride, column_stride, height, rows_ptr, taken_ptr, width, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     source = tl.load(rows_ptr + row)
-    values = tl.load(
-        values_ptr + source * row_stride + columns * column_stride, mask=columns < width
-    )
+    inside = (source >= 0) & (source < height)
+    place = source * row_stride + columns.to(tl.int64) * column_stride
+    values = tl.load(values_ptr + place, mask=inside & (columns < width), other=float("nan"))
     tl.store(taken_ptr + row * width + columns, values, mask=columns < width)
 
 
@@ -274,9 +293,10 @@ def scatter(
         sorted_N, order_N = torch.sort(rows_N, stable=True)
         edges = torch.arange(num_rows + 1, device=rows_N.device)
         first_T1 = torch.searchsorted(sorted_N, edges)
-        _scatter_kernel[(num_rows, triton.cdiv(width, COPY_COLUMNS))](
-            values_ND, order_N, first_T1, factor, sums_TD, width, BLOCK=COPY_COLUMNS
-        )
+        with _device_of(values_ND):
+            _scatter_kernel[(num_rows, triton.cdiv(width, COPY_COLUMNS))](
+                values_ND, order_N, first_T1, factor, sums_TD, width, BLOCK=COPY_COLUMNS
+            )
     return sums_TD
 
 

@@ -19,7 +19,7 @@ from posttrain_dist.errors import CheckpointError
 from posttrain_dist.files import sync, write_whole
 
 MANIFEST = "MANIFEST.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from posttrain_dist.config.groups import Cluster, Ray, Slurm
 from posttrain_dist.data import DataConfig
 from posttrain_dist.engine import AdamW, DeepSpeed, Engine, Optimizer, Single
-from posttrain_dist.models import Weights
+from posttrain_dist.models import Checkpointing, ModelConfig, Weights
 
 if TYPE_CHECKING:
     from posttrain_dist.config import RunConfig
@@ -26,6 +26,7 @@ def all_rules(config: RunConfig) -> list[Rule]:
     """Every rule, those that hold included."""
     return [
         *_run_rules(config),
+        *_model_rules(config.model, config.engine),
         *_source_rules(config.data),
         *_optimizer_rules(config.optimizer),
         *_engine_rules(config.engine, config.model.weights),
@@ -79,6 +80,33 @@ def _run_rules(config: RunConfig) -> list[Rule]:
             "name",
             f"is {config.name!r}: it becomes a folder's name",
             "use letters, digits, '-', '_' and '.'",
+        ),
+    ]
+
+
+def _model_rules(model: ModelConfig, engine: Engine) -> list[Rule]:
+    selective = model.activation_checkpointing is Checkpointing.selective
+    key = "model.checkpoint_layers"
+    return [
+        (
+            not selective or model.checkpoint_layers is not None,
+            key,
+            "is null, and model.activation_checkpointing is selective",
+            "set how many layers recompute their activations",
+        ),
+        (
+            selective or model.checkpoint_layers is None,
+            key,
+            f"is {model.checkpoint_layers}, and model.activation_checkpointing is "
+            f"{model.activation_checkpointing.name}",
+            "set model.activation_checkpointing=selective",
+        ),
+        _at_least(key, model.checkpoint_layers),
+        (
+            not (model.compile and isinstance(engine, DeepSpeed) and engine.stage == 3),
+            "model.compile",
+            "is on, and ZeRO-3 gathers the weights by hooks that a compiled program would not run",
+            "set model.compile=false, or use engine=zero2",
         ),
     ]
 

@@ -31,7 +31,9 @@ class Ahead:
 
     def __init__(self, source: Source, device: torch.device, last: int) -> None:
         self._source, self._device, self._last = source, device, last
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._thread = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="batches", initializer=self._enter
+        )
         self._next: tuple[int, Future[list[Batch]]] | None = None
 
     def step(self, step: int) -> list[Batch]:
@@ -45,6 +47,12 @@ class Ahead:
 
     def _make(self, step: int) -> list[Batch]:
         return [batch.to(self._device) for batch in self._source.step(step)]
+
+    def _enter(self) -> None:
+        if self._device.type == "cuda":
+            import torch
+
+            torch.cuda.set_device(self._device)  # each thread has its own
 
     def __enter__(self) -> Self:
         return self

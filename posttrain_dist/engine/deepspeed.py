@@ -127,17 +127,18 @@ class DeepSpeedEngine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self.world)
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> torch.Tensor | float:
         for group in self._zero.param_groups:
             group["lr"] = lr
-        norm = None
+        norm: torch.Tensor | float | None = None
         if self._stage == 0 and not self._json["bf16"]["enabled"]:
             limit = self._optimizer.clip or float("inf")
             norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit)
         self._engine.step()
         if norm is None:
             norm = self._engine.get_global_grad_norm()
-        return float(norm)
+        assert norm is not None, "compute_grad_norm is refused in a user's JSON"
+        return norm
 
     def train(self, mode: bool) -> None:
         self._engine.train(mode)

@@ -26,6 +26,7 @@ OWNED = {
     "zero_allow_untested_optimizer": "optimizer",
     "zero_force_ds_cpu_optimizer": "engine.offload",
     "gradient_allreduce_op": "engine",
+    "zero_optimization.compute_grad_norm": "nothing: each step needs the norm",
     "prescale_gradients": "engine",
     "gradient_predivide_factor": "engine",
 }

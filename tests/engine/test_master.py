@@ -98,6 +98,16 @@ def test_state_goes_on_where_it_was() -> None:
         assert torch.equal(parameter, other[name])
 
 
+@pytest.mark.parametrize("size", [1023, 1024, 3_000_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_many_numbers_is_exact(size: int, dtype: torch.dtype) -> None:
+    parameter = nn.Parameter(torch.ones(size, dtype=dtype))
+    gradient = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    parameter.grad = gradient.clone()
+    norm = MasterAdamW([("w", parameter)], AdamW()).step(0.1)
+    assert float(norm) == pytest.approx(float(gradient.double().norm()), rel=2e-7)
+
+
 def test_a_norm_that_is_not_finite_is_told() -> None:
     parameter = nn.Parameter(torch.ones(2))
     optimizer = MasterAdamW([("w", parameter)], AdamW())

@@ -59,6 +59,16 @@ def test_inputs_are_left_as_they_were() -> None:
         assert torch.equal(getattr(case, name), value), name
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_every_second_number_of_each_row_argument(impl: str) -> None:
+    case = make_case(0.5, rows=12)
+    wanted = fused(case, torch.float32, impl=impl)
+    names = ("labels_N", "supervised", "token_weight", "channel")
+    apart = {n: getattr(case, n).repeat_interleave(2)[::2] for n in names}
+    for name, value in fused(replace(case, **apart), torch.float32, impl=impl).items():
+        assert torch.equal(value, wanted[name]), name
+
+
 def test_non_contiguous_inputs() -> None:
     case = make_case(0, bias=True).in_dtype(torch.float32)
     wanted = fused(case, torch.float32)

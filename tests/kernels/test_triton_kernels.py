@@ -17,16 +17,59 @@ from posttrain_kernels import choose, linear_cross_entropy, rows, triton_rows
 cases = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("head_cases.py"))))
 
 
-def test_a_label_out_of_range_is_never_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where nobody waits to look at the labels."""
-    monkeypatch.setattr("posttrain_kernels.head.check_rows", lambda *_: None)
+@pytest.fixture
+def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where nobody waits to look at what a tensor holds."""
+    for place in ("head", "logprob", "logits"):
+        monkeypatch.setattr(f"posttrain_kernels.{place}.check_rows", lambda *_: None)
+    for place in ("head", "logprob"):
+        name = f"posttrain_kernels.{place}.labelled"
+        monkeypatch.setattr(name, lambda _, supervised: (None, supervised))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("label", [203, -1])
+def test_a_label_out_of_range_is_never_a_number(unseen: None, impl: str, label: int) -> None:
     case = cases.make_case(0, rows=6).in_dtype(torch.float32)
-    case.labels_N[2] = 203
-    result = case.head(impl="triton", chunk_rows=6)
+    case.labels_N[2] = label
+    result = case.head(impl=impl, chunk_rows=6)
     result.loss.backward()
     assert result.nll_N.isnan().tolist() == [False, False, True, False, False, False]
     assert result.loss.isnan() and case.hidden_TD.grad[2].isnan().all()
     assert case.hidden_TD.grad[[0, 1, 3, 4, 5]].isfinite().all()
+    assert case.logprob(impl=impl).logprob_N.isnan().nonzero().tolist() == [[2]]
+
+
+def test_a_row_out_of_range_is_never_a_number(unseen: None) -> None:
+    case = cases.make_case(0.5, rows=6)
+    case.supervised[1] = 6  # behind the last
+    assert case.head(impl="triton").nll_N.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_ignored_rows_have_no_entropy_where_they_are_not_dropped(unseen: None, impl: str) -> None:
+    """What a CPU leaves out of the work, a GPU works on: the results are the same."""
+    case = cases.make_case(0, rows=8).in_dtype(torch.float32)
+    case.labels_N[[1, 4]] = -100
+    found, wanted = (
+        case.logprob(impl=impl, entropy=True),
+        case.logprob(impl="reference", entropy=True),
+    )
+    gradients = []
+    for each in (found, wanted):
+        case.hidden_TD.grad = None
+        (each.logprob_N.sum() + 0.5 * each.entropy_N.sum()).backward()
+        gradients.append(case.hidden_TD.grad.clone())
+    torch.testing.assert_close(found.entropy_N, wanted.entropy_N, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    assert found.entropy_N[[1, 4]].tolist() == [0, 0] and (gradients[0][[1, 4]] == 0).all()
+
+
+def test_a_denominator_of_0_on_the_device_is_no_silence() -> None:
+    case = cases.make_case()
+    assert case.head(denominator=torch.tensor(0.0)).loss.isnan()
+    case.token_weight.zero_()
+    assert case.head(denominator=torch.tensor(0.0)).loss == 0
 
 
 @pytest.mark.parametrize("impl", [rows, triton_rows])
@@ -46,7 +89,7 @@ def test_scatter_adds_up_and_multiplies(impl) -> None:
 @pytest.mark.parametrize("impl", [rows, triton_rows])
 def test_gather_reads_any_layout(impl) -> None:
     values_DT = torch.randn(1030, 9)
-    rows_N = torch.tensor([8, 0, 0, 3])
+    rows_N = torch.tensor([8, 9, 0, 9, 0, 9, 3])[::2]
     assert torch.equal(impl.gather(values_DT.t(), rows_N), values_DT.t()[rows_N])
 
 

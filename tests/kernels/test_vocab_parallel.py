@@ -70,3 +70,20 @@ def test_ranks_that_share_the_vocabulary_equal_one(
                 torch.testing.assert_close(ours, exact.detach())
             torch.testing.assert_close(hidden_TD, whole_TD)
             torch.testing.assert_close(weight_VD, whole_VD[edges[rank] : edges[rank + 1]])
+
+
+def test_uneven_parts_are_cut_alike(tmp_path: Path) -> None:
+    """Each chunk ends in a collective: a rank with few rows of the weight cuts no larger ones."""
+    case = cases.make_case(0, rows=512, width=2, vocabulary=100_300).in_dtype(torch.float32)
+    tensors = {"hidden_TD": case.hidden_TD.detach(), "weight_VD": case.weight_VD.detach()}
+    problem = {**tensors, "labels_N": case.labels_N, "edges": [0, 100_000, 100_300]}
+    problem |= {"factor_N": torch.ones(512), "both": {}, "only_loss": {"denominator": 512.0}}
+    torch.save(problem, tmp_path / "problem.pt")
+    wanted = cases.linear_cross_entropy(
+        case.hidden_TD, case.weight_VD, case.labels_N, denominator=512.0
+    )
+    wanted.loss.backward()
+    for found in ranks(tmp_path / "problem.pt", 2, "torch"):
+        outputs, hidden_TD, _ = found["loss"]
+        torch.testing.assert_close(outputs[0], wanted.loss.detach())
+        torch.testing.assert_close(hidden_TD, case.hidden_TD.grad, rtol=1e-4, atol=1e-8)

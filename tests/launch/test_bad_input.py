@@ -37,6 +37,17 @@ CASES = {
     "deletion": (["~train.steps"], "~train.steps: ", "train.steps=null"),
     "interpolation": (["name=${nosuch}"], "name: ", "nosuch"),
     "out of range": (["train.batch_size=0"], "train.batch_size: is 0", "1 or more"),
+    "how many layers": (
+        ["model.activation_checkpointing=selective"],
+        "model.checkpoint_layers: is null",
+        "how many layers",
+    ),
+    "layers of no choice": (
+        ["model.checkpoint_layers=2"],
+        "model.checkpoint_layers: is 2",
+        "selective",
+    ),
+    "compiled shards": (["model.compile=true", "engine=zero3"], "model.compile: is on", "zero2"),
     "contradiction": (["train.steps=1", "train.epochs=1"], "train.steps: ", "one of the three"),
     "single with workers": (["cluster=ray", "cluster.workers=2"], "engine: single", "zero0"),
     "name that is a path": (["name=a/b"], "name: ", "letters"),

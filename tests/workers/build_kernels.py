@@ -23,7 +23,7 @@ def build(name: str, kernel, element: str, warps: int, **flags) -> None:
     def kind(argument: str) -> str:
         if argument in flags:
             return "constexpr"
-        if argument in COUNTS or argument == "column_stride":
+        if argument in COUNTS or argument in ("column_stride", "height"):
             return "i32"
         if argument in FLOATS:
             return "fp32"
