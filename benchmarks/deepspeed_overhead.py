@@ -4,7 +4,6 @@
 
 Arms, every process with one thread, float32, random Llama models, driven as the loop drives them:
     single       the `single` engine; with two processes, two of them side by side that never talk
-    single-kept  the same, and glibc keeps freed memory as our DeepSpeed engine has it
     stock        DeepSpeed with its own defaults
     ours         the settings of posttrain_dist/engine/ds_tuning.py
     sharded      (stage 3) ours with persistence_threshold=0: no parameter stays whole
@@ -86,14 +85,12 @@ def make_engine(arm: str, stage: int) -> Any:
     """The engine of an arm; `stock` takes our settings away again."""
     import torch
 
-    from posttrain_dist.engine import AdamW, DeepSpeed, ds_tuning
+    from posttrain_dist.engine import AdamW, DeepSpeed
     from posttrain_dist.engine import deepspeed as ours
     from posttrain_dist.engine.single import SingleEngine
 
     cpu, optimizer = torch.device("cpu"), AdamW(lr=1e-4)
-    if arm.startswith("single"):
-        if arm == "single-kept":
-            ds_tuning.keep_freed_memory()
+    if arm == "single":
         return SingleEngine(optimizer, cpu)
     if arm == "stock":
         for name in ("tuned_zero", "loading_zero"):
@@ -260,7 +257,7 @@ def compare(size: str, world: int, stage: int, options: argparse.Namespace, fold
     with safe_open(folder / size / "model.safetensors", "pt") as file:
         shapes = [file.get_slice(name).get_shape() for name in list(file.keys())]
     numel = sum(map(math.prod, shapes))
-    names = ["single", "single-kept", "stock", "ours"]
+    names = ["single", "stock", "ours"]
     names += ["sharded"] if stage == 3 else []
     names += ["floor"] if world > 1 else []
     given = {"folder": folder / size, "tokens": options.tokens, "numel": numel}

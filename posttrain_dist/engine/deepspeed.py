@@ -22,11 +22,11 @@ from posttrain_dist.engine.base import stored_tensors
 from posttrain_dist.engine.ds_config import deepspeed_config
 from posttrain_dist.engine.ds_tuning import (
     Sizes,
-    keep_freed_memory,
     loading_zero,
     set_local_size,
     tuned_zero,
 )
+from posttrain_dist.engine.memory import keep_freed_memory
 from posttrain_dist.engine.optim import adamw, parameter_groups
 from posttrain_dist.flow import Batch, Loss
 

@@ -7,9 +7,7 @@ here. `benchmarks/deepspeed_overhead.py` measures what it brings on a CPU.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -93,21 +91,6 @@ def set_local_size(environment: MutableMapping[str, str] = os.environ) -> None:
     The number itself is used by quantised gradients only.
     """
     environment.setdefault("LOCAL_SIZE", "1")
-
-
-def keep_freed_memory() -> bool:
-    """Let glibc keep large freed blocks for the next step; False where there is no glibc.
-
-    The flat buffers of ZeRO are allocated again in every step. glibc gives blocks of 32 MB and more
-    back to the kernel and takes fresh pages for the next ones, each of which costs a page fault:
-    half the time of DeepSpeed's step on a CPU. The process keeps the peak of its memory, which it
-    reaches again in every step anyway.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
-    libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, 2**31 - 1))
 
 
 def _bucket(stage: int, sizes: Sizes, *, cpu: bool) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 from posttrain_dist.engine import AdamW
 from posttrain_dist.engine.base import stored_tensors
 from posttrain_dist.engine.master import MasterAdamW
+from posttrain_dist.engine.memory import keep_freed_memory
 from posttrain_dist.flow import Batch, Loss
 
 
@@ -29,6 +30,8 @@ class SingleEngine:
         return nullcontext()
 
     def attach(self, policy: nn.Module) -> None:
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.policy = policy.to(self.device)
         trained = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
         self._optimizer = MasterAdamW(trained, self._config)

@@ -116,7 +116,7 @@ def test_kept_memory_costs_no_page_faults_after_the_first_steps():
     """Blocks of 3 to 80 MB, freed and taken again in every step: 53,000 pages, or none."""
     script = (
         "import resource, sys, torch\n"
-        "from posttrain_dist.engine.ds_tuning import keep_freed_memory\n"
+        "from posttrain_dist.engine.memory import keep_freed_memory\n"
         "if sys.argv[1] == 'kept': assert keep_freed_memory()\n"
         "def fill(mib): return torch.empty(mib * 2**18).fill_(1.0)\n"
         "def step():\n"
