@@ -7,9 +7,12 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)  # for a rank that waits while another writes a large export
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +69,7 @@ def start(process: Process) -> None:
         init_method=f"tcp://{process.master_address}:{port}",
         rank=process.rank,
         world_size=process.world,
+        timeout=TIMEOUT,
     )
     atexit.register(stop)
 
