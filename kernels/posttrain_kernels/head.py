@@ -110,10 +110,7 @@ def linear_cross_entropy(
             loss of their row, or the table, NaN, or stop the device; TRITON_DEBUG=1 makes labels
             a device assert. So does a denominator tensor that is 0 where some row has a weight.
     """
-    if torch.is_autocast_enabled(hidden_TD.device.type):
-        dtype = torch.get_autocast_dtype(hidden_TD.device.type)
-        hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    hidden_TD, weight_VD, bias = under_autocast(hidden_TD, weight_VD, bias)
     vocabulary = len(weight_VD) if shard is None else shard.size
     check_head(hidden_TD, weight_VD, bias, shard)
     check_rows(len(hidden_TD), vocabulary, labels_N, supervised, token_weight)
@@ -148,6 +145,17 @@ def linear_cross_entropy(
 
 
 # --------------------------------------------------------------------------- rows
+
+
+def under_autocast(
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The projection's tensors in the dtype of autocast where that is on."""
+    device = hidden_TD.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden_TD, weight_VD, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden_TD.to(dtype), weight_VD.to(dtype), None if bias is None else bias.to(dtype)
 
 
 class InUse(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 from posttrain_kernels.checks import check_head, check_rows, check_shape
 from posttrain_kernels.choose import choose, kernels
 from posttrain_kernels.chunked import Plan, run
-from posttrain_kernels.head import labelled, row_weights, spread
+from posttrain_kernels.head import labelled, row_weights, spread, under_autocast
 from posttrain_kernels.reference import reference_logits, reference_statistics
 from posttrain_kernels.targets import Kernels, LogitShape, Targets, statistics_dtype
 from posttrain_kernels.vocab import VocabShard
@@ -65,10 +65,7 @@ def linear_logprob(
     Raises:
         ValueError: as `linear_cross_entropy`.
     """
-    if torch.is_autocast_enabled(hidden_TD.device.type):
-        dtype = torch.get_autocast_dtype(hidden_TD.device.type)
-        hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    hidden_TD, weight_VD, bias = under_autocast(hidden_TD, weight_VD, bias)
     vocabulary = len(weight_VD) if shard is None else shard.size
     check_head(hidden_TD, weight_VD, bias, shard)
     check_rows(len(hidden_TD), vocabulary, labels_N, supervised)
