@@ -23,7 +23,6 @@ from posttrain_kernels.targets import RowPass, Statistics, Targets
 # a chunk, which costs little only where a chunk has thousands of rows (on a GPU) or hundreds (on a
 # CPU); a frozen one is as fast with fewer.
 CHUNK_BYTES_GPU_TRAINED, CHUNK_BYTES_GPU_FROZEN, CHUNK_BYTES_CPU = 1 << 30, 1 << 28, 1 << 26
-CHUNK_ROWS_CPU = 256  # fewer make a CPU's products slow
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +54,14 @@ class Gradients(NamedTuple):
     bias_V: torch.Tensor | None
 
 
-def default_chunk_rows(
-    num_rows: int, weight_VD: torch.Tensor, vocabulary: int, *, trained: bool
-) -> int:
-    """Rows of a chunk, a multiple of 128, so that its logits take the bytes given above.
-
-    On a CPU, where products are slow beside memory, no more than a quarter of all rows.
-    """
+def default_chunk_rows(weight_VD: torch.Tensor, vocabulary: int, *, trained: bool) -> int:
+    """Rows of a chunk, a multiple of 128, so that its logits take the bytes given above."""
     if weight_VD.is_cuda:
         budget = CHUNK_BYTES_GPU_TRAINED if trained else CHUNK_BYTES_GPU_FROZEN
-        rows = budget // max(vocabulary * weight_VD.element_size(), 1)
+        row_bytes = vocabulary * weight_VD.element_size()
     else:
-        rows = CHUNK_BYTES_CPU // max(vocabulary * 4, 1)
-        rows = min(rows, max(num_rows // 4, CHUNK_ROWS_CPU))
-    return max(128, rows // 128 * 128)
+        budget, row_bytes = CHUNK_BYTES_CPU, vocabulary * 4
+    return max(128, budget // max(row_bytes, 1) // 128 * 128)
 
 
 def run(
@@ -83,7 +76,7 @@ def run(
     # Chunks of a shared vocabulary meet in a collective: cut by numbers that all ranks share.
     shard = targets.shard
     vocabulary, trained = (len(weight_VD), plan.weight) if shard is None else (shard.size, True)
-    most = plan.chunk_rows or default_chunk_rows(num_rows, weight_VD, vocabulary, trained=trained)
+    most = plan.chunk_rows or default_chunk_rows(weight_VD, vocabulary, trained=trained)
     num_chunks = -(-num_rows // most)
     # Chunks of equal size: a small last one would cost a whole pass over grad_weight.
     chunk_rows = -(-num_rows // max(num_chunks, 1))
