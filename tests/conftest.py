@@ -19,6 +19,9 @@ import pytest
 # Two cores: one thread a process keeps several ranks from fighting for them.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+# Triton looks at this when it is first imported, by whichever test: its kernels then run on the CPU.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="posttrain-tests-")  # prepared data
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)

@@ -169,14 +169,15 @@ def test_each_verb_looks_at_what_it_uses(try_out, tmp_path):
 
 
 def test_a_checkpoint_to_start_from_may_be_named_by_its_run(builders, tmp_path):
-    from posttrain_dist.checkpoint.store import MANIFEST
+    from posttrain_dist.checkpoint.store import FORMAT, MANIFEST
     from posttrain_dist.config import RunConfig, complete
     from posttrain_dist.inputs import input_problems
 
     step = tmp_path / "run" / "checkpoints" / "step-000002"
     (step / "state").mkdir(parents=True)
     (step / "state" / "x").write_text("12345")
-    manifest = {"step": 2, "layout": {}, "channels": [], "files": {"state/x": 5}, "format": 1}
+    manifest = {"step": 2, "layout": {}, "channels": [], "files": {"state/x": 5}}
+    manifest |= {"format": FORMAT}
     (step / MANIFEST).write_text(json.dumps(manifest))
     config = complete(RunConfig(output_root=str(tmp_path)))
     for named in (tmp_path / "run", step):
