@@ -19,7 +19,7 @@ import pytest
 # Two cores: one thread a process keeps several ranks from fighting for them.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"
-# Triton looks at this when it is first imported, by whichever test: its kernels then run on the CPU.
+# Triton looks at this when it is first imported, by whichever test: its kernels run on the CPU.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
