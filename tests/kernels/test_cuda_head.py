@@ -70,6 +70,7 @@ def test_nobody_waits_for_the_device() -> None:
         (found.logprob_N.sum() + found.entropy_N.sum()).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert float(hidden_TD.grad.norm()) > 0
 
 
 def test_a_label_out_of_range_gives_no_number() -> None:

@@ -108,7 +108,10 @@ def test_a_worker_waits_until_the_data_is_prepared(tmp_path):
 
 
 def test_a_worker_of_a_run_without_a_gate_does_not_wait(tmp_path):
-    wait_for_data(tmp_path)
+    through = threading.Event()
+    waiting = lambda: (wait_for_data(tmp_path), through.set())  # noqa: E731
+    threading.Thread(target=waiting, daemon=True).start()
+    assert through.wait(10)
 
 
 def test_workers_start_early_only_where_the_data_is_soon_there(tmp_path, rows_file):
