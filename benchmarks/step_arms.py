@@ -16,14 +16,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 import rows
 import step_data
 import torch
-from step_data import IGNORED, MAX_LENGTH, Sample
+from step_data import IGNORED, Sample, Sizes
 
 LEARNING_RATE, BETAS, CLIP = 1e-3, (0.9, 0.95), 1.0
 
@@ -50,6 +50,8 @@ class Turns(Alone):
     def ready(self) -> None:
         rows.give_back_freed_memory()
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         self._say({"ready": True})
 
     def done(self, loss: float, norm: float) -> None:
@@ -58,9 +60,14 @@ class Turns(Alone):
             "cpu_s": time.process_time() - self._cpu_since,
             "loss": loss,
             "norm": norm,
-            "peak_bytes": rows.resident_bytes("VmHWM") - self._base_bytes,
+            "peak_bytes": self._peak_bytes(),
         }
         self._say(line)
+
+    def _peak_bytes(self) -> int:
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+        return rows.resident_bytes("VmHWM") - self._base_bytes
 
     def _say(self, line: dict[str, Any]) -> None:
         print(json.dumps(line), file=self._out, flush=True)
@@ -116,9 +123,10 @@ class GivenSteps:
     """A source of the loop whose steps are given; packed by the project's own planner."""
 
     steps: list[list[Sample]]
+    pack_tokens: int
 
     def step(self, step: int) -> list[Any]:
-        """Micro-batches: packs of at most MAX_LENGTH tokens."""
+        """Micro-batches: packs of at most `pack_tokens` tokens."""
         import numpy as np
 
         from posttrain_dist.data.collate import collate
@@ -127,7 +135,7 @@ class GivenSteps:
 
         samples = self.steps[step - 1]
         lengths = np.array([len(s.input_ids) for s in samples])
-        plan = plan_in_order(lengths, MAX_LENGTH, len(samples))
+        plan = plan_in_order(lengths, self.pack_tokens, len(samples))
         examples = [
             Example(
                 input_ids_L=np.array(s.input_ids, np.int32),
@@ -142,26 +150,31 @@ class GivenSteps:
 
 def ours(folder: Path, turns: Alone, channels: bool = True) -> None:
     """posttrain_dist as `posttrain train engine=single` puts it together (train.py)."""
-    from posttrain_dist.build import build_policy, make_engine
-    from posttrain_dist.config import Dtype, ModelConfig, RunConfig, complete
+    from posttrain_dist.build import make_engine, pick_dtype
+    from posttrain_dist.config import ModelConfig, RunConfig, complete
     from posttrain_dist.dist import Process
     from posttrain_dist.engine import AdamW, Single
     from posttrain_dist.loop import Fit, Hook
     from posttrain_dist.metrics.sinks import JsonlSink
     from posttrain_dist.metrics.special_tokens import TokenMeter, special_tokens
+    from posttrain_dist.models import Checkpointing
     from posttrain_dist.models.folder import load_tokenizer
     from posttrain_dist.objectives.sft import Sft
 
-    optimizer = AdamW(lr=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], clip=CLIP)
+    sizes, steps = step_data.read_sizes(folder), step_data.read(folder)
     model = ModelConfig(path=str(folder / "model"))
+    if sizes.checkpoint_layers:
+        model.activation_checkpointing = Checkpointing.selective
+        model.checkpoint_layers = sizes.checkpoint_layers
+    optimizer = AdamW(lr=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], clip=CLIP)
     config = complete(RunConfig(model=model, optimizer=optimizer, engine=Single()))
-    source = GivenSteps(step_data.read(folder))
-    names = [f"task{i}" for i in range(step_data.Sizes().channels)] if channels else ["all"]
     if not channels:
-        source = GivenSteps([[_of_one_channel(s) for s in step] for step in source.steps])
-    dtype = torch.float32 if config.train.dtype is Dtype.float32 else _auto(config)
+        steps = [[replace(s, channel=0) for s in step] for step in steps]
+    source = GivenSteps(steps, sizes.pack_tokens)
+    names = [f"task{i}" for i in range(sizes.channels)] if channels else ["all"]
+    dtype = pick_dtype(config.train.dtype)
     engine = make_engine(config, Process(), dtype)
-    build_policy(config, engine, dtype, names)
+    attach(config, engine, dtype, names, sizes)
     objective: Any = Sft() if channels else WithoutChannels(objective=Sft())
     meter = TokenMeter(names, special_tokens(load_tokenizer(folder / "model")), engine.device)
     with tempfile.TemporaryDirectory() as to:
@@ -182,10 +195,30 @@ def ours(folder: Path, turns: Alone, channels: bool = True) -> None:
                 turns.done(info.metrics["train/loss"], info.metrics["train/grad_norm"])
 
 
-def _auto(config: Any) -> torch.dtype:
-    from posttrain_dist.build import pick_dtype
+def attach(config: Any, engine: Any, dtype: torch.dtype, names: list[str], sizes: Sizes) -> None:
+    """What `build_policy` does; with peft's LoRA in between where the sizes ask for it."""
+    from posttrain_dist.build import build_policy
 
-    return pick_dtype(config.train.dtype)
+    if not sizes.lora_rank:
+        build_policy(config, engine, dtype, names)
+        return
+    from peft import inject_adapter_in_model
+    from posttrain_kernels import linear_cross_entropy
+
+    from posttrain_dist.models.folder import resolve
+    from posttrain_dist.models.load import load_model
+    from posttrain_dist.models.policy import Policy
+
+    model = load_model(
+        config.model,
+        resolve(config.model.path),
+        dtype=dtype,
+        seed=config.seed,
+        materialise=engine.materialise(),
+    )
+    model.requires_grad_(False)
+    inject_adapter_in_model(step_data.lora(sizes.lora_rank), model)
+    engine.attach(Policy(model, linear_cross_entropy, len(names)))
 
 
 @dataclass(slots=True)
@@ -208,10 +241,6 @@ class WithoutChannels:
         weight = batch.weight_sum
         table_C4 = torch.tensor([[float(loss.total.detach()) * denominator, weight, 0.0, 0.0]])
         return loss._replace(channels_C4=table_C4)
-
-
-def _of_one_channel(sample: Sample) -> Sample:
-    return Sample(input_ids=sample.input_ids, labels=sample.labels, channel=0)
 
 
 # -------------------------------------------------------------------------- reference
@@ -274,6 +303,16 @@ TRL: dict[str, dict[str, Any]] = {
     "TRL padding-free": {**_batches(8, 1), "padding_free": True, "max_length": None},
 }
 
+# On a GPU, where a step has 32 samples: the default batch of 8 four times.
+_FOUR = {"gradient_accumulation_steps": 4}
+_KEPT = {**_FOUR, "gradient_checkpointing": False}  # activations
+TRL_GPU: dict[str, dict[str, Any]] = {
+    "TRL default, 8 x 4": _FOUR,
+    "TRL 8 x 4": _KEPT,
+    "TRL 8 x 4, Liger": {**_KEPT, "use_liger_kernel": True},
+    "TRL padding-free, 8 x 4": {**_KEPT, "padding_free": True, "max_length": None},
+}
+
 
 def trl(folder: Path, turns: Alone, changes: dict[str, Any]) -> None:
     """SFTTrainer 1.16 on the tokenised samples, in their order."""
@@ -281,7 +320,7 @@ def trl(folder: Path, turns: Alone, changes: dict[str, Any]) -> None:
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    steps = step_data.read(folder)
+    steps, rank = step_data.read(folder), step_data.read_sizes(folder).lora_rank
     samples = [s for step in steps for s in step]
     data = datasets.Dataset.from_dict(
         {"input_ids": [s.input_ids for s in samples], "labels": [s.labels for s in samples]}
@@ -298,7 +337,7 @@ def trl(folder: Path, turns: Alone, changes: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as to:
         config = SFTConfig(
             output_dir=to,
-            use_cpu=True,
+            use_cpu=not torch.cuda.is_available(),
             max_steps=len(steps),
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
@@ -313,7 +352,11 @@ def trl(folder: Path, turns: Alone, changes: dict[str, Any]) -> None:
             **changes,
         )
         SFTTrainer(
-            model=str(folder / "model"), args=config, train_dataset=data, callbacks=[Turn()]
+            model=str(folder / "model"),
+            args=config,
+            train_dataset=data,
+            peft_config=step_data.lora(rank) if rank else None,
+            callbacks=[Turn()],
         ).train()
 
 
@@ -333,7 +376,7 @@ def train(folder: Path, arm: str, turns: Alone) -> None:
     elif arm.startswith("ours"):
         ours(folder, turns, channels=not arm.endswith("no channels"))
     else:
-        trl(folder, turns, TRL[arm])
+        trl(folder, turns, {**TRL, **TRL_GPU}[arm])
 
 
 def main() -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 IGNORED = -100
-MAX_LENGTH = 1024  # TRL's default, and our pack
+MAX_LENGTH = 1024  # of a sample: TRL's default
 
 
 @dataclass(slots=True, kw_only=True)
@@ -26,8 +27,14 @@ class Sizes:
     layers: int = 6
     feed_forward: int = 1024
     heads: int = 6
+    kv_heads: int = 6
     vocabulary: int = 16_000
-    samples: int = 8  # of an optimizer step; TRL's default batch
+    tied: bool = False  # output and input embedding
+    dtype: str = "float32"  # of the weights in the folder
+    lora_rank: int = 0  # 0: every weight is trained
+    checkpoint_layers: int = 0  # of ours, whose activations are computed again
+    pack_tokens: int = MAX_LENGTH  # of ours, a micro-batch
+    samples: int = 8  # of an optimizer step; TRL's default batch, or a multiple of it
     mean_log_length: float = 5.0  # lognormal, in tokens
     uniform_length: int = 256
     channels: int = 8
@@ -83,6 +90,7 @@ TINY = Sizes(
     layers=1,
     feed_forward=64,
     heads=2,
+    kv_heads=2,
     vocabulary=2048,
     mean_log_length=3.0,
     uniform_length=16,
@@ -90,47 +98,80 @@ TINY = Sizes(
 
 
 def write(folder: Path, sizes: Sizes, kind: str, steps: int) -> dict[str, float]:
-    """Write `model/` (random weights, float32) and `steps.json` into `folder`, and a `tiny/` one.
+    """Write `model/` (random weights), `steps.json` and `sizes.json` into `folder`, and `tiny/`.
 
     Returns:
         Parameters of the model and what `counts` says.
     """
-    _write(folder / "tiny", TINY, kind, 2)
-    return _write(folder, sizes, kind, steps)
+    tiny = replace(TINY, lora_rank=sizes.lora_rank)
+    write_model(folder / "tiny", tiny)
+    write_steps(folder / "tiny", tiny, kind, 2)
+    return {"parameters": write_model(folder, sizes), **write_steps(folder, sizes, kind, steps)}
 
 
-def _write(folder: Path, sizes: Sizes, kind: str, steps: int) -> dict[str, float]:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama_config(sizes: Sizes) -> Any:
+    """transformers' LlamaConfig."""
+    from transformers import LlamaConfig
 
-    from posttrain_dist.models.folder import resolve
-
-    model = folder / "model"
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=sizes.hidden,
         num_hidden_layers=sizes.layers,
         intermediate_size=sizes.feed_forward,
         num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
         vocab_size=sizes.vocabulary,
         max_position_embeddings=MAX_LENGTH,
-        tie_word_embeddings=False,
+        tie_word_embeddings=sizes.tied,
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=1,
     )
+
+
+def write_model(folder: Path, sizes: Sizes) -> int:
+    """Write `model/` and `sizes.json`; returns the number of parameters."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from posttrain_dist.models.folder import resolve
+
     torch.manual_seed(0)
-    made = LlamaForCausalLM(config)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        made = AutoModelForCausalLM.from_config(
+            llama_config(sizes), dtype=getattr(torch, sizes.dtype)
+        )
+    model = folder / "model"
     made.save_pretrained(model)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(resolve("tiny_base") / name, model / name)
+    (folder / "sizes.json").write_text(json.dumps(asdict(sizes)))
+    parameters = sum(p.numel() for p in made.parameters())
+    del made
+    torch.cuda.empty_cache()  # for the processes that train it
+    return parameters
+
+
+def write_steps(folder: Path, sizes: Sizes, kind: str, steps: int) -> dict[str, float]:
+    """Write `steps.json`, the samples of each step; returns what `counts` says."""
     data = make_steps(sizes, kind, steps)
     (folder / "steps.json").write_text(json.dumps([[asdict(s) for s in step] for step in data]))
-    parameters = sum(p.numel() for p in made.parameters())
-    return {"parameters": parameters, **counts(data)}
+    return counts(data)
 
 
 def read(folder: Path) -> list[list[Sample]]:
-    """What `write` wrote."""
+    """The samples that `write_steps` wrote."""
     rows = json.loads((folder / "steps.json").read_text())
     return [[Sample(**sample) for sample in step] for step in rows]
+
+
+def read_sizes(folder: Path) -> Sizes:
+    """What `write_model` wrote."""
+    return Sizes(**json.loads((folder / "sizes.json").read_text()))
+
+
+def lora(rank: int) -> Any:
+    """peft's LoraConfig: all projections of all layers."""
+    from peft import LoraConfig
+
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)

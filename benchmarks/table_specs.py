@@ -191,6 +191,105 @@ DEEPSPEED: dict[str, Cell] = {
     "peak MiB": number("peak_bytes", 0, MIB),
 }
 
+# -------------------------------------------------------------------------------- GPU
+
+GPU_KERNELS: dict[str, Cell] = {
+    "arm": text("arm"),
+    "N": text("rows"),
+    "D": text("hidden"),
+    "V": text("vocabulary"),
+    "dtype": text("dtype"),
+    "masked": number("masked", 0, 100, " %"),
+    "softcap": text("softcap"),
+    **{f"{x} error": error(f"{x}_error") for x in ("loss", "hidden", "weight")},
+    **{f"eager's {x}": error(f"eager_{x}") for x in ("loss", "hidden", "weight")},
+}
+GPU_HEAD: dict[str, Cell] = {
+    "arm": text("arm"),
+    "N": text("rows"),
+    "weight": text("head"),
+    **{key: cell for key, cell in HEAD.items() if key != "arm"},
+}
+GPU_STEPS: dict[str, Cell] = {
+    "arm": text("arm"),
+    "model": text("model"),
+    "samples": text("kind"),
+    "s a step": number("p50_s", 3),
+    "p20 to p80": span("p20_s", "p80_s", 3),
+    "real tokens/s": number("tokens_per_s", 0),
+    "times ours": number("ours_times_faster"),
+    "MFU": number("mfu", 1, 100, " %"),
+    "peak GiB": number("peak_bytes", 1, 2.0**-30),
+    "losses apart": error("loss_apart"),
+}
+
+
+def _gpu(section: str, **where: Any) -> dict[str, Any]:
+    return {"section": section, "smoke": False, **where}
+
+
+def gpu_head_goal(arm: str, kind: str, masked: float, times: float) -> Goal:
+    """Ours is `times` faster than an arm at the shapes of an 8B model."""
+    return Goal(
+        said=f"head, {kind}, {masked:.0%} masked: times faster than {arm}",
+        limit=times,
+        most=False,
+        source="gpu",
+        where=_gpu("head", arm=arm, head=kind, masked=masked, rows=16_384),
+        value=_field("ours_times_faster"),
+    )
+
+
+def gpu_step_goal(said: str, limit: float, key: str, **where: str) -> Goal:
+    """A figure of a whole step is at least `limit`."""
+    found = _gpu("steps", **where)
+    return Goal(said=said, limit=limit, most=False, source="gpu", where=found, value=_field(key))
+
+
+GPU_GOALS = Goals(
+    [
+        Goal(
+            said="head, trainable, 0% masked: share of the GEMM floor",
+            limit=1 / 1.18,
+            most=False,
+            source="gpu",
+            where=_gpu("head", arm="ours", head="trainable", masked=0.0, rows=16_384),
+            value=_field("share_of_floor"),
+        ),
+        gpu_head_goal("TRL", "trainable", 0.0, 1.4),
+        gpu_head_goal("TRL", "frozen", 0.0, 1.55),
+        gpu_head_goal("Liger", "trainable", 0.0, 1.8),
+        gpu_head_goal("Liger", "trainable", 0.75, 6),
+        gpu_head_goal("CCE exact", "trainable", 0.0, 2),
+        gpu_step_goal(
+            "3B full: times faster than TRL by default",
+            4,
+            "ours_times_faster",
+            model="3B full",
+            arm="TRL default, 8 x 4",
+        ),
+        gpu_step_goal(
+            "3B full: times faster than TRL at its best",
+            1.4,
+            "ours_times_faster",
+            model="3B full",
+            role="tuned",
+        ),
+        gpu_step_goal(
+            "3B full, unmasked: MFU", 0.52, "mfu", model="3B full", kind="uniform", arm="ours"
+        ),
+        gpu_step_goal(
+            "8B LoRA, unmasked: tokens/s",
+            16_500,
+            "tokens_per_s",
+            model="8B LoRA",
+            kind="uniform",
+            arm="ours",
+        ),
+    ]
+)
+
+
 TABLES: dict[str, Table | Goals] = {
     "goals": GOALS,
     "head-1024": head(1024),
@@ -209,4 +308,8 @@ TABLES: dict[str, Table | Goals] = {
     "deepspeed-overhead": Table(
         source="deepspeed_overhead", columns=DEEPSPEED, per=("size", "processes", "stage")
     ),
+    "gpu-goals": GPU_GOALS,
+    "gpu-kernels": Table(source="gpu", columns=GPU_KERNELS, where=_gpu("kernels")),
+    "gpu-head": Table(source="gpu", columns=GPU_HEAD, where=_gpu("head")),
+    "gpu-steps": Table(source="gpu", columns=GPU_STEPS, where=_gpu("steps")),
 }

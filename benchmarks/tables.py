@@ -79,7 +79,7 @@ class Goal:
     def cells(self, results: Path) -> list[str]:
         """What was aimed at, what was measured, whether that is enough."""
         sense = "at most" if self.most else "at least"
-        aimed = f"{sense} {self.limit:g}"
+        aimed = f"{sense} {self.limit:,g}" if self.limit >= 1 else f"{sense} {self.limit:.3g}"
         rows = Table(source=self.source, columns={}, where=self.where).rows(results)
         value = self.value(rows[-1]) if rows else None
         if value is None:

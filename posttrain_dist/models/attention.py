@@ -9,6 +9,7 @@ function is registered: transformers then makes none, nor waits for the device t
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,7 +20,13 @@ from transformers import AttentionInterface
 
 from posttrain_dist.errors import ModelError
 from posttrain_dist.models import Attention
-from posttrain_dist.models.varlen import flash_attention, flash_missing, varlen, varlen_missing
+from posttrain_dist.models.varlen import (
+    Asked,
+    flash_attention,
+    flash_missing,
+    varlen,
+    varlen_missing,
+)
 
 SDPA, EAGER = "posttrain_sdpa", "posttrain_eager"
 VARLEN, FLASH = "posttrain_varlen", "posttrain_flash"
@@ -52,10 +59,40 @@ class Needs:
 
 def register() -> None:
     """Make all implementations known to transformers; may be called again."""
-    AttentionInterface.register(SDPA, _sample_by_sample(_sdpa))
-    AttentionInterface.register(EAGER, _sample_by_sample(_eager))
-    AttentionInterface.register(VARLEN, varlen)
-    AttentionInterface.register(FLASH, flash_attention)
+    AttentionInterface.register(SDPA, _for_transformers(_sample_by_sample(_sdpa)))
+    AttentionInterface.register(EAGER, _for_transformers(_sample_by_sample(_eager)))
+    AttentionInterface.register(VARLEN, _for_transformers(varlen))
+    AttentionInterface.register(FLASH, _for_transformers(flash_attention))
+
+
+def _for_transformers(attend: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    """`attend(query, key, value, asked)` as the layers of transformers call it."""
+
+    def attention(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **row: Any,
+    ) -> tuple[torch.Tensor, None]:
+        asked = Asked(
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            dropout=dropout,
+            window=sliding_window,
+            softcap=softcap,
+            cu_seqlens=row["cu_seqlens"],
+            bounds_S=row.get("bounds_S"),
+            max_seqlen=row.get("max_seqlen"),
+        )
+        return attend(query, key, value, asked), None
+
+    return attention
 
 
 def implementation(choice: Attention, needs: Needs) -> str:
@@ -90,7 +127,7 @@ def _choose(choice: Attention, needs: Needs) -> tuple[str, str]:
 # --------------------------------------------------------------------------- sample by sample
 
 
-def _sample_by_sample(attend: Any) -> Any:
+def _sample_by_sample(attend: Any) -> Callable[..., torch.Tensor]:
     """Apply `attend` to each sample of the row; heads first: query [1, H, T, d].
 
     Cut and joined by one operation each: a slice a sample would fill the whole row with zeros in
@@ -99,56 +136,40 @@ def _sample_by_sample(attend: Any) -> Any:
     heads of 32, 64 and 128 (1.1 to 5.7 times), and shared heads without copies beat repeated ones.
     """
 
-    def attention(
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        *,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        cu_seqlens: list[int],
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        if scaling is None:
-            scaling = query.shape[-1] ** -0.5
-        lengths = [end - start for start, end in pairwise(cu_seqlens)]
+    def row(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, asked: Asked
+    ) -> torch.Tensor:
+        lengths = [end - start for start, end in pairwise(asked.cu_seqlens)]
         samples = zip(*(torch.split(x, lengths, dim=2) for x in (query, key, value)), strict=True)
         outputs = []
         for length, (q, k, v) in zip(lengths, samples, strict=True):
-            mask = _window_mask(length, sliding_window, query.device)
-            outputs.append(attend(q, k, v, mask, scaling, dropout, softcap).transpose(1, 2))
-        return torch.cat(outputs, dim=1), None
+            mask = _window_mask(length, asked.window, query.device)
+            outputs.append(attend(q, k, v, mask, asked).transpose(1, 2))
+        return torch.cat(outputs, dim=1)
 
-    return attention
+    return row
 
 
-def _window_mask(
-    length: int, sliding_window: int | None, device: torch.device
-) -> torch.Tensor | None:
+def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
     """[L, L] booleans (True: may attend) where a window cuts a sample; None: plain causal."""
-    if sliding_window is None or length <= sliding_window:
+    if window is None or length <= window:
         return None
     distance = torch.arange(length, device=device)
     distance = distance[:, None] - distance[None, :]
-    return (distance >= 0) & (distance < sliding_window)
+    return (distance >= 0) & (distance < window)
 
 
 def _sdpa(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float,
-    softcap: float | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, asked: Asked
 ) -> torch.Tensor:
-    if softcap:
+    if asked.softcap:
         raise ModelError("a layer caps its attention logits, which sdpa cannot do")
-    options = {"attn_mask": mask, "dropout_p": dropout, "is_causal": mask is None, "scale": scaling}
+    options = {
+        "attn_mask": mask,
+        "is_causal": mask is None,
+        "dropout_p": asked.dropout,
+        "scale": asked.scaling,
+    }
     if q.is_cuda:  # shared heads there leave only the slow backend in float32 or with a mask
         k, v = _shared(k, q), _shared(v, q)
         return scaled_dot_product_attention(q, k, v, **options)  # type: ignore[arg-type]
@@ -156,25 +177,19 @@ def _sdpa(
 
 
 def _eager(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float,
-    softcap: float | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, asked: Asked
 ) -> torch.Tensor:
     """softmax(softcap · tanh(q kᵀ · scaling / softcap) + causal) v, softmax in float32."""
     k, v = _shared(k, q), _shared(v, q)
-    scores = torch.matmul(q, k.transpose(-1, -2)) * scaling
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = torch.matmul(q, k.transpose(-1, -2)) * asked.scaling
+    if asked.softcap:
+        scores = asked.softcap * torch.tanh(scores / asked.softcap)
     if mask is None:
         length = q.shape[2]
         mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     scores = scores.masked_fill(~mask, float("-inf"))
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
-    weights = torch.nn.functional.dropout(weights, p=dropout, training=dropout > 0)
+    weights = torch.nn.functional.dropout(weights, p=asked.dropout, training=asked.dropout > 0)
     return torch.matmul(weights, v)
 
 

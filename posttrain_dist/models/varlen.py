@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -59,80 +59,61 @@ def _varlen_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def varlen(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    bounds_S: torch.Tensor,
-    max_seqlen: int,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """`torch.nn.attention.varlen.varlen_attn` in the form of transformers: [1, H, T, d] in."""
+class Asked(NamedTuple):
+    """What a layer asks of its attention over one packed row, and the bounds of its samples."""
+
+    scaling: float
+    dropout: float
+    window: int | None
+    softcap: float | None
+    cu_seqlens: list[int]  # on the host
+    bounds_S: torch.Tensor | None  # the same, int32 on the device; for kernels of a whole row
+    max_seqlen: int | None
+
+    @property
+    def bounds(self) -> tuple[Any, Any, Any, Any]:
+        """Of queries and of keys: where samples begin, and how long the longest is."""
+        return self.bounds_S, self.bounds_S, self.max_seqlen, self.max_seqlen
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """(tokens before, tokens after) that a token attends to; -1: all."""
+        return (-1 if self.window is None else self.window - 1), 0
+
+
+def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked) -> torch.Tensor:
+    """`torch.nn.attention.varlen.varlen_attn`; [1, H, T, d] in, [1, T, H, d] out."""
     from torch.nn.attention.varlen import varlen_attn
 
-    assert not softcap and not dropout, "such a model does not come here: see varlen_missing"
+    assert not asked.softcap and not asked.dropout, "such a model is refused by varlen_missing"
     # torch 2.11 has no such parameter, and shares heads unasked.
     shared = {"enable_gqa": True} if "enable_gqa" in _varlen_parameters() else {}
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    output = varlen_attn(
-        q,
-        k,
-        v,
-        bounds_S,
-        bounds_S,
-        max_seqlen,
-        max_seqlen,
-        scale=scaling,
-        window_size=_window(sliding_window),
-        **shared,  # type: ignore[arg-type]
-    )
+    options: dict[str, Any] = {"scale": asked.scaling, "window_size": asked.reach, **shared}
+    output = varlen_attn(*_tokens_first(q, k, v), *asked.bounds, **options)
     assert isinstance(output, torch.Tensor)
-    return output[None], None
+    return output[None]
 
 
 def flash_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    bounds_S: torch.Tensor,
-    max_seqlen: int,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """`flash_attn.flash_attn_varlen_func` in the form of transformers: [1, H, T, d] in."""
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked
+) -> torch.Tensor:
+    """`flash_attn.flash_attn_varlen_func`; [1, H, T, d] in, [1, T, H, d] out."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    output = flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        bounds_S,
-        bounds_S,
-        max_seqlen,
-        max_seqlen,
-        dropout_p=dropout,
-        softmax_scale=scaling,
+    output: torch.Tensor = flash_attn_varlen_func(
+        *_tokens_first(q, k, v),
+        *asked.bounds,
+        dropout_p=asked.dropout,
+        softmax_scale=asked.scaling,
         causal=True,
-        window_size=_window(sliding_window),
-        softcap=softcap or 0.0,
+        window_size=asked.reach,
+        softcap=asked.softcap or 0.0,
     )
-    return output[None], None
+    return output[None]
 
 
-def _window(sliding_window: int | None) -> tuple[int, int]:
-    """(tokens before, tokens after) that a token attends to; -1: all."""
-    return (-1 if sliding_window is None else sliding_window - 1), 0
+def _tokens_first(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[1, H, T, d] -> [T, H, d]."""
+    return q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1)

@@ -31,11 +31,11 @@ def test_samples_are_as_described():
 
 def test_our_arm_packs_every_sample_of_a_step_once():
     from step_arms import GivenSteps
-    from step_data import MAX_LENGTH, Sizes, make_steps
+    from step_data import Sizes, make_steps
 
     steps = make_steps(Sizes(), "mixed", 2)
-    batches = GivenSteps(steps).step(2)
-    assert all(batch.num_tokens <= MAX_LENGTH for batch in batches)
+    batches = GivenSteps(steps, pack_tokens=1024).step(2)
+    assert all(batch.num_tokens <= 1024 for batch in batches)
     ids = sorted(i for batch in batches for i in batch.sample_id_S)
     assert ids == list(range(8))
     weight = sum(batch.weight_sum for batch in batches)
