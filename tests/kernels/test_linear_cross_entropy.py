@@ -163,7 +163,7 @@ def test_nothing_supervised_is_exactly_zero(weighting: str, impl: str) -> None:
 @pytest.mark.parametrize("impl", FUSED)
 def test_gradcheck(softcap: float | None, chunk_rows: int | None, impl: str) -> None:
     case = make_case(
-        0.4, rows=5, width=3, vocabulary=4, bias=True, softcap=softcap, logit_scale=0.7, z_loss=0.1
+        0.4, rows=5, width=2, vocabulary=3, bias=True, softcap=softcap, logit_scale=0.7, z_loss=0.1
     ).in_dtype(torch.float64)
 
     def loss(*tensors: torch.Tensor) -> torch.Tensor:

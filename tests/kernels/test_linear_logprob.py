@@ -63,7 +63,7 @@ def test_error_is_at_most_that_of_eager(
 @pytest.mark.parametrize("trained", ["all", "hidden"])
 def test_gradcheck(impl: str, trained: str) -> None:
     case = cases.make_case(
-        0.4, rows=5, width=3, vocabulary=4, bias=True, softcap=3.0, logit_scale=0.7
+        0.4, rows=5, width=2, vocabulary=3, bias=True, softcap=3.0, logit_scale=0.7
     ).in_dtype(torch.float64)
     case.labels_N[1] = -100
     entropy = trained == "all"
