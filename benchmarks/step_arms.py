@@ -148,7 +148,7 @@ class GivenSteps:
         return [collate([examples[int(i)] for i in plan[p]]) for p in range(len(plan))]
 
 
-def ours(folder: Path, turns: Alone, channels: bool = True) -> None:
+def ours(folder: Path, turns: Alone, channels: bool = True, compiled: bool = False) -> None:
     """posttrain_dist as `posttrain train engine=single` puts it together (train.py)."""
     from posttrain_dist.build import make_engine, pick_dtype
     from posttrain_dist.config import ModelConfig, RunConfig, complete
@@ -162,7 +162,7 @@ def ours(folder: Path, turns: Alone, channels: bool = True) -> None:
     from posttrain_dist.objectives.sft import Sft
 
     sizes, steps = step_data.read_sizes(folder), step_data.read(folder)
-    model = ModelConfig(path=str(folder / "model"))
+    model = ModelConfig(path=str(folder / "model"), compile=compiled)
     if sizes.checkpoint_layers:
         model.activation_checkpointing = Checkpointing.selective
         model.checkpoint_layers = sizes.checkpoint_layers
@@ -300,6 +300,7 @@ TRL: dict[str, dict[str, Any]] = {
     },
     "TRL 1 x 8, 1 worker": {**_batches(1, 8), "dataloader_num_workers": 1},
     "TRL 1 x 8, compiled": {**_batches(1, 8), "torch_compile": True},
+    "TRL 2 x 4, compiled": {**_batches(2, 4), "torch_compile": True},
     "TRL padding-free": {**_batches(8, 1), "padding_free": True, "max_length": None},
 }
 
@@ -365,7 +366,7 @@ def trl(folder: Path, turns: Alone, changes: dict[str, Any]) -> None:
 
 def names() -> Iterator[str]:
     """Every arm."""
-    yield from ("reference", "ours", "ours again", "ours, no channels", *TRL)
+    yield from ("reference", "ours", "ours again", "ours, no channels", "ours, compiled", *TRL)
 
 
 def train(folder: Path, arm: str, turns: Alone) -> None:
@@ -374,7 +375,7 @@ def train(folder: Path, arm: str, turns: Alone) -> None:
     if arm == "reference":
         reference(folder, turns)
     elif arm.startswith("ours"):
-        ours(folder, turns, channels=not arm.endswith("no channels"))
+        ours(folder, turns, not arm.endswith("no channels"), arm.endswith("compiled"))
     else:
         trl(folder, turns, {**TRL, **TRL_GPU}[arm])
 
