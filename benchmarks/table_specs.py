@@ -122,6 +122,24 @@ def step_goals(kind: str, times: float, times_tuned: float) -> list[Goal]:
     return goals
 
 
+def deepspeed_goal(size: str, processes: int, stage: int, times: float) -> Goal:
+    """A step under DeepSpeed takes at most `times` one of the `single` engine."""
+    where = {"size": size, "processes": processes, "stage": stage, "tokens": 512, "arm": "ours"}
+    several = "process" if processes == 1 else "processes"
+    return Goal(
+        said=f"ZeRO-{stage}, {size.upper()} parameters, {processes} {several}: times a plain step",
+        limit=times,
+        most=True,
+        source="deepspeed_overhead",
+        where=where,
+        value=_field("ratio"),
+    )
+
+
+def _share_of_stock(row: Row) -> float:
+    return float(row["p50_s"] / (row["p50_s"] - row["over_s"]))
+
+
 def _channel_cost(row: Row) -> float | None:
     times = row.get("ours_times_faster")  # how much slower it is without channels
     return None if times is None else 100 * (1 / times - 1)
@@ -160,6 +178,28 @@ GOALS = Goals(
             where={"part": "channels", "arm": "ours, no channels"},
             value=_channel_cost,
         ),
+        *(
+            deepspeed_goal(size, processes, stage, times)
+            for size in ("10m", "50m")
+            for stage, times in ((2, 1.15), (3, 1.40))
+            for processes in (1, 2)
+        ),
+        Goal(
+            said="command to first step, cluster=local: seconds over a bare loop",
+            limit=2.0,
+            most=True,
+            source="launch",
+            where={"arm": "local"},
+            value=_field("over_s"),
+        ),
+        Goal(
+            said="an empty Ray Train job: share of its time as it comes",
+            limit=0.5,
+            most=True,
+            source="launch",
+            where={"arm": "empty_ours"},
+            value=_share_of_stock,
+        ),
     ]
 )
 
@@ -184,6 +224,7 @@ DEEPSPEED: dict[str, Cell] = {
     "model": text("size"),
     "processes": text("processes"),
     "ZeRO": text("stage"),
+    "tokens": text("tokens"),
     "ms": number("p50_s", 1, 1e3),
     "times single": number("ratio"),
     "p20 to p80": lambda row: " to ".join(f"{x:.2f}" for x in row.get("ratio_p20_p80", ())),
@@ -306,7 +347,7 @@ TABLES: dict[str, Table | Goals] = {
     "step-profile": Table(source="step", columns=PROFILE, where={"part": "profile"}),
     "launch": Table(source="launch", columns=LAUNCH),
     "deepspeed-overhead": Table(
-        source="deepspeed_overhead", columns=DEEPSPEED, per=("size", "processes", "stage")
+        source="deepspeed_overhead", columns=DEEPSPEED, per=("size", "processes", "stage", "tokens")
     ),
     "gpu-goals": GPU_GOALS,
     "gpu-kernels": Table(source="gpu", columns=GPU_KERNELS, where=_gpu("kernels")),
