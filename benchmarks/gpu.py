@@ -5,14 +5,16 @@
 First the kernels against float64 truth at odd shapes, then the output head at the shapes of an 8B
 model side by side with the peers that are installed, then whole steps of a 3B model in full and of
 an 8B one with LoRA, beside TRL's where it is installed. Nothing is downloaded or installed;
-posttrain-dist need not be installed either. Each section has a share of the time and stops there.
-The table comes last; one row per line of it goes to benchmarks/results/gpu.jsonl. The exit status
-is 1 if a kernel is wrong.
+posttrain-dist need not be installed either, but torch, triton, transformers, peft, omegaconf and
+what else it imports must be. Each section has a share of the time and begins nothing after it. The
+table comes last; one row per line of it goes to benchmarks/results/gpu.jsonl. The exit status is 1
+if a kernel is wrong or an arm of ours fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -28,7 +30,8 @@ for package, folder in (("posttrain_dist", ROOT), ("posttrain_kernels", ROOT / "
     if find_spec(package) is None:
         sys.path.insert(0, str(folder))
         # ... and for the processes of whole steps
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{before}" if before else str(folder)
 
 import gpu_steps  # noqa: E402
 import head  # noqa: E402
@@ -58,7 +61,8 @@ def check_kernels(device: str, smoke: bool, until: float) -> list[dict[str, Any]
     for shape in ODD_SHAPES[:2] if smoke else ODD_SHAPES:
         for dtype in dtypes:
             if time.monotonic() > until:
-                return table
+                spent = "the time of this section was spent"
+                return [*table, {"arm": f"{len(table)} checked", "skipped": spent}]
             table.append(check_one(*shape, dtype, device))
     return table
 
@@ -176,6 +180,7 @@ def section(
         table = [{"arm": "ours", "failed": f"{type(error).__name__}: {said}"}]
     print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
     if device != "cpu":
+        gc.collect()
         torch.cuda.empty_cache()
     return [{"section": name, **row} for row in table]
 

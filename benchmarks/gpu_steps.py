@@ -3,7 +3,7 @@
 Models of random bfloat16 weights are written to a folder; the arms are those of step_arms.py, each
 a process of its own that trains the same samples, 32 an optimizer step. Two such models do not fit
 on a GPU together, so the arms run one after the other and their ratio is one of medians; ours runs
-first and, in the first case, last again. Model FLOP utilisation:
+first, and once more at the end. Model FLOP utilisation:
 
     MFU = model FLOP of the step / (seconds · peak)
     model FLOP = k · P · T  +  6 · P_lora · T  +  k · D · V · N_s  +  6 · L · A · sum(len^2)
@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from step_data import IGNORED, Sample, Sizes
 
 PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}  # SXM, dense bf16
 STEPS, WARMUP = 7, 2
-DEFAULT, *TUNED = step_arms.TRL_GPU
+LEAST_TIMED = 2  # steps of an arm whose time is up
+ARM_SECONDS = 120  # a process that is not done by then is ended
 
 LLAMA_3B = Sizes(
     hidden=3072,
@@ -47,6 +49,7 @@ LLAMA_3B = Sizes(
     samples=32,
     mean_log_length=6.0,
     uniform_length=512,
+    learning_rate=1e-5,
 )
 LLAMA_8B = replace(
     LLAMA_3B,
@@ -60,21 +63,18 @@ LLAMA_8B = replace(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One model, one kind of samples, and the arms that train it."""
-
-    model: str
-    sizes: Sizes
-    kind: str
-    arms: tuple[str, ...]
-
-
-CASES = (
-    Case("3B full", LLAMA_3B, "mixed", ("ours", *step_arms.TRL_GPU, "ours again")),
-    Case("3B full", LLAMA_3B, "uniform", ("ours",)),
-    Case("8B LoRA", LLAMA_8B, "mixed", ("ours", DEFAULT)),
-    Case("8B LoRA", LLAMA_8B, "uniform", ("ours",)),
+MODELS = {"3B full": LLAMA_3B, "8B LoRA": LLAMA_8B}
+# Model, kind of samples, arm; what the goals ask for first.
+DEFAULT, *OTHERS = step_arms.TRL_GPU
+RUNS = (
+    ("3B full", "mixed", "ours"),
+    ("3B full", "uniform", "ours"),
+    ("8B LoRA", "uniform", "ours"),
+    ("3B full", "mixed", DEFAULT),
+    *(("3B full", "mixed", arm) for arm in OTHERS),
+    ("8B LoRA", "mixed", "ours"),
+    ("8B LoRA", "mixed", DEFAULT),
+    ("3B full", "mixed", "ours again"),
 )
 
 
@@ -123,65 +123,80 @@ def model_flops(sizes: Sizes, samples: list[Sample]) -> float:
 
 
 def all_steps(device: str, smoke: bool, until: float) -> list[dict[str, Any]]:
-    """All cases; an arm that no time is left for says so. `smoke`: tiny models, ours alone."""
+    """All runs; one that fails, or that no time is left for, says so and takes no other with it.
+
+    Args:
+        smoke: tiny models, ours alone.
+    """
     table: list[dict[str, Any]] = []
-    cases = [replace(c, arms=("ours",)) for c in CASES if c.kind == "mixed"] if smoke else CASES
     with tempfile.TemporaryDirectory() as there:
-        last = None
-        for case in cases:
-            sizes, folder = tiny(case.sizes) if smoke else case.sizes, Path(there) / case.model
-            if case.model == last:
-                step_data.write_steps(folder, sizes, case.kind, STEPS)
-            elif time.monotonic() < until:
-                step_data.write(folder, sizes, case.kind, STEPS)
-                last = case.model
-            own: dict[str, Any] = {}
-            for arm in case.arms:
-                row = {"model": case.model, "kind": case.kind, "arm": arm}
-                if time.monotonic() > until:
-                    table.append(row | {"skipped": "the time of this section was spent"})
-                    continue
-                row |= measure(folder, sizes, arm, device)
-                own = own or row
-                if "p50_s" in row and "p50_s" in own:
-                    row["ours_times_faster"] = row["p50_s"] / own["p50_s"]
-                    row["loss_apart"] = max(
-                        abs(a - b) / b for a, b in zip(row["losses"], own["losses"], strict=True)
-                    )
-                table.append(row)
-            mark_tuned(table[-len(case.arms) :])
+        for model, kind, arm in RUNS:
+            if smoke and (kind, arm) != ("mixed", "ours"):
+                continue
+            row: dict[str, Any] = {"model": model, "kind": kind, "arm": arm}
+            table.append(row)
+            if time.monotonic() > until:
+                row["skipped"] = "the time of this section was spent"
+                continue
+            sizes, folder = tiny(MODELS[model]) if smoke else MODELS[model], Path(there) / model
+            try:
+                if folder.exists():
+                    step_data.write_steps(folder, sizes, kind, STEPS)
+                else:
+                    step_data.write(folder, sizes, kind, STEPS)
+                row |= measure(folder, sizes, arm, device, until)
+            except Exception as error:
+                said = (str(error).splitlines() or [""])[0]
+                row["failed"] = f"{type(error).__name__}: {said}"
+    compare(table)
     return table
 
 
-def mark_tuned(table: list[dict[str, Any]]) -> None:
-    """Say of the peer's arms which is the fastest that is not as it comes."""
-    tried = [r for r in table if "p50_s" in r and r["arm"] in TUNED]
-    if tried:
-        min(tried, key=lambda row: row["p50_s"])["role"] = "tuned"
+def compare(table: list[dict[str, Any]]) -> None:
+    """Add each arm's ratio to ours of the same model and samples; the peer's fastest is `best`."""
+    for model, kind in dict.fromkeys((row["model"], row["kind"]) for row in table):
+        rows_ = [r for r in table if (r["model"], r["kind"]) == (model, kind) and "p50_s" in r]
+        own = next((row for row in rows_ if row["arm"].startswith("ours")), None)
+        peers = [row for row in rows_ if row["arm"].startswith("TRL")]
+        if peers:
+            min(peers, key=lambda row: row["p50_s"])["role"] = "best"
+        for row in rows_ if own is not None else []:
+            assert own is not None
+            row["ours_times_faster"] = row["p50_s"] / own["p50_s"]
+            pairs = zip(row["losses"], own["losses"], strict=False)
+            row["loss_apart"] = max(abs(a - b) / b for a, b in pairs)
 
 
-def measure(folder: Path, sizes: Sizes, arm: str, device: str) -> dict[str, Any]:
+def measure(folder: Path, sizes: Sizes, arm: str, device: str, until: float) -> dict[str, Any]:
     """Figures of one arm that has the machine to itself."""
-    steps = step_data.read(folder)
     child = Child(folder, arm)
-    child.wait()
-    for _ in steps:
-        if not child.failed:
+    killer = threading.Timer(ARM_SECONDS, child.kill)
+    killer.start()
+    try:
+        child.wait()
+        steps = step_data.read(folder)
+        while not child.failed and len(child.steps) < len(steps):
+            if time.monotonic() > until and len(child.steps) >= WARMUP + LEAST_TIMED:
+                break
             child.step()
-    child.close()
+    finally:
+        killer.cancel()
+        child.close()
     if child.failed:
         return {"failed": child.failed}
-    timed = list(zip(child.steps, steps, strict=True))[WARMUP:]
-    found: dict[str, Any] = rows.spread([own["seconds"] for own, _ in timed])
+    timed = list(zip(child.steps, steps, strict=False))[WARMUP:]
+    seconds = [own["seconds"] for own, _ in timed]
     tokens = [sum(len(s.input_ids) for s in samples) for _, samples in timed]
-    found["tokens_per_step"] = statistics.mean(tokens)
-    found["tokens_per_s"] = sum(tokens) / sum(own["seconds"] for own, _ in timed)
     flops = [model_flops(sizes, samples) for _, samples in timed]
-    found["model_tflops"] = statistics.mean(flops) / 1e12
     name = rows.machine()
     peak = next((v for n, v in PEAK_FLOPS.items() if device != "cpu" and n in name), None)
-    found["mfu"] = sum(flops) / sum(own["seconds"] for own, _ in timed) / peak if peak else None
-    found["peak_bytes"] = int(child.steps[-1]["peak_bytes"])
-    found["losses"] = [own["loss"] for own in child.steps]
-    found["norms"] = [own["norm"] for own in child.steps]
-    return found
+    return {
+        **rows.spread(seconds),
+        "tokens_per_step": statistics.mean(tokens),
+        "tokens_per_s": sum(tokens) / sum(seconds),
+        "model_tflops": statistics.mean(flops) / 1e12,
+        "mfu": sum(flops) / sum(seconds) / peak if peak else None,
+        "peak_bytes": int(child.steps[-1]["peak_bytes"]),
+        "losses": [own["loss"] for own in child.steps],
+        "norms": [own["norm"] for own in child.steps],
+    }

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -117,6 +118,10 @@ class Child:
         self.failed = (self._errors.read().strip().splitlines() or ["it ended"])[-1]
         return None
 
+    def kill(self) -> None:
+        """End the process at once."""
+        self._process.kill()
+
     def close(self) -> None:
         """End the process: it ends by itself when there are no more turns."""
         self._process.communicate()
@@ -196,6 +201,7 @@ def show(table: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # this is for processors; gpu.py is for GPUs
     arguments = parse()
     sizes = TINY if arguments.smoke else Sizes()
     with tempfile.TemporaryDirectory() as folder:

@@ -25,7 +25,7 @@ import step_data
 import torch
 from step_data import IGNORED, Sample, Sizes
 
-LEARNING_RATE, BETAS, CLIP = 1e-3, (0.9, 0.95), 1.0
+BETAS, CLIP = (0.9, 0.95), 1.0
 
 
 class Alone:
@@ -65,9 +65,8 @@ class Turns(Alone):
         self._say(line)
 
     def _peak_bytes(self) -> int:
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-        return rows.resident_bytes("VmHWM") - self._base_bytes
+        on_gpu = torch.cuda.max_memory_allocated()
+        return on_gpu or rows.resident_bytes("VmHWM") - self._base_bytes
 
     def _say(self, line: dict[str, Any]) -> None:
         print(json.dumps(line), file=self._out, flush=True)
@@ -166,7 +165,7 @@ def ours(folder: Path, turns: Alone, channels: bool = True, compiled: bool = Fal
     if sizes.checkpoint_layers:
         model.activation_checkpointing = Checkpointing.selective
         model.checkpoint_layers = sizes.checkpoint_layers
-    optimizer = AdamW(lr=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], clip=CLIP)
+    optimizer = AdamW(lr=sizes.learning_rate, beta1=BETAS[0], beta2=BETAS[1], clip=CLIP)
     config = complete(RunConfig(model=model, optimizer=optimizer, engine=Single()))
     if not channels:
         steps = [[replace(s, channel=0) for s in step] for step in steps]
@@ -184,7 +183,7 @@ def ours(folder: Path, turns: Alone, channels: bool = True, compiled: bool = Fal
             objective=objective,
             meter=meter,
             describe=meter.train_metrics,
-            learning_rate=lambda _: LEARNING_RATE,
+            learning_rate=lambda _: sizes.learning_rate,
             steps=len(source.steps),
             hooks=(Hook(JsonlSink(Path(to) / "metrics.jsonl", 0).write, every=1),),
         )
@@ -250,10 +249,9 @@ def reference(folder: Path, turns: Alone) -> None:
     """float32, one sample at a time, transformers' own logits and cross-entropy, torch's AdamW."""
     from transformers import AutoModelForCausalLM
 
+    rate = step_data.read_sizes(folder).learning_rate
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=BETAS, weight_decay=0.0)
     model.train()
     turns.ready()
     for samples in step_data.read(folder):
@@ -300,18 +298,24 @@ TRL: dict[str, dict[str, Any]] = {
     },
     "TRL 1 x 8, 1 worker": {**_batches(1, 8), "dataloader_num_workers": 1},
     "TRL 1 x 8, compiled": {**_batches(1, 8), "torch_compile": True},
-    "TRL 2 x 4, compiled": {**_batches(2, 4), "torch_compile": True},
     "TRL padding-free": {**_batches(8, 1), "padding_free": True, "max_length": None},
 }
 
-# On a GPU, where a step has 32 samples: the default batch of 8 four times.
-_FOUR = {"gradient_accumulation_steps": 4}
-_KEPT = {**_FOUR, "gradient_checkpointing": False}  # activations
+# On a GPU, where a step has 32 samples. Its float32 weights leave no room for the activations of a
+# larger batch unless they are computed again.
 TRL_GPU: dict[str, dict[str, Any]] = {
-    "TRL default, 8 x 4": _FOUR,
-    "TRL 8 x 4": _KEPT,
-    "TRL 8 x 4, Liger": {**_KEPT, "use_liger_kernel": True},
-    "TRL padding-free, 8 x 4": {**_KEPT, "padding_free": True, "max_length": None},
+    "TRL default, 8 x 4": {"gradient_accumulation_steps": 4},
+    "TRL 1 x 32": {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 32,
+        "gradient_checkpointing": False,
+    },
+    "TRL 8 x 4, Liger": {"gradient_accumulation_steps": 4, "use_liger_kernel": True},
+    "TRL padding-free, 8 x 4": {
+        "gradient_accumulation_steps": 4,
+        "padding_free": True,
+        "max_length": None,
+    },
 }
 
 
@@ -321,7 +325,7 @@ def trl(folder: Path, turns: Alone, changes: dict[str, Any]) -> None:
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    steps, rank = step_data.read(folder), step_data.read_sizes(folder).lora_rank
+    steps, sizes = step_data.read(folder), step_data.read_sizes(folder)
     samples = [s for step in steps for s in step]
     data = datasets.Dataset.from_dict(
         {"input_ids": [s.input_ids for s in samples], "labels": [s.labels for s in samples]}
@@ -340,7 +344,7 @@ def trl(folder: Path, turns: Alone, changes: dict[str, Any]) -> None:
             output_dir=to,
             use_cpu=not torch.cuda.is_available(),
             max_steps=len(steps),
-            learning_rate=LEARNING_RATE,
+            learning_rate=sizes.learning_rate,
             lr_scheduler_type="constant",
             adam_beta2=BETAS[1],
             max_grad_norm=CLIP,
@@ -356,7 +360,7 @@ def trl(folder: Path, turns: Alone, changes: dict[str, Any]) -> None:
             model=str(folder / "model"),
             args=config,
             train_dataset=data,
-            peft_config=step_data.lora(rank) if rank else None,
+            peft_config=step_data.lora(sizes.lora_rank) if sizes.lora_rank else None,
             callbacks=[Turn()],
         ).train()
 

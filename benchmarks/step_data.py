@@ -7,6 +7,7 @@ in order.
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -38,6 +39,7 @@ class Sizes:
     mean_log_length: float = 5.0  # lognormal, in tokens
     uniform_length: int = 256
     channels: int = 8
+    learning_rate: float = 1e-3
 
 
 @dataclass(slots=True, kw_only=True)
@@ -147,6 +149,7 @@ def write_model(folder: Path, sizes: Sizes) -> int:
     (folder / "sizes.json").write_text(json.dumps(asdict(sizes)))
     parameters = sum(p.numel() for p in made.parameters())
     del made
+    gc.collect()
     torch.cuda.empty_cache()  # for the processes that train it
     return parameters
 

@@ -85,7 +85,7 @@ class Goal:
         if value is None:
             return [self.said, aimed, "not measured", ""]
         met = value <= self.limit if self.most else value >= self.limit
-        return [self.said, aimed, f"{value:.{self.digits}f}", "yes" if met else "**no**"]
+        return [self.said, aimed, f"{value:,.{self.digits}f}", "yes" if met else "**no**"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,9 +71,10 @@ class Asked(NamedTuple):
     max_seqlen: int | None
 
     @property
-    def bounds(self) -> tuple[Any, Any, Any, Any]:
-        """Of queries and of keys: where samples begin, and how long the longest is."""
-        return self.bounds_S, self.bounds_S, self.max_seqlen, self.max_seqlen
+    def bounds(self) -> tuple[torch.Tensor, int]:
+        """Where samples begin, and how long the longest is."""
+        assert self.bounds_S is not None and self.max_seqlen is not None, "they come with the row"
+        return self.bounds_S, self.max_seqlen
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -89,7 +90,9 @@ def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked) -> t
     # torch 2.11 has no such parameter, and shares heads unasked.
     shared = {"enable_gqa": True} if "enable_gqa" in _varlen_parameters() else {}
     options: dict[str, Any] = {"scale": asked.scaling, "window_size": asked.reach, **shared}
-    output = varlen_attn(*_tokens_first(q, k, v), *asked.bounds, **options)
+    q, k, v = _tokens_first(q, k, v)
+    bounds_S, longest = asked.bounds
+    output = varlen_attn(q, k, v, bounds_S, bounds_S, longest, longest, **options)
     assert isinstance(output, torch.Tensor)
     return output[None]
 
@@ -100,9 +103,16 @@ def flash_attention(
     """`flash_attn.flash_attn_varlen_func`; [1, H, T, d] in, [1, T, H, d] out."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
+    q, k, v = _tokens_first(q, k, v)
+    bounds_S, longest = asked.bounds
     output: torch.Tensor = flash_attn_varlen_func(
-        *_tokens_first(q, k, v),
-        *asked.bounds,
+        q,
+        k,
+        v,
+        bounds_S,
+        bounds_S,
+        longest,
+        longest,
         dropout_p=asked.dropout,
         softmax_scale=asked.scaling,
         causal=True,

@@ -66,3 +66,43 @@ def test_model_flop_are_those_that_torch_counts(rank):
     # Norms are no products; they are counted with the parameters of the layers.
     more = (4 if rank else 6) * norms * length
     assert model_flops(sizes, [sample]) == pytest.approx(expected + more, rel=0.03)
+
+
+def test_whole_steps_are_compared_and_a_broken_arm_takes_no_other_with_it(monkeypatch):
+    import gpu_steps
+    import step_data
+    from table_specs import GPU_GOALS
+    from tables import holds
+
+    seconds = {"ours": 2.0, "ours again": 2.2, gpu_steps.DEFAULT: 9.0, gpu_steps.OTHERS[0]: 5.0}
+
+    def measure(folder, sizes, arm, device, until):
+        if arm not in seconds:
+            raise BrokenPipeError("the arm broke\nand more")
+        losses = [3.0, 2.0] if arm.startswith("ours") else [3.0, 2.2]
+        return {"p50_s": seconds[arm], "losses": losses, "mfu": 0.5, "tokens_per_s": 1.0}
+
+    written = []
+    monkeypatch.setattr(gpu_steps, "measure", measure)
+    monkeypatch.setattr(
+        step_data, "write", lambda folder, *_: (written.append(folder.name), folder.mkdir())
+    )
+    monkeypatch.setattr(step_data, "write_steps", lambda *_: None)
+    table = gpu_steps.all_steps("cpu", smoke=False, until=float("inf"))
+    assert written == ["3B full", "8B LoRA"]
+    mixed = {r["arm"]: r for r in table if (r["model"], r["kind"]) == ("3B full", "mixed")}
+    assert mixed["ours"]["ours_times_faster"] == 1
+    assert mixed["ours again"]["ours_times_faster"] == pytest.approx(1.1)
+    assert mixed[gpu_steps.DEFAULT]["ours_times_faster"] == 4.5
+    assert mixed[gpu_steps.OTHERS[0]]["loss_apart"] == pytest.approx(0.1)
+    assert [arm for arm, row in mixed.items() if row.get("role") == "best"] == gpu_steps.OTHERS[:1]
+    assert mixed[gpu_steps.OTHERS[1]]["failed"] == "BrokenPipeError: the arm broke"
+    # Every goal of a step finds its row among them.
+    rows = [{"section": "steps", "smoke": False, **row} for row in table]
+    goals = [goal for goal in GPU_GOALS.goals if goal.where["section"] == "steps"]
+    assert len(goals) == 4
+    for goal in goals:
+        assert [row for row in rows if holds(row, goal.where) and goal.value(row)], goal.said
+
+    late = gpu_steps.all_steps("cpu", smoke=False, until=0.0)
+    assert {row["skipped"] for row in late} == {"the time of this section was spent"}
