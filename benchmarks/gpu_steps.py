@@ -33,7 +33,8 @@ from step_data import IGNORED, Sample, Sizes
 PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}  # SXM, dense bf16
 STEPS, WARMUP = 7, 2
 LEAST_TIMED = 2  # steps of an arm whose time is up
-ARM_SECONDS = 120  # a process that is not done by then is ended
+ARM_SECONDS = 120  # a process that is not done by then is ended,
+OVERRUN_SECONDS = 40  # ... or so long after the time of the section
 
 LLAMA_3B = Sizes(
     hidden=3072,
@@ -170,7 +171,8 @@ def compare(table: list[dict[str, Any]]) -> None:
 def measure(folder: Path, sizes: Sizes, arm: str, device: str, until: float) -> dict[str, Any]:
     """Figures of one arm that has the machine to itself."""
     child = Child(folder, arm)
-    killer = threading.Timer(ARM_SECONDS, child.kill)
+    left = min(ARM_SECONDS, until - time.monotonic() + OVERRUN_SECONDS)
+    killer = threading.Timer(left, child.kill)
     killer.start()
     try:
         child.wait()
