@@ -65,7 +65,7 @@ def make_batches(rank: int, vocab: int, tokens: int) -> list[Any]:
     """Four packs of four samples, half of the tokens supervised."""
     import numpy as np
 
-    from posttrain_dist.data.collate import collate
+    from posttrain_dist.data.packs.collate import collate
     from posttrain_dist.flow import Example
 
     draw, length = np.random.default_rng(rank), tokens // 4

@@ -17,7 +17,7 @@ so nothing comes before step 1. The arms, in turn:
     ray_cold    the same without a running Ray: the run starts one of its own
     empty_stock a Ray Train job that does nothing, on the running Ray, everything by its default:
                 TorchTrainer(fn).fit(), from the start of the process to its end
-    empty_ours  the same job through posttrain_launch.ray_train, as a run goes
+    empty_ours  the same job through posttrain_launch.ray.trainer, as a run goes
 
 Writes one row an arm to benchmarks/results/launch.jsonl. `over_s` is the median over the rounds of
 the arm less its reference (local to bare, ray to local_again, empty_ours to empty_stock).
@@ -128,14 +128,14 @@ def empty_stock(address: str, folder: str) -> None:
 
 def empty_ours(address: str, folder: str) -> None:
     """A Ray Train job as a run starts it, with nothing in its worker."""
-    from posttrain_launch.ray_driver import quiet_environment
+    from posttrain_launch.ray.child import quiet_environment
 
     os.environ |= quiet_environment()
     os.chdir(folder)
     import ray
 
     ray.init(address=address, log_to_driver=False)
-    from posttrain_launch import ray_train
+    from posttrain_launch.ray import trainer as ray_train
 
     from posttrain_dist.config import Ray, RunConfig, complete
 

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import rows
 
-from posttrain_dist.data.balance import Cost, deal
-from posttrain_dist.data.packing import plan_epoch
+from posttrain_dist.data.packs.balance import Cost, deal
+from posttrain_dist.data.packs.packing import plan_epoch
 
 MAX_LENGTH, WINDOW = 2048, 4096
 ROUNDS = 7

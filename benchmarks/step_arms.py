@@ -128,8 +128,8 @@ class GivenSteps:
         """Micro-batches: packs of at most `pack_tokens` tokens."""
         import numpy as np
 
-        from posttrain_dist.data.collate import collate
-        from posttrain_dist.data.packing import plan_in_order
+        from posttrain_dist.data.packs.collate import collate
+        from posttrain_dist.data.packs.packing import plan_in_order
         from posttrain_dist.flow import Example
 
         samples = self.steps[step - 1]

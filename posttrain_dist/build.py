@@ -9,10 +9,10 @@ from posttrain_kernels import linear_cross_entropy, multiplies_fast
 
 from posttrain_dist import dist
 from posttrain_dist.config import Dtype, RunConfig
-from posttrain_dist.data.arrays import Examples
-from posttrain_dist.data.balance import Cost
-from posttrain_dist.data.loader import PackedSource
-from posttrain_dist.data.mixing import Mixture, Wish
+from posttrain_dist.data.packs.balance import Cost
+from posttrain_dist.data.packs.loader import PackedSource
+from posttrain_dist.data.packs.mixing import Mixture, Wish
+from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import Single
 from posttrain_dist.engine.base import TrainEngine

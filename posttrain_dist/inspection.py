@@ -12,10 +12,10 @@ import numpy as np
 
 from posttrain_dist.build import make_mixture, make_source
 from posttrain_dist.config import RunConfig
-from posttrain_dist.data.arrays import Examples
-from posttrain_dist.data.pieces import pieces
+from posttrain_dist.data.chat.pieces import pieces
+from posttrain_dist.data.prepared.arrays import Examples
+from posttrain_dist.data.read.tables import HF
 from posttrain_dist.data.sources import file_sets
-from posttrain_dist.data.tables import HF
 from posttrain_dist.dist import Process
 from posttrain_dist.errors import DataError, PosttrainError
 from posttrain_dist.models.folder import load_tokenizer, resolve

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from posttrain_dist import dist
-from posttrain_dist.data.ahead import Ahead, Source
+from posttrain_dist.data.packs.prefetch import Ahead, Source
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Batch, StepInfo
 

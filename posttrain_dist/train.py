@@ -18,21 +18,21 @@ from posttrain_dist.build import build_policy, make_engine, make_source, pick_dt
 from posttrain_dist.checkpoint import resume, store
 from posttrain_dist.checkpoint.hf_folder import write_hf_folder
 from posttrain_dist.config import RunConfig, complete
-from posttrain_dist.data.arrays import Examples
-from posttrain_dist.data.collate import collate
-from posttrain_dist.data.summary import Summary
-from posttrain_dist.data.template import load_template
+from posttrain_dist.data.chat.template import load_template
+from posttrain_dist.data.packs.collate import collate
+from posttrain_dist.data.prepared.arrays import Examples
+from posttrain_dist.data.prepared.summary import Summary
+from posttrain_dist.diagnosis.alarms import ModelFacts
+from posttrain_dist.diagnosis.watch import Watch
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import DeepSpeed
-from posttrain_dist.engine.optim import learning_rate
+from posttrain_dist.engine.optimizers import learning_rate
 from posttrain_dist.errors import TrainingError
 from posttrain_dist.files import write_whole
 from posttrain_dist.flow import Batch, StepInfo
 from posttrain_dist.logs import logged_to
 from posttrain_dist.loop import END_EARLY, GO_ON, LEAVE, Fit, Hook, evaluate
 from posttrain_dist.metrics import WandbMode
-from posttrain_dist.metrics.alarms import ModelFacts
-from posttrain_dist.metrics.diagnose import Watch
 from posttrain_dist.metrics.sinks import JsonlSink, SampleLog, Sink
 from posttrain_dist.metrics.special_tokens import TokenMeter, special_tokens
 from posttrain_dist.metrics.throughput import memory_bytes

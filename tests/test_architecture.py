@@ -22,15 +22,23 @@ LIBRARY = {
     "posttrain_launch": ROOT / "launch/posttrain_launch",
 }
 # Only size and names are checked outside the packages.
-FOLDERS = [*LIBRARY.values(), ROOT / "conf", ROOT / "slurm", ROOT / "tests", ROOT / "benchmarks"]
+FOLDERS = [
+    *LIBRARY.values(),
+    ROOT / "conf",
+    ROOT / "slurm",
+    ROOT / "tests",
+    ROOT / "benchmarks",
+    ROOT / "tools",
+]
 
 LAYERS = {
     "posttrain_launch": 6,
     **dict.fromkeys(
         (
             "train",
+            "hooks",
+            "rollouts",
             "prepare",
-            "inputs",
             "inspection",
             "evaluation",
             "synthesis",
@@ -40,9 +48,11 @@ LAYERS = {
         ),
         5,
     ),
-    "build": 4,
-    **dict.fromkeys(("loop", "planner", "rollouts", "config"), 3),
-    **dict.fromkeys(("objectives", "engine", "checkpoint", "metrics"), 2),
+    **dict.fromkeys(("build", "preflight", "planner"), 4),
+    **dict.fromkeys(("loop", "config"), 3),
+    **dict.fromkeys(
+        ("tuning", "objectives", "engine", "checkpoint", "metrics", "diagnosis", "generation"), 2
+    ),
     **dict.fromkeys(("data", "models"), 1),
     **dict.fromkeys(("flow", "errors", "dist", "files", "logs"), 0),
 }
@@ -52,7 +62,7 @@ CONFINED = {
     "ray": ("posttrain_launch",),
     "hydra": ("posttrain_launch",),
     "deepspeed": ("posttrain_dist.engine",),
-    "bitsandbytes": ("posttrain_dist.engine", "posttrain_dist.models.quant"),
+    "bitsandbytes": ("posttrain_dist.engine", "posttrain_dist.tuning"),
     "wandb": ("posttrain_dist.metrics",),
     "triton": ("posttrain_kernels",),
 }
@@ -317,7 +327,7 @@ def test_public_names_have_a_docstring(path: Path) -> None:
         ("train", "from posttrain_launch import cli", True),
         ("report", "from posttrain_dist.train import train", True),
         ("models.policy", "import posttrain_kernels", True),
-        ("models.quant", "import bitsandbytes", False),
+        ("tuning.quantize", "import bitsandbytes", False),
         ("objectives.sft", "from posttrain_kernels import HeadLoss", False),
         ("objectives.sft", "import triton", True),
         ("loop", "import ray.train", True),
@@ -336,7 +346,10 @@ def test_import_checks_see_the_other_packages() -> None:
     assert misplaced_imports("import ray, hydra", "posttrain_launch.cli") == []
     assert misplaced_imports("import wandb", "posttrain_launch.cli") != []
     assert upward_imports("from posttrain_dist.train import train", "posttrain_launch.cli") == []
-    assert upward_imports("from posttrain_dist.flow import Batch", "posttrain_kernels.head") != []
+    assert (
+        upward_imports("from posttrain_dist.flow import Batch", "posttrain_kernels.losses.head")
+        != []
+    )
 
 
 def test_relative_imports_of_a_package_resolve() -> None:

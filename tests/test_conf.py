@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from posttrain_launch.compose import Composer
-from posttrain_launch.diagnose import check
+from posttrain_launch.compose.composer import Composer
+from posttrain_launch.compose.problems import check
 
 from posttrain_dist.config import GROUPS, RunConfig
 

@@ -71,7 +71,7 @@ def test_export_of_zero3_gives_the_logits_that_the_trainer_evaluated(runs, name)
     """The last evaluation of the trainer, again by plain transformers on the export."""
     import transformers
 
-    from posttrain_dist.data.arrays import Examples
+    from posttrain_dist.data.prepared.arrays import Examples
 
     folder = runs[name]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "export")

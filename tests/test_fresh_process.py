@@ -23,7 +23,7 @@ def run_script(folder: Path, source: str) -> object:
 
 
 @pytest.mark.parametrize(
-    "module", ["posttrain_dist.config", "posttrain_dist.inputs", "posttrain_launch.cli"]
+    "module", ["posttrain_dist.config", "posttrain_dist.preflight", "posttrain_launch.cli"]
 )
 def test_the_command_line_starts_without_heavy_imports(module: str, tmp_path: Path) -> None:
     heavy = ["torch", "transformers", "ray", "deepspeed"]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, TrainConfig, complete
-from posttrain_dist.data.arrays import Examples
+from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.engine import AdamW, DeepSpeed, Single
 from posttrain_dist.metrics import LoggingConfig, WandbMode
 from posttrain_dist.prepare import prepare

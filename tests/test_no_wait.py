@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from posttrain_dist.build import build_policy, make_engine, make_source
 from posttrain_dist.config import DataConfig, Dtype, ModelConfig, RunConfig, TrainConfig, complete
-from posttrain_dist.data.arrays import Examples
+from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.dist import Process
 from posttrain_dist.loop import Fit
 from posttrain_dist.metrics.special_tokens import TokenMeter
@@ -37,8 +37,10 @@ def test_steps_that_are_not_logged_read_nothing_back(
 ) -> None:
     # What the kernels look at on a CPU alone, as if this were a GPU.
     for name in ("check_rows", "check_channel", "check_denominator"):
-        monkeypatch.setattr(f"posttrain_kernels.head.{name}", lambda *_: None)
-    monkeypatch.setattr("posttrain_kernels.head.labelled", lambda _, supervised: (None, supervised))
+        monkeypatch.setattr(f"posttrain_kernels.losses.head.{name}", lambda *_: None)
+    monkeypatch.setattr(
+        "posttrain_kernels.losses.head.labelled", lambda _, supervised: (None, supervised)
+    )
     config = complete(
         RunConfig(
             model=ModelConfig(path=str(tiny_llama)),

@@ -13,7 +13,7 @@ import torch
 
 from posttrain_dist.checkpoint import store
 from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, TrainConfig, complete
-from posttrain_dist.data.arrays import Examples
+from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.engine import AdamW, DeepSpeed, Single
 from posttrain_dist.errors import CheckpointError, TrainingError
 from posttrain_dist.export import export_checkpoint

@@ -10,7 +10,7 @@ import torch
 
 from posttrain_dist.build import build_policy, make_engine, make_source
 from posttrain_dist.config import DataConfig, Dtype, ModelConfig, RunConfig, TrainConfig, complete
-from posttrain_dist.data.arrays import Examples
+from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import AdamW
 from posttrain_dist.loop import Fit

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from posttrain_kernels.head import HeadLoss, linear_cross_entropy
-from posttrain_kernels.logits import cross_entropy
-from posttrain_kernels.logprob import LogProb, linear_logprob
-from posttrain_kernels.products import multiplies_fast
-from posttrain_kernels.vocab import VocabShard
+from posttrain_kernels.losses.head import HeadLoss, linear_cross_entropy
+from posttrain_kernels.losses.logits import cross_entropy
+from posttrain_kernels.losses.logprob import LogProb, linear_logprob
+from posttrain_kernels.passes.products import multiplies_fast
+from posttrain_kernels.passes.vocab import VocabShard
 
 __all__ = [
     "HeadLoss",

@@ -23,62 +23,62 @@ VERBS: dict[str, Verb] = {
     "train": Verb(
         "fine-tune a model; without arguments, the demo",
         "posttrain train model.path=/models/M data.train=/data/chat.jsonl cluster=ray engine=zero3",
-        "hydra_verbs",
+        "commands.hydra_app",
         hydra=True,
     ),
     "prepare": Verb(
         "tokenise and check the data now, so that a run starts at once; writes data_report.html",
         "posttrain prepare model.path=/models/M data.train=/data/chat.jsonl",
-        "hydra_verbs",
+        "commands.hydra_app",
         hydra=True,
     ),
     "inspect": Verb(
         "show what would be trained on: rows, supervised tokens, packs",
         "posttrain inspect data.train=/data/chat.jsonl",
-        "hydra_verbs",
+        "commands.hydra_app",
         hydra=True,
     ),
     "evaluate": Verb(
         "held-out loss of a model, for every channel",
         "posttrain evaluate model.path=outputs/demo/20260101-120000/export",
-        "hydra_verbs",
+        "commands.hydra_app",
         hydra=True,
     ),
     "submit": Verb(
         "send a training to Slurm (--dry-run: only write the job)",
         "posttrain submit +experiment=demo cluster.nodes=2 --dry-run",
-        "hydra_verbs",
+        "commands.hydra_app",
         hydra=True,
     ),
     "run": Verb(
         "go on with the run of a run folder, or start a frozen one",
         "posttrain run outputs/demo/20260101-120000",
-        "run_verbs",
+        "commands.run_folder",
     ),
     "chat": Verb(
         "talk to a model folder or to the export of a run",
         "posttrain chat outputs/demo/20260101-120000",
-        "chat",
+        "commands.quality.chat",
     ),
     "export": Verb(
         "write the newest checkpoint of a run as a Hugging Face folder",
         "posttrain export outputs/demo/20260101-120000 /models/mine",
-        "run_verbs",
+        "commands.run_folder",
     ),
     "report": Verb(
         "write report.html of a run, finished or not",
         "posttrain report outputs/demo/20260101-120000",
-        "run_verbs",
+        "commands.run_folder",
     ),
     "init": Verb(
         "write a commented YAML to start from",
         "posttrain init my_run",
-        "starter",
+        "commands.run.init",
     ),
     "doctor": Verb(
         "look at this machine: what works, what is missing",
         "posttrain doctor",
-        "doctor",
+        "commands.cluster.doctor",
     ),
 }
 

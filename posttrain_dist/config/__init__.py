@@ -18,17 +18,17 @@ from posttrain_dist.checkpoint import CheckpointConfig
 from posttrain_dist.config.groups import Cluster, Dtype, EvalConfig, Local, Ray, Slurm, TrainConfig
 from posttrain_dist.config.rules import all_rules
 from posttrain_dist.data import DataConfig, Template
+from posttrain_dist.diagnosis.alarms import DiagnoseConfig
+from posttrain_dist.diagnosis.watch import diagnose_problems
 from posttrain_dist.engine import AdamW, DeepSpeed, Engine, Optimizer, Single
 from posttrain_dist.engine.ds_config import deepspeed_config
 from posttrain_dist.errors import ConfigError, PosttrainError, raise_all
 from posttrain_dist.metrics import LoggingConfig
-from posttrain_dist.metrics.alarms import DiagnoseConfig
-from posttrain_dist.metrics.diagnose import diagnose_problems
 from posttrain_dist.models import ModelConfig
-from posttrain_dist.models.tuning import Full, Tuning
 from posttrain_dist.objectives.base import Objective
 from posttrain_dist.objectives.pretrain import Pretrain
 from posttrain_dist.objectives.sft import Sft
+from posttrain_dist.tuning.base import Full, Tuning
 
 __all__ = [
     "GROUPS",

@@ -8,8 +8,8 @@ from typing import Any
 
 from posttrain_dist.data import DataConfig, Format
 from posttrain_dist.data.embedded import split_path
-from posttrain_dist.data.records import Reader, find_files
-from posttrain_dist.data.tables import HF, load_hf
+from posttrain_dist.data.formats.records import Reader, find_files
+from posttrain_dist.data.read.tables import HF, load_hf
 from posttrain_dist.errors import ConfigError, PosttrainError, raise_all
 
 EMBEDDED = "embedded"

@@ -27,7 +27,7 @@ from posttrain_dist.engine.ds_tuning import (
     tuned_zero,
 )
 from posttrain_dist.engine.memory import keep_freed_memory
-from posttrain_dist.engine.optim import adamw, parameter_groups
+from posttrain_dist.engine.optimizers import adamw, parameter_groups
 from posttrain_dist.flow import Batch, Loss
 
 TAG = "deepspeed"  # folder of DeepSpeed's own files inside a checkpoint

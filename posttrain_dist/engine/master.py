@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from posttrain_dist.engine import AdamW
-from posttrain_dist.engine.optim import adamw, parameter_groups
+from posttrain_dist.engine.optimizers import adamw, parameter_groups
 
 # Elements of a bucket, whose gradients stand in float32 for the time of its update.
 BUCKET_ELEMENTS = 1 << 26

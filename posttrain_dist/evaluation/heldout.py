@@ -21,7 +21,7 @@ def evaluate(config: RunConfig, prepared: Path) -> dict[str, Any]:
     from dataclasses import replace
 
     from posttrain_dist.build import build_policy, make_engine, make_source, pick_dtype
-    from posttrain_dist.data.arrays import Examples
+    from posttrain_dist.data.prepared.arrays import Examples
     from posttrain_dist.dist import Process
     from posttrain_dist.engine import Single
     from posttrain_dist.loop import evaluate as evaluate_batches

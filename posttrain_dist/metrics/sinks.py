@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from posttrain_dist.files import write_whole
+from posttrain_dist.files import read_rows, write_whole
 from posttrain_dist.flow import StepInfo
 
 
@@ -54,16 +54,3 @@ class SampleLog:
 
     def close(self) -> None:
         self._file.close()
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a metrics.jsonl; a torn last line, left by a kill, is passed over."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows

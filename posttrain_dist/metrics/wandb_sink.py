@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_dist.errors import ConfigError
+from posttrain_dist.files import read_rows
 from posttrain_dist.flow import StepInfo
 from posttrain_dist.metrics import LoggingConfig, WandbMode
-from posttrain_dist.metrics.sinks import read_rows
 
 
 def has_key() -> bool:

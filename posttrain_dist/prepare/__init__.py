@@ -1,6 +1,6 @@
 """Data files + tokenizer -> the prepared folder that every worker maps: checked, tokenised, split.
 
-samples/                flat arrays of all samples (posttrain_dist.data.loader)
+samples/                flat arrays of all samples (posttrain_dist.data.packs.loader)
 train.npy eval.npy      which of them each split holds
 heldout_records.jsonl   held-out rows as text, for answers by generation: the first of each channel
 summary.json            channels, counts, digests of all that went in
@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from posttrain_dist.config import RunConfig
-from posttrain_dist.data.summary import Summary
+from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.errors import ConfigError, DataError, ModelError, PosttrainError
-from posttrain_dist.prepare.build import Progress, fill
+from posttrain_dist.prepare.build_dataset import Progress, fill
 from posttrain_dist.prepare.cache import cache_folder, fetch, is_whole, obtain
-from posttrain_dist.prepare.inputs import Inputs, changed, look
+from posttrain_dist.prepare.fingerprint import Inputs, changed, look
 
 __all__ = ["prepare", "prepare_cached"]
 

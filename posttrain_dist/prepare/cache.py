@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from posttrain_dist.data.arrays import Examples
-from posttrain_dist.data.summary import Summary
+from posttrain_dist.data.prepared.arrays import Examples
+from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.errors import DataError, PosttrainError
 from posttrain_dist.files import sync
 

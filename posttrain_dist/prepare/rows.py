@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain_dist.data import DataConfig, Template
-from posttrain_dist.data.masking import Encoded, Encoder
-from posttrain_dist.data.records import Reader, Rejected, Unit
-from posttrain_dist.data.similar import BANDS, signature
+from posttrain_dist.data.chat.encoder import Encoded, Encoder
+from posttrain_dist.data.formats.records import Reader, Rejected, Unit
 from posttrain_dist.errors import PosttrainError
 from posttrain_dist.flow import Record
 from posttrain_dist.models.folder import load_tokenizer
+from posttrain_dist.prepare.similar import BANDS, signature
 from posttrain_dist.prepare.split import content_key, draw_one
 
 MAX_SHOWN = 100  # rejected rows that are kept in full; all are counted

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain_dist.config import RunConfig
-from posttrain_dist.data.arrays import Examples
-from posttrain_dist.data.checks import CHECKS
-from posttrain_dist.data.pieces import pieces
-from posttrain_dist.data.similar import near_duplicates, near_leaks
-from posttrain_dist.data.summary import Counts, Summary
-from posttrain_dist.prepare.inputs import FORMAT, Inputs
+from posttrain_dist.data.chat.checks import CHECKS
+from posttrain_dist.data.chat.pieces import pieces
+from posttrain_dist.data.prepared.arrays import Examples
+from posttrain_dist.data.prepared.summary import Counts, Summary
+from posttrain_dist.prepare.fingerprint import FORMAT, Inputs
+from posttrain_dist.prepare.similar import near_duplicates, near_leaks
 from posttrain_dist.prepare.split import Split
 from posttrain_dist.prepare.tally import Tally
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from posttrain_dist.data.records import Rejected
+from posttrain_dist.data.formats.records import Rejected
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Record
 from posttrain_dist.prepare.rows import MAX_EXAMPLES, MAX_SHOWN, MAX_TOLD, Lowest, Part

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from posttrain_dist.errors import PosttrainError
-from posttrain_dist.report.alarms import alarms_of
+from posttrain_dist.report.alarm_section import alarms_of
 from posttrain_dist.report.blocks import blocks, data_blocks
 from posttrain_dist.report.charts import MAX_CHANNEL_CHARTS, charts_of
 from posttrain_dist.report.figures import (

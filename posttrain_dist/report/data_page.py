@@ -11,7 +11,6 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.report.blocks import blocks
-from posttrain_dist.report.conversation import Mark, Piece, Run, clean, hidden_name, runs
 from posttrain_dist.report.data_figures import (
     COUNTS,
     SPLITS,
@@ -25,6 +24,7 @@ from posttrain_dist.report.data_figures import (
     whole,
 )
 from posttrain_dist.report.histogram import panels_of
+from posttrain_dist.report.token_runs import Mark, Piece, Run, clean, hidden_name, runs
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -6,7 +6,6 @@ import io
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from posttrain_dist.report.conversation import Mark, Piece, Run, clean, hidden_name, runs
 from posttrain_dist.report.data_figures import (
     COUNTS,
     SPLITS,
@@ -19,6 +18,7 @@ from posttrain_dist.report.data_figures import (
     whole,
 )
 from posttrain_dist.report.histogram import half_length, sparkline
+from posttrain_dist.report.token_runs import Mark, Piece, Run, clean, hidden_name, runs
 
 if TYPE_CHECKING:
     from rich.console import Console

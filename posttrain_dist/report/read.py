@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from posttrain_dist.metrics.sinks import read_rows
+from posttrain_dist.files import read_rows
 
 MAX_POINTS = 1200  # of one line: about one a pixel
 

@@ -12,11 +12,12 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+import make_embedded
+import make_tiny_base
 import pytest
+from embedded_heldout import contains_heldout
+from tiny_tokenizer import SPECIAL, train_tokenizer
 
-from posttrain_dist.assets import make_embedded, make_tiny_base
-from posttrain_dist.assets.heldout import contains_heldout
-from posttrain_dist.assets.tiny_tokenizer import SPECIAL, train_tokenizer
 from posttrain_dist.data import embedded
 from posttrain_dist.errors import DataError
 

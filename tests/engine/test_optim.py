@@ -9,7 +9,7 @@ import torch
 
 from posttrain_dist.engine import AdamW, DeepSpeed, Schedule
 from posttrain_dist.engine.ds_config import deepspeed_config
-from posttrain_dist.engine.optim import learning_rate, parameter_groups
+from posttrain_dist.engine.optimizers import learning_rate, parameter_groups
 from posttrain_dist.errors import ConfigError
 
 

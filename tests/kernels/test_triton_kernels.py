@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from posttrain_kernels import choose, linear_cross_entropy, rows, triton_rows
+from posttrain_kernels import linear_cross_entropy
+from posttrain_kernels.passes import choose, rows, triton_rows
 
 cases = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("head_cases.py"))))
 

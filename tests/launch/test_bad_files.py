@@ -156,7 +156,7 @@ def test_submit_looks_before_it_writes_a_job(try_out, tmp_path):
 
 def test_each_verb_looks_at_what_it_uses(try_out, tmp_path):
     from posttrain_dist.config import RunConfig, complete
-    from posttrain_dist.inputs import input_problems
+    from posttrain_dist.preflight import input_problems
 
     said = try_out("model.path=/no/model", "data.train=/no/rows", verb="inspect")
     assert "2 problems" in said
@@ -171,7 +171,7 @@ def test_each_verb_looks_at_what_it_uses(try_out, tmp_path):
 def test_a_checkpoint_to_start_from_may_be_named_by_its_run(builders, tmp_path):
     from posttrain_dist.checkpoint.store import FORMAT, MANIFEST
     from posttrain_dist.config import RunConfig, complete
-    from posttrain_dist.inputs import input_problems
+    from posttrain_dist.preflight import input_problems
 
     step = tmp_path / "run" / "checkpoints" / "step-000002"
     (step / "state").mkdir(parents=True)

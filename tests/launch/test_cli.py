@@ -127,8 +127,8 @@ def test_ctrl_c_saves_and_run_goes_on(words, tmp_path):
 def test_a_second_driver_is_refused(words, tmp_path, capsys):
     import fcntl
 
-    from posttrain_launch.diagnose import check
-    from posttrain_launch.freeze import freeze
+    from posttrain_launch.compose.problems import check
+    from posttrain_launch.run.freeze import freeze
 
     composed = check([*words, "train.steps=1"])
     assert composed is not None

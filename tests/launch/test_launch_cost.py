@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from posttrain_launch.gate import CLOSED, OPEN, SOON_BYTES, is_soon, set_gate, wait_for_data
+from posttrain_launch.ray.gate import CLOSED, OPEN, SOON_BYTES, is_soon, set_gate, wait_for_data
 
 from posttrain_dist.config import DataConfig, RunConfig, complete
 from posttrain_dist.models.folder import load_tokenizer
@@ -44,7 +44,7 @@ def test_heavy_modules_wait_until_they_are_used(modules, allowed):
 def test_ray_train_keeps_every_part_but_the_named_ones(tmp_path):
     source = f"""
 import json
-from posttrain_launch import ray_train
+from posttrain_launch.ray import trainer as ray_train
 from ray.train import RunConfig, ScalingConfig, UserCallback
 from ray.train.v2._internal.execution.scaling_policy import create_scaling_policy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer

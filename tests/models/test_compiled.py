@@ -9,7 +9,7 @@ import transformers
 from posttrain_kernels import linear_cross_entropy
 from torch._dynamo.utils import counters
 
-from posttrain_dist.data.collate import collate
+from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.errors import ConfigError
 from posttrain_dist.flow import Example
 from posttrain_dist.models.attention import SDPA, register

@@ -9,7 +9,7 @@ import pytest
 import torch
 from posttrain_kernels import linear_cross_entropy
 
-from posttrain_dist.data.collate import collate
+from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.errors import ModelError
 from posttrain_dist.flow import Example
 from posttrain_dist.models import last_layer

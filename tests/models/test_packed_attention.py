@@ -14,7 +14,7 @@ import torch
 from posttrain_kernels import linear_cross_entropy
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from posttrain_dist.data.collate import collate
+from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.errors import ModelError
 from posttrain_dist.flow import Example
 from posttrain_dist.models import Attention, ModelConfig

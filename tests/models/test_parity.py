@@ -13,7 +13,7 @@ import torch
 from posttrain_kernels import linear_cross_entropy
 
 from posttrain_dist.config import DataConfig, Dtype, ModelConfig, RunConfig, TrainConfig, complete
-from posttrain_dist.data.collate import collate, filler
+from posttrain_dist.data.packs.collate import collate, filler
 from posttrain_dist.errors import ModelError
 from posttrain_dist.flow import Batch, Example
 from posttrain_dist.metrics import LoggingConfig, WandbMode
@@ -84,7 +84,7 @@ def test_what_eager_rounds_away_is_no_fault(
     num_targets: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Large logits and few targets, with products in bfloat16 as a GPU makes them."""
-    monkeypatch.setattr("posttrain_kernels.products.multiplies_fast", lambda _: True)
+    monkeypatch.setattr("posttrain_kernels.passes.products.multiplies_fast", lambda _: True)
     usual = []
     for seed in range(20):
         random = torch.Generator().manual_seed(seed)

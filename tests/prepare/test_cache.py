@@ -22,11 +22,12 @@ from posttrain_dist import data as data_package
 from posttrain_dist.build import make_mixture
 from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, complete
 from posttrain_dist.data import OnBadRow, Source
-from posttrain_dist.data.arrays import Examples
-from posttrain_dist.data.summary import Summary
+from posttrain_dist.data.prepared.arrays import Examples
+from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.errors import DataError
 from posttrain_dist.inspection import inspect
-from posttrain_dist.prepare import build, prepare, prepare_cached, rows, workers
+from posttrain_dist.prepare import build_dataset as build
+from posttrain_dist.prepare import prepare, prepare_cached, rows, workers
 from posttrain_dist.prepare.cache import KEPT_DAYS
 from posttrain_dist.prepare.digests import Digests
 
@@ -310,7 +311,8 @@ def test_processes_end_with_the_one_that_started_them(
     data = builders.write(tmp_path / "rows.jsonl", builders.rows(3000))
     script = textwrap.dedent(f"""
         from posttrain_dist.config import *
-        from posttrain_dist.prepare import build, prepare_cached, workers
+        from posttrain_dist.prepare import prepare_cached, workers
+        from posttrain_dist.prepare import build_dataset as build
         build.SMALL_BYTES, build.UNIT_BYTES = 1, 700
         plain = workers.subprocess.Popen
         def start(*args, **kwargs):

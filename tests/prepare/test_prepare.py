@@ -13,10 +13,10 @@ import pytest
 
 from posttrain_dist.config import RunConfig, complete
 from posttrain_dist.data import DataConfig
-from posttrain_dist.data.arrays import Examples
 from posttrain_dist.data.embedded import split_path
-from posttrain_dist.data.records import read_records
-from posttrain_dist.data.summary import Summary
+from posttrain_dist.data.formats.records import read_records
+from posttrain_dist.data.prepared.arrays import Examples
+from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.errors import ConfigError, DataError, ModelError, PosttrainError
 from posttrain_dist.flow import Record
 from posttrain_dist.inspection import inspect

@@ -19,9 +19,10 @@ import pytest
 
 from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, complete
 from posttrain_dist.data import LongRows, OnBadRow, Template
-from posttrain_dist.data.arrays import Examples
+from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.errors import DataError, PosttrainError
-from posttrain_dist.prepare import build, prepare, workers
+from posttrain_dist.prepare import build_dataset as build
+from posttrain_dist.prepare import prepare, workers
 
 
 def config_of(model: Path, tmp_path: Path, **data: Any) -> RunConfig:
@@ -158,7 +159,8 @@ def test_a_killed_preparation_leaves_no_half_cache(
         import os, signal
         from pathlib import Path
         from posttrain_dist.config import *
-        from posttrain_dist.prepare import build, prepare
+        from posttrain_dist.prepare import prepare
+        from posttrain_dist.prepare import build_dataset as build
         build.report = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         data = DataConfig(train={str(data)!r}, max_length=64, cache={str(tmp_path / "cache")!r})
         config = complete(RunConfig(model=ModelConfig(path={str(tiny_llama)!r}), data=data))

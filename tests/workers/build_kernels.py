@@ -9,7 +9,7 @@ from pathlib import Path
 
 import triton
 import triton.language as tl
-from posttrain_kernels import triton_rows
+from posttrain_kernels.passes import triton_rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

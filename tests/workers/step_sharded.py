@@ -12,7 +12,7 @@ import torch
 from posttrain_kernels import linear_cross_entropy
 
 from posttrain_dist import dist
-from posttrain_dist.data.collate import collate
+from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.engine import AdamW, DeepSpeed
 from posttrain_dist.engine.deepspeed import DeepSpeedEngine
 from posttrain_dist.engine.single import SingleEngine

@@ -1,0 +1,1 @@
+"""The public functions: losses and log-probabilities, their autograd and their reference."""

@@ -1,0 +1,1 @@
+"""What the functions are made of: chunks, matrix products, the pass over a row of logits."""

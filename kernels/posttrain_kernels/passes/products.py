@@ -1,0 +1,133 @@
+"""The three matrix products of the head, in the way that the device does them fast.
+
+    logits_BV       = hidden_BD @ weight_VD.T + bias_V
+    grad_hidden_BD  = dlogits_BV @ weight_VD
+    grad_weight_VD += dlogits_BV.T @ hidden_BD
+
+`Native` hands them to the BLAS in the dtype of the input. `Widened` serves CPUs whose BLAS
+multiplies 16-bit numbers ten to three hundred times slower than float32: blocks of the weight are
+widened on the way, so that no float32 copy of it exists.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from posttrain_kernels.passes.targets import statistics_dtype
+
+# Elements of a widened block of the weight: small enough for a cache, large for a product.
+BLOCK_ELEMENTS = 1 << 21
+
+
+@cache
+def multiplies_fast(dtype: torch.dtype) -> bool:
+    """Whether this machine's CPU has instructions for products of `dtype`: for 16 bits, AMX."""
+    flag = {torch.bfloat16: " amx_bf16", torch.float16: " amx_fp16"}.get(dtype)
+    cpuinfo = Path("/proc/cpuinfo")
+    return flag is None or (cpuinfo.is_file() and flag in cpuinfo.read_text())
+
+
+def products(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None
+) -> Native:
+    """The products for the device and dtype of the input."""
+    if hidden_ND.device.type == "cpu" and not multiplies_fast(hidden_ND.dtype):
+        return Widened(hidden_ND, weight_VD, bias_V)
+    return Native(hidden_ND, weight_VD, bias_V)
+
+
+class Native:
+    """Products in the dtype of the input, sums over chunks in float32."""
+
+    def __init__(
+        self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None
+    ) -> None:
+        self.weight_VD, self.bias_V = weight_VD, bias_V
+        self.dtype = hidden_ND.dtype  # of logits
+        self.wide = statistics_dtype(hidden_ND.dtype)
+
+    def buffer(self, num_rows: int) -> torch.Tensor:
+        """Room for the logits of a chunk; on a GPU rows start at multiples of 16 numbers."""
+        num_columns = len(self.weight_VD)
+        multiple = 16 if self.weight_VD.is_cuda else 1
+        stride = -(-num_columns // multiple) * multiple
+        return self.weight_VD.new_empty(num_rows, stride, dtype=self.dtype)[:, :num_columns]
+
+    def logits(self, hidden_BD: torch.Tensor, out_BV: torch.Tensor) -> None:
+        """Write the logits of some rows."""
+        if self.bias_V is None:
+            torch.mm(hidden_BD, self.weight_VD.t(), out=out_BV)
+        else:
+            torch.addmm(self.bias_V, hidden_BD, self.weight_VD.t(), out=out_BV)
+
+    def grad_hidden(self, dlogits_BV: torch.Tensor, out_BD: torch.Tensor) -> None:
+        """Write the gradient of some rows of hidden."""
+        torch.mm(dlogits_BV, self.weight_VD, out=out_BD)
+
+    def add_grad_weight(
+        self, total_VD: torch.Tensor, dlogits_BV: torch.Tensor, hidden_BD: torch.Tensor, first: bool
+    ) -> None:
+        """Add the gradient of the weight from some rows to `total_VD`; the first is written."""
+        left_VB = dlogits_BV.t()
+        if total_VD.dtype == hidden_BD.dtype:
+            beta = 0 if first else 1
+            torch.addmm(total_VD, left_VB, hidden_BD, beta=beta, out=total_VD)
+        elif total_VD.is_cuda and first:
+            torch.mm(left_VB, hidden_BD, out_dtype=total_VD.dtype, out=total_VD)
+        elif total_VD.is_cuda:
+            torch.addmm(total_VD, left_VB, hidden_BD, out_dtype=total_VD.dtype, out=total_VD)
+        elif first:
+            total_VD.copy_(torch.mm(left_VB, hidden_BD))
+        else:
+            total_VD += torch.mm(left_VB, hidden_BD)
+
+
+class Widened(Native):
+    """The same in float32, the weight widened block by block."""
+
+    def __init__(
+        self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None
+    ) -> None:
+        super().__init__(hidden_ND, weight_VD, bias_V)
+        self.dtype = self.wide
+        rows = max(1, BLOCK_ELEMENTS // max(weight_VD.shape[1], 1))
+        self._block = weight_VD.new_empty(
+            min(rows, len(weight_VD)), weight_VD.shape[1], dtype=self.wide
+        )
+        starts = range(0, len(weight_VD), len(self._block) or 1)
+        self._columns = [slice(start, start + len(self._block)) for start in starts]
+
+    def _widened(self, columns: slice) -> torch.Tensor:
+        part = self.weight_VD[columns]
+        return self._block[: len(part)].copy_(part)
+
+    def logits(self, hidden_BD: torch.Tensor, out_BV: torch.Tensor) -> None:
+        """Write the logits of some rows."""
+        wide_BD = hidden_BD.to(self.wide)
+        for columns in self._columns:
+            torch.mm(wide_BD, self._widened(columns).t(), out=out_BV[:, columns])
+        if self.bias_V is not None:
+            out_BV += self.bias_V
+
+    def grad_hidden(self, dlogits_BV: torch.Tensor, out_BD: torch.Tensor) -> None:
+        """Write the gradient of some rows of hidden."""
+        total_BD = out_BD.new_zeros(out_BD.shape, dtype=self.wide)
+        for columns in self._columns:
+            total_BD.addmm_(dlogits_BV[:, columns], self._widened(columns))
+        out_BD.copy_(total_BD)
+
+    def add_grad_weight(
+        self, total_VD: torch.Tensor, dlogits_BV: torch.Tensor, hidden_BD: torch.Tensor, first: bool
+    ) -> None:
+        """Add the gradient of the weight from some rows; the first is written."""
+        wide_BD = hidden_BD.to(self.wide)
+        for columns in self._columns:
+            part_VD = total_VD[columns]
+            if part_VD.dtype == self.wide:
+                part_VD.addmm_(dlogits_BV[:, columns].t(), wide_BD, beta=0 if first else 1)
+                continue
+            room_VD = self._block[: len(part_VD)]
+            part_VD.copy_(torch.mm(dlogits_BV[:, columns].t(), wide_BD, out=room_VD))

@@ -1,0 +1,57 @@
+"""The output head split over the vocabulary (tensor parallelism): each rank holds some rows of it.
+
+As in Megatron-LM (Shoeybi et al. 2019, section 3): ranks exchange four numbers a row, never
+logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from posttrain_kernels.passes.rows import Softmax
+
+
+@dataclass(frozen=True, slots=True)
+class VocabShard:
+    """This rank's part of the vocabulary.
+
+    Every rank of `group` is given the same rows of hidden and the same targets; each holds other
+    rows of the weight, together all of them, in any sizes.
+
+    Attributes:
+        start: vocabulary index of this rank's first row of the weight.
+        size: of the whole vocabulary.
+        group: the ranks that share it; None: all.
+    """
+
+    start: int
+    size: int
+    group: dist.ProcessGroup | None = None
+
+    def merge(self, part: Softmax) -> Softmax:
+        """The statistics of whole rows from those of each rank's part."""
+        mine_4B1 = torch.stack(list(part))
+        ranks = dist.get_world_size(self.group)
+        parts_R4B1 = mine_4B1.new_empty(ranks, *mine_4B1.shape)
+        dist.all_gather_into_tensor(parts_R4B1.flatten(0, 1), mine_4B1, group=self.group)
+        max_RB1, sum_RB1, own_RB1, dot_RB1 = parts_R4B1.unbind(dim=1)
+        max_B1 = max_RB1.amax(dim=0)
+        lower_RB1 = max_RB1 - max_B1
+        share_RB1 = lower_RB1.exp()
+        return type(part)(
+            max=max_B1,
+            sum=(share_RB1 * sum_RB1).sum(dim=0),
+            own=own_RB1.amax(dim=0),
+            dot=(share_RB1 * (dot_RB1 + lower_RB1 * sum_RB1)).sum(dim=0),
+        )
+
+    def add_up(self, partial: torch.Tensor) -> torch.Tensor:
+        """The sum of what each rank has, such as its part of the gradient of hidden."""
+        total = partial.float() if partial.dtype in (torch.float16, torch.bfloat16) else partial
+        dist.all_reduce(total, group=self.group)
+        return total.to(partial.dtype)

@@ -1,0 +1,1 @@
+"""Slurm: the job of a run."""

@@ -1,0 +1,1 @@
+"""Verbs over machines: jobs and what a machine lacks."""

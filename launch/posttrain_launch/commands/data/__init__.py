@@ -1,0 +1,1 @@
+"""Verbs over data: what would be trained on."""

@@ -1,0 +1,1 @@
+"""Verbs over a trained model: how good it is."""

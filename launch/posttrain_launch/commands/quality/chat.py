@@ -1,0 +1,76 @@
+"""`posttrain chat`: a conversation with a model folder, streamed by plain Hugging Face code."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+
+from posttrain_dist.errors import ModelError
+from posttrain_launch.commands.run_folder import parser_of
+
+
+def command(verb: str, words: list[str], debug: bool) -> int:
+    """Answer lines from standard input until it ends; at a terminal, with a prompt."""
+    parser = parser_of(verb)
+    parser.add_argument(
+        "path", type=Path, metavar="PATH|RUN", help="a Hugging Face folder, or a run with export/"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="of each reply")
+    parser.add_argument("--system", help="a system message")
+    arguments = parser.parse_args(words)
+    folder = model_folder(arguments.path)
+    from posttrain_dist.evaluation.answers import load, stream_reply
+
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        model, tokenizer = load(folder)
+    first = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    messages = list(first)
+    talks = sys.stdin.isatty()
+    if talks:
+        print("an empty line begins anew, Ctrl-D ends")
+    while (text := _next_line(talks)) is not None:
+        if not text.strip() or not talks:
+            messages = list(first)  # from a pipe, every line is a conversation of its own
+        if not text.strip():
+            continue
+        messages.append({"role": "user", "content": text})
+        reply = ""
+        for piece in stream_reply(model, tokenizer, messages, arguments.max_new_tokens):
+            reply += piece
+            if talks:
+                print(piece, end="", flush=True)
+        # From a pipe: one reply a line.
+        print("" if talks else reply.strip().replace("\n", "\\n"), flush=True)
+        messages.append({"role": "assistant", "content": reply})
+    return 0
+
+
+def _next_line(talks: bool) -> str | None:
+    try:
+        return input("> " if talks else "")
+    except EOFError:
+        return None
+
+
+def model_folder(path: Path) -> Path:
+    """The model behind a path: the folder itself, or the export of a run.
+
+    Raises:
+        ModelError: neither is there.
+    """
+    from posttrain_dist.models.folder import TINY_BASE, resolve
+
+    if str(path) == TINY_BASE:
+        return resolve(TINY_BASE)
+    if (path / "metrics.jsonl").is_file() or (path / "run.json").is_file():
+        export = path / "export"
+        if not export.is_dir():
+            raise ModelError(
+                "this run has no export yet",
+                where=str(path),
+                fix=f"posttrain export {path} writes one from its newest checkpoint",
+            )
+        return export.absolute()
+    return path.absolute()

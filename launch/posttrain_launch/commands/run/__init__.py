@@ -1,0 +1,1 @@
+"""Verbs over one run: from its config to its report."""

@@ -1,0 +1,153 @@
+"""From words on the command line to one checked RunConfig, by Hydra.
+
+The dataclasses of `posttrain_dist.config` are the schemas; the YAML files of `conf/` choose
+among them and hold differences only. Hydra composes and does nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import main as hydra_main
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_automatic_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from posttrain_dist.config import GROUPS, RunConfig
+from posttrain_dist.errors import ConfigError
+
+CONF = "pkg://posttrain_launch.conf"
+CONF_FOLDER = Path(__file__).parents[1] / "conf"
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """One configuration, with what it was made of."""
+
+    config: RunConfig  # not yet completed: `posttrain_dist.config.complete` checks it
+    choices: dict[str, str]  # group -> chosen option
+    overrides: list[str]  # as typed
+
+
+def register_schemas(help_text: str = "") -> None:
+    """Give Hydra the dataclasses, and the page of `posttrain <verb> --help`.
+
+    Args:
+        help_text: a template in which `$CONFIG` stands for the composed config.
+    """
+    store = ConfigStore.instance()
+    store.store(name="schema", node=RunConfig)
+    for group, options in GROUPS.items():
+        for kind, option in options.items():
+            store.store(group=f"schema/{group}", name=kind, node=option)
+    page = {"app_name": "posttrain", "header": "", "footer": "", "template": help_text}
+    store.store(group="hydra/help", name="posttrain", node=page)
+
+
+class Composer:
+    """Composes configurations in this process; `config_dir` is the user's own folder of YAML.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+
+    def __init__(self, config_dir: str | None = None) -> None:
+        register_schemas()
+        self.config_dir = None if config_dir is None else Path(config_dir).absolute()
+        path = create_automatic_config_search_path(None, None, CONF)
+        if self.config_dir is not None:
+            if not self.config_dir.is_dir():
+                raise ConfigError(
+                    f"there is no folder {self.config_dir}",
+                    where="--config-dir",
+                    fix="give a folder that holds your YAML, for instance the one with experiment/",
+                )
+            path.prepend("command-line", f"file://{self.config_dir}", SearchPathQuery("schema"))
+        GlobalHydra.instance().clear()
+        self._hydra = Hydra.create_main_hydra2("posttrain", path)
+
+    def compose(self, overrides: list[str]) -> DictConfig:
+        """The composed config, with Hydra's own part below `hydra`. Raises what Hydra raises."""
+        return self._hydra.compose_config(
+            config_name="config",
+            overrides=list(overrides),
+            run_mode=RunMode.RUN,
+            with_log_configuration=False,
+        )
+
+    def options(self, group: str) -> list[str]:
+        """The options of a group, those of the user's folder included."""
+        loader = self._hydra.config_loader
+        return sorted(loader.get_group_options(group))
+
+    def groups(self) -> list[str]:
+        """Every group that has an option, ours and the user's."""
+        listed: list[str] = self._hydra.config_loader.list_groups("")
+        return [g for g in sorted(listed) if g not in ("hydra", "schema") and self.options(g)]
+
+    def file_of(self, group: str, option: str) -> Path | None:
+        """The YAML file behind an option."""
+        for folder in (self.config_dir, CONF_FOLDER, _source_conf()):
+            if folder is not None and (path := folder / group / f"{option}.yaml").is_file():
+                return path
+        return None
+
+    def close(self) -> None:
+        """Leave Hydra as it was before."""
+        GlobalHydra.instance().clear()
+
+    def __enter__(self) -> Composer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _source_conf() -> Path | None:
+    """The folder of the package `posttrain_launch.conf`, which an editable install maps away."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("posttrain_launch.conf")
+    places = list(spec.submodule_search_locations or []) if spec else []
+    return Path(places[0]) if places else None
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """The part of a composed config that is ours."""
+    with open_dict(config):
+        config.pop("hydra", None)
+    return config
+
+
+def to_composed(config: DictConfig, hydra: DictConfig) -> Composed:
+    """Turn what Hydra composed into dataclasses. Raises OmegaConf's errors."""
+    chosen: dict[str, str] = OmegaConf.to_container(hydra.runtime.choices)  # type: ignore[assignment]
+    choices = {k: v for k, v in chosen.items() if not k.startswith(("hydra", "schema"))}
+    run_config: Any = OmegaConf.to_object(config)
+    return Composed(run_config, choices, list(hydra.overrides.task))
+
+
+def run_hydra_app(job: Callable[[DictConfig, DictConfig], Any], help_text: str) -> None:
+    """A true @hydra.main application over `sys.argv`.
+
+    Args:
+        job: called with our config and Hydra's, once, or once a trial under `--multirun`.
+        help_text: what `--help` prints; see `register_schemas`.
+    """
+    register_schemas(help_text)
+
+    @hydra_main(version_base="1.3", config_path=CONF, config_name="config")
+    def app(config: DictConfig) -> Any:
+        hydra: Any = HydraConfig.get()
+        return job(config, hydra)
+
+    GlobalHydra.instance().clear()
+    app()

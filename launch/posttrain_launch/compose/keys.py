@@ -1,0 +1,146 @@
+"""One key and one value, tried against a typed config: unknown, misspelt, or of a wrong type."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from posttrain_dist.config import SLOTS
+from posttrain_dist.errors import ConfigError
+from posttrain_launch.compose.spellings import foreign
+
+
+def value_problems(
+    base: DictConfig, key: str, value: Any, where: str | None = None
+) -> list[ConfigError]:
+    """What is wrong with `key=value`, given a composed config.
+
+    Args:
+        base: a config that composes, with the chosen options.
+        key: dotted.
+        value: a scalar, list, or dict of more keys.
+        where: the place to name (`file:line: key`), if not the key itself.
+    """
+    place = where or key
+    *parents, leaf = key.split(".")
+    node: Any = base
+    for part in parents:
+        node = node.get(part) if isinstance(node, DictConfig) and part in node else None
+    if not isinstance(node, DictConfig) or leaf not in node:
+        return [ConfigError("unknown key", where=place, fix=_cure(base, key))]
+    target = node.get(leaf)
+    if isinstance(target, DictConfig):
+        if isinstance(value, dict):
+            return [
+                p
+                for name, v in value.items()
+                for p in value_problems(
+                    base, f"{key}.{name}", v, f"{where}.{name}" if where else None
+                )
+            ]
+        names = ", ".join(f"{key}.{name!s}" for name in target)
+        return [
+            ConfigError(
+                f"is a group of keys, not one value ({value!r})",
+                where=place,
+                fix=f"set one of its keys: {names}"
+                if names
+                else f"it has no keys of its own; choose an option: {key}=<option>",
+            )
+        ]
+    try:
+        OmegaConf.update(copy.deepcopy(base), key, value)
+    except OmegaConfBaseException:
+        wanted = _wanted(_hint(node, leaf))
+        shown = "null" if value is None else repr(value)
+        return [ConfigError(f"{shown} is not {wanted}", where=place, fix=f"set {key} to {wanted}")]
+    return []
+
+
+# ----------------------------------------------------------------------------- unknown keys
+
+
+def _cure(base: DictConfig, key: str) -> str:
+    owners = _owners(key)
+    if owners:
+        return f"this key belongs to {owners}: choose that, or leave the key out"
+    known = foreign(key)
+    if known is not None:
+        return known
+    near = nearest_key(base, key)
+    if near is not None:
+        return f"did you mean {near}?"
+    return "posttrain train --cfg job lists every key"
+
+
+def _owners(key: str) -> str:
+    """The options of a slot that have this key, where the chosen one has not."""
+    group, _, name = key.partition(".")
+    kinds = [
+        kind
+        for kind, option in SLOTS.get(group, {}).items()
+        if name in {f.name for f in dataclasses.fields(option)}
+    ]
+    shown = ["zero0 to zero3_offload" if kind == "deepspeed" else kind for kind in kinds]
+    return " or ".join(f"{group}={kind}" for kind in shown)
+
+
+def nearest_key(base: DictConfig, key: str) -> str | None:
+    """The valid key that was most likely meant."""
+    keys = list(_dotted(base))
+    keys += [k for k in _slot_keys() if k not in keys]
+    leaf = key.rsplit(".", 1)[-1]
+    same = [k for k in keys if k.rsplit(".", 1)[-1] == leaf]
+    if same:
+        return max(same, key=lambda k: difflib.SequenceMatcher(None, k, key).ratio())
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
+    if not near:
+        leaves = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
+        near = [leaves[n] for n in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
+    return near[0] if near else None
+
+
+def _dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for name in map(str, node):
+        value = node.get(name)
+        if isinstance(value, DictConfig):
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _slot_keys() -> Iterator[str]:
+    for group, options in SLOTS.items():
+        for option in options.values():
+            yield from (f"{group}.{f.name}" for f in dataclasses.fields(option))
+
+
+# ------------------------------------------------------------------------------ wrong types
+
+
+def _hint(node: DictConfig, leaf: str) -> Any:
+    owner = OmegaConf.get_type(node)
+    return typing.get_type_hints(owner).get(leaf, str) if owner is not None else str
+
+
+def _wanted(hint: Any) -> str:
+    """A type in words: `int | None` is "a whole number or null"."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        words = [_wanted(arg) for arg in inner if arg is not type(None)]
+        return " or ".join([*words, "null"] if type(None) in inner else words)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return "one of " + ", ".join(hint.__members__)
+    if origin is list:
+        return 'a list, such as \'["a", "b"]\''
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(hint, str(hint))

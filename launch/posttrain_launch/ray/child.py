@@ -1,0 +1,261 @@
+"""The driver's side of a Ray run: start the Ray job as a child, wait, clean up, tell its failure.
+
+The driver process imports no ray and holds no connection to it, so Ray's noise and signal
+handlers stay out of the terminal. The child (`posttrain_launch.ray.job`) lives in a session of its
+own: Ctrl-C reaches the driver alone, which asks for a stop through the run folder's STOP file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain_dist import errors
+from posttrain_dist.config import Ray, RunConfig, Slurm
+from posttrain_dist.errors import ClusterError, PosttrainError, SeveralErrors
+from posttrain_launch.ray.gate import CLOSED, OPEN, set_gate
+
+# A Unix socket's path has at most 107 bytes, and Ray makes
+# `<temp>/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store` of it.
+LONGEST_TEMP_DIR = 40
+TERM_GRACE_S = 5.0
+
+
+def run(config: RunConfig, run_folder: Path, address: str | None = None) -> None:
+    """Train on Ray workers and wait for the end, on data that is prepared; see `started`."""
+    with started(config, run_folder, address) as job:
+        job.finish()
+
+
+@contextlib.contextmanager
+def started(config: RunConfig, run_folder: Path, address: str | None = None) -> Iterator[Job]:
+    """A Ray job that comes up, and whose workers start, while the caller prepares the data.
+
+    Args:
+        config: the run; `config.cluster` is Ray or Slurm.
+        run_folder: shared by all nodes; holds the frozen config.
+        address: "host:port" of a running Ray; null: `cluster.address`, else RAY_ADDRESS, else a
+            Ray of its own on this machine.
+
+    Yields:
+        The job; `finish` lets it train. On leaving, every process of it is ended.
+
+    Raises:
+        ClusterError: there is no Ray to go to.
+    """
+    cluster = config.cluster
+    if not isinstance(cluster, Ray):
+        raise TypeError(f"ray_driver needs cluster=ray or slurm, not {type(cluster).__name__}")
+    address = address or cluster.address or os.environ.get("RAY_ADDRESS")
+    if isinstance(cluster, Slurm) and not address:
+        raise ClusterError(
+            "slurm runs inside a Slurm job, and no Ray was started there",
+            where="cluster",
+            fix="send it with `posttrain submit …`, or train here with cluster=ray",
+        )
+    log = run_folder / "logs" / "driver.log"
+    set_gate(run_folder, CLOSED)
+    error_file(run_folder).unlink(missing_ok=True)
+    temp_dir = None if address else _make_temp_dir()
+    try:
+        child = _start_child(run_folder, address, temp_dir, log)
+        try:
+            yield Job(child, run_folder, log)
+        finally:
+            end_session(child)
+    finally:
+        if temp_dir is not None:
+            keep_logs(temp_dir, run_folder / "ray" / "logs")
+            shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A Ray job that was started."""
+
+    child: subprocess.Popen[bytes]
+    run_folder: Path
+    log: Path
+
+    def finish(self) -> None:
+        """Let it train on the prepared data, and wait for its end.
+
+        Raises:
+            PosttrainError: what a worker raised, or a ClusterError that names the rank and the log.
+            KeyboardInterrupt: by the second Ctrl-C.
+        """
+        set_gate(self.run_folder, OPEN)
+        while (code := self.child.poll()) is None:
+            # Short waits, so that a signal handler's exception is seen at once.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.child.wait(timeout=0.5)
+        if error_file(self.run_folder).exists():
+            raise read_error(error_file(self.run_folder), self.log)
+        if code != 0:
+            ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+            raise ClusterError(
+                f"the Ray job ended {ended}",
+                where=str(self.log),
+                fix="its last lines say what happened",
+            )
+
+
+def error_file(run_folder: Path) -> Path:
+    """Where a failed job leaves its error."""
+    return run_folder / "logs" / "error.json"
+
+
+def _start_child(
+    run_folder: Path, address: str | None, temp_dir: Path | None, log: Path
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "posttrain_launch.ray.job", str(run_folder)]
+    environment = {**os.environ, **quiet_environment()}
+    if address:
+        command += ["--address", address]
+    else:
+        environment.pop("RAY_ADDRESS", None)
+        # In the environment, not in ~/.ray/auth_token: Ray would switch every later
+        # `ray start` of this user to token mode by the mere existence of that file.
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        # Processes kept ready for tasks: Ray Train starts its own, with its environment.
+        environment["RAY_prestart_worker_first_driver"] = "0"
+    if temp_dir is not None:
+        command += ["--temp-dir", str(temp_dir)]
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,  # never written: its end tells the child that we died
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def quiet_environment() -> dict[str, str]:
+    """Variables for every process of a run: no telemetry, no progress bars, no coloured logs."""
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "NO_COLOR": "1",
+        "PYTHONUNBUFFERED": "1",
+        # Workers print to their own log, not through Ray's logger.
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        # No Prometheus counters, and no watcher actor: Slurm's signals announce a preemption.
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        # Seconds between looks at the workers; the default of 2 delays the end of a short run.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    }
+
+
+def _make_temp_dir() -> Path:
+    """A short, private folder for Ray's sockets: /tmp/ray may belong to somebody else."""
+    for root in (tempfile.gettempdir(), "/tmp"):
+        if len(root) + len("/posttrain-12345678") <= LONGEST_TEMP_DIR:
+            return Path(tempfile.mkdtemp(prefix="posttrain-", dir=root))
+    return Path(tempfile.mkdtemp(prefix="posttrain-"))
+
+
+def keep_logs(temp_dir: Path, target: Path) -> None:
+    """Copy the logs of Ray's newest session below `temp_dir` into the run folder."""
+    logs = temp_dir / "session_latest" / "logs"
+    if logs.is_dir():
+        shutil.rmtree(target, ignore_errors=True)
+        with contextlib.suppress(shutil.Error, OSError):  # a log that vanishes is no failure
+            shutil.copytree(logs, target, ignore_dangling_symlinks=True)
+
+
+# ------------------------------------------------------------------------------- the end
+
+
+def session_members(session: int) -> list[int]:
+    """Processes of the session that `session` leads, without the leader (Linux)."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:  # after the name, which may hold spaces: state, parent, group, session
+            fields = entry.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        pid = int(entry.parent.name)
+        if pid != session and int(fields[3]) == session and fields[0] != "Z":
+            found.append(pid)
+    return found
+
+
+def kill_members(session: int) -> None:
+    """Kill what the leader of `session` started: its Ray, in process groups of its own."""
+    deadline = time.monotonic() + TERM_GRACE_S
+    # Until none is there: one that was just being started is not in the list before.
+    while (members := session_members(session)) and time.monotonic() < deadline:
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def end_session(child: subprocess.Popen[bytes]) -> None:
+    """End the child and all that it started (its own Ray): TERM, a grace, then KILL."""
+    if child.poll() is None:
+        child.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=TERM_GRACE_S)
+    if child.poll() is None:
+        child.kill()
+        child.wait()  # before the look at its session: it starts no more processes now
+    kill_members(child.pid)
+    if child.stdin is not None:
+        child.stdin.close()
+
+
+# ------------------------------------------------------------------------- errors as JSON
+
+
+def error_fields(error: PosttrainError, rank: int | None, trace: str) -> dict[str, Any]:
+    """What `logs/error.json` holds of a user's error."""
+    fields: dict[str, Any] = {"kind": type(error).__name__, "rank": rank, "traceback": trace}
+    if isinstance(error, SeveralErrors):
+        return {**fields, "problems": [error_fields(each, rank, "") for each in error.problems]}
+    return {**fields, "what": error.what, "where": error.where, "fix": error.fix}
+
+
+def read_error(file: Path, log: Path) -> PosttrainError:
+    """The error that `logs/error.json` tells of, as the class that it was."""
+    try:
+        return _rebuild(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as broken:
+        return ClusterError(
+            f"the Ray job failed, and its error file cannot be read: {broken}",
+            where=str(log),
+            fix="its last lines say what happened",
+        )
+
+
+def _rebuild(fields: dict[str, Any]) -> PosttrainError:
+    if "problems" in fields:
+        return SeveralErrors([_rebuild(each) for each in fields["problems"]])
+    kind = getattr(errors, fields["kind"], ClusterError)
+    error: PosttrainError = kind(fields["what"], where=fields["where"], fix=fields["fix"])
+    return error
+
+
+if __name__ == "__main__":  # JOB [TEMP_DIR]: what is left to do for a driver that died
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(sys.argv[1]), signal.SIGKILL)
+    kill_members(int(sys.argv[1]))
+    for folder in sys.argv[2:]:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,221 @@
+"""The Ray job of one run, a process of its own: `python -m posttrain_launch.ray.job RUN_FOLDER`.
+
+It starts or joins Ray, checks that the workers fit, lets Ray Train place and restart them, and
+leaves `logs/error.json` if that failed. It ends, and its Ray with it, when its stdin closes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from posttrain_dist.config import Ray, RunConfig, Slurm
+from posttrain_dist.engine import Single
+from posttrain_dist.errors import ClusterError, PosttrainError
+from posttrain_dist.files import write_whole
+from posttrain_dist.preflight import single_on_many
+from posttrain_launch.ray.child import error_fields, error_file
+from posttrain_launch.ray.gate import is_soon, wait_for_data
+from posttrain_launch.ray.workers import WorkerError
+
+OBJECT_STORE_BYTES = 200_000_000  # nothing large travels through it
+JOIN_TIMEOUT_S = 10.0  # for a running Ray to answer
+SLURM_TIMEOUT_S = 120.0  # the same in a Slurm job, where it is still starting; and for all nodes
+
+
+def main() -> None:
+    """Run the job; exit code 0 or, with `logs/error.json` written, 1."""
+    parser = argparse.ArgumentParser(description="The Ray job of one run.")
+    parser.add_argument("run_folder", type=Path)
+    parser.add_argument("--address", default=None, help="host:port of a running Ray")
+    parser.add_argument("--temp-dir", type=Path, default=None, help="for the sockets of our own")
+    arguments = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a Ray driver that gets TERM may dump 300 MB
+    run_folder = arguments.run_folder.resolve()
+    threading.Thread(target=_end_with_driver, args=(arguments.temp_dir,), daemon=True).start()
+    # Half of what it takes to import Ray Train; meanwhile Ray's own processes start. Not ray.train
+    # itself, which shares modules with what ray.init imports in this thread.
+    threading.Thread(target=importlib.import_module, args=("pandas",), daemon=True).start()
+    try:
+        run_job(run_folder, arguments.address, arguments.temp_dir)
+    except Exception as failure:
+        traceback.print_exc()
+        fields = _describe(failure, run_folder)
+        write_whole(error_file(run_folder), json.dumps(fields, indent=1))
+        sys.exit(1)
+    finally:
+        ray.shutdown()
+
+
+def _end_with_driver(temp_dir: Path | None) -> None:
+    """Wait for the end of stdin (the driver died), then have this job and its own Ray ended."""
+    while os.read(0, 1024):
+        pass
+    print("the driver is gone; ending", file=sys.stderr, flush=True)
+    # By a process outside: this one may be starting more, and dies when its Ray does.
+    command = [sys.executable, "-m", "posttrain_launch.ray.child", str(os.getpid())]
+    subprocess.Popen(command + ([str(temp_dir)] if temp_dir else []), start_new_session=True)
+
+
+def run_job(run_folder: Path, address: str | None, temp_dir: Path | None) -> None:
+    """Start or join Ray and train.
+
+    Raises:
+        ClusterError: Ray cannot be reached, or the workers do not fit.
+        WorkerError: the training failed.
+    """
+    config = RunConfig.from_yaml((run_folder / "config.yaml").read_text(encoding="utf-8"))
+    cluster = config.cluster
+    assert isinstance(cluster, Ray)
+    # Ray puts the driver's working directory on the workers' sys.path: never the checkout's.
+    os.chdir(run_folder)
+    if address:
+        join(address, SLURM_TIMEOUT_S if isinstance(cluster, Slurm) else JOIN_TIMEOUT_S)
+    else:
+        ray.init(
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(temp_dir) if temp_dir else None,
+            _node_ip_address="127.0.0.1",
+        )
+    _stage("ray is there")
+    nodes = _nodes(cluster)
+    workers, use_gpu = place(cluster, nodes)
+    if isinstance(config.engine, Single) and workers > 1:
+        raise single_on_many(workers)
+    from posttrain_launch.ray.trainer import fit  # imports ray.train
+
+    if not is_soon(config, run_folder):
+        wait_for_data(run_folder)
+    spread = len(nodes) > 1 and not use_gpu
+    fit(config, run_folder, workers, use_gpu=use_gpu, spread=spread, here=not address)
+    _stage("the workers have ended")
+
+
+# ------------------------------------------------------------------------------- the cluster
+
+
+def join(address: str, timeout_s: float) -> None:
+    """Connect to a running Ray, which may still be starting."""
+    fix = "start Ray on this machine: `ray start --head`, or `ray start --address=HOST:PORT`"
+    if "://" in address:
+        raise ClusterError(
+            "is a Ray client address, and the driver has to be on a node of the cluster",
+            where=f"cluster.address={address}",
+            fix="give HOST:PORT of the cluster's head node",
+        )
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            if address != "auto":
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host, int(port)), timeout=5).close()
+            ray.init(address=address, log_to_driver=False)
+            return
+        except ValueError as refused:
+            raise ClusterError(
+                f"is no address of a Ray: {refused}", where=f"cluster.address={address}", fix=fix
+            ) from refused
+        except (OSError, RuntimeError) as refused:  # not listening yet, or no node of it here yet
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"no Ray answers there after {timeout_s:g} s: {refused}",
+                    where=f"cluster.address={address}",
+                    fix=fix,
+                ) from refused
+        time.sleep(0.5)
+
+
+def _nodes(cluster: Ray) -> list[dict[str, float]]:
+    """Resources of every node that is alive; in a Slurm job after all its nodes have come."""
+    wanted = cluster.nodes if isinstance(cluster, Slurm) else 1
+    deadline = time.monotonic() + SLURM_TIMEOUT_S
+    while True:
+        found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if len(found) >= wanted:
+            return found
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"{len(found)} of {wanted} nodes joined Ray within {SLURM_TIMEOUT_S:g} s",
+                where="cluster.nodes",
+                fix="read logs/ray-*.log of the run folder for what the others say",
+            )
+        time.sleep(0.2)
+
+
+def place(cluster: Ray, nodes: list[dict[str, float]]) -> tuple[int, bool]:
+    """How many workers there are to be, and whether on GPUs.
+
+    Args:
+        cluster: what was asked for.
+        nodes: resources of each node, as `{"CPU": 8.0, "GPU": 2.0}`.
+
+    Raises:
+        ClusterError: they do not fit on what is there.
+    """
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    cpus = sum(node.get("CPU", 0) for node in nodes)
+    per_worker = cluster.cpus_per_worker
+    default = gpus or (len(nodes) if isinstance(cluster, Slurm) else 1)
+    workers = cluster.workers or default
+
+    def room(node: dict[str, float]) -> int:
+        places = int(node.get("CPU", 0) / per_worker + 1e-9)
+        return min(places, int(node.get("GPU", 0))) if gpus else places
+
+    if workers > sum(map(room, nodes)):
+        there = f"{cpus:g} CPUs" + (f" and {gpus} GPUs" if gpus else " and no GPU")
+        there += f" on {len(nodes)} nodes" if len(nodes) > 1 else ""
+        need = f"{per_worker:g} CPUs" + (" and a GPU" if gpus else "")
+        fits = sum(map(room, nodes))
+        fixes = [f"set cluster.workers to at most {fits}"] if fits else []
+        if not gpus or workers <= gpus:
+            share = int(100 * sum(node.get("CPU", 0) for node in nodes) / workers) / 100
+            fixes.append(f"set cluster.cpus_per_worker to at most {share:g}")
+        raise ClusterError(
+            f"is {workers}, each with {need}, and there are {there}",
+            where="cluster.workers",
+            fix=", or ".join(fixes),
+        )
+    return workers, gpus > 0
+
+
+def _stage(what: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {what}", file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------- failures
+
+
+def _describe(failure: Exception, run_folder: Path) -> dict[str, Any]:
+    """The content of `logs/error.json`."""
+    trace = "".join(traceback.format_exception(failure))
+    if isinstance(failure, WorkerError) and failure.error is not None:
+        return error_fields(failure.error, failure.rank, failure.trace)
+    if isinstance(failure, PosttrainError):
+        return error_fields(failure, None, trace)
+    first_line = (str(failure).strip().splitlines() or ["no message"])[0]
+    what = f"{type(failure).__name__}: {first_line}"
+    log = str(run_folder / "logs" / "driver.log")
+    return error_fields(ClusterError(what, where=log, fix="read that log"), None, trace)
+
+
+if __name__ == "__main__":
+    # Under its real name: what it defines travels to workers by reference, not by value.
+    from posttrain_launch.ray.job import main as run_main
+
+    run_main()

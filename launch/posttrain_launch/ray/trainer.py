@@ -1,0 +1,179 @@
+"""The training of a Ray job: Ray Train places the workers, restarts them, and says what failed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from ray.train import FailureConfig, ScalingConfig, UserCallback
+from ray.train import RunConfig as RayRunConfig
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+
+from posttrain_dist.config import Ray, RunConfig, Slurm
+from posttrain_dist.errors import ClusterError
+from posttrain_launch.ray.child import quiet_environment
+from posttrain_launch.ray.workers import WorkerError, train_worker
+
+CONTROLLER_RETRIES = 4  # of a minute each, for workers to find their places after a lost node
+
+
+def fit(
+    config: RunConfig, run_folder: Path, workers: int, *, use_gpu: bool, spread: bool, here: bool
+) -> None:
+    """Train on `workers` Ray workers; returns when all of them have.
+
+    Args:
+        config: of the run; `config.cluster` is Ray or Slurm.
+        run_folder: shared by all nodes.
+        workers: their number, which fits on the cluster.
+        use_gpu: a GPU for each.
+        spread: one a node as far as there are nodes, else packed.
+        here: all of them on this machine.
+
+    Raises:
+        WorkerError: with an error for the user; a worker's own where it is one.
+    """
+    cluster = config.cluster
+    assert isinstance(cluster, Ray)
+    per_worker = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
+    trainer = LeanTrainer(
+        train_worker,
+        train_loop_config={"config": config.to_yaml(), "run_folder": str(run_folder)},
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=use_gpu,
+            resources_per_worker=per_worker,
+            placement_strategy="SPREAD" if spread else "PACK",
+        ),
+        backend_config=PlainConfig(),
+        run_config=RayRunConfig(
+            storage_path=str(run_folder / "ray"),
+            failure_config=FailureConfig(
+                max_failures=cluster.max_failures, controller_failure_limit=CONTROLLER_RETRIES
+            ),
+            callbacks=[RefuseRetry()],
+            worker_runtime_env={"env_vars": worker_environment(cluster, use_gpu, here)},
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as failure:
+        raise explain(failure, run_folder) from failure
+
+
+def worker_environment(cluster: Ray, use_gpu: bool, here: bool) -> dict[str, str]:
+    """Variables that a worker has from its first moment, before it imports torch."""
+    environment = quiet_environment()
+    environment["OMP_NUM_THREADS"] = str(max(1, int(cluster.cpus_per_worker)))
+    if not use_gpu:
+        environment["DS_ACCELERATOR"] = "cpu"
+    if here and sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # else the one that the host's name resolves to
+    if isinstance(cluster, Slurm) and cluster.network_interface:
+        environment["GLOO_SOCKET_IFNAME"] = cluster.network_interface
+        environment["NCCL_SOCKET_IFNAME"] = cluster.network_interface
+    return environment
+
+
+class PlainBackend(Backend):  # type: ignore[misc]
+    """Processes and nothing else: the library makes its own process group.
+
+    Ray Train's TorchConfig would make one, and for it import torch in the job and in the controller
+    too, which takes seconds of the way to the first step.
+    """
+
+    share_cuda_visible_devices = True  # as with TorchConfig: a worker's GPU is its local rank
+
+
+class PlainConfig(BackendConfig):  # type: ignore[misc]
+    """Chooses PlainBackend."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """The backend."""
+        return PlainBackend
+
+
+class LeanTrainer(DataParallelTrainer):  # type: ignore[misc]
+    """Ray Train without the parts that this project has no use for.
+
+    Each of them is a process of its own, which takes 2 s of a CPU to import Ray Train and Ray Data,
+    and most of them are waited for. What is overridden here is private to Ray: should another
+    version of it name things otherwise, the parts come back, and nothing breaks.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [each for each in callbacks if type(each).__name__ not in UNUSED_CALLBACKS]
+
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        # The controller asks an actor of Ray Data that shares out an autoscaler's nodes; on a Ray
+        # that has none it starts one first. `place` has seen that the nodes are there, and the
+        # placement group asks an autoscaler by itself.
+        for request in ("_send", "_maybe_send", "_cancel"):
+            setattr(given.get("scaling_policy"), f"{request}_resource_request", _nothing)
+        return super()._initialize_and_run_controller(**given)
+
+
+UNUSED_CALLBACKS = (
+    # Hands Ray Data sets to the workers, of which there are none.
+    "DatasetsCallback",
+    # Removes the placement group of a controller that died. Ray removes it when the job ends, and
+    # ours ends with its controller. Without a dashboard it also floods the log.
+    "PlacementGroupCleanerCallback",
+)
+
+
+def _nothing() -> None:
+    """What the scaling policy asks for."""
+
+
+class RefuseRetry(UserCallback):  # type: ignore[misc]
+    """Ends the run at once when a worker meets an error that the user has to mend.
+
+    What a callback raises is an error of the controller, and Ray Train retries only those of
+    workers: training again on the same bad input would fail again.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raise the first worker's failure that carries a user's error."""
+        for _, failure in sorted(worker_exceptions.items()):
+            if isinstance(failure, WorkerError) and failure.error is not None:
+                raise failure
+
+
+def explain(failure: TrainingFailedError, run_folder: Path) -> WorkerError:
+    """Ray Train's failure as one line, with the rank that failed first as far as can be told."""
+    if isinstance(failure, ControllerError):
+        cause = failure.controller_failure
+        if isinstance(cause, WorkerError):
+            return cause
+    elif isinstance(failure, WorkerGroupError):
+        return _explain_workers(failure.worker_failures, run_folder)
+    else:
+        cause = failure
+    text = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    log = run_folder / "logs" / "driver.log"
+    error = ClusterError(f"Ray Train failed: {text}", where=str(log), fix="read that log")
+    return WorkerError(None, text, str(failure), error)
+
+
+def _explain_workers(failures: dict[int, Exception], run_folder: Path) -> WorkerError:
+    # A lost process comes first: what the others then raise, a broken connection, follows from it.
+    lost = [rank for rank in failures if not isinstance(failures[rank], WorkerError)]
+    rank = min(lost or failures)
+    failure = failures[rank]
+    if isinstance(failure, WorkerError):
+        text, trace = failure.text, failure.trace
+    else:
+        text = "its process was lost (killed, out of memory, or its node went away)"
+        trace = str(failure)
+    error = ClusterError(
+        f"rank {rank}: {text}",
+        where=str(run_folder / "logs" / f"rank-{rank}.log"),
+        fix="read that log; started again, the run goes on from its newest checkpoint",
+    )
+    return WorkerError(rank, text, trace, error)

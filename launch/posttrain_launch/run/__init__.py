@@ -1,0 +1,1 @@
+"""One frozen run, from its data to FINISHED."""

@@ -1,0 +1,181 @@
+"""The run folder: made once, by the process where the command is typed, with all that is fixed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import shutil
+import subprocess
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from posttrain_dist.config import RunConfig, complete
+from posttrain_dist.engine import DeepSpeed
+from posttrain_dist.errors import ConfigError
+from posttrain_dist.files import write_whole
+from posttrain_launch.compose.composer import Composed
+
+RESERVED = ("embedded", "tiny_base")  # names of what comes with the package, not paths
+PACKAGES = ("posttrain-dist", "torch", "transformers", "deepspeed", "ray", "hydra-core", "wandb")
+
+
+def freeze(composed: Composed, command: str) -> Path:
+    """Make a run folder `<output_root>/<name>/<time>` and write what the run is.
+
+    config.yaml (every value, absolute paths, the chosen options), overrides.yaml, run.json, and
+    deepspeed.json, a copy of the user's own DeepSpeed JSON where there is one.
+
+    Args:
+        command: the command line, kept as the run's lineage.
+
+    Returns:
+        The absolute path of the folder, which no other process has.
+
+    Raises:
+        ConfigError: the configuration contradicts itself, or the folder cannot be made.
+    """
+    config = complete(absolute(composed.config))
+    now = datetime.now().astimezone()
+    folder = _new_folder(Path(config.output_root) / config.name, now.strftime("%Y%m%d-%H%M%S"))
+    config, deepspeed_json = _keep_deepspeed_json(config, folder)
+    text = config.to_yaml() + OmegaConf.to_yaml({"choices": dict(sorted(composed.choices.items()))})
+    lineage = {
+        "id": f"{config.name}-{folder.name}",
+        "name": config.name,
+        "created": now.isoformat(timespec="seconds"),
+        "command": command,
+        "host": platform.node(),
+        "versions": versions(),
+        "git": git_state(Path(__file__).parents[1]),
+        "wandb_id": secrets.token_hex(4),
+        "hashes": {"config": hashlib.sha256(text.encode()).hexdigest()},
+    }
+    try:
+        (folder / "logs").mkdir()
+        for name, content in {
+            "deepspeed.json": deepspeed_json,
+            "overrides.yaml": OmegaConf.to_yaml(composed.overrides),
+            "run.json": json.dumps(lineage, indent=1) + "\n",
+            "config.yaml": text,  # last: with it the folder is a run
+        }.items():
+            if content is not None:
+                write_whole(folder / name, content, to_disk=True)
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+    return folder
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """A copy whose paths do not depend on the working directory."""
+    data = replace(
+        config.data,
+        train=_absolute(config.data.train),
+        eval=None if config.data.eval is None else _absolute(config.data.eval),
+        sources={
+            name: replace(source, path=_absolute(source.path))
+            for name, source in config.data.sources.items()
+        },
+        cache=None if config.data.cache is None else _absolute(config.data.cache),
+    )
+    template = config.template
+    if template.name.endswith(".jinja"):
+        template = replace(template, name=_absolute(template.name))
+    model = replace(config.model, path=_absolute(config.model.path))
+    engine = config.engine
+    if isinstance(engine, DeepSpeed) and engine.config is not None:
+        engine = replace(engine, config=_absolute(engine.config))
+    train = config.train
+    if train.resume == "never":
+        # The folder is new; from here on, what is resumed is this run itself, after a restart.
+        train = replace(train, resume="auto")
+    if train.resume != "auto":
+        train = replace(train, resume=_absolute(train.resume))
+    root = _absolute(config.output_root)
+    return replace(
+        config,
+        data=data,
+        template=template,
+        model=model,
+        engine=engine,
+        train=train,
+        output_root=root,
+    )
+
+
+def _absolute(path: str) -> str:
+    if path in RESERVED or not path or path.startswith("hf:"):
+        return path
+    return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - keeps globs
+
+
+def _keep_deepspeed_json(config: RunConfig, folder: Path) -> tuple[RunConfig, str | None]:
+    """The config with its DeepSpeed JSON in the run folder, where later edits do not reach it."""
+    engine = config.engine
+    if not isinstance(engine, DeepSpeed) or engine.config is None:
+        return config, None
+    text = Path(engine.config).read_text(encoding="utf-8")
+    engine = replace(engine, config=str(folder / "deepspeed.json"))
+    return replace(config, engine=engine), text
+
+
+def _new_folder(parent: Path, stamp: str) -> Path:
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in range(1, 10_000):
+            folder = parent / (stamp if number == 1 else f"{stamp}-{number}")
+            try:
+                folder.mkdir(exist_ok=False)  # the one step that two processes cannot both do
+            except FileExistsError:
+                continue
+            return folder
+    except OSError as error:
+        raise _not_writable(parent, error) from error
+    raise _not_writable(parent, OSError("too many runs of this second"))
+
+
+def _not_writable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"the run folder cannot be made in {folder}: {error.strerror or error}",
+        where="output_root",
+        fix="set output_root=<a folder that you may write to>",
+    )
+
+
+# ---------------------------------------------------------------------------------- lineage
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that decide a run's numbers."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that this program runs from; None for an installed wheel."""
+    if shutil.which("git") is None:
+        return None
+
+    def git(*words: str) -> str | None:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # A wheel's folder may lie in somebody's checkout, of which it is no part.
+    if git("ls-files", "--error-unmatch", "cli.py") is None:
+        return None
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
+    return {"commit": commit, "changed": bool(changes)} if commit else None

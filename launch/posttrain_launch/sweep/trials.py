@@ -1,0 +1,111 @@
+"""`-m`: each trial a run folder and a process of its own; a failed one does not end the sweep."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from posttrain_launch.compose.composer import Composed, to_composed
+from posttrain_launch.failures import BAD_CONFIG, FAILED, STOPPED, tell
+from posttrain_launch.run.summary import align
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One row of the closing table."""
+
+    words: list[str]  # its overrides
+    state: str
+    code: int
+    held_out: float | None  # the last held-out loss
+    folder: Path | None
+
+
+@dataclass(slots=True)
+class Sweep:
+    """The trials of one `-m` command."""
+
+    trials: list[Trial] = field(default_factory=list)
+
+    def trial(
+        self,
+        config: DictConfig,
+        hydra: DictConfig,
+        act: Callable[[Composed], tuple[int, Path | None]],
+    ) -> float | None:
+        """Run one trial; returns its last held-out loss, which a sweeper may minimise."""
+        words: list[str] = list(hydra.overrides.task)
+        print(f"\ntrial {len(self.trials)}: {' '.join(words)}", flush=True)
+        folder, code = None, BAD_CONFIG
+        try:
+            code, folder = act(to_composed(config, hydra))
+        except Exception as error:
+            tell(error)
+        held_out = last_held_out(folder) if folder is not None else None
+        states = {0: "done", STOPPED: "stopped"}
+        state = states.get(code, f"failed ({code})")
+        self.trials.append(Trial(words, state, code, held_out, folder))
+        if code == STOPPED:
+            raise KeyboardInterrupt
+        return held_out
+
+    def run_apart(self, words: list[str], debug: bool) -> int:
+        """`posttrain WORDS` in a process of its own, which gets the signals."""
+        command = [sys.executable, "-m", "posttrain_launch.cli", *words]
+        child = subprocess.Popen([*command, *(["--debug"] if debug else [])])
+        with _signals_to(child):
+            return child.wait()
+
+    def table(self) -> str:
+        """One line a trial, named by what the trials do not all share."""
+        shared = set.intersection(*(set(trial.words) for trial in self.trials))
+        rows = [
+            (
+                " ".join(w for w in trial.words if w not in shared) or "-",
+                trial.state,
+                "-" if trial.held_out is None else f"{trial.held_out:.4f}",
+                str(trial.folder or "-"),
+            )
+            for trial in self.trials
+        ]
+        return "\n" + align([("trial", "state", "held-out loss", "run folder"), *rows])
+
+    def exit_code(self) -> int:
+        """0 if every trial came to its end."""
+        return FAILED if any(trial.code for trial in self.trials) else 0
+
+
+@contextlib.contextmanager
+def _signals_to(child: subprocess.Popen[Any]) -> Iterator[None]:
+    """Ctrl-C reaches the child by itself, being typed at the terminal; the others are passed on."""
+
+    def forward(number: int, _: object) -> None:
+        child.send_signal(number)
+
+    handlers: dict[int, Any] = {signal.SIGINT: lambda *_: None}
+    handlers |= dict.fromkeys((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2), forward)
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def last_held_out(folder: Path) -> float | None:
+    """The last held-out loss in a run's metrics."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return None
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    losses = [row["eval/loss"] for row in rows if "eval/loss" in row]
+    return float(losses[-1]) if losses else None

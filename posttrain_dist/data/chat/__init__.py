@@ -1,0 +1,1 @@
+"""Chat templates, masks and checks: Record -> Example."""

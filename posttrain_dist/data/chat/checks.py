@@ -1,0 +1,299 @@
+"""What is checked on every sample: each a small function, and one table that explains them.
+
+A check says what is wrong, or nothing. `strict` turns a failed check of level "error" into a
+refusal of the row; else its name is noted in the sample's `faults`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain_dist.data.chat.controls import REASONING, Span
+from posttrain_dist.data.chat.conversation import Conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What a check protects from, and how to mend what fails it."""
+
+    level: str  # "error" or "warning"
+    explain: str
+    fix: str
+    allowed: float = 0.0  # share of the rows that may fail without an alarm
+
+
+CHECKS: dict[str, Check] = {
+    "prompt_prefix": Check(
+        "error",
+        "Training must show the text that inference shows: the tokens of each inference prompt "
+        "begin the training tokens, and a turn reads as it did when it was written.",
+        "set template.explode_turns=true (one sample for each assistant turn) where the template "
+        "rewrites earlier turns; else move spaces or line breaks from the end of the prompt "
+        "to the beginning of the answer, or mend the template",
+    ),
+    "generation_prompt": Check(
+        "error",
+        "What stands between the generation prompt and the supervised text is given by nobody "
+        "at inference, and the model never learned to write it.",
+        "let the template write all of the header under add_generation_prompt, or move "
+        "{% generation %} to the end of that prompt",
+    ),
+    "generation_marks": Check(
+        "error",
+        "Of each turn in the loss, what stands between {% generation %} marks is learned, and "
+        "nothing that is given at inference: no header and no earlier message.",
+        "begin {% generation %} where the generation prompt ends (not in a macro), in each branch "
+        "that writes a turn of the assistant; or set the weight of the turn to 0",
+    ),
+    "content_shown": Check(
+        "error",
+        "What the assistant says, thinks and calls stands in the text; a template may leave out "
+        "what it does not know, and the model would learn the rest.",
+        "choose a template that writes it; or write thoughts into the content as "
+        "<think>...</think>, and what stands beside a tool call into a turn of its own; or take "
+        "it out of the row",
+    ),
+    "tools_shown": Check(
+        "error",
+        "A model that is to call tools reads their description in the prompt, and each call stands "
+        "in its own turn; a template may write neither.",
+        "choose a template that knows tools, or leave them out of the row",
+    ),
+    "tools_listed": Check(
+        "warning",
+        "The row lists tools that nobody calls, and the chat template does not write them.",
+        "nothing is to be done where the answers do without tools; else choose a template that "
+        "knows tools",
+    ),
+    "double_bos": Check(
+        "error",
+        "A second begin-of-text token is text that the model has never seen before.",
+        "remove the one with which the row begins, or one of those that the chat template writes",
+    ),
+    "end_of_turn": Check(
+        "error",
+        "A model that is not taught the end-of-turn token never stops.",
+        "end each turn with a special token inside {% generation %} ... {% endgeneration %}; "
+        "where rows are cut, raise data.max_length",
+        allowed=0.01,
+    ),
+    "no_target": Check(
+        "error",
+        "A row without a supervised token teaches nothing.",
+        "give the assistant something to say, or its turns a weight; if every row says this, the "
+        "chat template's {% generation %} marks are misplaced",
+    ),
+    "empty_turn": Check(
+        "warning",
+        "A turn of the assistant without a word and without a tool call teaches to end at once.",
+        "nothing is to be done where silence is the right answer; else leave such rows out, or "
+        'give the turn "train": false',
+    ),
+    "truncated_target": Check(
+        "warning",
+        "The row was cut before its first supervised token, so it is left out.",
+        "raise data.max_length, or set data.long_rows=split or drop",
+    ),
+    "control_tokens": Check(
+        "warning",
+        "The content quotes control tokens of the template; they are encoded as plain text, so "
+        "that no content can forge a turn. In a row of plain text they are what they say: it "
+        "begins or ends in the middle.",
+        "nothing is to be done where the text means to quote them; else clean the data",
+    ),
+}
+
+
+def prompt_text_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
+    """A turn whose inference prompt, or whose own text, is not that of the training text."""
+    if not rendered.text.startswith(rendered.prompt(turn)):
+        return rendered.other_prompt(turn, rendered.text)
+    end = spans[-1][1] if spans else len(rendered.prompt(turn))
+    if rendered.upto(turn)[:end] != rendered.text[:end]:
+        return (
+            f"messages[{turn}] is rendered differently once later messages follow, so training "
+            "would show it as inference never writes it"
+        )
+    return ""
+
+
+def prompt_token_fault(ids: Sequence[int], first: int, tail: Sequence[int], turn: str) -> str:
+    """An inference prompt whose last tokens, from token `first` on, are not in `ids`."""
+    if list(ids[first : first + len(tail)]) == list(tail):
+        return ""
+    return (
+        f"the tokens of the inference prompt{turn} do not begin the training tokens: the answer's "
+        "first characters merge with the prompt's last"
+    )
+
+
+def gap_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
+    """Text between the generation prompt and what is supervised of the turn."""
+    prompt = rendered.prompt(turn)
+    gap = rendered.text[len(prompt) : spans[0][0]].strip() if spans else ""
+    if not gap or not rendered.text.startswith(prompt):
+        return ""
+    return f"the generation prompt of messages[{turn}] stops before {gap!r}"
+
+
+def end_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
+    """A turn whose last supervised character is not that of a special token."""
+    if not spans:
+        return ""
+    if rendered.ends_turn(spans[-1]):
+        if not rendered.stops_early(turn, spans[-1]):
+            return ""
+        return f"not all of the tokens that end messages[{turn}] are supervised"
+    return f"no end-of-turn token is supervised in messages[{turn}]"
+
+
+def bos_fault(ids: Sequence[int], bos: int | None, eos: int | None, name: str) -> str:
+    """A begin-of-text token that stands neither first nor behind the end of a text."""
+    if bos is None or bos == eos or list(ids).count(bos) < 2:
+        return ""
+    if ids[0] == ids[1] == bos:
+        return f"begins with two {name} tokens"
+    wrong = [i for i in range(1, len(ids)) if ids[i] == bos and ids[i - 1] != eos]
+    return f"holds a second {name} token, as its token {wrong[0]}" if wrong else ""
+
+
+def quote_fault(ids: Sequence[int], bos: int | None, eos: int | None) -> str:
+    """A row of plain text that holds a token which begins or ends one."""
+    inside = ids[1:-1]
+    return "holds a begin or an end of text" if bos in inside or eos in inside else ""
+
+
+def mark_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
+    """A turn of which nothing is learned, or more than what stands behind its inference prompt."""
+    if not spans:
+        verb = "marks" if rendered.by_marks else "writes"
+        return f"the chat template {verb} nothing of messages[{turn}], so it would not be learned"
+    if turn not in rendered.early:
+        return ""
+    before = rendered.text[rendered.early[turn] : spans[0][0]].strip()
+    return (
+        f"what the chat template marks of messages[{turn}] begins before that turn, so "
+        f"{before[:80]!r} would be learned"
+    )
+
+
+def empty_fault(rendered: Conversation, turn: int) -> str:
+    """A turn without words, thoughts and tool calls."""
+    silent = not rendered.says(turn) and not rendered.messages[turn].get("reasoning_content")
+    return f"messages[{turn}] says nothing" if silent else ""
+
+
+# --------------------------------------------------------------------------- what is left out
+
+
+def unseen_fault(rendered: Conversation, plain: str, first: int = 0) -> str:
+    """Tools, or calls in messages[first:], that the template does not write.
+
+    `plain` is the text without tools.
+    """
+    if rendered.tools and plain == rendered.text:
+        return "the chat template does not show the row's tools"
+    for i, message in enumerate(rendered.messages[first:], first):
+        calls = message.get("tool_calls")
+        if not calls:
+            continue
+        said = _said(rendered, rendered.own_text(i))
+        rest, _ = _unwritten(message, said)
+        if any(_name(call) in rest for call in calls):
+            continue
+        # What was taken for the content may be the call.
+        if not any(_name(call) in said for call in calls) or rendered.shows_content(i):
+            return f"the chat template does not show messages[{i}].tool_calls"
+    return ""
+
+
+def shown_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
+    """What the assistant says, thinks or calls and the template leaves out, white space apart."""
+    if not spans:
+        return ""
+    message, (start, end) = rendered.messages[turn], (spans[0][0], spans[-1][1])
+    calls = message.get("tool_calls") or ()
+    content = str(message.get("content") or "").strip()
+    # The usual case at once; a short content may stand in a header, or in an end token.
+    is_shown = not content or (len(content) > 40 and rendered.text.find(content, start, end) >= 0)
+    if is_shown and not calls and not message.get("reasoning_content"):
+        return ""
+    rest, field = _unwritten(message, _said(rendered, rendered.text[start:end]))
+    if field:
+        return f"the chat template does not write all of messages[{turn}].{field}"
+    at = 0
+    for call in calls:
+        name, arguments = _name(call), call.get("function", call).get("arguments")
+        at = rest.find(name, at) + len(name)
+        if at < len(name) or not all(any(f in rest for f in forms) for forms in _leaves(arguments)):
+            field = "tool_calls" if not content or rendered.shows_content(turn) else "content"
+            return f"the chat template does not write all of messages[{turn}].{field}"
+    return ""
+
+
+def _said(rendered: Conversation, text: str) -> str:
+    """Text without white space, and a line break for each of the template's own tokens."""
+    return "\n".join(_dense(part) for part in rendered.closing.split(text))
+
+
+def _unwritten(message: dict[str, Any], said: str) -> tuple[str, str]:
+    """`said` without thoughts and content, and the field of the message that is not in it."""
+    content, thought = (_words(message.get(k)) for k in ("content", "reasoning_content"))
+    for order in (thought + content, content + thought) if thought else (content,):
+        rest = _without(said, order)
+        if rest is not None:
+            return rest, ""
+    alone = _without(said, content)
+    return (said, "content") if alone is None else (alone, "reasoning_content")
+
+
+def _words(value: Any) -> list[str]:
+    """Text between the marks of thoughts, which a template may write in its own way."""
+    return [part for part in REASONING.split(value) if part.strip()] if value else []
+
+
+def _without(said: str, words: Sequence[str]) -> str | None:
+    """`said` without `words`, which stand in it one behind the other; null if they do not."""
+    kept, at = [], 0
+    for word in words:
+        found = [(said.find(form, at), len(form)) for form in _forms(word)]
+        start, length = next((each for each in found if each[0] >= 0), (-1, 0))
+        if start < 0:
+            return None
+        kept.append(said[at:start])
+        at = start + length
+    return "\n".join([*kept, said[at:]])
+
+
+def _leaves(value: Any) -> Iterator[tuple[str, ...]]:
+    """Each key and value of an argument, in the ways that templates write it."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield _forms(str(key))
+            yield from _leaves(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, float) and value.is_integer():
+        yield json.dumps(value), str(int(value))
+    elif value is not None:
+        yield _forms(value) if isinstance(value, str) else (json.dumps(value), str(value))
+
+
+def _forms(text: str) -> tuple[str, ...]:
+    """Text as it is, and as JSON writes it."""
+    plain, escaped = _dense(text), _dense(json.dumps(text, ensure_ascii=False)[1:-1])
+    if plain == escaped and text.isascii():
+        return (plain,)
+    return plain, escaped, _dense(json.dumps(text)[1:-1])
+
+
+def _name(call: dict[str, Any]) -> str:
+    return _dense(str(call.get("function", call).get("name")))
+
+
+def _dense(text: str) -> str:
+    return "".join(text.split())

@@ -1,0 +1,1 @@
+"""Row shapes: what a row may look like, how one is recognised, and row -> Record."""

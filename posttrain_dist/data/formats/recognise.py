@@ -1,0 +1,314 @@
+"""What a row may look like: the table of formats, how one is recognised, and row -> Record."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain_dist.data import Format
+from posttrain_dist.data.formats.pairs import (
+    read_preference,
+    read_prompt,
+    read_prompt_completion,
+    read_reference,
+)
+from posttrain_dist.data.formats.plain import read_plain, read_tokens
+from posttrain_dist.data.formats.turns import Turns, read_alpaca, read_conversation, read_tools
+from posttrain_dist.data.read.bad_row import BadRow, bad_field, kind
+from posttrain_dist.errors import ConfigError, DataError
+from posttrain_dist.flow import Record
+
+CHANNEL_KEYS = ("task_type", "channel", "data_source", "dataset", "source")  # the first one counts
+_MAX_NAME = 100  # characters of a channel's name
+# Keys that would change what is trained; any other unknown key is the user's own note.
+_NEVER = ("functions", "documents", "images", "videos", "audios", "weight")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The keys of one format, and the function that fills a Record from such a row."""
+
+    needs: tuple[str, ...]
+    may: tuple[str, ...]  # keys that are read where they are there
+    example: str
+    fill: Callable[[dict[str, Any]], dict[str, Any]]  # row -> fields of Record
+    never: tuple[str, ...] = _NEVER
+
+
+def _of_turns(row: dict[str, Any], turns: Turns) -> dict[str, Any]:
+    filled = {"messages": turns.messages, "weights": turns.weights}
+    return filled | ({"tools": read_tools(row["tools"])} if "tools" in row else {})
+
+
+def _prompt_completion(row: dict[str, Any]) -> dict[str, Any]:
+    pair = read_prompt_completion(row)
+    if isinstance(pair, Turns):
+        return _of_turns(row, pair)
+    if row.get("tools"):
+        raise bad_field("tools", "needs prompt and completion as lists of turns", "remove tools")
+    return {"text": pair[0], "supervised_from": pair[1]}
+
+
+def _tokens(row: dict[str, Any]) -> dict[str, Any]:
+    input_ids, labels = read_tokens(row)
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def _preference(row: dict[str, Any]) -> dict[str, Any]:
+    prompt, chosen, rejected = read_preference(row)
+    return _of_turns(row, Turns(prompt, ())) | {"chosen": chosen, "rejected": rejected}
+
+
+def _prompt(row: dict[str, Any]) -> dict[str, Any]:
+    used = {"prompt", "tools", "task_type", "check"}
+    reference = read_reference(row, used)
+    return _of_turns(row, Turns(read_prompt(row), ())) | {"reference": reference}
+
+
+_TURNS = '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
+# In the order of errors; a format stands before those whose keys are part of its own.
+FORMATS: dict[Format, Shape] = {
+    Format.messages: Shape(
+        ("messages",),
+        ("tools",),
+        '{"messages": ' + _TURNS + ', "task_type": "..."}',
+        lambda row: _of_turns(row, read_conversation(row, "messages")),
+    ),
+    Format.sharegpt: Shape(
+        ("conversations",),
+        ("tools", "system"),
+        '{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}',
+        lambda row: _of_turns(row, read_conversation(row, "conversations")),
+    ),
+    Format.alpaca: Shape(
+        ("instruction", "output"),
+        ("input", "system", "history"),
+        '{"instruction": "...", "input": "...", "output": "..."}',
+        lambda row: _of_turns(row, read_alpaca(row)),
+    ),
+    Format.prompt_completion: Shape(
+        ("prompt", "completion"),
+        ("tools",),
+        '{"prompt": "...", "completion": "..."}',
+        _prompt_completion,
+    ),
+    Format.text: Shape(
+        ("text",),
+        (),
+        '{"text": "...", "task_type": "..."}',
+        lambda row: {"text": read_plain(row)},
+        (*_NEVER, "tools"),
+    ),
+    Format.tokens: Shape(
+        ("input_ids",),
+        ("labels", "attention_mask"),
+        '{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}',
+        _tokens,
+        (*_NEVER, "completion_mask", "assistant_masks", "loss_mask", "position_ids"),
+    ),
+    Format.preference: Shape(
+        ("chosen", "rejected"),
+        ("prompt", "tools"),
+        '{"prompt": "...", "chosen": "...", "rejected": "..."}',
+        _preference,
+    ),
+    Format.prompt: Shape(
+        ("prompt",),
+        ("tools",),
+        '{"prompt": "...", "answer": "..."}',
+        _prompt,
+        ("images", "videos", "audios"),
+    ),
+}
+_WITH_CHECK = {Format.messages, Format.sharegpt, Format.alpaca, Format.prompt_completion}
+
+
+# ------------------------------------------------------------------------------- recognition
+
+
+def recognise(rows: Sequence[Set[str]], accepts: Set[Format], where: str) -> Format:
+    """The one accepted format whose keys most of these rows have.
+
+    Args:
+        rows: the keys of the first rows, already renamed.
+        accepts: formats that the objective can train on.
+        where: of the first row, for errors.
+
+    Raises:
+        DataError: no row has the keys of an accepted format.
+        ConfigError: a row fits two formats, or as many rows fit one as fit another.
+    """
+    wanted = [format for format in FORMATS if format in accepts]
+    if not rows:
+        return wanted[0]  # nothing can be read, which is told row by row
+    fits = [_fitting(row, wanted) for row in rows]
+    counts = Counter(format for row in fits for format in row)
+    if not counts:
+        raise _nothing_fits(rows[0], wanted, where)
+    most = max(counts.values())
+    found = next((row for row in fits if len(row) > 1), [f for f in counts if counts[f] == most])
+    if len(found) == 1:
+        return found[0]
+    names = [format.name for format in found]
+    raise ConfigError(
+        f"the rows fit {' and '.join(names)}",
+        where="data.format",
+        fix=f"set data.format={' or data.format='.join(names)}",
+    )
+
+
+def _fitting(keys: Set[str], formats: Iterable[Format]) -> list[Format]:
+    """Formats whose keys are there, without those whose keys are part of another such format."""
+    fit = [format for format in formats if keys >= set(FORMATS[format].needs)]
+    return [format for format in fit if not any(_is_part(format, other) for other in fit)]
+
+
+def _is_part(small: Format, large: Format) -> bool:
+    own, other = FORMATS[small], FORMATS[large]
+    return small is not large and set(own.needs) < {*other.needs, *other.may}
+
+
+def _nothing_fits(keys: Set[str], wanted: list[Format], where: str) -> DataError:
+    others = _fitting(keys, FORMATS)
+    shown = ", ".join(sorted(keys)) or "none"
+    what = f"these are {others[0].name} rows" if others else f"no known format (keys: {shown})"
+    examples = "".join(f"\n    {format.name}: {FORMATS[format].example}" for format in wanted)
+    names = "set data.columns where the keys have other names"
+    fix = f"this objective reads rows such as{examples}" + ("" if others else f"\n  or {names}")
+    return DataError(what, where=where, fix=fix)
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Refuse names that no format has.
+
+    Raises:
+        ConfigError: with the nearest name there is.
+    """
+    ours = {*CHANNEL_KEYS, "check"}
+    for shape in FORMATS.values():
+        ours |= {*shape.needs, *shape.may}
+    for name in columns:
+        if name not in ours:
+            near = difflib.get_close_matches(name, ours, n=1) or sorted(ours)
+            what = f"no format has a column {name!r}"
+            fix = f"write our name before the colon: {', '.join(near)}"
+            raise ConfigError(what, where=f"data.columns.{name}", fix=fix)
+
+
+# ------------------------------------------------------------------------------ row to Record
+
+
+def to_record(
+    format: Format, row: Any, stem: str, where: str, columns: Mapping[str, str]
+) -> Record:
+    """Check a row of a format field by field.
+
+    Args:
+        format: one of FORMATS.
+        row: the JSON value, its columns already renamed.
+        stem: name of the file, the channel of rows that name none.
+        where: "file:line".
+        columns: our name -> theirs, for errors.
+
+    Raises:
+        BadRow: what is wrong, and in which field.
+    """
+    shape = FORMATS[format]
+    expected = f"this objective reads rows such as {shape.example}"
+    if not isinstance(row, dict):
+        raise BadRow(f"is {kind(row)}, expected an object", expected)
+    for name in shape.needs:
+        if name not in row:
+            keys = ", ".join(sorted(row)) or "none"
+            theirs = columns.get(name, name)
+            raise BadRow(f"has no key {theirs!r} (keys: {keys})", expected)
+    if len(row) > len(shape.needs):
+        _check_keys(format, row)
+    check = row.get("check")
+    if check not in (None, "exact"):
+        fix = 'use "exact" or leave out'
+        raise bad_field("check", f'is {check!r}, the only one is "exact"', fix)
+    filled = shape.fill(row)
+    if check:
+        _check_exact(format, filled)
+    return Record(channel=read_channel(row, stem), where=where, check=check, **filled)
+
+
+def rename(row: Any, columns: Mapping[str, str]) -> Any:
+    """The row with our names for its keys."""
+    if not columns or not isinstance(row, dict):
+        return row
+    taken = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+    theirs = set(columns.values())
+    return {key: value for key, value in row.items() if key not in theirs} | taken
+
+
+def _check_exact(format: Format, filled: dict[str, Any]) -> None:
+    messages = filled.get("messages")
+    if format not in _WITH_CHECK or not messages:
+        what = f"needs messages, and this is a {format.name.replace('_', '-')} row"
+        raise bad_field("check", what, "remove check")
+    if messages[-1]["role"] != "assistant":
+        what = 'is "exact" and the last turn is no assistant turn'
+        raise bad_field("check", what, "end with the right answer")
+
+
+def read_channel(row: dict[str, Any], stem: str) -> str:
+    """`task_type`, else the first of its synonyms that is a name, else the name of the file.
+
+    Raises:
+        BadRow: task_type is no short printable text.
+    """
+    if "task_type" not in row:
+        synonyms = (row[key] for key in CHANNEL_KEYS[1:] if key in row)
+        return next((value for value in synonyms if _is_name(value)), stem)
+    channel = row["task_type"]
+    if not isinstance(channel, str):
+        fix = "write it as a JSON string"
+        raise bad_field("task_type", f"is {kind(channel)}, expected text", fix)
+    fix = "give a short printable name: it names the channel"
+    if len(channel) > _MAX_NAME:
+        what = f"has {len(channel)} characters, and {_MAX_NAME} are allowed"
+        raise bad_field("task_type", what, fix)
+    if not channel.strip() or not channel.isprintable():
+        raise bad_field("task_type", f"is {channel!r}", fix)
+    return channel
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a synonym of task_type names a channel; addresses and texts are notes."""
+    if not isinstance(value, str) or not 0 < len(value) <= _MAX_NAME:
+        return False
+    return value.isprintable() and value == " ".join(value.split()) and "://" not in value
+
+
+def _check_keys(format: Format, row: dict[str, Any]) -> None:
+    shape = FORMATS[format]
+    for name in shape.never:
+        if row.get(name) not in (None, [], {}, ""):
+            expected = f"this objective reads rows such as {shape.example}"
+            what = f"key {name!r} is not supported beside {shape.needs[0]!r}"
+            raise BadRow(what, expected, field=name)
+    near = _misspelt(format, frozenset(row))
+    if near:
+        fix = f"write {near[1]!r}, or rename the key"
+        raise BadRow(f"unknown key {near[0]!r}", fix, field=near[0])
+
+
+@functools.lru_cache(maxsize=4096)
+def _misspelt(format: Format, keys: frozenset[str]) -> tuple[str, str] | None:
+    """(a key, the known key that it is likely meant to be); that one is absent."""
+    shape = FORMATS[format]
+    known = {*shape.needs, *shape.may, "task_type", "check"}
+    if format is Format.prompt:  # its other columns are its own
+        known = {"task_type", "tools"}
+    absent = known - keys
+    for name in sorted(keys - {*known, *CHANNEL_KEYS, *shape.needs}):
+        near = difflib.get_close_matches(name, absent, n=1, cutoff=0.75)
+        if near:
+            return name, near[0]
+    return None

@@ -1,0 +1,1 @@
+"""Examples -> batches: mix, order, pack, balance, collate, prefetch."""

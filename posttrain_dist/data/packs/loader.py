@@ -1,0 +1,136 @@
+"""The batches of each step, for one rank: every rank runs the same number of micro-steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from posttrain_dist.data.packs.balance import Cost, deal
+from posttrain_dist.data.packs.collate import collate, filler
+from posttrain_dist.data.packs.mixing import Mixture
+from posttrain_dist.data.packs.order import Order
+from posttrain_dist.data.packs.packing import Ints, plan_in_order
+from posttrain_dist.data.prepared.arrays import Examples
+from posttrain_dist.errors import DataError
+from posttrain_dist.flow import Batch
+
+
+class PackedSource:
+    """The batches of every step, for one rank.
+
+    Which samples are in a step depends on (seed, step) alone: `world`, `rank` and
+    `micro_batch_size` only decide which rank runs them, and how many at once.
+
+    Args:
+        examples: a prepared split.
+        max_length: tokens of a pack at most.
+        window: samples that packing may reorder among themselves.
+        seed: of the run.
+        batch_size: packs of a step, over all ranks.
+        micro_batch_size: packs of one forward on one rank.
+        rank: this process.
+        world: number of processes.
+        mixture: what an epoch draws; None: every sample once.
+        cost: what ranks are balanced by.
+        vocab_size: where given, tokens are checked against it.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        *,
+        max_length: int,
+        window: int,
+        seed: int,
+        batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world: int,
+        mixture: Mixture | None = None,
+        cost: Cost | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        self._examples, self._mixture = examples, mixture
+        self._max_length, self._window = max_length, window
+        self._micro_batch_size, self._rank, self._world = micro_batch_size, rank, world
+        self._vocab_size = vocab_size
+        self._costs = (cost or Cost()).of(examples.lengths, examples.supervised)
+        self._order = Order(
+            examples.lengths,
+            max_length=max_length,
+            window=window,
+            seed=seed,
+            batch_size=batch_size,
+            mixture=mixture,
+        )
+
+    def total_steps(
+        self, steps: int | None = None, epochs: float | None = None, tokens: int | None = None
+    ) -> int:
+        """Steps of the run; `steps` as given, else enough for `tokens` or `epochs` (default 1).
+
+        Also settles where the run ends: with epochs or tokens the last step may hold fewer packs
+        than the others, for no pack beyond the end may fill it up.
+
+        Args:
+            tokens: real tokens, supervised or not, that the model reads in the run.
+
+        Raises:
+            DataError: there is no sample.
+            ConfigError: several ends are given, or none is above 0.
+        """
+        if not len(self._examples):
+            raise DataError("there is no sample to train on", fix="add rows to data.train")
+        return self._order.settle(steps, epochs, tokens)
+
+    def step(self, k: int) -> list[Batch]:
+        """This rank's micro-batches of step k, from 1; as many on every rank."""
+        return list(self._deal(self._order.packs(k)))
+
+    def sample_ids(self, k: int) -> list[int]:
+        """Ids of the samples of step k over all ranks, in the order of its packs."""
+        ids: list[int] = self._examples.sample_ids[np.concatenate(self._order.packs(k))].tolist()
+        return ids
+
+    def source_amounts(self, k: int) -> dict[str, float]:
+        """Rows, or supervised tokens, that step k takes from each source of a mixture."""
+        if self._mixture is None:
+            return {}
+        amounts = self._mixture.amounts(np.concatenate(self._order.packs(k)))
+        return dict(zip(self._mixture.names(), amounts.tolist(), strict=True))
+
+    def asked_shares(self) -> dict[int, dict[str, float]]:
+        """From a step on: channel -> the share of supervised tokens that the mixture asks for."""
+        if self._mixture is None:
+            return {}
+        examples = self._examples
+        return {
+            step: dict(
+                zip(
+                    examples.channels,
+                    self._mixture.group_shares(phase, examples.channel_ids, examples.supervised),
+                    strict=False,
+                )
+            )
+            for phase, step in enumerate(self._mixture.phase_starts)
+        }
+
+    def eval_batches(self) -> Iterator[Batch]:
+        """This rank's share of all examples, each exactly once over the ranks; fillers make up
+        the same number of batches on every rank. One batch is made at a time.
+        """
+        plan = plan_in_order(self._examples.lengths, self._max_length, self._window)
+        return self._deal([plan[pack] for pack in range(len(plan))])
+
+    def _deal(self, packs: Sequence[Ints]) -> Iterator[Batch]:
+        costs = np.array([self._costs[pack].sum() for pack in packs])
+        shares = deal(costs, self._world)
+        mine, size = shares[self._rank], self._micro_batch_size
+        most = max(map(len, shares))
+        for start in range(0, most, size):
+            samples = [int(i) for pack in mine[start : start + size] for i in packs[pack]]
+            if samples:
+                yield collate([self._examples[i] for i in samples], self._vocab_size)
+            else:
+                yield filler()

@@ -1,0 +1,1 @@
+"""Prepared examples on disk, as flat arrays that every worker maps."""

@@ -1,0 +1,1 @@
+"""Containers: files, folders, globs and hub datasets to located raw rows, in bounded memory."""

@@ -1,0 +1,186 @@
+"""The work of `prepare`: encode every row once; then split, check, count and write."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from posttrain_dist.config import RunConfig
+from posttrain_dist.data import OnBadRow
+from posttrain_dist.data.chat.checks import CHECKS
+from posttrain_dist.data.formats.records import MAX_ERRORS, Unit
+from posttrain_dist.data.prepared.arrays import SplitWriter
+from posttrain_dist.data.prepared.summary import Summary
+from posttrain_dist.errors import DataError, PosttrainError, raise_all
+from posttrain_dist.flow import Record
+from posttrain_dist.prepare.fingerprint import Inputs, refuse_changed
+from posttrain_dist.prepare.rows import Job, Part, Task
+from posttrain_dist.prepare.split import Split, keep_apart, split_off
+from posttrain_dist.prepare.summarise import report, summarise
+from posttrain_dist.prepare.tally import Tally
+from posttrain_dist.prepare.workers import SMALL_BYTES, encode
+
+Progress = Callable[[int, int], None]  # (units done, units in all)
+UNIT_BYTES = 2 << 20  # of JSON lines that a process takes at once
+TEXT_ROWS = 256  # held-out rows of each channel that are kept as text
+
+
+def fill(
+    config: RunConfig, inputs: Inputs, folder: Path, only_heldout: bool, progress: Progress | None
+) -> None:
+    """Fill `folder`, which is there and empty.
+
+    Raises:
+        PosttrainError: a fault of the data; all that were found together.
+    """
+    tally = Tally(TEXT_ROWS)
+    _encode(config, inputs, folder / "samples", tally, progress)
+    refuse_changed(inputs)
+    _refuse_rows(config, tally)
+    split = _split(config, inputs, tally)
+    if only_heldout:
+        split.train_R[:] = False
+        if not split.heldout_R.any():
+            raise DataError(
+                "there is no held-out row",
+                where="data.eval",
+                fix="set data.eval=<a file of rows>, or data.eval_fraction above 0",
+            )
+    tally.sort_channels(folder / "samples")
+    row_S = tally.rows_of_samples()
+    for name, side_R in (("train", split.train_R), ("eval", split.heldout_R)):
+        np.save(folder / f"{name}.npy", np.flatnonzero(side_R[row_S]))
+    summary = summarise(inputs, tally, split, folder)
+    _refuse_empty(summary, tally)
+    lines = [json.dumps(_row(record), ensure_ascii=False) + "\n" for record in _texts(tally, split)]
+    (folder / "heldout_records.jsonl").write_bytes("".join(lines).encode())
+    (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=1))
+    shown = json.dumps(report(config, inputs, tally, summary, folder), ensure_ascii=False, indent=1)
+    (folder / "data_report.json").write_bytes(shown.encode())
+
+
+def _encode(
+    config: RunConfig, inputs: Inputs, samples: Path, tally: Tally, progress: Progress | None
+) -> None:
+    seed = inputs.digest["seed"] or 0  # for the rows that are shown
+    job = Job(inputs.model_folder, config.template, config.data, seed, TEXT_ROWS)
+    plan = [
+        (index, unit)
+        for index, reader in enumerate(inputs.readers)
+        for unit in reader.units(UNIT_BYTES)
+    ]
+    total = sum(size for size, *_ in inputs.states.values())
+    processes = min(config.data.workers or len(os.sched_getaffinity(0)), len(plan))
+    processes = 1 if total < SMALL_BYTES else processes
+    own_heldout = any(each.split == "eval" for each in inputs.sets)
+
+    def task(index: int, unit: Unit) -> Task:
+        keep_text = inputs.sets[index].split == "eval" or not own_heldout
+        return Task(inputs.readers[index], unit, in_order=own_heldout, keep_text=keep_text)
+
+    stop_early = config.data.on_bad_row is OnBadRow.error
+    answers = encode(job, (task(*each) for each in plan), processes)
+    with SplitWriter(samples) as writer, contextlib.closing(answers):
+        for done, ((index, _), parts) in enumerate(zip(plan, answers, strict=True), start=1):
+            for part in parts:
+                _store(writer, part, tally, index)
+                if stop_early and len(tally.rejected) >= MAX_ERRORS:
+                    return
+            if progress is not None:
+                progress(done, len(plan))
+
+
+def _store(writer: SplitWriter, part: Part, tally: Tally, index: int) -> None:
+    first = tally.num_samples
+    channel_R = tally.add(part, index)
+    ends = np.cumsum(part.lengths_S)
+    for i, (end, length) in enumerate(zip(ends.tolist(), part.lengths_S, strict=True)):
+        writer.add(
+            part.tokens_L[end - length : end],
+            part.weights_L[end - length : end],
+            channel=int(channel_R[part.row_S[i]]),
+            source=index,
+            sample_id=first + i,
+            truncated=part.truncated_S[i],
+        )
+
+
+def _split(config: RunConfig, inputs: Inputs, tally: Tally) -> Split:
+    key_R = tally.column("key")
+    given = [i for i, each in enumerate(inputs.sets) if each.split == "eval"]
+    if given:
+        return keep_apart(key_R, np.isin(tally.column("set"), given))
+    return split_off(tally.column("channel"), key_R, config.data.eval_fraction, config.seed)
+
+
+# ------------------------------------------------------------------------------- refusals
+
+
+def _refuse_rows(config: RunConfig, tally: Tally) -> None:
+    """Rows that were rejected, and checks that too many rows fail."""
+    if tally.ends_file or config.data.on_bad_row is OnBadRow.error:
+        raise_all([rejected.error() for rejected in tally.rejected[:MAX_ERRORS]])
+    if not tally.num_rows:
+        raise_all([rejected.error() for rejected in tally.rejected[:MAX_ERRORS]])
+    if not config.template.strict:
+        return
+    problems: list[PosttrainError] = []
+    for name, failed in sorted(tally.failed.items()):
+        check = CHECKS[name]
+        if check.level != "error" or failed <= check.allowed * tally.num_rows:
+            continue
+        places = ", ".join(tally.failed_places[name][:3]) + (", ..." if failed > 3 else "")
+        what = f"{failed} of {tally.num_rows} rows fail the check {name!r}: {check.explain}"
+        cut = int(tally.column("truncated").sum())
+        if name == "end_of_turn" and cut:
+            what += f" {cut} rows are longer than data.max_length={config.data.max_length}."
+        fix = f"{check.fix}; template.strict=false trains all the same"
+        problems.append(DataError(what, where=places, fix=fix))
+    raise_all(problems)
+
+
+def _refuse_empty(summary: Summary, tally: Tally) -> None:
+    """Every channel has a supervised token, or training on it would be silently nothing."""
+    problems: list[PosttrainError] = []
+    for split, counts in summary.splits.items():
+        for channel, count in counts.items():
+            if count.supervised or (split == "eval" and channel in summary.splits["train"]):
+                continue
+            places = tally.dropped_places.get(channel, [])
+            why = "every turn has the weight 0, or train is false"
+            fix = "let the rows teach something, or leave the channel out"
+            if count.truncated:
+                limit = summary.inputs["max_length"]
+                why = f"{count.truncated} are cut by data.max_length={limit} before the answer"
+                fix = "raise data.max_length, shorten the rows or leave the channel out"
+            problems.append(
+                DataError(
+                    f"channel {channel!r} has no supervised token in {count.rows} rows: {why}",
+                    where=", ".join(places[:3]) + (", ..." if len(places) > 3 else ""),
+                    fix=fix,
+                )
+            )
+    raise_all(problems)
+
+
+# ------------------------------------------------------------------------------ held-out text
+
+
+def _texts(tally: Tally, split: Split) -> list[Record]:
+    """Held-out rows that were kept as text, in the order of the files."""
+    found = {row: record for _, row, record in tally.texts.values() if split.heldout_R[row]}
+    return [found[row] for row in sorted(found)]
+
+
+def _row(record: Record) -> dict[str, Any]:
+    row: dict[str, Any] = {"task_type": record.channel}
+    row |= {"messages": record.messages} if record.text is None else {"text": record.text}
+    row |= {"tools": record.tools} if record.tools else {}
+    return row | ({"check": record.check} if record.check else {})

@@ -1,0 +1,147 @@
+"""What goes into a prepared folder: its files, and a digest of everything that decides it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from posttrain_dist import data as data_package
+from posttrain_dist.config import RunConfig
+from posttrain_dist.data.chat.template import load_template
+from posttrain_dist.data.formats.records import Reader
+from posttrain_dist.data.sources import FileSet, file_sets
+from posttrain_dist.errors import DataError, PosttrainError, raise_all
+from posttrain_dist.models import Weights
+from posttrain_dist.models.folder import check_folder, check_tokenizer, load_tokenizer, resolve
+from posttrain_dist.prepare.cache import cache_folder
+from posttrain_dist.prepare.digests import Digests, state
+
+FORMAT = 3  # of the prepared folder; a change makes older folders unreadable
+LIBRARIES = ("jinja2", "tokenizers", "transformers")
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+
+@dataclass(slots=True)
+class Inputs:
+    """Checked input."""
+
+    model_folder: Path
+    model: dict[str, Any]  # its config.json
+    tokenizer: Any
+    sets: list[FileSet]
+    readers: list[Reader]  # one a file set
+    states: dict[Path, tuple[int, int, int]]  # of the files of rows, when they were hashed
+    digest: dict[str, Any]  # equal digests, equal content of the prepared folder
+
+    @property
+    def key(self) -> str:
+        """Name of the folder in the cache."""
+        text = json.dumps(self.digest, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def look(config: RunConfig, *, only_heldout: bool) -> Inputs:
+    """Check model folder, tokenizer, template and files; hash them, and read the first rows.
+
+    Raises:
+        PosttrainError: one of them cannot be used.
+    """
+    model_folder = resolve(config.model.path)
+    model = check_folder(model_folder, config.model.weights is Weights.load)
+    rows, data = config.objective.rows, config.data
+    sets = file_sets(data, rows, only_heldout=only_heldout)
+    tokenizer = load_tokenizer(model_folder)
+    own_template = config.template.name == "tokenizer"
+    need = rows == "messages" and own_template
+    check_tokenizer(tokenizer, model_folder, need_chat_template=need)
+    template = None
+    if rows == "messages":
+        template = load_template(config.template, tokenizer).sha256
+    own_heldout = any(each.split == "eval" for each in sets)
+    digests = Digests(cache_folder(data.cache) / "hashes.json")
+    states = {file: state(file) for each in sets for file in each.files}
+    digest = {
+        "format": FORMAT,
+        "versions": {name: version(name) for name in LIBRARIES} | {"posttrain-dist": _code()},
+        "rows": rows,
+        "only_heldout": only_heldout,
+        "max_length": data.max_length,
+        "long_rows": data.long_rows.name,
+        "eval_fraction": None if own_heldout else data.eval_fraction,
+        "seed": None if own_heldout else config.seed,
+        "row_format": data.format.name,
+        "columns": data.columns,
+        "on_bad_row": data.on_bad_row.name,
+        "template": template,
+        "policy": config.template.policy.name,
+        "explode_turns": config.template.explode_turns,
+        "strict": config.template.strict,
+        # In their order: a sample knows its source by number.
+        "sets": [[each.name, each.split, *each.identity] for each in sets],
+        "data": {
+            each.name: {f"{i}:{file.name}": digests.of(file) for i, file in enumerate(each.files)}
+            for each in sets
+        },
+        "tokenizer": {
+            name: digests.of(model_folder / name)
+            for name in TOKENIZER_FILES
+            if (model_folder / name).is_file()
+        },
+    }
+    digests.save()
+    readers = _readers(sets, config)
+    return Inputs(model_folder, model, tokenizer, sets, readers, states, digest)
+
+
+def _readers(sets: list[FileSet], config: RunConfig) -> list[Reader]:
+    readers: list[Reader] = []
+    problems: list[PosttrainError] = []
+    for each in sets:
+        try:
+            readers.append(each.reader(config.data, config.objective.rows))
+        except PosttrainError as error:
+            problems.append(error)
+    raise_all(problems)
+    return readers
+
+
+def _code() -> str:
+    """A digest of the code that turns rows into samples: what it fixes is not in older entries."""
+    folders = (Path(data_package.__file__).parent, Path(__file__).parent)
+    files = sorted(p for f in folders for p in f.rglob("*") if p.suffix in (".py", ".jinja"))
+    text = b"".join(path.name.encode() + path.read_bytes() for path in files)
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def refuse_changed(inputs: Inputs) -> None:
+    """See that no file of rows changed since it was hashed: what was read would not be known.
+
+    Raises:
+        DataError: one did.
+    """
+    for file, before in inputs.states.items():
+        if state(file) != before:
+            raise DataError(
+                "changed while it was read",
+                where=str(file),
+                fix="wait until it is written, then start again",
+            )
+
+
+def changed(digest: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """Names of the inputs that differ; a run goes on with libraries of another version."""
+    names = (digest.keys() | before.keys()) - {"versions"}
+    return sorted(name for name in names if digest.get(name) != before.get(name))
