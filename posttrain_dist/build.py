@@ -1,25 +1,84 @@
-"""RunConfig -> dtype, engine, policy, batches: what training and evaluation build alike."""
+"""RunConfig -> data, dtype, engine, policy, source: what training and evaluation build alike."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections import Counter
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from posttrain_kernels import linear_cross_entropy, multiplies_fast
 
 from posttrain_dist import dist
+from posttrain_dist.checkpoint.store import Manifest
 from posttrain_dist.config import Dtype, RunConfig
+from posttrain_dist.data.chat.template import load_template
 from posttrain_dist.data.packs.balance import Cost
+from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.data.packs.mixing import Mixture, Wish
 from posttrain_dist.data.prepared.arrays import Examples
+from posttrain_dist.data.prepared.summary import Summary
+from posttrain_dist.diagnosis.alarms import ModelFacts
 from posttrain_dist.dist import Process
-from posttrain_dist.engine import Single
+from posttrain_dist.engine import DeepSpeed, Single
 from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.errors import ConfigError
-from posttrain_dist.models.folder import check_folder, resolve
+from posttrain_dist.flow import Batch
+from posttrain_dist.metrics.special_tokens import special_tokens
+from posttrain_dist.models import Weights
+from posttrain_dist.models.folder import check_folder, load_tokenizer, resolve
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
+from posttrain_dist.objectives.base import TokenLoss
+
+# ------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedData:
+    """What `prepare` wrote, as training needs it."""
+
+    train: Examples
+    heldout: Examples
+    fingerprint: dict[str, Any]  # digests and settings of everything that went in
+    special_tokens: dict[int, str]  # id -> metric name, whose loss is reported by itself
+    end_token_id: int | None  # that supervised turns end with
+
+    @property
+    def channels(self) -> list[str]:
+        """Names; `Example.channel` is an index into them."""
+        return list(self.train.channels)
+
+
+def open_prepared(config: RunConfig, folder: Path) -> PreparedData:
+    """Open the prepared folder of a run.
+
+    Raises:
+        DataError: it was not prepared, or by another version.
+    """
+    train = Examples.open(folder, "train")
+    return PreparedData(
+        train=train,
+        heldout=Examples.open(folder, "eval"),
+        fingerprint=Summary.read(folder).inputs,
+        special_tokens=_special_tokens(config),
+        end_token_id=_end_token(train, resolve(config.model.path)),
+    )
+
+
+def make_probe(examples: Examples) -> Batch:
+    """The first tokens of the first sample, every second one supervised."""
+    example = examples[0]
+    ids_L = example.input_ids_L[:64]
+    weight_L = (torch.arange(len(ids_L)) % 2 == 1).float().numpy()
+    return collate([replace(example, input_ids_L=ids_L, weight_L=weight_L)])
+
+
+# -------------------------------------------------------------------------- engine and model
 
 
 def pick_dtype(choice: Dtype) -> torch.dtype:
@@ -119,3 +178,80 @@ def _cost(model: dict[str, Any]) -> Cost:
     if not all(isinstance(size, int) for size in sizes):
         return Cost()
     return Cost.of_model(*sizes)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------ what a run is
+
+
+def run_manifest(
+    config: RunConfig, data: PreparedData, process: Process, dtype: torch.dtype
+) -> Manifest:
+    """The manifest of this run's checkpoints, but for their step."""
+    engine = config.engine
+    name = f"zero{engine.stage}" if isinstance(engine, DeepSpeed) else "single"
+    layout = {
+        "engine": name,
+        "workers": process.world,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    return Manifest(
+        step=0,
+        layout=layout,
+        channels=data.channels,
+        recipe=_recipe(config, data.fingerprint),
+        lineage={
+            "end_token_id": data.end_token_id,
+            "template_sha256": data.fingerprint["template"],
+        },
+    )
+
+
+def model_facts(config: RunConfig, policy: Policy, source: PackedSource) -> ModelFacts:
+    """What the diagnosis knows of a run beside its numbers."""
+    return ModelFacts(
+        parameters=sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters()),
+        vocab_size=int(policy.config.vocab_size),
+        random_weights=config.model.weights is Weights.random,
+        token_loss=isinstance(config.objective, TokenLoss),
+        asked_shares=source.asked_shares(),
+    )
+
+
+def _recipe(config: RunConfig, fingerprint: dict[str, Any]) -> dict[str, str]:
+    """What decides which samples are in which step."""
+    given = {name: value for name, value in fingerprint.items() if name != "versions"}
+    digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode())
+    return {
+        "objective": type(config.objective).__name__.lower(),
+        "seed": str(config.seed),
+        "train.batch_size": str(config.train.batch_size),
+        "data.max_length": str(config.data.max_length),
+        "data.pack_window": str(config.data.pack_window),
+        "data.mix_by": config.data.mix_by.name,
+        "data.sources": str({n: astuple(s)[1:] for n, s in config.data.sources.items()}),
+        "data": digest.hexdigest()[:16],
+    }
+
+
+def _special_tokens(config: RunConfig) -> dict[int, str]:
+    tokenizer = load_tokenizer(resolve(config.model.path))
+    if config.objective.rows != "messages":
+        return special_tokens(tokenizer, "")
+    return special_tokens(tokenizer, load_template(config.template, tokenizer).source)
+
+
+def _end_token(examples: Examples, model_folder: Path) -> int | None:
+    """The token that supervised turns end with: the last target of most of the first rows.
+
+    Only an added token of the tokenizer can be one: a line break that a template writes after
+    each turn would end every answer at its first line.
+    """
+    added = json.loads((model_folder / "tokenizer.json").read_text()).get("added_tokens", [])
+    last: Counter[int] = Counter()
+    for i in range(min(len(examples), 200)):
+        example = examples[i]
+        targets = example.input_ids_L[example.weight_L > 0]
+        if len(targets) and not example.truncated:
+            last[int(targets[-1])] += 1
+    token = last.most_common(1)[0][0] if last else None
+    return token if token in {entry["id"] for entry in added} else None

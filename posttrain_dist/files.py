@@ -21,6 +21,12 @@ def write_whole(path: Path, text: str, *, to_disk: bool = False) -> None:
     aside.replace(path)
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; {} where there is no file."""
+    values: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    return values
+
+
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)

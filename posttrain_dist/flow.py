@@ -135,7 +135,8 @@ class StepInfo:
     sample_ids: list[int] = field(default_factory=list)  # of all ranks, for samples.log
     last: bool = False  # the run ends after this step
     stopped: bool = False  # ... because someone asked it to stop
-    broken: int = 0  # ... because this update was not finite, and the weights are lost; 0: none
+    # ... because this update was not finite, and the weights are lost; 0: none was.
+    nonfinite_step: int = 0
 
     def row(self) -> dict[str, Any]:
         """The object written to metrics.jsonl."""

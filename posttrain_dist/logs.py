@@ -11,7 +11,7 @@ LOGGERS = ("posttrain_dist", "posttrain_kernels")
 
 
 @contextmanager
-def logged_to(path: Path) -> Iterator[None]:
+def log_to_file(path: Path) -> Iterator[None]:
     """Append what our packages log, from INFO on, to `path` while the context lasts."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")

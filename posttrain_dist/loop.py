@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from enum import IntEnum
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,13 @@ from posttrain_dist.data.packs.prefetch import Ahead, Source
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Batch, StepInfo
 
-GO_ON, LEAVE, END_EARLY = 0, 1, 2  # someone asked to leave; nothing more is to be gained
+
+class Stop(IntEnum):
+    """Why a run ends before its last step."""
+
+    none = 0
+    requested = 1  # by a signal or a file STOP: it can go on later
+    early = 2  # by the diagnosis: more steps gain nothing
 
 
 class Meter(Protocol):
@@ -32,119 +38,91 @@ class Meter(Protocol):
         """The global channel table and token count since the last flush."""
 
 
-@dataclass(slots=True)
-class Hook:
-    """A function called after some steps: every `every` steps, and at the ends if asked."""
+def fit(
+    *,
+    engine: Any,
+    source: Source,
+    objective: Any,
+    meter: Meter,
+    describe: Callable[[torch.Tensor], dict[str, float]],
+    learning_rate: Callable[[int], float],
+    steps: int,
+    start: int = 0,
+    seed: int = 0,
+    log_every: tuple[int, ...] = (1,),
+    stop_requested: Callable[[], Stop] = lambda: Stop.none,
+    hooks: Sequence[Callable[[StepInfo], None]] = (),
+) -> Iterator[StepInfo]:
+    """Train from update `start` to `steps`; yields every step after its hooks ran.
 
-    run: Callable[[StepInfo], None]
-    every: int | None = None
-    at_start: bool = False  # at step 0, before training
-    at_end: bool = False  # at the last step, also of a stopped run
-
-    def due(self, info: StepInfo) -> bool:
-        """Whether this hook is called after the step of `info`."""
-        if info.step == 0:
-            return self.at_start
-        regular = self.every is not None and info.step % self.every == 0
-        return regular or (self.at_end and info.last)
-
-
-@dataclass(slots=True, kw_only=True)
-class Fit:
-    """Everything that one training needs.
-
-    Attributes:
-        steps: total optimizer updates; `start` of them are already done.
-        learning_rate: update -> rate.
+    Args:
         describe: channel table -> metrics.
-        stop_requested: asked on rank 0 once a step: GO_ON, or what ends the run after that step.
+        learning_rate: update (from 1) -> rate.
+        log_every: a step that is a multiple of any of these is logged.
+        stop_requested: called on rank 0 once a step; the run ends after that step.
+
+    Raises:
+        DataError: a step has no supervised token.
     """
+    if start == 0:
+        yield _run_hooks(hooks, StepInfo(step=0))
+    window_start = time.perf_counter()
+    norms: list[torch.Tensor | float] = []  # of the updates since the last logged one
+    with Ahead(source, engine.device, steps) as batches_of:
+        for step in range(start + 1, steps + 1):
+            batches = batches_of.step(step)
+            # Each step is seeded by itself, so that a resumed run draws the same dropout.
+            torch.manual_seed(hash((seed, step, dist.rank())) & 0x7FFFFFFF)
+            counts = [objective.count(batch) for batch in batches]
+            denominators, stop = _reduce(counts, stop_requested)
+            if not any(value > 0 for value in denominators):
+                raise DataError(f"step {step} has no supervised token", where="data.train")
+            engine.train(True)
+            for i, batch in enumerate(batches):
+                loss = engine.forward(batch, objective, denominators)
+                engine.backward(loss.total, last=i == len(batches) - 1)
+                meter.add(loss, batch)
+            lr = learning_rate(step)
+            norms.append(engine.step(lr))
 
-    engine: Any
-    source: Source
-    objective: Any
-    meter: Meter
-    describe: Callable[[torch.Tensor], dict[str, float]]
-    learning_rate: Callable[[int], float]
-    steps: int
-    start: int = 0
-    seed: int = 0
-    log_every: tuple[int, ...] = (1,)  # a step that is a multiple of any of these is logged
-    stop_requested: Callable[[], int] = lambda: GO_ON
-    hooks: tuple[Hook, ...] = ()
-
-    def run(self) -> Iterator[StepInfo]:
-        """Train from `start` to `steps`; yields every step after its hooks ran.
-
-        Raises:
-            DataError: a step has no supervised token.
-        """
-        if self.start == 0:
-            yield self._finish(StepInfo(step=0))
-        with Ahead(self.source, self.engine.device, self.steps) as ahead:
-            yield from self._train(ahead)
-
-    def _train(self, ahead: Ahead) -> Iterator[StepInfo]:
-        since = time.perf_counter()
-        norms: list[torch.Tensor | float] = []  # of the updates since they were last looked at
-        for step in range(self.start + 1, self.steps + 1):
-            info, lr, norm = self._update(step, ahead.step(step))
-            norms.append(norm)
-            if info.last or any(step % every == 0 for every in self.log_every):
+            info = StepInfo(step, last=step == steps or stop is not Stop.none)
+            info.stopped = stop is Stop.requested and step < steps
+            if info.last or any(step % every == 0 for every in log_every):
                 # Only now does the host wait for the device.
-                known = [float(norm) for norm in norms]
-                norms.clear()
-                lost = [i for i, norm in enumerate(known) if not math.isfinite(norm)]
-                if lost:  # the same on all ranks
-                    info.broken = step - len(known) + 1 + lost[0]
-                    info.last = True
-                table_C4, tokens = self.meter.flush()
-                seconds, since = time.perf_counter() - since, time.perf_counter()
-                info.metrics = {
-                    **self.describe(table_C4),
-                    "train/lr": lr,
-                    "train/grad_norm": known[-1],
-                    "train/tokens_per_s": tokens / seconds,
-                }
+                info.nonfinite_step, norm = _first_nonfinite(norms, step)
+                info.last = info.last or info.nonfinite_step > 0
+                table_C4, tokens = meter.flush()
+                now = time.perf_counter()
+                info.metrics = {**describe(table_C4), "train/lr": lr, "train/grad_norm": norm}
+                info.metrics["train/tokens_per_s"] = tokens / (now - window_start)
+                norms, window_start = [], now
             paused = time.perf_counter()
-            yield self._finish(info)
-            since += time.perf_counter() - paused  # hooks are not training
+            yield _run_hooks(hooks, info)
+            window_start += time.perf_counter() - paused  # hooks are not training
             if info.last:
                 return
 
-    def _update(
-        self, step: int, batches: list[Batch]
-    ) -> tuple[StepInfo, float, torch.Tensor | float]:
-        # Each step is seeded by itself, so that a resumed run draws the same dropout.
-        torch.manual_seed(hash((self.seed, step, dist.rank())) & 0x7FFFFFFF)
-        denominator, wish = self._agree(sum(self.objective.count(b) for b in batches))
-        if denominator <= 0:
-            raise DataError(f"step {step} has no supervised token", where="data.train")
-        self.engine.train(True)
-        for i, batch in enumerate(batches):
-            loss = self.engine.forward(batch, self.objective, denominator)
-            self.engine.backward(loss.total, last=i == len(batches) - 1)
-            self.meter.add(loss, batch)
-        lr = self.learning_rate(step)
-        norm = self.engine.step(lr)
-        completed = step == self.steps
-        stopped = wish == LEAVE and not completed
-        info = StepInfo(step, last=completed or wish != GO_ON, stopped=stopped)
-        return info, lr, norm
 
-    def _agree(self, count: float) -> tuple[float, int]:
-        """Global denominator, and rank 0's wish to stop, in one reduction."""
-        wish = float(self.stop_requested()) if dist.rank() == 0 else 0.0
-        # Numbers of the host, so that nobody waits for the device.
-        both = torch.tensor([count, wish], dtype=torch.float64)
-        total, stop = dist.all_sum(both).tolist()
-        return total, round(stop)
+def _reduce(counts: list[Any], stop_requested: Callable[[], Stop]) -> tuple[Any, Stop]:
+    """Each loss component's global denominator, and rank 0's stop request: one reduction."""
+    sums = [sum(values) for values in zip(*counts, strict=True)]
+    stop = float(stop_requested()) if dist.rank() == 0 else 0.0
+    # Numbers of the host, which avoids a device sync.
+    reduced = dist.all_sum(torch.tensor([*sums, stop], dtype=torch.float64)).tolist()
+    return type(counts[0])(*reduced[:-1]), Stop(round(reduced[-1]))
 
-    def _finish(self, info: StepInfo) -> StepInfo:
-        for hook in self.hooks:
-            if hook.due(info):
-                hook.run(info)
-        return info
+
+def _first_nonfinite(norms: list[torch.Tensor | float], step: int) -> tuple[int, float]:
+    """The first update with a gradient that is not finite (0: none), and the last norm."""
+    known = [float(norm) for norm in norms]
+    lost = [i for i, norm in enumerate(known) if not math.isfinite(norm)]
+    return step - len(known) + 1 + lost[0] if lost else 0, known[-1]
+
+
+def _run_hooks(hooks: Sequence[Callable[[StepInfo], None]], info: StepInfo) -> StepInfo:
+    for hook in hooks:
+        hook(info)
+    return info
 
 
 def evaluate(engine: Any, batches: Iterable[Batch], objective: Any, meter: Meter) -> torch.Tensor:
@@ -153,6 +131,8 @@ def evaluate(engine: Any, batches: Iterable[Batch], objective: Any, meter: Meter
     with torch.no_grad():
         for batch in batches:
             batch = batch.to(engine.device)
-            meter.add(engine.forward(batch, objective, 1.0), batch)
+            count = objective.count(batch)
+            ones = type(count)(*(1.0 for _ in count))  # sums are wanted, not a normalised total
+            meter.add(engine.forward(batch, objective, ones), batch)
     table_C4, _ = meter.flush()
     return table_C4

@@ -13,7 +13,7 @@ from posttrain_dist.build import build_policy, make_engine, make_source
 from posttrain_dist.config import DataConfig, Dtype, ModelConfig, RunConfig, TrainConfig, complete
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.dist import Process
-from posttrain_dist.loop import Fit
+from posttrain_dist.loop import fit
 from posttrain_dist.metrics.special_tokens import TokenMeter
 from posttrain_dist.prepare import prepare
 
@@ -53,7 +53,7 @@ def test_steps_that_are_not_logged_read_nothing_back(
     engine = make_engine(config, process, torch.float32)
     build_policy(config, engine, torch.float32, list(examples.channels))
     meter = TokenMeter(list(examples.channels), {0: "end"}, engine.device)
-    fit = Fit(
+    steps = fit(
         engine=engine,
         source=make_source(config, examples, process),
         objective=config.objective,
@@ -63,7 +63,7 @@ def test_steps_that_are_not_logged_read_nothing_back(
         steps=4,
         log_every=(4,),
     )
-    reads, steps = [], fit.run()
+    reads = []
     next(steps)  # step 0
     for _ in range(4):
         with Reads() as mode:

@@ -13,7 +13,7 @@ from posttrain_dist.config import DataConfig, Dtype, ModelConfig, RunConfig, Tra
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import AdamW
-from posttrain_dist.loop import Fit
+from posttrain_dist.loop import fit
 from posttrain_dist.metrics.channels import ChannelMeter, train_metrics
 from posttrain_dist.prepare import prepare
 
@@ -57,10 +57,10 @@ def config(tmp_path, builders):
 
 
 def steps(config, examples):
-    """(fit, policy): the loop over one process."""
+    """(steps, policy): the loop over one process."""
     engine = make_engine(config, Process(), torch.float32)
     policy = build_policy(config, engine, torch.float32, examples.channels)
-    fit = Fit(
+    infos = fit(
         engine=engine,
         source=make_source(config, examples, Process()),
         objective=config.objective,
@@ -69,7 +69,7 @@ def steps(config, examples):
         learning_rate=lambda step: config.optimizer.lr,
         steps=3,
     )
-    return fit.run(), policy
+    return infos, policy
 
 
 def test_from_a_line_of_a_file_to_an_update(config, tmp_path):

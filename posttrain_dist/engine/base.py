@@ -26,7 +26,7 @@ class TrainEngine(Protocol):
     def attach(self, policy: nn.Module) -> None:
         """Take the loaded policy: place it, make the optimizer."""
 
-    def forward(self, batch: Batch, objective: Any, denominator: float) -> Loss:
+    def forward(self, batch: Batch, objective: Any, denominators: Any) -> Loss:
         """The loss of one micro-batch; with gradients unless under `torch.no_grad`."""
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:

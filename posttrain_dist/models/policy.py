@@ -21,7 +21,7 @@ from posttrain_dist.models.shape import HeadShape, head_shape
 
 
 class Policy(nn.Module):
-    """A causal LM as `forward(batch, objective, denominator) -> Loss`.
+    """A causal LM as `forward(batch, objective, denominators) -> Loss`.
 
     Args:
         causal_lm: a transformers `…ForCausalLM` with a backbone and an output embedding.
@@ -61,9 +61,9 @@ class Policy(nn.Module):
         hidden_ND: torch.Tensor = output.last_hidden_state[0]
         return hidden_ND
 
-    def forward(self, batch: Batch, objective: Any, denominator: float) -> Loss:
-        """Loss of one micro-batch, divided by the step's global `denominator`."""
-        loss: Loss = objective.loss(self.hidden(batch), self.head, batch, denominator)
+    def forward(self, batch: Batch, objective: Any, denominators: Any) -> Loss:
+        """Loss of one micro-batch, divided by the step's global `denominators`."""
+        loss: Loss = objective.loss(self.hidden(batch), self.head, batch, denominators)
         return loss
 
     @torch.no_grad()
@@ -76,7 +76,8 @@ class Policy(nn.Module):
         Raises:
             ModelError: a token's loss differs by more than rounding.
         """
-        fused = self(batch, objective, 1.0).nll_N
+        ones = type(count := objective.count(batch))(*(1.0 for _ in count))
+        fused = self(batch, objective, ones).nll_N
         logits_TV = self.causal_lm(**_inputs(batch)).logits[0]  # of all rows, by no path of ours
         logits_NV = logits_TV[batch.supervised_N].float()
         own = nn.functional.cross_entropy(logits_NV, batch.labels_N, reduction="none")

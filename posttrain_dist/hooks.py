@@ -1,0 +1,202 @@
+"""What happens after a step: evaluate, log, save, give up; one small class each.
+
+The loop calls every hook after every step, in their order; a hook knows itself when it is due.
+What `Evaluate` adds to the step's metrics is logged by `Log`, which comes after it, and a save
+comes after that, so that what is logged of a step is never newer than its checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from posttrain_dist import dist
+from posttrain_dist.checkpoint import store
+from posttrain_dist.config import RunConfig
+from posttrain_dist.data.packs.loader import PackedSource
+from posttrain_dist.diagnosis.alarms import ModelFacts
+from posttrain_dist.diagnosis.watch import Watch
+from posttrain_dist.engine.base import TrainEngine
+from posttrain_dist.errors import TrainingError
+from posttrain_dist.files import read_object, read_rows
+from posttrain_dist.flow import StepInfo
+from posttrain_dist.loop import Stop, evaluate
+from posttrain_dist.metrics import WandbMode
+from posttrain_dist.metrics.sinks import JsonlSink, SampleLog, Sink
+from posttrain_dist.metrics.special_tokens import TokenMeter
+from posttrain_dist.metrics.throughput import memory_bytes
+
+
+class Evaluate:
+    """The loss of the held-out rows: before training, every `every` steps, and at the end.
+
+    Args:
+        source: of the held-out rows; None: there are none.
+        every: steps; None: before training and at the end only.
+    """
+
+    def __init__(
+        self,
+        engine: TrainEngine,
+        source: PackedSource | None,
+        objective: Any,
+        meter: TokenMeter,
+        every: int | None,
+    ) -> None:
+        self._engine, self._source, self._objective = engine, source, objective
+        self._meter, self._every = meter, every
+
+    def __call__(self, info: StepInfo) -> None:
+        """Add `eval/...` to the metrics of a step that is due; collective."""
+        regular = self._every is not None and info.step % self._every == 0
+        if self._source is None or not (regular or info.step == 0 or info.last):
+            return
+        if info.stopped or info.nonfinite_step:
+            return  # someone waits for the run to end
+        batches = self._source.eval_batches()
+        table_C4 = evaluate(self._engine, batches, self._objective, self._meter)
+        info.metrics.update(self._meter.eval_metrics(table_C4))
+
+
+class Log:
+    """Every step's numbers to metrics.jsonl, samples.log and W&B, and to the diagnosis.
+
+    Sinks and diagnosis are on rank 0 alone; a run that goes on continues their files.
+
+    Args:
+        facts: what the diagnosis knows of the run beside its numbers.
+        start: step of the checkpoint that the run goes on from; 0: none.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_folder: Path,
+        engine: TrainEngine,
+        source: PackedSource,
+        facts: ModelFacts,
+        start: int,
+    ) -> None:
+        self._engine, self._source = engine, source
+        self._began = time.time()
+        self._amounts: Counter[str] = Counter()  # drawn from each source in the whole run
+        self._amount_key = f"source_{config.data.mix_by.name}"
+        self.monitor: Watch | None = None
+        self._sinks: list[Sink] = []
+        dist.on_main(lambda: self._open(config, run_folder, facts, start))
+
+    def __call__(self, info: StepInfo) -> None:
+        """Complete the metrics of a step and write it; collective."""
+        if info.metrics:
+            info.metrics["system/memory_bytes"] = memory_bytes(self._engine.device)
+        if dist.rank() != 0:
+            return
+        if info.step:
+            self._amounts.update(self._source.source_amounts(info.step))
+            info.sample_ids = self._source.sample_ids(info.step)
+        if info.metrics:
+            total = sum(self._amounts.values())
+            for name, amount in self._amounts.items():
+                info.metrics[f"{self._amount_key}/{name}"] = amount
+                info.metrics[f"source_share/{name}"] = amount / total
+            info.metrics["time_s"] = time.time() - self._began
+            if self.monitor is not None:
+                self.monitor.observe(info)
+        for sink in self._sinks:
+            sink.write(info)
+
+    def stop_requested(self) -> Stop:
+        """Whether the diagnosis ends the run; on rank 0."""
+        stop = self.monitor is not None and self.monitor.stop is not None
+        return Stop.early if stop else Stop.none
+
+    def close(self) -> None:
+        """Close all files; nothing is written after."""
+        for sink in self._sinks:
+            sink.close()
+        if self.monitor is not None:
+            self.monitor.close()
+
+    def _open(self, config: RunConfig, folder: Path, facts: ModelFacts, start: int) -> None:
+        self.monitor = Watch(config.diagnose, facts, folder, start)
+        rows = folder / "metrics.jsonl"
+        self._sinks = [JsonlSink(rows, start), SampleLog(folder / "samples.log", start)]
+        for row in read_rows(rows)[-1:] if start else []:
+            self._began -= row.get("time_s", 0.0)
+            for key, value in row.items():
+                if key.startswith(f"{self._amount_key}/"):
+                    self._amounts[key.partition("/")[2]] = value
+        if config.logging.wandb is not WandbMode.off:
+            from posttrain_dist.metrics.wandb_sink import WandbSink
+
+            lineage = read_object(folder / "run.json")
+            wandb = WandbSink(
+                config.logging,
+                folder,
+                run_id=lineage.get("wandb_id", folder.name),
+                name=f"{config.name}-{folder.name}",
+                start_step=start,
+                details={**config.to_dict(), "lineage": lineage},
+            )
+            self._sinks.append(wandb)
+
+
+class Save:
+    """A checkpoint every `train.save_every` steps and at the end.
+
+    Args:
+        manifest: of this run; each checkpoint has its step and lineage filled in.
+        log: whose diagnosis knows the step of the best evaluation, which is kept.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_folder: Path,
+        engine: TrainEngine,
+        manifest: store.Manifest,
+        log: Log,
+    ) -> None:
+        self._folder, self._engine, self._manifest, self._log = run_folder, engine, manifest, log
+        self._every, self._keep = config.train.save_every, config.checkpoint.keep
+
+    def __call__(self, info: StepInfo) -> None:
+        """Write the checkpoint of a step that is due; collective."""
+        regular = self._every is not None and info.step % self._every == 0
+        if info.step == 0 or not (regular or info.last):
+            return
+        if info.nonfinite_step:
+            return  # and no good checkpoint is pruned for it
+        lineage = {**self._manifest.lineage, **read_object(self._folder / "run.json")}
+        manifest = replace(self._manifest, step=info.step, lineage=lineage)
+        monitor = self._log.monitor
+        best = monitor.best_step if monitor is not None else None
+        store.save(self._folder, manifest, self._engine.save_state, keep=self._keep, best=best)
+
+
+class EndOnNonfinite:
+    """Ends a run whose gradient was not finite: its weights are lost."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self._folder = run_folder
+
+    def __call__(self, info: StepInfo) -> None:
+        """Look at one step.
+
+        Raises:
+            TrainingError: an update since the last logged step was not finite.
+        """
+        if not info.nonfinite_step:
+            return
+        whole = store.whole_checkpoints(self._folder)
+        again = f"go on from {whole[-1]} with train.resume" if whole else "start again"
+        first = "; try train.dtype=float32" if info.nonfinite_step <= 1 else ""
+        raise TrainingError(
+            "the gradient is not finite, so the weights are lost; nothing of this step is saved",
+            where=f"step {info.nonfinite_step}",
+            fix=f"{again}, with optimizer.lr halved and optimizer.clip above 0{first}; the rows of "
+            "this step are in samples.log",
+        )
