@@ -14,7 +14,7 @@ from posttrain_kernels import linear_cross_entropy, multiplies_fast
 
 from posttrain_dist import dist
 from posttrain_dist.checkpoint.store import Manifest
-from posttrain_dist.config import Dtype, RunConfig
+from posttrain_dist.config import Dtype, RunConfig, single_process_rule
 from posttrain_dist.data.chat.template import load_template
 from posttrain_dist.data.packs.balance import Cost
 from posttrain_dist.data.packs.collate import collate
@@ -26,7 +26,6 @@ from posttrain_dist.diagnosis.alarms import ModelFacts
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import DeepSpeed, Single
 from posttrain_dist.engine.base import TrainEngine
-from posttrain_dist.errors import ConfigError
 from posttrain_dist.flow import Batch
 from posttrain_dist.metrics.special_tokens import special_tokens
 from posttrain_dist.models import Weights
@@ -101,12 +100,9 @@ def make_engine(config: RunConfig, process: Process, dtype: torch.dtype) -> Trai
     """
     device = dist.device(process)
     if isinstance(config.engine, Single):
-        if process.world > 1:
-            raise ConfigError(
-                f"single runs in one process, and there are {process.world} workers",
-                where="engine",
-                fix="use engine=zero0 (or zero1, zero2, zero3), or cluster.workers=1",
-            )
+        rule = single_process_rule(process.world, f"there are {process.world} workers")
+        if not rule.holds:
+            raise rule.error()
         from posttrain_dist.engine.single import SingleEngine
 
         return SingleEngine(config.optimizer, device)  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 
 class PosttrainError(Exception):
     """An error caused by input (config, data, files, machine), shown without a stack trace.
@@ -68,3 +70,22 @@ def raise_all(problems: list[PosttrainError]) -> None:
         raise problems[0]
     if problems:
         raise SeveralErrors(problems)
+
+
+class Rule(NamedTuple):
+    """What must hold among values of the configuration; stands beside the group's dataclass."""
+
+    holds: bool
+    key: str  # of the configuration
+    what: str  # is wrong, as a sentence that follows the key
+    fix: str
+
+    def error(self) -> ConfigError:
+        """The rule as the error that a configuration which breaks it gets."""
+        return ConfigError(self.what, where=self.key, fix=self.fix)
+
+
+def at_least(key: str, value: float | None, least: float = 1) -> Rule:
+    """The rule that a value, where it is given, is `least` or more."""
+    what = f"is {value}, must be at least {least}"
+    return Rule(value is None or value >= least, key, what, f"set {key} to {least} or more")

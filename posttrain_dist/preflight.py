@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from posttrain_dist.checkpoint import resume
-from posttrain_dist.config import RunConfig, Slurm, problems
+from posttrain_dist.config import RunConfig, Slurm, problems, single_process_rule
 from posttrain_dist.data.sources import file_sets
 from posttrain_dist.engine import Single
 from posttrain_dist.errors import ConfigError, PosttrainError, SeveralErrors, raise_all
@@ -88,11 +88,8 @@ def _cluster_faults(config: RunConfig, verb: str) -> list[PosttrainError]:
 
 def single_on_many(workers: int) -> ConfigError:
     """The refusal of engine=single where the cluster makes several workers of itself."""
-    return ConfigError(
-        f"single runs in one process, and {workers} workers would start, one for each GPU or node",
-        where="engine",
-        fix="use engine=zero0 (or zero1, zero2, zero3), or cluster.workers=1",
-    )
+    started = f"{workers} workers would start, one for each GPU or node"
+    return single_process_rule(workers, started).error()
 
 
 def _check_resume(named: str) -> None:

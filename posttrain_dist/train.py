@@ -77,7 +77,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
         meter, eval_meter = (
             TokenMeter(data.channels, data.special_tokens, engine.device) for _ in range(2)
         )
-        every = config.train
+        evaluate = Evaluate(engine, heldout, config.objective, eval_meter, config.train.eval_every)
         facts = model_facts(config, policy, source)
         with closing(Log(config, run_folder, engine, source, facts, start)) as log:
             _write_main(run_folder / "logs" / "plan.json", total_steps=steps, start_step=start)
@@ -92,12 +92,10 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
                 start=start,
                 seed=config.seed,
                 # A save ends a window of logging: a resumed run averages over the same steps.
-                log_every=(every.log_every, every.save_every or steps),
+                log_every=(config.train.log_every, config.train.save_every or steps),
                 stop_requested=lambda: _stop_file(run_folder) or log.stop_requested(),
                 hooks=(
-                    Evaluate(
-                        engine, heldout, config.objective, eval_meter, config.train.eval_every
-                    ),
+                    evaluate,
                     log,
                     Save(config, run_folder, engine, manifest, log),
                     EndOnNonfinite(run_folder),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from posttrain_dist.errors import Rule, at_least
+
 __all__ = ["CheckpointConfig"]
 
 
@@ -14,3 +16,8 @@ class CheckpointConfig:
     # Newest checkpoints that stay on disk, and the one of the best evaluation; 0: all.
     keep: int = 2
     export: bool = True  # write a Hugging Face folder to export/ at the end
+
+
+def checkpoint_rules(checkpoint: CheckpointConfig) -> list[Rule]:
+    """What must hold among the values of the group `checkpoint`."""
+    return [at_least("checkpoint.keep", checkpoint.keep, 0)]

@@ -1,34 +1,17 @@
-"""RunConfig: everything that can be set for a run, and the checks over it. Imports no torch.
-
-A run is frozen once, by the process where the command is typed, into ONE YAML file
-(`RunConfig.to_yaml`); every worker reads that text (`RunConfig.from_yaml`) and nothing else.
-"""
-
-from __future__ import annotations
-
-import dataclasses
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+"""RunConfig, its groups, and what must hold among their values. Imports no torch."""
 
 from posttrain_dist.checkpoint import CheckpointConfig
-from posttrain_dist.config.groups import Cluster, Dtype, EvalConfig, Local, Ray, Slurm, TrainConfig
-from posttrain_dist.config.rules import all_rules
+from posttrain_dist.config.groups import Dtype, EvalConfig, Local, Ray, Slurm, TrainConfig
+from posttrain_dist.config.rules import complete, problems, single_process_rule
+from posttrain_dist.config.run_config import GROUPS, SLOTS, RunConfig
 from posttrain_dist.data import DataConfig, Template
 from posttrain_dist.diagnosis.alarms import DiagnoseConfig
-from posttrain_dist.diagnosis.watch import diagnose_problems
-from posttrain_dist.engine import AdamW, DeepSpeed, Engine, Optimizer, Single
-from posttrain_dist.engine.ds_config import deepspeed_config
-from posttrain_dist.errors import ConfigError, PosttrainError, raise_all
+from posttrain_dist.engine import AdamW, DeepSpeed, Single
 from posttrain_dist.metrics import LoggingConfig
 from posttrain_dist.models import ModelConfig
-from posttrain_dist.objectives.base import Objective
 from posttrain_dist.objectives.pretrain import Pretrain
 from posttrain_dist.objectives.sft import Sft
-from posttrain_dist.tuning.base import Full, Tuning
+from posttrain_dist.tuning.base import Full
 
 __all__ = [
     "GROUPS",
@@ -54,132 +37,5 @@ __all__ = [
     "TrainConfig",
     "complete",
     "problems",
+    "single_process_rule",
 ]
-
-
-@dataclass(kw_only=True, slots=True)
-class RunConfig:
-    """A whole run. Slots (`objective`, `tuning`, ...) left alone take their first option."""
-
-    name: str = "run"
-    seed: int = 0
-    output_root: str = "outputs"  # run folders are made below: <output_root>/<name>/<time>
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    template: Template = field(default_factory=Template)
-    objective: Objective = field(default_factory=Objective)
-    tuning: Tuning = field(default_factory=Tuning)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    engine: Engine = field(default_factory=Engine)
-    cluster: Cluster = field(default_factory=Cluster)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    diagnose: DiagnoseConfig = field(default_factory=DiagnoseConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every value as plain data, and each slot's option as its `kind`."""
-        plain = _plain(dataclasses.replace(self, **_untouched_slots(self)))
-        for group, options in SLOTS.items():
-            value = getattr(self, group)
-            kind = next((n for n, o in options.items() if type(value) is o), next(iter(options)))
-            plain[group] = {"kind": kind, **plain[group]}
-        return dict(plain)
-
-    def to_yaml(self) -> str:
-        """The frozen form: `to_dict` as YAML."""
-        return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
-
-    @classmethod
-    def from_yaml(cls, text: str) -> RunConfig:
-        """Read what `to_yaml` wrote.
-
-        Raises:
-            ConfigError: a key or value that this version does not know.
-        """
-        try:
-            values: Any = OmegaConf.to_container(OmegaConf.create(text))
-            values.pop("choices", None)  # for readers: which option each group was given
-            schema = OmegaConf.structured(cls)
-            for group, options in SLOTS.items():
-                kind = values[group].pop("kind")
-                schema[group] = OmegaConf.structured(options[kind])
-            merged = OmegaConf.merge(schema, values)
-            return OmegaConf.to_object(merged)  # type: ignore[return-value]
-        except (OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"the frozen config cannot be read: {error}",
-                fix="it is written by the version that started the run; use that version",
-            ) from error
-
-
-# The one table of options: group -> name -> dataclass. The first is the default.
-SLOTS: dict[str, dict[str, type]] = {
-    "objective": {"sft": Sft, "pretrain": Pretrain},
-    "tuning": {"full": Full},
-    "optimizer": {"adamw": AdamW},
-    "engine": {"single": Single, "deepspeed": DeepSpeed},
-    "cluster": {"local": Local, "ray": Ray, "slurm": Slurm},
-}
-# Every group that is chosen on the command line: in one that is no slot the options differ by
-# their values alone.
-GROUPS: dict[str, dict[str, type]] = {**SLOTS, "template": {"template": Template}}
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Enum):
-        return value.name
-    return value
-
-
-# --------------------------------------------------------------------------------- checks
-
-
-def complete(config: RunConfig) -> RunConfig:
-    """A copy with every untouched slot filled by its first option, checked.
-
-    Raises:
-        ConfigError, SeveralErrors: all problems of the configuration, reported together.
-    """
-    config = dataclasses.replace(config, **_untouched_slots(config))
-    raise_all(_wrong_slots(config) or problems(config))
-    return config
-
-
-def _untouched_slots(config: RunConfig) -> dict[str, Any]:
-    """The default option of every slot that still holds its empty base."""
-    bases: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(config)}
-    return {
-        group: next(iter(options.values()))()
-        for group, options in SLOTS.items()
-        if type(getattr(config, group)) is bases[group]
-    }
-
-
-def _wrong_slots(config: RunConfig) -> list[PosttrainError]:
-    return [
-        ConfigError(
-            f"is {getattr(config, group)!r}",
-            where=group,
-            fix=f"use one of {', '.join(option.__name__ for option in options.values())}",
-        )
-        for group, options in SLOTS.items()
-        if type(getattr(config, group)) not in options.values()
-    ]
-
-
-def problems(config: RunConfig) -> list[PosttrainError]:
-    """Every problem that can be seen without reading data or model."""
-    found: list[PosttrainError] = [
-        ConfigError(what, where=key, fix=fix) for ok, key, what, fix in all_rules(config) if not ok
-    ]
-    found += diagnose_problems(config.diagnose)
-    if isinstance(config.engine, DeepSpeed) and config.engine.config is not None:
-        try:
-            deepspeed_config(config.engine, clip=1.0, bf16=False)
-        except ConfigError as error:
-            found.append(error)
-    return found

@@ -5,8 +5,11 @@ Imports no torch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
+
+from posttrain_dist.errors import Rule, at_least
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,3 +78,66 @@ class EvalConfig:
     generate_rows: int = 0  # checkable rows per channel answered by generation, before and after
     samples: int = 3  # generated answers that are shown, of channels without one right answer
     max_new_tokens: int = 32
+
+
+def train_rules(train: TrainConfig) -> list[Rule]:
+    """What must hold among the values of the group `train`."""
+    return [
+        at_least("train.steps", train.steps),
+        at_least("train.tokens", train.tokens),
+        at_least("train.batch_size", train.batch_size),
+        at_least("train.micro_batch_size", train.micro_batch_size),
+        at_least("train.log_every", train.log_every),
+        at_least("train.eval_every", train.eval_every),
+        at_least("train.save_every", train.save_every),
+        Rule(
+            train.epochs is None or 0 < train.epochs < math.inf,
+            "train.epochs",
+            f"is {train.epochs}, must be above 0 and finite",
+            "set a positive number of passes over the data",
+        ),
+        Rule(
+            [train.steps, train.epochs, train.tokens].count(None) >= 2,
+            "train.steps",
+            "is set together with train.epochs or train.tokens",
+            "set one of the three",
+        ),
+    ]
+
+
+def eval_rules(evaluation: EvalConfig) -> list[Rule]:
+    """What must hold among the values of the group `eval`."""
+    return [
+        at_least("eval.max_new_tokens", evaluation.max_new_tokens),
+        at_least("eval.generate_rows", evaluation.generate_rows, 0),
+        at_least("eval.samples", evaluation.samples, 0),
+        Rule(
+            evaluation.generate_rows <= 256,
+            "eval.generate_rows",
+            f"is {evaluation.generate_rows}: of each channel 256 held-out rows are kept as text",
+            "set eval.generate_rows to 256 or less",
+        ),
+    ]
+
+
+def cluster_rules(cluster: Cluster) -> list[Rule]:
+    """What must hold among the values of the group `cluster`."""
+    if not isinstance(cluster, Ray):
+        return []
+    rules = [
+        at_least("cluster.workers", cluster.workers),
+        at_least("cluster.max_failures", cluster.max_failures, 0),
+        Rule(
+            cluster.cpus_per_worker > 0,
+            "cluster.cpus_per_worker",
+            f"is {cluster.cpus_per_worker}, must be above 0",
+            "set it to 1 or more",
+        ),
+    ]
+    if isinstance(cluster, Slurm):
+        rules += [
+            at_least("cluster.nodes", cluster.nodes),
+            at_least("cluster.cpus_per_node", cluster.cpus_per_node),
+            at_least("cluster.gpus_per_node", cluster.gpus_per_node, 0),
+        ]
+    return rules

@@ -5,8 +5,11 @@ records -> template + masking -> packing -> collate -> loader
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
+
+from posttrain_dist.errors import Rule, at_least
 
 __all__ = ["DataConfig", "Format", "LongRows", "MixBy", "OnBadRow", "Policy", "Source", "Template"]
 
@@ -96,3 +99,58 @@ class Template:
     policy: Policy = Policy.assistant
     explode_turns: bool = False  # one sample for each assistant turn
     strict: bool = True  # a failed check stops; false: it is reported
+
+
+def data_rules(data: DataConfig) -> list[Rule]:
+    """What must hold among the values of the group `data`."""
+    rules = [
+        at_least("data.max_length", data.max_length, 2),
+        at_least("data.pack_window", data.pack_window),
+        at_least("data.workers", data.workers),
+        Rule(
+            0 <= data.eval_fraction < 1,
+            "data.eval_fraction",
+            f"is {data.eval_fraction}, must be in [0, 1)",
+            "set a share such as 0.05",
+        ),
+        Rule(
+            not data.sources or data.train == DataConfig().train,
+            "data.sources",
+            "is set together with data.train",
+            "give all training rows as sources, or none",
+        ),
+        Rule(
+            not data.sources or any(source.weight > 0 for source in data.sources.values()),
+            "data.sources",
+            "holds no source of a weight above 0",
+            "give at least one source a weight",
+        ),
+        Rule(
+            "eval" not in data.sources,
+            "data.sources.eval",
+            "is a reserved name",
+            "rename it",
+        ),
+    ]
+    for name, source in data.sources.items():
+        key = f"data.sources.{name}"
+        weights = {"weight": source.weight}
+        weights |= {f"schedule.{step}": weight for step, weight in source.schedule.items()}
+        rules += [
+            Rule(
+                0 <= weight < math.inf,
+                f"{key}.{place}",
+                f"is {weight}, must be 0 or more, and finite",
+                "set a weight such as 1.0",
+            )
+            for place, weight in weights.items()
+        ]
+        rules.append(
+            Rule(
+                source.max_passes is None or source.max_passes > 0,
+                f"{key}.max_passes",
+                f"is {source.max_passes}, must be above 0",
+                "set how often a row may be drawn in an epoch, or null",
+            )
+        )
+    return rules

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
+
+from posttrain_dist.errors import Rule, at_least
 
 __all__ = ["AdamW", "DeepSpeed", "Engine", "Optimizer", "Schedule", "Single"]
 
@@ -56,3 +59,49 @@ class AdamW(Optimizer):
     schedule: Schedule = Schedule.cosine
     warmup_ratio: float = 0.03  # share of all steps in which lr rises from 0
     min_lr_ratio: float = 0.1  # lr at the last step, as a share of the peak
+
+
+def engine_rules(engine: Engine) -> list[Rule]:
+    """What must hold among the values of the group `engine`."""
+    if not isinstance(engine, DeepSpeed):
+        return []
+    return [
+        Rule(
+            engine.stage in (0, 1, 2, 3),
+            "engine.stage",
+            f"is {engine.stage}",
+            "use engine=zero0, zero1, zero2 or zero3",
+        ),
+        Rule(
+            not engine.offload or engine.stage >= 1,
+            "engine.offload",
+            "needs a sharded optimizer, and engine.stage is 0",
+            "use engine=zero3_offload, or engine.stage=1, 2 or 3",
+        ),
+        at_least("engine.persistence_threshold", engine.persistence_threshold, 0),
+    ]
+
+
+def optimizer_rules(optimizer: Optimizer) -> list[Rule]:
+    """What must hold among the values of the group `optimizer`."""
+    if not isinstance(optimizer, AdamW):
+        return []
+    ranges = {
+        "lr": (0 < optimizer.lr < 10, "above 0 and below 10"),
+        "beta1": (0 <= optimizer.beta1 < 1, "in [0, 1)"),
+        "beta2": (0 <= optimizer.beta2 < 1, "in [0, 1)"),
+        "eps": (0 < optimizer.eps < 1, "above 0 and below 1"),
+        "weight_decay": (0 <= optimizer.weight_decay < math.inf, "0 or more, and finite"),
+        "clip": (0 <= optimizer.clip < math.inf, "0 (no clipping) or more, and finite"),
+        "warmup_ratio": (0 <= optimizer.warmup_ratio <= 1, "in [0, 1]"),
+        "min_lr_ratio": (0 <= optimizer.min_lr_ratio <= 1, "in [0, 1]"),
+    }
+    return [
+        Rule(
+            ok,
+            f"optimizer.{name}",
+            f"is {getattr(optimizer, name)}, must be {wanted}",
+            f"set optimizer.{name} to a value {wanted}",
+        )
+        for name, (ok, wanted) in ranges.items()
+    ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from posttrain_dist.errors import Rule, at_least
+
 __all__ = ["Attention", "Checkpointing", "ModelConfig", "Weights"]
 
 
@@ -43,3 +45,25 @@ class ModelConfig:
     activation_checkpointing: Checkpointing = Checkpointing.none
     checkpoint_layers: int | None = None  # how many layers, of `selective`
     compile: bool = False  # torch.compile of norms and MLPs; needs a C++ compiler
+
+
+def model_rules(model: ModelConfig) -> list[Rule]:
+    """What must hold among the values of the group `model`."""
+    selective = model.activation_checkpointing is Checkpointing.selective
+    key = "model.checkpoint_layers"
+    return [
+        Rule(
+            not selective or model.checkpoint_layers is not None,
+            key,
+            "is null, and model.activation_checkpointing is selective",
+            "set how many layers recompute their activations",
+        ),
+        Rule(
+            selective or model.checkpoint_layers is None,
+            key,
+            f"is {model.checkpoint_layers}, and model.activation_checkpointing is "
+            f"{model.activation_checkpointing.name}",
+            "set model.activation_checkpointing=selective",
+        ),
+        at_least(key, model.checkpoint_layers),
+    ]
