@@ -1,7 +1,7 @@
-"""The rules of the code's shape: who imports whom, sizes, names, docstrings.
+"""Who imports whom: layers, circles, and the one place of each heavy dependency.
 
-Imports are read from the source, also those inside functions; only those under
-`if TYPE_CHECKING:` are exempt, because they never run.
+Imports are read from the source, also those inside functions. Those under `if TYPE_CHECKING:`
+never run, so that the table of layers exempts them; circles of files count them too.
 """
 
 from __future__ import annotations
@@ -13,50 +13,45 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-# Package -> folder.
-LIBRARY = {
-    "posttrain_dist": ROOT / "posttrain_dist",
-    "posttrain_kernels": ROOT / "kernels/posttrain_kernels",
-    "posttrain_launch": ROOT / "launch/posttrain_launch",
-}
-# Only size and names are checked outside the packages.
-FOLDERS = [
-    *LIBRARY.values(),
-    ROOT / "conf",
-    ROOT / "slurm",
-    ROOT / "tests",
-    ROOT / "benchmarks",
-    ROOT / "tools",
-]
+from source_tree import LIBRARY, LIBRARY_FILES, module_of, name_of
 
 LAYERS = {
-    "posttrain_launch": 6,
+    "posttrain_launch": 7,
+    **dict.fromkeys(("train", "run"), 6),
     **dict.fromkeys(
         (
-            "train",
             "hooks",
-            "rollouts",
             "prepare",
-            "inspection",
+            "rollouts",
             "evaluation",
+            "annotation",
             "synthesis",
             "export",
             "report",
+            "inspection",
             "assets",
         ),
         5,
     ),
-    **dict.fromkeys(("build", "preflight", "planner"), 4),
+    **dict.fromkeys(("build", "planner", "preflight", "judge"), 4),
     **dict.fromkeys(("loop", "config"), 3),
     **dict.fromkeys(
-        ("tuning", "objectives", "engine", "checkpoint", "metrics", "diagnosis", "generation"), 2
+        (
+            "tuning",
+            "objectives",
+            "engine",
+            "checkpoint",
+            "metrics",
+            "diagnosis",
+            "generation",
+            "verify",
+        ),
+        2,
     ),
     **dict.fromkeys(("data", "models"), 1),
     **dict.fromkeys(("flow", "errors", "dist", "files", "logs"), 0),
 }
-KERNEL_USERS = {"objectives", "build", "posttrain_launch"}
+KERNEL_USERS = {"objectives", "tuning", "build", "posttrain_launch"}
 # Dependency -> modules, with all below them, that may import it.
 CONFINED = {
     "ray": ("posttrain_launch",),
@@ -66,34 +61,8 @@ CONFINED = {
     "wandb": ("posttrain_dist.metrics",),
     "triton": ("posttrain_kernels",),
 }
-FORBIDDEN_WORDS = {"common", "helper", "helpers", "manager", "managers", "misc", "util", "utils"}
-FORBIDDEN_STEMS = {"base_trainer", "basetrainer"}
-MAX_FILE_LINES = 400
-MAX_FUNCTION_LINES = 60
 
-Function = ast.FunctionDef | ast.AsyncFunctionDef
-
-
-def source_files(*folders: Path) -> list[Path]:
-    found = [path for folder in folders for path in sorted(folder.rglob("*"))]
-    return [path for path in found if path.suffix in {".py", ".sh", ".sbatch"}]
-
-
-def name_of(path: Path) -> str:
-    return str(path.relative_to(ROOT))
-
-
-LIBRARY_FILES = [path for path in source_files(*LIBRARY.values()) if path.suffix == ".py"]
-ALL_FILES = source_files(*FOLDERS)
 each_library_file = pytest.mark.parametrize("path", LIBRARY_FILES, ids=name_of)
-each_file = pytest.mark.parametrize("path", ALL_FILES, ids=name_of)
-
-
-def module_of(path: Path) -> str:
-    """The dotted name of a library file."""
-    package, folder = next((p, f) for p, f in LIBRARY.items() if path.is_relative_to(f))
-    parts = path.relative_to(folder).with_suffix("").parts
-    return ".".join((package, *(part for part in parts if part != "__init__")))
 
 
 # --------------------------------------------------------------------------- reading imports
@@ -114,20 +83,25 @@ def running_nodes(node: ast.AST) -> Iterator[ast.AST]:
 def imported(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:
     """(line, dotted name) of each import; of `from a import b` the name is `a.b`."""
     for node in running_nodes(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = [node.module] if node.module else []
-            if node.level:
-                parents = module.split(".")
-                cut = len(parents) - node.level + is_package
-                base = parents[:cut] + base
-            yield from ((node.lineno, ".".join([*base, alias.name])) for alias in node.names)
-        elif isinstance(node, ast.Call) and node.args:
-            called = ast.unparse(node.func)
-            name = node.args[0]
-            if called.endswith(("import_module", "__import__")) and isinstance(name, ast.Constant):
-                yield node.lineno, str(name.value)
+        for name in names_imported(node, module, is_package):
+            yield node.lineno, name  # type: ignore[attr-defined]
+
+
+def names_imported(node: ast.AST, module: str, is_package: bool) -> Iterator[str]:
+    """Dotted names that a node of `module` imports; of `from a import b` the name is `a.b`."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = [node.module] if node.module else []
+        if node.level:
+            parents = module.split(".")
+            cut = len(parents) - node.level + is_package
+            base = parents[:cut] + base
+        yield from (".".join([*base, alias.name]) for alias in node.names)
+    elif isinstance(node, ast.Call) and node.args:
+        called, name = ast.unparse(node.func), node.args[0]
+        if called.endswith(("import_module", "__import__")) and isinstance(name, ast.Constant):
+            yield str(name.value)
 
 
 def unit_of(name: str) -> str | None:
@@ -188,6 +162,48 @@ def foreign_to_ground(source: str, module: str) -> list[str]:
     ]
 
 
+def file_imports(path: Path, modules: dict[str, Path]) -> set[str]:
+    """Modules of ours that a file imports, anywhere in it."""
+    module = module_of(path)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        for name in names_imported(node, module, path.name == "__init__.py"):
+            target = name if name in modules else name.rpartition(".")[0]
+            if target in modules and target != module:
+                found.add(target)
+    return found
+
+
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules of which each reaches each other by imports."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        left = [start]
+        while left:
+            for target in imports[left.pop()] - seen:
+                seen.add(target)
+                left.append(target)
+        return seen
+
+    reach = {module: reached(module) for module in imports}
+    groups = {
+        tuple(sorted(other for other in reach[module] if module in reach[other]))
+        for module in imports
+        if module in reach[module]
+    }
+    return sorted(map(list, groups))
+
+
+def test_files_import_in_no_circle() -> None:
+    modules = {module_of(path): path for path in LIBRARY_FILES}
+    assert circles({m: file_imports(path, modules) for m, path in modules.items()}) == []
+
+
+def test_circles_are_seen() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [["b", "c"]]
+
+
 @each_library_file
 def test_imports_go_down(path: Path) -> None:
     module = module_of(path)
@@ -216,93 +232,6 @@ def test_one_sink_imports_wandb() -> None:
         if any(re.match(r"wandb\b", n) for _, n in imported(path.read_text(), module_of(path)))
     ]
     assert len(users) <= 1, users
-
-
-# --------------------------------------------------------------------------- size and names
-
-
-def code_lines(function: Function, lines: list[str]) -> int:
-    """Lines of a function without its docstring, comments and blank lines."""
-    first = function.body[0]
-    skipped = set()
-    if ast.get_docstring(function, clean=False) is not None:
-        skipped = set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
-    own = range(function.lineno, (function.end_lineno or function.lineno) + 1)
-    texts = (lines[number - 1].strip() for number in own if number not in skipped)
-    return sum(1 for text in texts if text and not text.startswith("#"))
-
-
-def long_functions(source: str) -> list[str]:
-    lines = source.splitlines()
-    functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, Function))
-    sizes = ((f"line {f.lineno}: {f.name}", code_lines(f, lines)) for f in functions)
-    return [f"{where} has {size} lines" for where, size in sizes if size > MAX_FUNCTION_LINES]
-
-
-def forbidden_parts(path: Path) -> list[str]:
-    """Parts of a path that say nothing about their subject."""
-    stems = [part.partition(".")[0].lower() for part in path.parts]
-    return [s for s in stems if s in FORBIDDEN_STEMS or FORBIDDEN_WORDS & set(s.split("_"))]
-
-
-@each_file
-def test_file_is_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
-
-
-@pytest.mark.parametrize("path", [p for p in ALL_FILES if p.suffix == ".py"], ids=name_of)
-def test_functions_fit_a_screen(path: Path) -> None:
-    assert long_functions(path.read_text()) == []
-
-
-@each_file
-def test_name_says_the_subject(path: Path) -> None:
-    assert forbidden_parts(path.relative_to(ROOT)) == []
-
-
-# --------------------------------------------------------------------------- docstrings
-
-
-def protocol_methods() -> set[str]:
-    """Methods that a Protocol of ours documents once, for all that implement it."""
-    classes = [
-        node
-        for path in source_files(*LIBRARY.values())
-        if path.suffix == ".py"
-        for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.ClassDef) and "Protocol" in map(ast.unparse, node.bases)
-    ]
-    return {
-        item.name
-        for node in classes
-        for item in node.body
-        if isinstance(item, Function) and ast.get_docstring(item)
-    }
-
-
-PROTOCOL_METHODS = protocol_methods()
-
-
-def undocumented(body: list[ast.stmt], prefix: str = "") -> Iterator[str]:
-    """Public functions, classes and methods without a docstring, as `line N: name`."""
-    for node in body:
-        if isinstance(node, ast.If | ast.Try):
-            branches = [node.body, node.orelse, *(h.body for h in getattr(node, "handlers", []))]
-            for branch in branches:
-                yield from undocumented(branch, prefix)
-        if not isinstance(node, Function | ast.ClassDef) or node.name.startswith("_"):
-            continue
-        decorators = {ast.unparse(d).rpartition(".")[2] for d in node.decorator_list}
-        said = decorators & {"overload", "setter"} or (prefix and node.name in PROTOCOL_METHODS)
-        if ast.get_docstring(node) is None and not said:
-            yield f"line {node.lineno}: {prefix}{node.name}"
-        if isinstance(node, ast.ClassDef):
-            yield from undocumented(node.body, f"{prefix}{node.name}.")
-
-
-@each_library_file
-def test_public_names_have_a_docstring(path: Path) -> None:
-    assert list(undocumented(ast.parse(path.read_text()).body)) == []
 
 
 # --------------------------------------------------------------------------- the checks see
@@ -357,28 +286,6 @@ def test_relative_imports_of_a_package_resolve() -> None:
     assert inside == [(1, "posttrain_dist.models.load.x")]
 
 
-def test_size_and_name_checks_see() -> None:
-    body = "    x = 1\n" * 59
-    assert long_functions(f'def f():\n    """One\n\n    two."""\n\n    # why\n{body}') == []
-    assert long_functions(f"class A:\n  def f():\n{body}    x = 1\n") == ["line 2: f has 61 lines"]
-    assert forbidden_parts(Path("posttrain_dist/data/text_utils.py")) == ["text_utils"]
-    assert forbidden_parts(Path("helpers/pack.py")) == ["helpers"]
-    assert forbidden_parts(Path("posttrain_dist/commonplace.py")) == []
-    assert foreign_to_ground("import os, torch.nn\nimport numpy", "posttrain_dist.flow") == [
-        "line 2: numpy"
-    ]
-
-
-def test_docstring_check_sees() -> None:
-    source = """
-def f(): "Said."
-def g(): pass
-def _h(): pass
-class A:
-    "Said."
-    def m(self): pass
-    def __len__(self): pass
-    @m.setter
-    def m(self, value): pass
-"""
-    assert list(undocumented(ast.parse(source).body)) == ["line 3: g", "line 7: A.m"]
+def test_what_is_foreign_to_the_ground_is_seen() -> None:
+    found = foreign_to_ground("import os, torch.nn\nimport numpy", "posttrain_dist.flow")
+    assert found == ["line 2: numpy"]
