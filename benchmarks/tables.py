@@ -1,29 +1,26 @@
 """The tables of docs/performance.md, made from the rows under benchmarks/results/.
 
-    python benchmarks/tables.py            # rewrites the page; --check only compares
+    python benchmarks/tables.py            # rewrites the page; a test compares it
 
 A table stands between two comments, `<!-- table: name -->` and `<!-- /table -->`, and shows rows of
 one run: the last one that has what the table asks for, because only arms of one run compare. Under
-it stand machine, versions, load, date and command. What tables there are: table_specs.py.
+it stand machine, versions, load, date and command. What tables there are: `TABLES`, below.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "performance.md"
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
+PAGE = RESULTS.parents[1] / "docs" / "performance.md"
 MARKS = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 NONE = "-"  # where a row does not say
-
 Row = Mapping[str, Any]
 Cell = Callable[[Row], str]
 
@@ -39,7 +36,9 @@ class Table:
 
     def rows(self, results: Path) -> list[Row]:
         """The rows of the last run that has any; of each group of `per`, if given."""
-        found = [row for row in read(results / f"{self.source}.jsonl") if holds(row, self.where)]
+        path = results / f"{self.source}.jsonl"
+        read = [json.loads(line) for line in path.open()] if path.is_file() else []
+        found = [row for row in read if self.where.items() <= row.items()]
         last = {self._group(row): run_of(row) for row in found}
         kept = [row for row in found if run_of(row) == last[self._group(row)]]
         return sorted(kept, key=lambda row: list(last).index(self._group(row)))
@@ -52,10 +51,8 @@ class Table:
         rows = self.rows(results)
         if not rows:
             return "Not measured yet.\n"
-        shown = [row for row in rows if reason(row) is None]
-        lines = table_lines(
-            list(self.columns), [[cell(r) for cell in self.columns.values()] for r in shown]
-        )
+        cells = [[c(r) for c in self.columns.values()] for r in rows if reason(r) is None]
+        lines = table_lines(list(self.columns), cells)
         left_out = dict.fromkeys(f"{r['arm']}: {reason(r)}" for r in rows if reason(r) is not None)
         if left_out:
             lines += ["", f"Not run: {'; '.join(left_out)}."]
@@ -64,28 +61,32 @@ class Table:
         return "\n".join(lines) + "\n"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Goal:
     """A figure that was aimed at, and the row that holds what was reached."""
 
-    said: str
+    text: str
+    sense: str  # "at least" or "at most"
     limit: float
-    most: bool  # whether the limit is the most allowed; else the least
     source: str
+    value: str | Callable[[Row], float | None]  # a field, or what is made of several
     where: Mapping[str, Any]
-    value: Callable[[Row], float | None]
     digits: int = 2
 
     def cells(self, results: Path) -> list[str]:
         """What was aimed at, what was measured, whether that is enough."""
-        sense = "at most" if self.most else "at least"
-        aimed = f"{sense} {self.limit:,g}" if self.limit >= 1 else f"{sense} {self.limit:.3g}"
+        limit = f"{self.limit:,g}" if self.limit >= 1 else f"{self.limit:.3g}"
         rows = Table(source=self.source, columns={}, where=self.where).rows(results)
-        value = self.value(rows[-1]) if rows else None
-        if value is None:
-            return [self.said, aimed, "not measured", ""]
-        met = value <= self.limit if self.most else value >= self.limit
-        return [self.said, aimed, f"{value:,.{self.digits}f}", "yes" if met else "**no**"]
+        value = self.reached(rows[-1]) if rows else None
+        measured, met = "not measured", ""
+        if value is not None:
+            reached = value <= self.limit if self.sense == "at most" else value >= self.limit
+            measured, met = f"{value:,.{self.digits}f}", "yes" if reached else "**no**"
+        return [self.text, f"{self.sense} {limit}", measured, met]
+
+    def reached(self, row: Row) -> float | None:
+        """The figure of a row; None where it has none."""
+        return row.get(self.value) if isinstance(self.value, str) else self.value(row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,11 @@ class Goals:
 def text(key: str) -> Cell:
     """A field as it is."""
     return lambda row: str(row.get(key, NONE))
+
+
+def texts(**keys: str) -> dict[str, Cell]:
+    """Columns of fields as they are, by their headings."""
+    return {heading: text(key) for heading, key in keys.items()}
 
 
 def number(key: str, digits: int = 2, scale: float = 1.0, unit: str = "") -> Cell:
@@ -137,21 +143,6 @@ def error(*keys: str) -> Cell:
 # ---------------------------------------------------------------------------- making
 
 
-def read(path: Path) -> list[Row]:
-    """All rows of a results file; none if there is no such file."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def holds(row: Row, where: Mapping[str, Any]) -> bool:
-    """Whether a row says all of `where`; a tuple there means: one of these."""
-    return all(
-        row.get(key) in value if isinstance(value, tuple) else row.get(key) == value
-        for key, value in where.items()
-    )
-
-
 def run_of(row: Row) -> str:
     """Rows of one process share this."""
     return str(row.get("run", row["date"]))
@@ -177,7 +168,7 @@ def origin(row: Row) -> str:
 
 
 def fill(page: str, tables: Mapping[str, Table | Goals], results: Path = RESULTS) -> str:
-    """The page with every marked table made anew.
+    """The page with every marked table made again.
 
     Raises:
         KeyError: a mark names no table.
@@ -189,17 +180,217 @@ def fill(page: str, tables: Mapping[str, Table | Goals], results: Path = RESULTS
     return MARKS.sub(make, page)
 
 
-def main() -> None:
-    from table_specs import TABLES
+# ----------------------------------------------------------------------- columns of each table
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare, change nothing")
-    page = PAGE.read_text()
-    made = fill(page, TABLES)
-    if parser.parse_args().check:
-        raise SystemExit(0 if made == page else f"{PAGE} is not what the rows give")
-    PAGE.write_text(made)
+MIB = 2.0**-20
+
+HEAD: dict[str, Cell] = {
+    "arm": text("arm"),
+    "masked": number("masked", 0, 100, " %"),
+    "ms": number("p50_s", 0, 1e3),
+    "p20 to p80": span("p20_s", "p80_s", 0, 1e3),
+    "times ours": number("ours_times_faster"),
+    "share of the floor": number("share_of_floor"),
+    "extra MiB": number("peak_extra_bytes", 0, MIB),
+    "error": error("loss_error", "gradient_error"),
+}
+LAST_LAYER: dict[str, Cell] = {
+    "arm": text("arm"),
+    "masked": number("masked", 0, 100, " %"),
+    "rows computed": text("computed"),
+    "s": number("p50_s"),
+    "gain, of the layer": number("layer_gain", 1, 100, " %"),
+    "gain, of 32 layers": number("step_gain", 2, 100, " %"),
+    "error": error("error"),
+}
+STEP: dict[str, Cell] = {
+    "arm": text("arm"),
+    "s a step": number("p50_s"),
+    "p20 to p80": span("p20_s", "p80_s"),
+    "real tokens/s": number("tokens_per_s", 0),
+    "times ours": number("ours_times_faster"),
+    "its p20 to p80": span("ratio_p20", "ratio_p80"),
+    "times our CPU time": number("ours_times_less_cpu"),
+    "peak MiB": number("peak_bytes", 0, MIB),
+    "loss error": error("loss_error"),
+    "gradient norm error": error("norm_error"),
+}
+PROFILE: dict[str, Cell] = {
+    "kind": text("arm"),
+    "s a step": number("p50_s", 3),
+    "share": number("share", 1, 100, " %"),
+}
+LAUNCH: dict[str, Cell] = {
+    "arm": text("arm"),
+    "s": number("p50_s", 1),
+    "p20 to p80": span("p20_s", "p80_s", 1),
+    "over": text("over"),
+    "by s": number("over_s", 1),
+}
+DEEPSPEED: dict[str, Cell] = {
+    **texts(arm="arm", model="size", processes="processes", ZeRO="stage", tokens="tokens"),
+    "ms": number("p50_s", 1, 1e3),
+    "times single": number("ratio"),
+    "p20 to p80": lambda row: " to ".join(f"{x:.2f}" for x in row.get("ratio_p20_p80", ())),
+    "of processor time": number("cpu_ratio"),
+    "peak MiB": number("peak_bytes", 0, MIB),
+}
+GPU_KERNELS: dict[str, Cell] = {
+    **texts(arm="arm", N="rows", D="hidden", V="vocabulary", dtype="dtype"),
+    "masked": number("masked", 0, 100, " %"),
+    "softcap": text("softcap"),
+    **{f"{x} error": error(f"{x}_error") for x in ("loss", "hidden", "weight")},
+    **{f"eager's {x}": error(f"eager_{x}") for x in ("loss", "hidden", "weight")},
+}
+GPU_HEAD: dict[str, Cell] = {**texts(arm="arm", N="rows", weight="head"), **HEAD}
+GPU_STEPS: dict[str, Cell] = {
+    **texts(arm="arm", model="model", samples="kind"),
+    "s a step": number("p50_s", 3),
+    "p20 to p80": span("p20_s", "p80_s", 3),
+    "real tokens/s": number("tokens_per_s", 0),
+    "times ours": number("ours_times_faster"),
+    "MFU": number("mfu", 1, 100, " %"),
+    "peak GiB": number("peak_bytes", 1, 2.0**-30),
+    "losses apart": error("loss_apart"),
+}
+
+# ------------------------------------------------------------------------------- goals
+
+FASTER = "ours_times_faster"
+
+
+def head_rows(num_rows: int, **where: Any) -> dict[str, Any]:
+    """Rows of the head's benchmark at one shape on two cores."""
+    shape = {"rows": num_rows, "vocabulary": 32_000, "device": "cpu"}
+    return {**shape, "head": "trainable", "dtype": "float32", **where}
+
+
+def gpu_rows(section: str, **where: Any) -> dict[str, Any]:
+    """Rows of one section of the GPU's benchmark."""
+    return {"section": section, "smoke": False, **where}
+
+
+def head_goals() -> Iterator[Goal]:
+    """Of the head on two cores."""
+    times_of = {("TRL", 0.0): 12, ("TRL", 0.75): 30, ("eager", 0.0): 4.5, ("eager", 0.75): 9}
+    for (arm, masked), times in times_of.items():
+        for n in (1024, 4096):
+            what = f"head, N={n}, {masked:.0%} masked: times faster than {arm}"
+            where = head_rows(n, arm=arm, masked=masked)
+            yield Goal(what, "at least", times, "head", FASTER, where)
+    for n, masked in ((1024, 0.0), (4096, 0.0), (4096, 0.75)):
+        what = f"head, N={n}, {masked:.0%} masked: share of the GEMM floor"
+        where = head_rows(n, arm="ours", masked=masked)
+        yield Goal(what, "at least", 0.6, "head", "share_of_floor", where)
+    for n in (1024, 4096):
+        what, key = f"head, N={n}: extra memory, ours over eager's", "share_of_eager_memory"
+        yield Goal(what, "at most", 1 / 12, "head", key, head_rows(n, arm="ours", masked=0.0), 3)
+    what, where = "cost at 75 % masked over cost unmasked", head_rows(4096, arm="ours", masked=0.75)
+    yield Goal(f"head, N=4096: {what}", "at most", 0.32, "head", "cost_of_first_mask", where)
+
+
+def step_goals() -> Iterator[Goal]:
+    """Ratios of whole steps to TRL as it is, in float32, and tuned; and to one without channels."""
+    for kind, times, times_tuned in (("mixed", 15, 9), ("uniform", 3, 3)):
+        for trl, limit, where in (
+            ("by default", times, {"part": "as_it_is", "arm": "TRL default"}),
+            ("by default but float32", times, {"part": "step", "arm": "TRL default, float32"}),
+            ("tuned", times_tuned, {"part": "step", "role": "tuned"}),
+        ):
+            where = {"kind": kind, **where}
+            what = f"step, {kind}: times faster than TRL {trl}"
+            yield Goal(what, "at least", limit, "step", FASTER, where)
+            if kind == "mixed":
+                what = f"step, {kind}: memory, ours over TRL {trl}"
+                yield Goal(what, "at most", 0.33, "step", "ours_share_of_memory", where)
+    what = "step, mixed: cost of the metrics of 8 channels, %"
+    where = {"part": "channels", "arm": "ours, no channels"}
+    yield Goal(what, "at most", 1.0, "step", channel_cost, where)
+
+
+def process_goals() -> Iterator[Goal]:
+    """Of DeepSpeed and of launching."""
+    for size in ("10m", "50m"):
+        for stage, times in ((2, 1.15), (3, 1.40)):
+            for n, several in ((1, "process"), (2, "processes")):
+                what = f"ZeRO-{stage}, {size.upper()} parameters, {n} {several}: times a plain step"
+                where = {"size": size, "processes": n, "stage": stage, "tokens": 512, "arm": "ours"}
+                yield Goal(what, "at most", times, "deepspeed_overhead", "ratio", where)
+    what = "command to first step, cluster=local: seconds over a bare loop"
+    yield Goal(what, "at most", 2.0, "launch", "over_s", {"arm": "local"})
+    what = "an empty Ray Train job: its time over that of stock Ray Train"
+    yield Goal(what, "at most", 0.5, "launch", share_of_stock, {"arm": "empty_ours"})
+
+
+def channel_cost(row: Row) -> float | None:
+    """How much slower a step is than this one without channels, in percent."""
+    times = row.get(FASTER)
+    return None if times is None else 100 * (1 / times - 1)
+
+
+def share_of_stock(row: Row) -> float | None:
+    """The time of an arm over that of the arm it is compared with."""
+    over = row.get("over_s")
+    return None if over is None else float(row["p50_s"] / (row["p50_s"] - over))
+
+
+def gpu_goals() -> Iterator[Goal]:
+    """At the shapes of an 8B model, and of whole steps."""
+    for arm, kind, masked, limit in (
+        ("ours", "trainable", 0.0, 1 / 1.18),
+        *(("TRL", "trainable", 0.0, 1.4), ("TRL", "frozen", 0.0, 1.55)),
+        *(("Liger", "trainable", 0.0, 1.8), ("Liger", "trainable", 0.75, 6)),
+        ("CCE exact", "trainable", 0.0, 2),
+    ):
+        key = "share_of_floor" if arm == "ours" else FASTER
+        what = "share of the GEMM floor" if arm == "ours" else f"times faster than {arm}"
+        what = f"head, {kind}, {masked:.0%} masked: {what}"
+        where = gpu_rows("head", arm=arm, head=kind, masked=masked, rows=16_384)
+        yield Goal(what, "at least", limit, "gpu", key, where)
+    uniform = {"kind": "uniform", "arm": "ours"}
+    for model, what, limit, key, where in (
+        ("3B full", ": times faster than TRL by default", 4, FASTER, {"arm": "TRL default, 8 x 4"}),
+        ("3B full", ": times faster than TRL at its best", 1.4, FASTER, {"role": "best"}),
+        ("3B full", ", unmasked: MFU", 0.52, "mfu", uniform),
+        ("8B LoRA", ", unmasked: tokens/s", 16_500, "tokens_per_s", uniform),
+    ):
+        where = gpu_rows("steps", model=model, **where)
+        yield Goal(f"{model}{what}", "at least", limit, "gpu", key, where)
+
+
+# ------------------------------------------------------------- tables, by the name in their marks
+
+
+def step(kind: str, part: str = "step") -> Table:
+    """All arms on one kind of data."""
+    return Table(source="step", columns=STEP, where={"kind": kind, "part": part})
+
+
+TABLES: dict[str, Table | Goals] = {
+    "goals": Goals([*head_goals(), *step_goals(), *process_goals()]),
+    "head-1024": Table(source="head", columns=HEAD, where=head_rows(1024)),
+    "head-4096": Table(source="head", columns=HEAD, where=head_rows(4096)),
+    "head-1024-frozen": Table(source="head", columns=HEAD, where=head_rows(1024, head="frozen")),
+    "head-bf16": Table(source="head", columns=HEAD, where=head_rows(128, dtype="bfloat16")),
+    "last-layer": Table(source="last_layer", columns=LAST_LAYER),
+    "step-mixed": step("mixed"),
+    "step-uniform": step("uniform"),
+    "step-as-it-is": step("mixed", "as_it_is"),
+    "step-uniform-as-it-is": step("uniform", "as_it_is"),
+    "step-tuning": step("mixed", "tune"),
+    "step-tuning-uniform": step("uniform", "tune"),
+    "step-channels": step("mixed", "channels"),
+    "step-profile": Table(source="step", columns=PROFILE, where={"part": "profile"}),
+    "launch": Table(source="launch", columns=LAUNCH),
+    "deepspeed-overhead": Table(
+        source="deepspeed_overhead", columns=DEEPSPEED, per=("size", "processes", "stage", "tokens")
+    ),
+    "gpu-goals": Goals([*gpu_goals()]),
+    "gpu-kernels": Table(source="gpu", columns=GPU_KERNELS, where=gpu_rows("kernels")),
+    "gpu-head": Table(source="gpu", columns=GPU_HEAD, where=gpu_rows("head")),
+    "gpu-steps": Table(source="gpu", columns=GPU_STEPS, where=gpu_rows("steps")),
+}
 
 
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(fill(PAGE.read_text(), TABLES))

@@ -36,10 +36,15 @@ def test_steps_that_are_not_logged_read_nothing_back(
     tmp_path: Path, tiny_llama: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What the kernels look at on a CPU alone, as if this were a GPU.
-    for name in ("check_rows", "check_channel", "check_denominator"):
-        monkeypatch.setattr(f"posttrain_kernels.losses.head.{name}", lambda *_: None)
+    for name in (
+        "linear_cross_entropy.check_rows",
+        "linear_cross_entropy.check_channel",
+        "arguments.check_denominator",
+    ):
+        monkeypatch.setattr(f"posttrain_kernels.losses.{name}", lambda *_: None)
     monkeypatch.setattr(
-        "posttrain_kernels.losses.head.labelled", lambda _, supervised: (None, supervised)
+        "posttrain_kernels.losses.arguments.select_labelled_rows",
+        lambda _, supervised: (None, supervised),
     )
     config = complete(
         RunConfig(

@@ -35,7 +35,7 @@ def checkpoint_activations(model: nn.Module, config: ModelConfig) -> None:
     `selective` takes the first layers. Backward meets them last, when the activations of the other
     layers are already gone, so that the peak is theirs alone, L - k layers; were the last ones
     taken, it would be one layer higher, by the first layer that runs again. And the last layer is
-    the cheapest to keep: behind its keys and values it holds the supervised rows only.
+    the cheapest to keep: its MLP holds the supervised rows only.
 
     Raises:
         ConfigError: checkpoint_layers without `selective`, or more of them than there are layers.

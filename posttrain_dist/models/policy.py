@@ -16,7 +16,7 @@ from torch import nn
 from posttrain_dist.errors import ModelError
 from posttrain_dist.flow import Batch, Loss
 from posttrain_dist.models import parity
-from posttrain_dist.models.last_layer import shorten
+from posttrain_dist.models.last_layer import select_supervised_rows
 from posttrain_dist.models.shape import HeadShape, head_shape
 
 
@@ -41,7 +41,7 @@ class Policy(nn.Module):
         self.config: Any = causal_lm.config
         head = causal_lm.get_output_embeddings()  # type: ignore[operator]
         shape = head_shape(causal_lm.config)
-        shorten(self._backbone)
+        select_supervised_rows(self._backbone)
         head.forward = _fused_forward(head, shape, linear_cross_entropy, num_channels)
 
     @property
@@ -70,8 +70,8 @@ class Policy(nn.Module):
     def check_head(self, batch: Batch, objective: Any) -> float:
         """Compare the fused loss with the model's own logits; returns the largest difference.
 
-        A softcap or logit scale that the fused head does not know, or a last layer that does more
-        than the shortened one, would train another model than the one that is served.
+        A softcap or logit scale that the fused head does not know, or a last layer whose MLP does
+        not work row by row, would train another model than the one that is served.
 
         Raises:
             ModelError: a token's loss differs by more than rounding.
@@ -89,7 +89,7 @@ class Policy(nn.Module):
             raise ModelError(
                 f"the fused loss differs from the logits of {name} by {difference:.2e} "
                 f"(tolerance {tolerance:.0e}): its head does more than softcap and logit scale, or "
-                "its last layer is not built as in the transformers release that is known here",
+                "the MLP of its last layer mixes rows",
                 where="model.path",
                 fix="this architecture is not supported yet",
             )

@@ -106,13 +106,13 @@ def test_products_in_16_bits_or_widened_block_by_block(
     dtype: torch.dtype, fast: bool, chunk_rows: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both ways of a CPU, whichever this one has; the weight in blocks of 5 rows."""
-    monkeypatch.setattr("posttrain_kernels.passes.products.multiplies_fast", lambda _: fast)
-    monkeypatch.setattr("posttrain_kernels.passes.products.BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("posttrain_kernels.passes.matmuls.multiplies_fast", lambda _: fast)
+    monkeypatch.setattr("posttrain_kernels.passes.matmuls.BLOCK_ELEMENTS", 100)
     assert_as_good_as_eager(make_case(bias=True), dtype, chunk_rows=chunk_rows)
 
 
 def test_strips_inside_a_chunk_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("posttrain_kernels.passes.rows.STRIP_ELEMENTS_CPU", 500)
+    monkeypatch.setattr("posttrain_kernels.passes.torch_kernels.STRIP_ELEMENTS_CPU", 500)
     assert_as_good_as_eager(make_case(bias=True, softcap=4.0), torch.bfloat16)
 
 

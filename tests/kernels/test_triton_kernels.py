@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from posttrain_kernels import linear_cross_entropy
-from posttrain_kernels.passes import choose, rows, triton_rows
+from posttrain_kernels.passes import dispatch, torch_kernels, triton_kernels
 
 cases = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("head_cases.py"))))
 
@@ -21,10 +21,10 @@ cases = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("head_case
 @pytest.fixture
 def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where nobody waits to look at what a tensor holds."""
-    for place in ("head", "logprob", "logits"):
-        monkeypatch.setattr(f"posttrain_kernels.{place}.check_rows", lambda *_: None)
-    for place in ("head", "logprob"):
-        name = f"posttrain_kernels.{place}.labelled"
+    for place in ("linear_cross_entropy", "linear_logprob", "cross_entropy"):
+        monkeypatch.setattr(f"posttrain_kernels.losses.{place}.check_rows", lambda *_: None)
+    for place in ("arguments", "linear_logprob"):
+        name = f"posttrain_kernels.losses.{place}.select_labelled_rows"
         monkeypatch.setattr(name, lambda _, supervised: (None, supervised))
 
 
@@ -73,7 +73,7 @@ def test_a_denominator_of_0_on_the_device_is_no_silence() -> None:
     assert case.head(denominator=torch.tensor(0.0)).loss == 0
 
 
-@pytest.mark.parametrize("impl", [rows, triton_rows])
+@pytest.mark.parametrize("impl", [torch_kernels, triton_kernels])
 def test_scatter_adds_up_and_multiplies(impl) -> None:
     random = torch.Generator().manual_seed(0)
     values_ND = torch.randn(40, 1030, generator=random, dtype=torch.float64)
@@ -87,7 +87,7 @@ def test_scatter_adds_up_and_multiplies(impl) -> None:
     assert (ours_TD[13:] == 0).all()
 
 
-@pytest.mark.parametrize("impl", [rows, triton_rows])
+@pytest.mark.parametrize("impl", [torch_kernels, triton_kernels])
 def test_gather_reads_any_layout(impl) -> None:
     values_DT = torch.randn(1030, 9)
     rows_N = torch.tensor([8, 9, 0, 9, 0, 9, 3])[::2]
@@ -95,7 +95,7 @@ def test_gather_reads_any_layout(impl) -> None:
 
 
 def test_auto_says_once_why(caplog: pytest.LogCaptureFixture) -> None:
-    choose._auto.cache_clear()
+    dispatch._auto.cache_clear()
     with caplog.at_level(logging.INFO, logger="posttrain_kernels"):
         cases.make_case().head()
         cases.make_case().head()

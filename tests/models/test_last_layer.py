@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from posttrain_kernels import linear_cross_entropy
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.errors import ModelError
@@ -22,7 +23,7 @@ from posttrain_dist.objectives.sft import Sft
 CAPS = {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}
 GEMMA = {"sliding_window": 6, "query_pre_attn_scalar": 8}
 MULTIPLIERS = {"attention_multiplier": 0.5, "residual_multiplier": 0.3, "logits_scaling": 2.0}
-KNOWN = {
+ARCHITECTURES = {
     "Llama": {"attention_bias": True},
     "Qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     "Qwen3": {},
@@ -30,6 +31,7 @@ KNOWN = {
     "Granite": MULTIPLIERS,
     "Gemma2": {**GEMMA, **CAPS},
     "Gemma3": GEMMA,
+    "Phi": {},  # attention and MLP side by side
 }
 SIZE = {
     "vocab_size": 220,
@@ -41,7 +43,6 @@ SIZE = {
     "head_dim": 8,
     "pad_token_id": 1,
 }
-ARCHITECTURES = {**KNOWN, "Phi": {}}  # attention and MLP side by side: not known here
 TOKENS = 35
 
 
@@ -127,7 +128,7 @@ def test_losses_and_gradients_are_those_of_the_whole_row(policy, masked, checkpo
         assert (gradient - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
 
 
-def test_unsupervised_rows_are_not_computed(policy, request):
+def test_the_mlp_computes_the_supervised_rows_only(policy):
     batch = batch_of(0.7)
     last = decoder_layers(policy.causal_lm)[-1]
     seen: dict[str, int] = {}
@@ -145,15 +146,13 @@ def test_unsupervised_rows_are_not_computed(policy, request):
     policy.hidden(batch)
     for hook in hooks:
         hook.remove()
-    if request.node.callspec.params["policy"] == "Phi":
-        assert set(seen.values()) == {TOKENS}
-        return
-    assert seen[""] == TOKENS  # the layer itself, whose hooks fire
-    for name in ("self_attn.k_proj", "self_attn.v_proj", "input_layernorm"):
-        assert seen.pop(name) == TOKENS, name
-    shortened = {"self_attn.q_proj", "self_attn.o_proj", "mlp", "mlp.down_proj"}
-    shortened |= {name for name in seen if name.startswith(("post_", "pre_"))}
-    assert {name: seen[name] for name in shortened} == dict.fromkeys(shortened, 128)
+    inside_mlp = {name for name in seen if name.split(".")[0] == "mlp"}
+    assert len(inside_mlp) >= 4
+    assert {seen[name] for name in inside_mlp} == {128}
+    whole = {name for name in seen if name.endswith(("_proj", "layernorm"))} - inside_mlp
+    assert len(whole) >= 4
+    assert {seen[name] for name in whole} == {seen[""]} == {TOKENS}  # "": the layer, its hooks fire
+    assert not last.mlp._forward_hooks
 
 
 def test_a_model_without_rows_is_as_it_was(policy, request):
@@ -164,22 +163,44 @@ def test_a_model_without_rows_is_as_it_was(policy, request):
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)  # norms are in float32
 
 
-def test_the_start_up_check_notices_a_layer_that_does_more(monkeypatch):
-    right = Policy(causal_lm("Granite", SDPA), linear_cross_entropy, num_channels=2)
-    assert right.check_head(batch_of(0.7), Sft()) < 1e-4
-    # A release in which a layer of a known name has got a multiplier.
-    monkeypatch.setitem(
-        last_layer._FAMILIES, "GraniteDecoderLayer", last_layer._FAMILIES["LlamaDecoderLayer"]
-    )
-    wrong = Policy(causal_lm("Granite", SDPA), linear_cross_entropy, num_channels=2)
-    with pytest.raises(ModelError, match=r"GraniteForCausalLM.*its last layer is not built as"):
-        wrong.check_head(batch_of(0.7), Sft())
+def test_the_start_up_check_notices_an_mlp_that_mixes_rows(monkeypatch):
+    model = causal_lm("Llama", SDPA)
+    batch = batch_of(0.7)
+    assert Policy(model, linear_cross_entropy, num_channels=2).check_head(batch, Sft()) < 1e-4
+    mlp = decoder_layers(model)[-1].mlp
+    own = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda hidden_1TD: own(hidden_1TD.cumsum(dim=1)))
+    wrong = Policy(causal_lm("Llama", SDPA), linear_cross_entropy, num_channels=2)
+    wrong.causal_lm = model
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM.*MLP of its last layer mixes rows"):
+        wrong.check_head(batch, Sft())
 
 
-def test_the_log_names_a_layer_that_is_not_known(caplog):
+class TupleLayer(GradientCheckpointingLayer):
+    """A layer and an MLP that return tuples, as some architectures' do."""
+
+    class Double(torch.nn.Module):
+        def forward(self, hidden_1TD):
+            return 2.0 * hidden_1TD, hidden_1TD.shape[1]
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+        self.add_module(name, self.Double())
+
+    def forward(self, hidden_1TD):
+        more_1TD, num_computed = self.get_submodule(self.name)(hidden_1TD)
+        return hidden_1TD + more_1TD, num_computed
+
+
+@pytest.mark.parametrize(("name", "num_computed"), [("mlp", 3), ("feed_forward", 4)])
+def test_the_log_names_a_layer_whose_mlp_is_not_found(caplog, name, num_computed):
+    layer = TupleLayer(name)
     with caplog.at_level(logging.WARNING, logger="posttrain_dist"):
-        for name in ("Phi", "Llama"):
-            Policy(causal_lm(name, SDPA), linear_cross_entropy, num_channels=1)
-    assert [record.getMessage() for record in caplog.records] == [
-        "PhiDecoderLayer runs on all rows: its last layer is not known here"
-    ]
+        last_layer.select_supervised_rows(torch.nn.Sequential(TupleLayer("mlp"), layer))
+    warned = ["the last layer runs on all rows: a TupleLayer has no `mlp`"]
+    assert [record.getMessage() for record in caplog.records] == (warned if name != "mlp" else [])
+    hidden_1TD = torch.arange(8.0).reshape(1, 4, 2)
+    output_1ND, computed = layer(hidden_1TD, supervised_N=torch.tensor([3, 0, 0]))
+    assert output_1ND.tolist() == [[[18.0, 21.0], [0.0, 3.0], [0.0, 3.0]]]
+    assert computed == num_computed

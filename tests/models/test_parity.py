@@ -84,7 +84,7 @@ def test_what_eager_rounds_away_is_no_fault(
     num_targets: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Large logits and few targets, with products in bfloat16 as a GPU makes them."""
-    monkeypatch.setattr("posttrain_kernels.passes.products.multiplies_fast", lambda _: True)
+    monkeypatch.setattr("posttrain_kernels.passes.matmuls.multiplies_fast", lambda _: True)
     usual = []
     for seed in range(20):
         random = torch.Generator().manual_seed(seed)

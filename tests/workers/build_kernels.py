@@ -9,7 +9,7 @@ from pathlib import Path
 
 import triton
 import triton.language as tl
-from posttrain_kernels.passes import triton_rows
+from posttrain_kernels.passes import triton_kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -31,7 +31,7 @@ def build(name: str, kernel, element: str, warps: int, **flags) -> None:
             return "*i64"
         if argument == "correct_ptr":
             return "*i1"
-        sixteen = ("logits_ptr", "values_ptr", "taken_ptr", "sums_ptr")
+        sixteen = ("logits_ptr", "values_ptr", "gathered_ptr", "sums_ptr")
         return f"*{element}" if argument in sixteen else "*fp32"
 
     signature = {argument: kind(argument) for argument in kernel.arg_names}
@@ -65,9 +65,9 @@ for element, capped, mode in (
 ):
     build(
         f"row_{element}_{capped}_{mode}",
-        triton_rows._row_kernel,
+        triton_kernels._row_kernel,
         element,
-        triton_rows.ROW_WARPS,
+        triton_kernels.ROW_WARPS,
         CAPPED=capped,
         READ=mode != "rest",
         PARTS=mode != "whole",
@@ -75,9 +75,9 @@ for element, capped, mode in (
         ENTROPY=True,
         GRADIENT=mode != "parts",
         ENTROPY_GRADIENT=capped,
-        WIDE=tl.float32,
-        BLOCK=triton_rows.BLOCK_COLUMNS,
+        ACC_DTYPE=tl.float32,
+        BLOCK=triton_kernels.BLOCK_COLUMNS,
     )
-block = triton_rows.COPY_COLUMNS
-build("gather", triton_rows._gather_kernel, "bf16", 4, BLOCK=block)
-build("scatter", triton_rows._scatter_kernel, "bf16", 4, BLOCK=block)
+block = triton_kernels.COPY_COLUMNS
+build("gather", triton_kernels._gather_kernel, "bf16", 4, BLOCK=block)
+build("scatter", triton_kernels._scatter_kernel, "bf16", 4, BLOCK=block)

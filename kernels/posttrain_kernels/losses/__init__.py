@@ -1,1 +1,1 @@
-"""The public functions: losses and log-probabilities, their autograd and their reference."""
+"""The public functions, their arguments and results, and the reference."""

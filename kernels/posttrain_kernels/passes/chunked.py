@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from posttrain_kernels.passes.products import products
+from posttrain_kernels.passes.matmuls import make_matmuls
 from posttrain_kernels.passes.targets import RowPass, Statistics, Targets
 
 # Bytes of the logits of a chunk. A trainable head reads and writes its V x D sum of gradients once
@@ -27,8 +27,8 @@ CHUNK_BYTES_GPU_TRAINED, CHUNK_BYTES_GPU_FROZEN, CHUNK_BYTES_CPU = 1 << 30, 1 <<
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How the work is cut, which gradients are made, and by what."""
+class ChunkPlan:
+    """How rows are cut into chunks, which gradients are made, and by which row pass."""
 
     row_pass: RowPass
     chunk_rows: int | None  # None: by `default_chunk_rows`
@@ -38,17 +38,17 @@ class Plan:
     entropy: bool = False  # among the statistics
 
     @property
-    def any(self) -> bool:
+    def any_gradient(self) -> bool:
         """Whether any gradient is made."""
         return self.hidden or self.weight or self.bias
 
-    def without_gradients(self) -> Plan:
+    def without_gradients(self) -> ChunkPlan:
         """The same, but statistics only."""
         return replace(self, hidden=False, weight=False, bias=False)
 
 
 class Gradients(NamedTuple):
-    """Of the sum that `Targets` describes, where they were asked for."""
+    """Of the sum that `Targets` describes; None for those that the plan leaves out."""
 
     hidden_ND: torch.Tensor | None
     weight_VD: torch.Tensor | None  # in float32 for float16 input, whose range it may leave
@@ -65,44 +65,44 @@ def default_chunk_rows(weight_VD: torch.Tensor, vocabulary: int, *, trained: boo
     return max(128, budget // max(row_bytes, 1) // 128 * 128)
 
 
-def run(
+def chunked_forward(
     hidden_ND: torch.Tensor,
     weight_VD: torch.Tensor,
     bias_V: torch.Tensor | None,
     targets: Targets,
-    plan: Plan,
+    plan: ChunkPlan,
 ) -> tuple[Statistics, Gradients]:
     """Statistics and gradients of N rows; see the head of this file."""
     num_rows = len(hidden_ND)
     # Chunks of a shared vocabulary meet in a collective: cut by numbers that all ranks share.
     shard = targets.shard
     vocabulary, trained = (len(weight_VD), plan.weight) if shard is None else (shard.size, True)
-    most = plan.chunk_rows or default_chunk_rows(weight_VD, vocabulary, trained=trained)
-    num_chunks = -(-num_rows // most)
+    max_rows = plan.chunk_rows or default_chunk_rows(weight_VD, vocabulary, trained=trained)
+    num_chunks = -(-num_rows // max_rows)
     # Chunks of equal size: a small last one would cost a whole pass over grad_weight.
     chunk_rows = -(-num_rows // max(num_chunks, 1))
-    products_of = products(hidden_ND, weight_VD, bias_V)
-    found = Statistics.empty(num_rows, hidden_ND, entropy=plan.entropy)
-    buffer_BV = products_of.buffer(chunk_rows)
+    matmuls = make_matmuls(hidden_ND, weight_VD, bias_V)
+    stats = Statistics.empty(num_rows, hidden_ND, entropy=plan.entropy)
+    buffer_BV = matmuls.buffer(chunk_rows)
     grad_ND = torch.empty_like(hidden_ND) if plan.hidden else None
-    # One chunk's product is final as it is; a sum of many is kept in the wider dtype.
-    wide = num_chunks > 1 or hidden_ND.dtype == torch.float16
-    sum_dtype = products_of.wide if wide else hidden_ND.dtype
+    # One chunk's product is final as it is; a sum of many is kept in float32.
+    accumulate = num_chunks > 1 or hidden_ND.dtype == torch.float16
+    sum_dtype = matmuls.acc_dtype if accumulate else hidden_ND.dtype
     grad_VD = weight_VD.new_empty(weight_VD.shape, dtype=sum_dtype) if plan.weight else None
-    grad_V = weight_VD.new_zeros(len(weight_VD), dtype=products_of.wide) if plan.bias else None
+    grad_V = weight_VD.new_zeros(len(weight_VD), dtype=matmuls.acc_dtype) if plan.bias else None
 
     for start in range(0, num_rows, max(chunk_rows, 1)):
         rows = slice(start, start + chunk_rows)
         hidden_BD = hidden_ND[rows]
         logits_BV = buffer_BV[: len(hidden_BD)]
-        products_of.logits(hidden_BD, logits_BV)
-        plan.row_pass(logits_BV, targets.rows(rows), found.rows(rows), plan.any)
+        matmuls.logits(hidden_BD, logits_BV)
+        plan.row_pass(logits_BV, targets.rows(rows), stats.rows(rows), plan.any_gradient)
         if grad_ND is not None:
-            products_of.grad_hidden(logits_BV, grad_ND[rows])
+            matmuls.grad_hidden(logits_BV, grad_ND[rows])
         if grad_VD is not None:
-            products_of.add_grad_weight(grad_VD, logits_BV, hidden_BD, start == 0)
+            matmuls.add_grad_weight(grad_VD, logits_BV, hidden_BD, start == 0)
         if grad_V is not None:
-            grad_V += logits_BV.sum(dim=0, dtype=products_of.wide)
+            grad_V += logits_BV.sum(dim=0, dtype=matmuls.acc_dtype)
 
     if grad_VD is not None:
         if num_rows == 0:
@@ -112,5 +112,5 @@ def run(
     if grad_V is not None and hidden_ND.dtype != torch.float16:
         grad_V = grad_V.to(weight_VD.dtype)
     if grad_ND is not None and targets.shard is not None:
-        grad_ND = targets.shard.add_up(grad_ND)
-    return found, Gradients(grad_ND, grad_VD, grad_V)
+        grad_ND = targets.shard.all_reduce(grad_ND)
+    return stats, Gradients(grad_ND, grad_VD, grad_V)

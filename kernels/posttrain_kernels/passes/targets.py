@@ -1,4 +1,4 @@
-"""What the implementations share: the targets, one chunk's share of them, and what is found out.
+"""What the implementations share: targets of rows, their statistics, signatures of kernels.
 
 Shape legend of this package, used in names:
     T  rows of hidden        N  supervised rows      B  rows of one chunk
@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-if TYPE_CHECKING:
-    from posttrain_kernels.passes.vocab import VocabShard
+from posttrain_kernels.passes.vocab_shard import VocabShard
 
-IGNORED = -100  # a label that asks for no loss, as in torch
+IGNORE_INDEX = -100  # label of a row without loss, as in torch
 
 
 @dataclass(frozen=True, slots=True)
-class LogitShape:
+class LogitTransform:
     """How raw logits x become z: z = cap(logit_scale * x), cap(y) = softcap * tanh(y / softcap).
 
     The loss of a token is nll + z_loss * logsumexp(z)^2 (Chowdhery et al. 2022, section 5).
@@ -32,23 +31,23 @@ class LogitShape:
 
 
 class Statistics(NamedTuple):
-    """What is found out about each row, detached; in float32, or float64 for float64 input."""
+    """Statistics of each row, detached; in float32, or float64 for float64 input."""
 
-    nll: torch.Tensor  # -log p[label]; 0 where the label is IGNORED
+    nll: torch.Tensor  # -log p[label]; 0 where the label is IGNORE_INDEX
     logsumexp: torch.Tensor
     correct: torch.Tensor  # bool: no logit is larger than the label's
-    entropy: torch.Tensor | None  # of p, in nats; None unless asked for
+    entropy: torch.Tensor | None  # of p, in nats; None without entropy=True
 
     @staticmethod
     def empty(num_rows: int, like: torch.Tensor, *, entropy: bool) -> Statistics:
         """Unfilled, for rows of the dtype and device of `like`."""
-        wide = statistics_dtype(like.dtype)
+        acc_dtype = statistics_dtype(like.dtype)
 
         def column(dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(num_rows, dtype=dtype, device=like.device)
 
-        optional = column(wide) if entropy else None
-        return Statistics(column(wide), column(wide), column(torch.bool), optional)
+        optional = column(acc_dtype) if entropy else None
+        return Statistics(column(acc_dtype), column(acc_dtype), column(torch.bool), optional)
 
     def rows(self, rows: slice) -> Statistics:
         """Views of some rows."""
@@ -59,20 +58,22 @@ class Statistics(NamedTuple):
 class Targets:
     """What each row predicts, and how much its loss and its entropy count in the gradient.
 
-    Rows are in the dtype of the statistics. `entropy_weight_N` asks for the gradient of
-    entropy_weight * entropy besides.
+    Rows are in the dtype of the statistics. With `entropy_weight_N` the gradient includes
+    that of entropy_weight * entropy.
     """
 
-    labels_N: torch.Tensor  # int64; IGNORED goes with weight 0
+    labels_N: torch.Tensor  # int64; IGNORE_INDEX goes with weight 0
     weight_N: torch.Tensor
-    shape: LogitShape
+    transform: LogitTransform
     entropy_weight_N: torch.Tensor | None = None
     shard: VocabShard | None = None
 
     def rows(self, rows: slice) -> Targets:
         """Views of some rows."""
         entropy = None if self.entropy_weight_N is None else self.entropy_weight_N[rows]
-        return Targets(self.labels_N[rows], self.weight_N[rows], self.shape, entropy, self.shard)
+        return Targets(
+            self.labels_N[rows], self.weight_N[rows], self.transform, entropy, self.shard
+        )
 
     def scaled(self, scale: torch.Tensor) -> Targets:
         """The same with each row's weight in the gradient multiplied by `scale`."""

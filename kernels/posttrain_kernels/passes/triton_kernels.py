@@ -13,30 +13,30 @@ import torch
 import triton
 import triton.language as tl
 
-from posttrain_kernels.passes.rows import Softmax
-from posttrain_kernels.passes.targets import IGNORED, Kernels, Statistics, Targets
+from posttrain_kernels.passes.targets import IGNORE_INDEX, Kernels, Statistics, Targets
+from posttrain_kernels.passes.vocab_shard import SoftmaxPart
 
 # Columns that a program takes at a time, and their warps: wide enough to keep the memory busy.
 BLOCK_COLUMNS, ROW_WARPS = 4096, 8
 COPY_COLUMNS = 1024
 
-NEVER: tl.constexpr = tl.constexpr(IGNORED)
+IGNORE: tl.constexpr = tl.constexpr(IGNORE_INDEX)
 
 
-def row_pass(logits_BV: torch.Tensor, targets: Targets, found: Statistics, gradient: bool) -> None:
-    """See `posttrain_kernels.passes.targets.RowPass`; one program a row, the formulas of rows.py.
+def row_pass(logits_BV: torch.Tensor, targets: Targets, stats: Statistics, gradient: bool) -> None:
+    """See `posttrain_kernels.passes.targets.RowPass`; one program per row, as in torch_kernels.py.
 
     A label outside of the vocabulary makes the loss and the gradient of its row NaN, and stops
     the kernel under TRITON_DEBUG=1.
     """
     with _device_of(logits_BV):
         if targets.shard is None:
-            _launch(logits_BV, targets, found, None, read=True, gradient=gradient)
+            _launch(logits_BV, targets, stats, None, read=True, gradient=gradient)
             return
-        part = Softmax(*found.nll.new_empty(4, len(logits_BV), 1))
+        part = SoftmaxPart(*stats.nll.new_empty(4, len(logits_BV), 1))
         _launch(logits_BV, targets, None, part, read=True, gradient=False)
-        merged = Softmax(*(column.contiguous() for column in targets.shard.merge(part)))
-        _launch(logits_BV, targets, found, merged, read=False, gradient=gradient)
+        merged = SoftmaxPart(*(column.contiguous() for column in targets.shard.merge(part)))
+        _launch(logits_BV, targets, stats, merged, read=False, gradient=gradient)
 
 
 def _device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
@@ -50,8 +50,8 @@ def _device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
 def _launch(
     logits_BV: torch.Tensor,
     targets: Targets,
-    found: Statistics | None,
-    softmax: Softmax | None,
+    stats: Statistics | None,
+    softmax: SoftmaxPart | None,
     *,
     read: bool,
     gradient: bool,
@@ -60,44 +60,44 @@ def _launch(
     num_rows, num_columns = logits_BV.shape
     if num_rows == 0:
         return
-    shape, shard = targets.shape, targets.shard
+    transform, shard = targets.transform, targets.shard
     none = logits_BV  # stands for a pointer that is not used
-    # Without `found` the caller only wants the parts; entropy's is made at no cost worth a switch.
-    wants_entropy = found is not None and found.entropy is not None
+    # Without `stats` the caller only wants the parts; entropy's is made at no cost worth a switch.
+    wants_entropy = stats is not None and stats.entropy is not None
     _row_kernel[(num_rows,)](
         logits_BV,
         logits_BV.stride(0),
         targets.labels_N,
         targets.weight_N,
         none if targets.entropy_weight_N is None else targets.entropy_weight_N,
-        none if found is None else found.nll,
-        none if found is None else found.logsumexp,
-        none if found is None else found.correct,
-        found.entropy if found is not None and found.entropy is not None else none,
+        none if stats is None else stats.nll,
+        none if stats is None else stats.logsumexp,
+        none if stats is None else stats.correct,
+        stats.entropy if stats is not None and stats.entropy is not None else none,
         *((none,) * 4 if softmax is None else softmax),
         num_columns,
-        # Up to a multiple of 16, where the row has room behind it: so loads and stores are wide.
+        # Up to a multiple of 16, where the row is padded: so loads and stores are wide.
         min(logits_BV.stride(0), triton.cdiv(num_columns, 16) * 16),
         0 if shard is None else shard.start,
         num_columns if shard is None else shard.size,
-        shape.logit_scale,
-        shape.softcap or 1.0,
-        shape.z_loss,
-        CAPPED=shape.softcap is not None,
+        transform.logit_scale,
+        transform.softcap or 1.0,
+        transform.z_loss,
+        CAPPED=transform.softcap is not None,
         READ=read,
         PARTS=softmax is not None,
-        FILL=found is not None,
+        FILL=stats is not None,
         ENTROPY=wants_entropy,
         GRADIENT=gradient,
         ENTROPY_GRADIENT=targets.entropy_weight_N is not None,
-        WIDE=tl.float64 if targets.weight_N.dtype == torch.float64 else tl.float32,
+        ACC_DTYPE=tl.float64 if targets.weight_N.dtype == torch.float64 else tl.float32,
         BLOCK=min(BLOCK_COLUMNS, triton.next_power_of_2(num_columns)),
         num_warps=ROW_WARPS,
     )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _shaped(raw, logit_scale, softcap, CAPPED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _transform(raw, logit_scale, softcap, CAPPED: tl.constexpr):  # type: ignore[no-untyped-def]
     """z and dz / d raw."""
     z = raw * logit_scale
     slope = logit_scale
@@ -118,58 +118,66 @@ def _shaped(raw, logit_scale, softcap, CAPPED: tl.constexpr):  # type: ignore[no
 def _row_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, row_stride, label_ptr, weight_ptr, entropy_weight_ptr,
     nll_ptr, logsumexp_ptr, correct_ptr, entropy_ptr,
-    max_ptr, sum_ptr, own_ptr, dot_ptr,
+    max_ptr, sum_ptr, label_logit_ptr, dot_ptr,
     num_columns, readable_columns, first_column, vocabulary,
     logit_scale, softcap, z_loss,
     CAPPED: tl.constexpr, READ: tl.constexpr, PARTS: tl.constexpr, FILL: tl.constexpr,
     ENTROPY: tl.constexpr, GRADIENT: tl.constexpr, ENTROPY_GRADIENT: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    ACC_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * row_stride
     label = tl.load(label_ptr + row)
-    ignored = label == NEVER
+    ignored = label == IGNORE
     valid = ignored | ((label >= 0) & (label < vocabulary))
     tl.device_assert(valid, "a label is outside of the vocabulary")
     local = label - first_column
 
     if READ:
-        top, total, dot, own = _read_row(
-            row_ptr, local, num_columns, readable_columns, logit_scale, softcap, CAPPED, WIDE, BLOCK
+        max_z, sum_exp, dot, label_z = _read_row(
+            row_ptr,
+            local,
+            num_columns,
+            readable_columns,
+            logit_scale,
+            softcap,
+            CAPPED,
+            ACC_DTYPE,
+            BLOCK,
         )
         if PARTS:
-            tl.store(max_ptr + row, top)
-            tl.store(sum_ptr + row, total)
-            tl.store(own_ptr + row, own)
+            tl.store(max_ptr + row, max_z)
+            tl.store(sum_ptr + row, sum_exp)
+            tl.store(label_logit_ptr + row, label_z)
             tl.store(dot_ptr + row, dot)
     else:
-        top = tl.load(max_ptr + row)
-        total = tl.load(sum_ptr + row)
-        own = tl.load(own_ptr + row)
+        max_z = tl.load(max_ptr + row)
+        sum_exp = tl.load(sum_ptr + row)
+        label_z = tl.load(label_logit_ptr + row)
         dot = tl.load(dot_ptr + row)
 
     if FILL:
-        log_total = tl.log(total)
-        logsumexp = top + log_total
-        entropy = log_total - dot / total
-        nll = tl.where(ignored, 0.0, log_total - (own - top))
+        log_sum = tl.log(sum_exp)
+        logsumexp = max_z + log_sum
+        entropy = log_sum - dot / sum_exp
+        nll = tl.where(ignored, 0.0, log_sum - (label_z - max_z))
         nll = tl.where(valid, nll, float("nan"))
         tl.store(nll_ptr + row, nll)
         tl.store(logsumexp_ptr + row, logsumexp)
-        tl.store(correct_ptr + row, (own == top) & valid & (label != NEVER))
+        tl.store(correct_ptr + row, (label_z == max_z) & valid & (label != IGNORE))
         if ENTROPY:
             tl.store(entropy_ptr + row, tl.where(ignored, 0.0, entropy))
         if GRADIENT:
             weight = tl.load(weight_ptr + row)
             weight = tl.where(valid, weight, float("nan"))
-            on_p = weight * (1.0 + 2.0 * z_loss * logsumexp)
-            pull = tl.zeros((), WIDE)
+            p_factor = weight * (1.0 + 2.0 * z_loss * logsumexp)
+            entropy_weight = tl.zeros((), ACC_DTYPE)
             if ENTROPY_GRADIENT:
-                pull = tl.load(entropy_weight_ptr + row)
+                entropy_weight = tl.load(entropy_weight_ptr + row)
             _write_gradient(
-                row_ptr, local, num_columns, readable_columns, logit_scale, softcap, top, total,
-                on_p, weight, pull, entropy - log_total,
-                CAPPED, ENTROPY_GRADIENT, WIDE, BLOCK,
+                row_ptr, local, num_columns, readable_columns, logit_scale, softcap, max_z, sum_exp,
+                p_factor, weight, entropy_weight, entropy - log_sum,
+                CAPPED, ENTROPY_GRADIENT, ACC_DTYPE, BLOCK,
             )  # fmt: skip
 
 
@@ -182,35 +190,35 @@ def _read_row(  # type: ignore[no-untyped-def]
     logit_scale,
     softcap,
     CAPPED: tl.constexpr,
-    WIDE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Largest z, sum of exp(z - largest), sum of exp(z - largest) * (z - largest), z[label]."""
     columns = tl.arange(0, BLOCK)
-    top = tl.full((), float("-inf"), WIDE)
-    total = tl.zeros((), WIDE)
-    dot = tl.zeros((), WIDE)
+    max_z = tl.full((), float("-inf"), ACC_DTYPE)
+    sum_exp = tl.zeros((), ACC_DTYPE)
+    dot = tl.zeros((), ACC_DTYPE)
     for start in range(0, num_columns, BLOCK):
         inside = start + columns < num_columns
         readable = start + columns < readable_columns
-        raw = tl.load(row_ptr + start + columns, mask=readable, other=0.0).to(WIDE)
-        z, _slope = _shaped(raw, logit_scale, softcap, CAPPED)
+        raw = tl.load(row_ptr + start + columns, mask=readable, other=0.0).to(ACC_DTYPE)
+        z, _slope = _transform(raw, logit_scale, softcap, CAPPED)
         z = tl.where(inside, z, float("-inf"))
-        higher = tl.maximum(top, tl.max(z, axis=0))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # a row of -inf so far
-        lower = tl.where(total > 0, top - base, 0.0)
-        share = tl.exp(lower)
+        new_max = tl.maximum(max_z, tl.max(z, axis=0))
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row of -inf so far
+        shift = tl.where(sum_exp > 0, max_z - base, 0.0)
+        factor = tl.exp(shift)
         shifted = z - base
         exps = tl.exp(shifted)
-        dot = share * (dot + lower * total)
+        dot = factor * (dot + shift * sum_exp)
         dot += tl.sum(exps * tl.where(exps > 0, shifted, 0.0), axis=0)
-        total = share * total + tl.sum(exps, axis=0)
-        top = higher
+        sum_exp = factor * sum_exp + tl.sum(exps, axis=0)
+        max_z = new_max
     here = (local >= 0) & (local < num_columns)
-    own_raw = tl.load(row_ptr + tl.where(here, local, 0)).to(WIDE)
-    own, _own_slope = _shaped(own_raw, logit_scale, softcap, CAPPED)
-    own = tl.where(here, own, float("-inf"))
-    return top, total, dot, own
+    label_raw = tl.load(row_ptr + tl.where(here, local, 0)).to(ACC_DTYPE)
+    label_z, _label_slope = _transform(label_raw, logit_scale, softcap, CAPPED)
+    label_z = tl.where(here, label_z, float("-inf"))
+    return max_z, sum_exp, dot, label_z
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -221,29 +229,29 @@ def _write_gradient(  # type: ignore[no-untyped-def]
     readable_columns,
     logit_scale,
     softcap,
-    top,
-    total,
-    on_p,  # what p is multiplied by
-    on_label,  # what is taken off at the label
-    pull,  # the weight of the entropy
-    entropy_less_log_total,
+    max_z,
+    sum_exp,
+    p_factor,  # what p is multiplied by
+    label_weight,  # what is taken off at the label
+    entropy_weight,  # the weight of the entropy
+    entropy_minus_log_sum,
     CAPPED: tl.constexpr,
     ENTROPY_GRADIENT: tl.constexpr,
-    WIDE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Logits become their gradient."""
     columns = tl.arange(0, BLOCK)
     for start in range(0, num_columns, BLOCK):
         readable = start + columns < readable_columns
-        raw = tl.load(row_ptr + start + columns, mask=readable, other=0.0).to(WIDE)
-        z, slope = _shaped(raw, logit_scale, softcap, CAPPED)
+        raw = tl.load(row_ptr + start + columns, mask=readable, other=0.0).to(ACC_DTYPE)
+        z, slope = _transform(raw, logit_scale, softcap, CAPPED)
         # Less the largest first: z - logsumexp would round where both are large.
-        shifted = z - top
-        p = tl.exp(shifted) / total
-        grad = on_p * p - tl.where(start + columns == local, on_label, 0.0)
+        shifted = z - max_z
+        p = tl.exp(shifted) / sum_exp
+        grad = p_factor * p - tl.where(start + columns == local, label_weight, 0.0)
         if ENTROPY_GRADIENT:
-            grad -= pull * p * tl.where(p > 0, shifted + entropy_less_log_total, 0.0)
+            grad -= entropy_weight * p * tl.where(p > 0, shifted + entropy_minus_log_sum, 0.0)
         grad = (grad * slope).to(row_ptr.dtype.element_ty)
         tl.store(row_ptr + start + columns, grad, mask=readable)
 
@@ -251,7 +259,7 @@ def _write_gradient(  # type: ignore[no-untyped-def]
 def gather(values_TD: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
     """Some rows, [N, D]; NaN where there is no such row."""
     num_rows, width = len(rows_N), values_TD.shape[1]
-    taken_ND = values_TD.new_empty(num_rows, width)
+    gathered_ND = values_TD.new_empty(num_rows, width)
     if num_rows and width:
         with _device_of(values_TD):
             _gather_kernel[(num_rows, triton.cdiv(width, COPY_COLUMNS))](
@@ -259,16 +267,23 @@ def gather(values_TD: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
                 *values_TD.stride(),
                 len(values_TD),
                 rows_N.contiguous(),
-                taken_ND,
+                gathered_ND,
                 width,
                 BLOCK=COPY_COLUMNS,
             )
-    return taken_ND
+    return gathered_ND
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gather_kernel(  # type: ignore[no-untyped-def]
-    values_ptr, row_stride, column_stride, height, rows_ptr, taken_ptr, width, BLOCK: tl.constexpr
+    values_ptr,
+    row_stride,
+    column_stride,
+    height,
+    rows_ptr,
+    gathered_ptr,
+    width,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -276,7 +291,7 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     inside = (source >= 0) & (source < height)
     place = source * row_stride + columns.to(tl.int64) * column_stride
     values = tl.load(values_ptr + place, mask=inside & (columns < width), other=float("nan"))
-    tl.store(taken_ptr + row * width + columns, values, mask=columns < width)
+    tl.store(gathered_ptr + row * width + columns, values, mask=columns < width)
 
 
 def scatter(

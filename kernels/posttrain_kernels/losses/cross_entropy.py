@@ -6,18 +6,19 @@ from typing import Any
 
 import torch
 
-from posttrain_kernels.losses.checks import (
+from posttrain_kernels.losses.arguments import (
     check_channel,
     check_logits,
+    check_options,
     check_rows,
-    check_shape,
+    prepare_inputs,
 )
-from posttrain_kernels.losses.head import HeadLoss, head_loss, in_use, total_loss
-from posttrain_kernels.losses.reference import shaped, weighted_loss
-from posttrain_kernels.passes.choose import choose, kernels
+from posttrain_kernels.losses.reference import transform_logits, weighted_loss
+from posttrain_kernels.losses.results import HeadLoss, make_head_loss, total_loss
+from posttrain_kernels.passes.dispatch import get_kernels, select_impl
 from posttrain_kernels.passes.targets import (
     Kernels,
-    LogitShape,
+    LogitTransform,
     Statistics,
     Targets,
     statistics_dtype,
@@ -39,7 +40,7 @@ def cross_entropy(
     entropy: bool = False,
     impl: str = "auto",
 ) -> HeadLoss:
-    """Weighted cross-entropy of raw logits; one copy of the supervised rows is the only room.
+    """Weighted cross-entropy of raw logits; it adds the memory of one copy of supervised rows.
 
     The reference and every option are those of `linear_cross_entropy`, from `logits_NV` on. Where
     the head is at hand, use that: it never holds all logits.
@@ -53,26 +54,33 @@ def cross_entropy(
     check_logits(logits_TV)
     check_rows(len(logits_TV), logits_TV.shape[1], labels_N, supervised, token_weight)
     check_channel(channel, labels_N, num_channels)
-    check_shape(softcap, logit_scale, z_loss)
+    check_options(softcap, logit_scale, z_loss)
     dtype = statistics_dtype(logits_TV.dtype)
-    shape = LogitShape(softcap, logit_scale, z_loss)
-    used = in_use(labels_N, supervised, token_weight, denominator, shape, dtype)
-    chosen = choose(impl, logits_TV.device)
+    transform = LogitTransform(softcap, logit_scale, z_loss)
+    inputs = prepare_inputs(labels_N, supervised, token_weight, denominator, transform, dtype)
+    chosen = select_impl(impl, logits_TV.device)
     if chosen == "reference":
-        rows_N = used.supervised
-        used_NV = logits_TV if rows_N is None else logits_TV.index_select(0, rows_N)
-        loss, found = weighted_loss(shaped(used_NV, shape), used.targets, used.scale, entropy)
+        rows_N = inputs.hidden_rows
+        rows_NV = logits_TV if rows_N is None else logits_TV.index_select(0, rows_N)
+        logits_NV = transform_logits(rows_NV, transform)
+        loss, stats = weighted_loss(logits_NV, inputs.targets, inputs.scale, entropy)
     else:
-        # Asked here: inside a Function's forward grad mode is always off.
+        # Read here: inside a Function's forward grad mode is always off.
         enabled = torch.is_grad_enabled() and logits_TV.requires_grad
-        loss, *columns = _Loss.apply(  # type: ignore[no-untyped-call]
-            logits_TV, used.supervised, used.targets, used.scale, entropy, kernels(chosen), enabled
+        loss, *columns = _LogitsLoss.apply(  # type: ignore[no-untyped-call]
+            logits_TV,
+            inputs.hidden_rows,
+            inputs.targets,
+            inputs.scale,
+            entropy,
+            get_kernels(chosen),
+            enabled,
         )
-        found = Statistics(*columns)
-    return head_loss(loss, found, used, channel, num_channels)
+        stats = Statistics(*columns)
+    return make_head_loss(loss, stats, inputs, channel, num_channels)
 
 
-class _Loss(torch.autograd.Function):
+class _LogitsLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -81,22 +89,22 @@ class _Loss(torch.autograd.Function):
         targets: Targets,
         scale: torch.Tensor,
         entropy: bool,
-        parts: Kernels,
+        kernels: Kernels,
         gradient: bool,
     ) -> tuple[torch.Tensor | None, ...]:
         if supervised_N is None:
             used_NV = logits_TV.clone(memory_format=torch.contiguous_format)
         else:
-            used_NV = parts.gather(logits_TV, supervised_N)
+            used_NV = kernels.gather(logits_TV, supervised_N)
         # Float16 holds p - onehot, but not divided by a denominator: that is done in backward.
-        ctx.late = used_NV.dtype == torch.float16
-        scaled = targets if ctx.late else targets.scaled(scale)
-        found = Statistics.empty(len(used_NV), used_NV, entropy=entropy)
-        parts.row_pass(used_NV, scaled, found, gradient)
-        ctx.num_rows, ctx.scatter = len(logits_TV), parts.scatter
+        ctx.divide_in_backward = used_NV.dtype == torch.float16
+        scaled = targets if ctx.divide_in_backward else targets.scaled(scale)
+        stats = Statistics.empty(len(used_NV), used_NV, entropy=entropy)
+        kernels.row_pass(used_NV, scaled, stats, gradient)
+        ctx.num_rows, ctx.scatter = len(logits_TV), kernels.scatter
         ctx.save_for_backward(used_NV, supervised_N, scale)
-        ctx.mark_non_differentiable(*(column for column in found if column is not None))
-        return total_loss(found, targets, scale), *found
+        ctx.mark_non_differentiable(*(column for column in stats if column is not None))
+        return total_loss(stats, targets, scale), *stats
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -104,7 +112,7 @@ class _Loss(torch.autograd.Function):
         grad_NV, supervised_N, scale = ctx.saved_tensors
         if grad_NV.dtype == torch.float64:  # of gradcheck, which goes backward more than once
             grad_NV = grad_NV.clone()
-        factor = grad_loss * scale if ctx.late else grad_loss
+        factor = grad_loss * scale if ctx.divide_in_backward else grad_loss
         if supervised_N is None:
             return grad_NV.mul_(factor), *(None,) * 6
         return ctx.scatter(grad_NV, supervised_N, ctx.num_rows, factor), *(None,) * 6

@@ -7,13 +7,19 @@ logits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-if TYPE_CHECKING:
-    from posttrain_kernels.passes.rows import Softmax
+
+class SoftmaxPart(NamedTuple):
+    """Statistics of a softmax over a whole row or a part of the vocabulary, each [B, 1]."""
+
+    max: torch.Tensor
+    sum_exp: torch.Tensor  # of exp(z - max)
+    label_logit: torch.Tensor  # z[label]; -inf where the label is not in this part
+    dot: torch.Tensor  # of exp(z - max) and z - max; 0 without entropy
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,25 +39,25 @@ class VocabShard:
     size: int
     group: dist.ProcessGroup | None = None
 
-    def merge(self, part: Softmax) -> Softmax:
+    def merge(self, part: SoftmaxPart) -> SoftmaxPart:
         """The statistics of whole rows from those of each rank's part."""
-        mine_4B1 = torch.stack(list(part))
+        local_4B1 = torch.stack(list(part))
         ranks = dist.get_world_size(self.group)
-        parts_R4B1 = mine_4B1.new_empty(ranks, *mine_4B1.shape)
-        dist.all_gather_into_tensor(parts_R4B1.flatten(0, 1), mine_4B1, group=self.group)
-        max_RB1, sum_RB1, own_RB1, dot_RB1 = parts_R4B1.unbind(dim=1)
+        parts_R4B1 = local_4B1.new_empty(ranks, *local_4B1.shape)
+        dist.all_gather_into_tensor(parts_R4B1.flatten(0, 1), local_4B1, group=self.group)
+        max_RB1, sum_RB1, label_RB1, dot_RB1 = parts_R4B1.unbind(dim=1)
         max_B1 = max_RB1.amax(dim=0)
-        lower_RB1 = max_RB1 - max_B1
-        share_RB1 = lower_RB1.exp()
-        return type(part)(
+        shift_RB1 = max_RB1 - max_B1
+        factor_RB1 = shift_RB1.exp()
+        return SoftmaxPart(
             max=max_B1,
-            sum=(share_RB1 * sum_RB1).sum(dim=0),
-            own=own_RB1.amax(dim=0),
-            dot=(share_RB1 * (dot_RB1 + lower_RB1 * sum_RB1)).sum(dim=0),
+            sum_exp=(factor_RB1 * sum_RB1).sum(dim=0),
+            label_logit=label_RB1.amax(dim=0),
+            dot=(factor_RB1 * (dot_RB1 + shift_RB1 * sum_RB1)).sum(dim=0),
         )
 
-    def add_up(self, partial: torch.Tensor) -> torch.Tensor:
-        """The sum of what each rank has, such as its part of the gradient of hidden."""
+    def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a tensor, such as its part of the gradient of hidden."""
         total = partial.float() if partial.dtype in (torch.float16, torch.bfloat16) else partial
         dist.all_reduce(total, group=self.group)
         return total.to(partial.dtype)

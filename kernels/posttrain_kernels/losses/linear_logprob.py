@@ -12,20 +12,29 @@ from typing import Any, NamedTuple
 
 import torch
 
-from posttrain_kernels.losses.checks import check_head, check_rows, check_shape
-from posttrain_kernels.losses.head import labelled, row_weights, spread, under_autocast
+from posttrain_kernels.losses.arguments import (
+    cast_for_autocast,
+    check_head,
+    check_options,
+    check_rows,
+    row_weights,
+    select_labelled_rows,
+)
 from posttrain_kernels.losses.reference import reference_logits, reference_statistics
-from posttrain_kernels.passes.choose import choose, kernels
-from posttrain_kernels.passes.chunked import Plan, run
-from posttrain_kernels.passes.targets import Kernels, LogitShape, Targets, statistics_dtype
-from posttrain_kernels.passes.vocab import VocabShard
+from posttrain_kernels.losses.results import scatter_to_rows
+from posttrain_kernels.passes.chunked import ChunkPlan, chunked_forward
+from posttrain_kernels.passes.dispatch import get_kernels, select_impl
+from posttrain_kernels.passes.targets import Kernels, LogitTransform, Targets, statistics_dtype
+from posttrain_kernels.passes.vocab_shard import VocabShard
 
 
 class LogProb(NamedTuple):
     """Result of `linear_logprob`; a tuple, so that the hooks of ZeRO-3 see its tensors."""
 
     logprob_N: torch.Tensor  # float32, carries the gradient; 0 where the label is -100
-    entropy_N: torch.Tensor | None  # float32, nats, carries the gradient; 0 as above; if asked for
+    entropy_N: (
+        torch.Tensor | None
+    )  # float32, nats, carries the gradient; 0 as above; None without entropy=True
     correct_N: torch.Tensor  # bool: no other token exceeds the label
 
 
@@ -65,72 +74,74 @@ def linear_logprob(
     Raises:
         ValueError: as `linear_cross_entropy`.
     """
-    hidden_TD, weight_VD, bias = under_autocast(hidden_TD, weight_VD, bias)
+    hidden_TD, weight_VD, bias = cast_for_autocast(hidden_TD, weight_VD, bias)
     vocabulary = len(weight_VD) if shard is None else shard.size
     check_head(hidden_TD, weight_VD, bias, shard)
     check_rows(len(hidden_TD), vocabulary, labels_N, supervised)
-    check_shape(softcap, logit_scale, 0.0, chunk_rows)
-    chosen = choose(impl, hidden_TD.device)
-    shape = LogitShape(softcap, logit_scale)
-    used_N, supervised_K = labelled(labels_N, supervised)
-    labels_K = labels_N if used_N is None else labels_N[used_N]
+    check_options(softcap, logit_scale, 0.0, chunk_rows)
+    chosen = select_impl(impl, hidden_TD.device)
+    transform = LogitTransform(softcap, logit_scale)
+    label_rows, hidden_rows = select_labelled_rows(labels_N, supervised)
+    labels_K = labels_N if label_rows is None else labels_N[label_rows]
     with torch.autocast(hidden_TD.device.type, enabled=False):
         if chosen == "reference":
             if shard is not None:
                 raise ValueError("impl='reference' knows no shard; use impl='torch'")
-            logits_NV = reference_logits(hidden_TD, weight_VD, bias, supervised_K, shape)
-            found = reference_statistics(logits_NV, labels_K, entropy=entropy)
-            nll_K, entropy_K, correct_K = found.nll, found.entropy, found.correct
+            logits_NV = reference_logits(hidden_TD, weight_VD, bias, hidden_rows, transform)
+            stats = reference_statistics(logits_NV, labels_K, entropy=entropy)
+            nll_K, entropy_K, correct_K = stats.nll, stats.entropy, stats.correct
         else:
             weight_K = row_weights(labels_K, None, statistics_dtype(hidden_TD.dtype))
-            targets = Targets(labels_K.contiguous(), weight_K, shape, shard=shard)
-            parts = kernels(chosen)
-            used_KD = hidden_TD
-            if supervised_K is not None:
-                used_KD = _Taken.apply(hidden_TD, supervised_K, parts)  # type: ignore[no-untyped-call]
-            nll_K, entropy_K, correct_K = _rows(
-                used_KD, weight_VD, bias, targets, parts, entropy, chunk_rows
+            targets = Targets(labels_K.contiguous(), weight_K, transform, shard=shard)
+            kernels = get_kernels(chosen)
+            hidden_KD = hidden_TD
+            if hidden_rows is not None:
+                hidden_KD = _Gather.apply(hidden_TD, hidden_rows, kernels)  # type: ignore[no-untyped-call]
+            nll_K, entropy_K, correct_K = _row_losses(
+                hidden_KD, weight_VD, bias, targets, kernels, entropy, chunk_rows
             )
-    columns = (spread(c, used_N, len(labels_N)) for c in (-nll_K, entropy_K, correct_K))
+    columns = (
+        scatter_to_rows(c, label_rows, len(labels_N)) for c in (-nll_K, entropy_K, correct_K)
+    )
     return LogProb(*columns)  # type: ignore[arg-type]
 
 
-def _rows(
-    used_ND: torch.Tensor,
+def _row_losses(
+    hidden_ND: torch.Tensor,
     weight_VD: torch.Tensor,
     bias_V: torch.Tensor | None,
     targets: Targets,
-    parts: Kernels,
+    kernels: Kernels,
     entropy: bool,
     chunk_rows: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     enabled = torch.is_grad_enabled()
-    plan = Plan(
-        parts.row_pass,
+    plan = ChunkPlan(
+        kernels.row_pass,
         chunk_rows,
-        hidden=enabled and used_ND.requires_grad,
+        hidden=enabled and hidden_ND.requires_grad,
         weight=enabled and weight_VD.requires_grad,
         bias=enabled and bias_V is not None and bias_V.requires_grad,
         entropy=entropy,
     )
     frozen = not (plan.weight or plan.bias or entropy)
-    function = _Frozen if frozen else _Recomputed
-    return function.apply(used_ND, weight_VD, bias_V, targets, plan)  # type: ignore[no-untyped-call, no-any-return]
+    function = _FrozenHead if frozen else _RecomputedLogits
+    return function.apply(hidden_ND, weight_VD, bias_V, targets, plan)  # type: ignore[no-untyped-call, no-any-return]
 
 
 # --------------------------------------------------------------------------- autograd
 
 
-class _Taken(torch.autograd.Function):
-    """hidden_TD[rows_N]; backward adds up rows that were taken more than once."""
+class _Gather(torch.autograd.Function):
+    """hidden_TD[rows_N]; backward adds up rows that were gathered more than once."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: torch.Tensor, rows_N: torch.Tensor, parts: Kernels
+        ctx: Any, hidden_TD: torch.Tensor, rows_N: torch.Tensor, kernels: Kernels
     ) -> torch.Tensor:
-        ctx.num_rows, ctx.scatter = len(hidden_TD), parts.scatter
+        ctx.num_rows, ctx.scatter = len(hidden_TD), kernels.scatter
         ctx.save_for_backward(rows_N)
-        return parts.gather(hidden_TD, rows_N)
+        return kernels.gather(hidden_TD, rows_N)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -140,22 +151,22 @@ class _Taken(torch.autograd.Function):
         return ctx.scatter(grad_ND.clone(), rows_N, ctx.num_rows, one), None, None
 
 
-class _Frozen(torch.autograd.Function):
+class _FrozenHead(torch.autograd.Function):
     """Only hidden has a gradient: d nll / d hidden of each row is made in the forward."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        used_ND: torch.Tensor,
+        hidden_ND: torch.Tensor,
         weight_VD: torch.Tensor,
         bias_V: torch.Tensor | None,
         targets: Targets,
-        plan: Plan,
+        plan: ChunkPlan,
     ) -> tuple[torch.Tensor | None, ...]:
-        found, gradients = run(used_ND, weight_VD, bias_V, targets, plan)
+        stats, gradients = chunked_forward(hidden_ND, weight_VD, bias_V, targets, plan)
         ctx.save_for_backward(gradients.hidden_ND)
-        ctx.mark_non_differentiable(found.correct)
-        return found.nll, None, found.correct
+        ctx.mark_non_differentiable(stats.correct)
+        return stats.nll, None, stats.correct
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -164,52 +175,52 @@ class _Frozen(torch.autograd.Function):
         return (unit_ND * grad_nll_N[:, None]).to(unit_ND.dtype), *(None,) * 4
 
 
-class _Recomputed(torch.autograd.Function):
+class _RecomputedLogits(torch.autograd.Function):
     """Backward makes the logits again, weighted by its arguments."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        used_ND: torch.Tensor,
+        hidden_ND: torch.Tensor,
         weight_VD: torch.Tensor,
         bias_V: torch.Tensor | None,
         targets: Targets,
-        plan: Plan,
+        plan: ChunkPlan,
     ) -> tuple[torch.Tensor | None, ...]:
-        found, _ = run(used_ND, weight_VD, bias_V, targets, plan.without_gradients())
+        stats, _ = chunked_forward(hidden_ND, weight_VD, bias_V, targets, plan.without_gradients())
         ctx.targets, ctx.plan = targets, plan
-        ctx.save_for_backward(used_ND, weight_VD, bias_V)
-        ctx.mark_non_differentiable(found.correct)
-        return found.nll, found.entropy, found.correct
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V)
+        ctx.mark_non_differentiable(stats.correct)
+        return stats.nll, stats.entropy, stats.correct
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, grad_nll_N: torch.Tensor, grad_entropy_N: torch.Tensor | None, *_: Any
     ) -> tuple[torch.Tensor | None, ...]:
-        used_ND, weight_VD, bias_V = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V = ctx.saved_tensors
         labelled_N = ctx.targets.weight_N  # 1, and 0 where the label is -100
         weight_N = grad_nll_N * labelled_N
         if grad_entropy_N is not None:
             grad_entropy_N = grad_entropy_N * labelled_N
-        if used_ND.dtype == torch.float16:
-            size = _largest(weight_N, grad_entropy_N)
+        if hidden_ND.dtype == torch.float16:
+            scale = _max_abs(weight_N, grad_entropy_N)
         else:
-            size = weight_N.new_ones(())
+            scale = weight_N.new_ones(())
         targets = Targets(
             ctx.targets.labels_N,
-            weight_N / size,
-            ctx.targets.shape,
-            None if grad_entropy_N is None else grad_entropy_N / size,
+            weight_N / scale,
+            ctx.targets.transform,
+            None if grad_entropy_N is None else grad_entropy_N / scale,
             ctx.targets.shard,
         )
-        _, gradients = run(used_ND, weight_VD, bias_V, targets, ctx.plan)
-        scaled = (None if g is None else (g * size).to(used_ND.dtype) for g in gradients)
+        _, gradients = chunked_forward(hidden_ND, weight_VD, bias_V, targets, ctx.plan)
+        scaled = (None if g is None else (g * scale).to(hidden_ND.dtype) for g in gradients)
         return *scaled, None, None
 
 
-def _largest(*weights: torch.Tensor | None) -> torch.Tensor:
-    """The largest size among them, 1 where all are 0: divided by it, none vanishes in float16."""
+def _max_abs(*weights: torch.Tensor | None) -> torch.Tensor:
+    """The largest absolute value, 1 where all are 0: divided by it, none vanishes in float16."""
     given = [
         weight_N.abs().amax() for weight_N in weights if weight_N is not None and len(weight_N)
     ]

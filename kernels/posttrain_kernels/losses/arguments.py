@@ -1,13 +1,14 @@
-"""What the public functions refuse; every message names the argument."""
+"""Arguments of the public functions: checks that name the argument, and their preparation."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
-from posttrain_kernels.passes.targets import IGNORED
-from posttrain_kernels.passes.vocab import VocabShard
+from posttrain_kernels.passes.targets import IGNORE_INDEX, LogitTransform, Targets
+from posttrain_kernels.passes.vocab_shard import VocabShard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -52,16 +53,16 @@ def check_rows(
     token_weight: torch.Tensor | None = None,
 ) -> None:
     """Per-row arguments; ranges only on the CPU, for on a GPU the host would have to wait."""
-    wanted = num_rows if supervised is None else len(supervised)
+    expected = num_rows if supervised is None else len(supervised)
     for name, tensor in (("labels_N", labels_N), ("token_weight", token_weight)):
-        if tensor is not None and tensor.shape != (wanted,):
-            raise ValueError(f"{name} must be [{wanted}], it is {list(tensor.shape)}")
+        if tensor is not None and tensor.shape != (expected,):
+            raise ValueError(f"{name} must be [{expected}], it is {list(tensor.shape)}")
     for name, index in (("labels_N", labels_N), ("supervised", supervised)):
         if index is not None and index.dtype != torch.int64:
             raise ValueError(f"{name} must be int64, it is {index.dtype}")
     if labels_N.device.type == "cpu":
-        used_N = labels_N[labels_N != IGNORED]
-        _check_range("labels_N", used_N, vocabulary, f"only {IGNORED} means no label")
+        given_N = labels_N[labels_N != IGNORE_INDEX]
+        _check_range("labels_N", given_N, vocabulary, f"only {IGNORE_INDEX} means no label")
         if supervised is not None:
             _check_range("supervised", supervised, num_rows, "it indexes the rows")
 
@@ -79,7 +80,7 @@ def check_channel(channel: torch.Tensor | None, labels_N: torch.Tensor, num_chan
 
 
 def check_denominator(denominator: float | torch.Tensor, weight_N: torch.Tensor) -> None:
-    """A number of 0 or more; 0 only where no row has a weight. A tensor is not looked at."""
+    """A number of 0 or more; 0 only where no row has a weight. A tensor's value is not read."""
     if isinstance(denominator, torch.Tensor):
         if denominator.numel() != 1:
             raise ValueError(f"denominator must be one number, it is {list(denominator.shape)}")
@@ -90,10 +91,10 @@ def check_denominator(denominator: float | torch.Tensor, weight_N: torch.Tensor)
         raise ValueError("denominator is 0, but some token has a weight")
 
 
-def check_shape(
+def check_options(
     softcap: float | None, logit_scale: float, z_loss: float, chunk_rows: int | None = None
 ) -> None:
-    """The numbers that shape logits and work."""
+    """The numbers that transform logits, and the size of a chunk."""
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be above 0 or None, it is {softcap}")
     if not math.isfinite(logit_scale):
@@ -116,3 +117,82 @@ def _check_range(name: str, index_N: torch.Tensor, end: int, fix: str) -> None:
     if low < 0 or high >= end:
         wrong = low if low < 0 else high
         raise ValueError(f"{name} holds {wrong}, outside [0, {end}); {fix}")
+
+
+# ------------------------------------------------------------------- for the implementations
+
+
+def cast_for_autocast(
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The projection's tensors in the dtype of autocast where that is on."""
+    device = hidden_TD.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden_TD, weight_VD, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden_TD.to(dtype), weight_VD.to(dtype), None if bias is None else bias.to(dtype)
+
+
+class LossInputs(NamedTuple):
+    """The rows that have a label: on a CPU K of N, on a GPU all N."""
+
+    targets: Targets  # of the K
+    hidden_rows: torch.Tensor | None  # int64 [K], of the K among the T; None: all, in order
+    scale: torch.Tensor  # 1 / denominator
+    weight_N: torch.Tensor  # 0 where there is no label
+    label_rows: torch.Tensor | None  # int64 [K], of the K among the N; None: all
+
+
+def prepare_inputs(
+    labels_N: torch.Tensor,
+    supervised: torch.Tensor | None,
+    token_weight: torch.Tensor | None,
+    denominator: float | torch.Tensor,
+    transform: LogitTransform,
+    dtype: torch.dtype,
+    shard: VocabShard | None = None,
+) -> LossInputs:
+    """The public arguments as the implementations take them; weights in `dtype`.
+
+    Raises:
+        ValueError: the denominator is no number of 0 or more, or 0 with a weight to divide.
+    """
+    weight_N = row_weights(labels_N, token_weight, dtype)
+    check_denominator(denominator, weight_N)
+    label_rows, hidden_rows = select_labelled_rows(labels_N, supervised)
+    columns = (labels_N, weight_N)
+    labels_K, weight_K = (x if label_rows is None else x[label_rows] for x in columns)
+    targets = Targets(labels_K.contiguous(), weight_K.contiguous(), transform, shard=shard)
+    scale = inverse_denominator(denominator, weight_N)
+    return LossInputs(targets, hidden_rows, scale, weight_N, label_rows)
+
+
+def row_weights(
+    labels_N: torch.Tensor, token_weight: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The weight of each row in `dtype`, 0 where it has no label."""
+    labelled_N = labels_N != IGNORE_INDEX
+    if token_weight is None:
+        return labelled_N.to(dtype)
+    return torch.where(labelled_N, token_weight.detach().to(dtype), 0)
+
+
+def select_labelled_rows(
+    labels_N: torch.Tensor, supervised: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """On a CPU the rows that have a label, among N and among T; None: all of them."""
+    if labels_N.device.type != "cpu" or not bool((labels_N == IGNORE_INDEX).any()):
+        return None, supervised
+    label_rows = (labels_N != IGNORE_INDEX).nonzero()[:, 0]
+    return label_rows, label_rows if supervised is None else supervised[label_rows]
+
+
+def inverse_denominator(denominator: float | torch.Tensor, weight_N: torch.Tensor) -> torch.Tensor:
+    """1 / denominator on the device, 0 where it is 0, in the dtype of `weight_N`."""
+    if not isinstance(denominator, torch.Tensor):
+        return weight_N.new_full((), 1 / denominator if denominator else 0.0)
+    # Divided in the dtype of the argument, which may be wider.
+    scalar = denominator.detach().reshape(())
+    # To raise an error the host would wait for the device: 0 with a weight to divide gives NaN.
+    for_zero = torch.where(weight_N.any(), torch.nan, 0.0)
+    return torch.where(scalar == 0, for_zero, 1 / scalar).to(weight_N)

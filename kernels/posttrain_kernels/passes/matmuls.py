@@ -1,12 +1,12 @@
-"""The three matrix products of the head, in the way that the device does them fast.
+"""The three matrix products of the head, in the way that is fast on the device.
 
     logits_BV       = hidden_BD @ weight_VD.T + bias_V
     grad_hidden_BD  = dlogits_BV @ weight_VD
     grad_weight_VD += dlogits_BV.T @ hidden_BD
 
-`Native` hands them to the BLAS in the dtype of the input. `Widened` serves CPUs whose BLAS
-multiplies 16-bit numbers ten to three hundred times slower than float32: blocks of the weight are
-widened on the way, so that no float32 copy of it exists.
+`NativeMatmuls` hands them to the BLAS in the dtype of the input. `UpcastMatmuls` serves CPUs whose
+BLAS multiplies 16-bit numbers ten to three hundred times slower than float32: the weight is cast to
+float32 block by block, so that no float32 copy of it exists.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from posttrain_kernels.passes.targets import statistics_dtype
 
-# Elements of a widened block of the weight: small enough for a cache, large for a product.
+# Elements of an upcast block of the weight: small enough for a cache, large for a product.
 BLOCK_ELEMENTS = 1 << 21
 
 
@@ -30,16 +30,16 @@ def multiplies_fast(dtype: torch.dtype) -> bool:
     return flag is None or (cpuinfo.is_file() and flag in cpuinfo.read_text())
 
 
-def products(
+def make_matmuls(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None
-) -> Native:
+) -> NativeMatmuls:
     """The products for the device and dtype of the input."""
     if hidden_ND.device.type == "cpu" and not multiplies_fast(hidden_ND.dtype):
-        return Widened(hidden_ND, weight_VD, bias_V)
-    return Native(hidden_ND, weight_VD, bias_V)
+        return UpcastMatmuls(hidden_ND, weight_VD, bias_V)
+    return NativeMatmuls(hidden_ND, weight_VD, bias_V)
 
 
-class Native:
+class NativeMatmuls:
     """Products in the dtype of the input, sums over chunks in float32."""
 
     def __init__(
@@ -47,10 +47,10 @@ class Native:
     ) -> None:
         self.weight_VD, self.bias_V = weight_VD, bias_V
         self.dtype = hidden_ND.dtype  # of logits
-        self.wide = statistics_dtype(hidden_ND.dtype)
+        self.acc_dtype = statistics_dtype(hidden_ND.dtype)
 
     def buffer(self, num_rows: int) -> torch.Tensor:
-        """Room for the logits of a chunk; on a GPU rows start at multiples of 16 numbers."""
+        """Uninitialised logits of a chunk; on a GPU rows start at multiples of 16 numbers."""
         num_columns = len(self.weight_VD)
         multiple = 16 if self.weight_VD.is_cuda else 1
         stride = -(-num_columns // multiple) * multiple
@@ -85,49 +85,49 @@ class Native:
             total_VD += torch.mm(left_VB, hidden_BD)
 
 
-class Widened(Native):
-    """The same in float32, the weight widened block by block."""
+class UpcastMatmuls(NativeMatmuls):
+    """The same in float32, the weight cast block by block."""
 
     def __init__(
         self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None
     ) -> None:
         super().__init__(hidden_ND, weight_VD, bias_V)
-        self.dtype = self.wide
+        self.dtype = self.acc_dtype
         rows = max(1, BLOCK_ELEMENTS // max(weight_VD.shape[1], 1))
         self._block = weight_VD.new_empty(
-            min(rows, len(weight_VD)), weight_VD.shape[1], dtype=self.wide
+            min(rows, len(weight_VD)), weight_VD.shape[1], dtype=self.acc_dtype
         )
         starts = range(0, len(weight_VD), len(self._block) or 1)
         self._columns = [slice(start, start + len(self._block)) for start in starts]
 
-    def _widened(self, columns: slice) -> torch.Tensor:
+    def _upcast(self, columns: slice) -> torch.Tensor:
         part = self.weight_VD[columns]
         return self._block[: len(part)].copy_(part)
 
     def logits(self, hidden_BD: torch.Tensor, out_BV: torch.Tensor) -> None:
         """Write the logits of some rows."""
-        wide_BD = hidden_BD.to(self.wide)
+        float32_BD = hidden_BD.to(self.acc_dtype)
         for columns in self._columns:
-            torch.mm(wide_BD, self._widened(columns).t(), out=out_BV[:, columns])
+            torch.mm(float32_BD, self._upcast(columns).t(), out=out_BV[:, columns])
         if self.bias_V is not None:
             out_BV += self.bias_V
 
     def grad_hidden(self, dlogits_BV: torch.Tensor, out_BD: torch.Tensor) -> None:
         """Write the gradient of some rows of hidden."""
-        total_BD = out_BD.new_zeros(out_BD.shape, dtype=self.wide)
+        total_BD = out_BD.new_zeros(out_BD.shape, dtype=self.acc_dtype)
         for columns in self._columns:
-            total_BD.addmm_(dlogits_BV[:, columns], self._widened(columns))
+            total_BD.addmm_(dlogits_BV[:, columns], self._upcast(columns))
         out_BD.copy_(total_BD)
 
     def add_grad_weight(
         self, total_VD: torch.Tensor, dlogits_BV: torch.Tensor, hidden_BD: torch.Tensor, first: bool
     ) -> None:
         """Add the gradient of the weight from some rows; the first is written."""
-        wide_BD = hidden_BD.to(self.wide)
+        float32_BD = hidden_BD.to(self.acc_dtype)
         for columns in self._columns:
             part_VD = total_VD[columns]
-            if part_VD.dtype == self.wide:
-                part_VD.addmm_(dlogits_BV[:, columns].t(), wide_BD, beta=0 if first else 1)
+            if part_VD.dtype == self.acc_dtype:
+                part_VD.addmm_(dlogits_BV[:, columns].t(), float32_BD, beta=0 if first else 1)
                 continue
-            room_VD = self._block[: len(part_VD)]
-            part_VD.copy_(torch.mm(dlogits_BV[:, columns].t(), wide_BD, out=room_VD))
+            buffer_VD = self._block[: len(part_VD)]
+            part_VD.copy_(torch.mm(dlogits_BV[:, columns].t(), float32_BD, out=buffer_VD))

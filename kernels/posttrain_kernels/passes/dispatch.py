@@ -1,4 +1,4 @@
-"""Which implementation runs: asked for by name, or by the device."""
+"""Which implementation runs: the one that is named, or chosen by the device."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from importlib.util import find_spec
 
 import torch
 
-from posttrain_kernels.passes import rows
+from posttrain_kernels.passes import torch_kernels
 from posttrain_kernels.passes.targets import Kernels
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 
 
-def choose(impl: str, device: torch.device) -> str:
+def select_impl(impl: str, device: torch.device) -> str:
     """The implementation for `device`; why `auto` chose it is logged once.
 
     Raises:
-        ValueError: unknown name, or triton asked for where it cannot run.
+        ValueError: unknown name, or triton where it cannot run.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, it is {impl!r}")
@@ -37,13 +37,13 @@ def choose(impl: str, device: torch.device) -> str:
     return impl
 
 
-def kernels(impl: str) -> Kernels:
+def get_kernels(impl: str) -> Kernels:
     """The kernels of "torch" or "triton"."""
     if impl == "torch":
-        return rows.KERNELS
-    from posttrain_kernels.passes import triton_rows  # needs triton: only here
+        return torch_kernels.KERNELS
+    from posttrain_kernels.passes import triton_kernels  # needs triton: only here
 
-    return triton_rows.KERNELS
+    return triton_kernels.KERNELS
 
 
 @cache
