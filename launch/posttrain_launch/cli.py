@@ -15,7 +15,7 @@ class Verb:
 
     what: str
     example: str
-    module: str  # below posttrain_launch
+    module: str  # below posttrain_launch.commands
     hydra: bool = False  # takes overrides, and is a Hydra application
 
 
@@ -23,99 +23,100 @@ VERBS: dict[str, Verb] = {
     "train": Verb(
         "fine-tune a model; without arguments, the demo",
         "posttrain train model.path=/models/M data.train=/data/chat.jsonl cluster=ray engine=zero3",
-        "commands.hydra_app",
+        "run.train",
         hydra=True,
     ),
     "prepare": Verb(
         "tokenise and check the data now, so that a run starts at once; writes data_report.html",
         "posttrain prepare model.path=/models/M data.train=/data/chat.jsonl",
-        "commands.hydra_app",
+        "data.prepare",
         hydra=True,
     ),
     "inspect": Verb(
         "show what would be trained on: rows, supervised tokens, packs",
         "posttrain inspect data.train=/data/chat.jsonl",
-        "commands.hydra_app",
+        "data.inspect",
         hydra=True,
     ),
     "evaluate": Verb(
         "held-out loss of a model, for every channel",
         "posttrain evaluate model.path=outputs/demo/20260101-120000/export",
-        "commands.hydra_app",
+        "quality.evaluate",
         hydra=True,
     ),
     "submit": Verb(
         "send a training to Slurm (--dry-run: only write the job)",
         "posttrain submit +experiment=demo cluster.nodes=2 --dry-run",
-        "commands.hydra_app",
+        "cluster.submit",
         hydra=True,
     ),
     "run": Verb(
         "go on with the run of a run folder, or start a frozen one",
         "posttrain run outputs/demo/20260101-120000",
-        "commands.run_folder",
+        "run.run",
     ),
     "chat": Verb(
         "talk to a model folder or to the export of a run",
         "posttrain chat outputs/demo/20260101-120000",
-        "commands.quality.chat",
+        "quality.chat",
     ),
     "export": Verb(
         "write the newest checkpoint of a run as a Hugging Face folder",
         "posttrain export outputs/demo/20260101-120000 /models/mine",
-        "commands.run_folder",
+        "run.export",
     ),
     "report": Verb(
         "write report.html of a run, finished or not",
         "posttrain report outputs/demo/20260101-120000",
-        "commands.run_folder",
+        "run.report",
     ),
     "init": Verb(
         "write a commented YAML to start from",
         "posttrain init my_run",
-        "commands.run.init",
+        "run.init",
     ),
     "doctor": Verb(
         "look at this machine: what works, what is missing",
         "posttrain doctor",
-        "commands.cluster.doctor",
+        "cluster.doctor",
     ),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; the exit code: 0, 1 failed, 2 wrong input, 130 stopped."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
     _set_environment()
-    debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
-    if not words or words[0] in ("--help", "-h", "help"):
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(help_text())
         return 0
-    if words[0] == "--version":
+    if arguments[0] == "--version":
         from posttrain_dist import __version__
 
         print(f"posttrain {__version__}")
         return 0
-    name, *rest = words
+    name, *rest = arguments
     if name not in VERBS:
         return _unknown(name)
-    from posttrain_launch.failures import BAD_CONFIG, FAILED, STOPPED, tell
+    verb = VERBS[name]
+    from posttrain_launch.failures import BAD_CONFIG, FAILED, STOPPED, is_bad_config, print_error
 
     try:
-        command: Callable[[str, list[str], bool], int]
-        command = importlib.import_module(f"posttrain_launch.{VERBS[name].module}").command
-        return command(name, rest, debug)
+        command: Callable[[list[str], bool], int]
+        command = importlib.import_module(f"posttrain_launch.commands.{verb.module}").command
+        return command(rest, debug)
     except KeyboardInterrupt:
         return STOPPED
     except BrokenPipeError:  # `posttrain ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except SystemExit as left:  # argparse has said why
+    except SystemExit as left:  # why was printed: by argparse, by Hydra, or by compose_command
         return left.code if isinstance(left.code, int) else BAD_CONFIG if left.code else 0
     except Exception as error:
-        tell(error, debug=debug)
-        return FAILED
+        print_error(error, debug=debug)
+        return BAD_CONFIG if verb.hydra and is_bad_config(error) else FAILED
 
 
 def help_text() -> str:

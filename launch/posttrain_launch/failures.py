@@ -7,12 +7,12 @@ import traceback
 from pathlib import Path
 from typing import IO
 
-from posttrain_dist.errors import PosttrainError
+from posttrain_dist.errors import ConfigError, PosttrainError, SeveralErrors
 
 BAD_CONFIG, FAILED, STOPPED = 2, 1, 130  # exit codes
 
 
-def tell(
+def print_error(
     error: BaseException,
     *,
     debug: bool = False,
@@ -39,3 +39,8 @@ def tell(
     place = f"the trace is in {log}" if log else "add --debug for the trace"
     what = str(error).strip() or "no message"
     print(f"error: {type(error).__name__}: {what}\n  ({place})", file=err, flush=True)
+
+
+def is_bad_config(error: BaseException) -> bool:
+    """Whether what was typed is at fault, and not a file, a machine or the program."""
+    return isinstance(error, ConfigError | SeveralErrors)

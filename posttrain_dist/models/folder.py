@@ -48,6 +48,9 @@ def resolve(path: str) -> Path:
 def check_folder(path: Path, need_weights: bool = True) -> dict[str, Any]:
     """The folder's config.json, after every check that needs no weight in memory.
 
+    A folder is checked once a process, as long as no file of it changes; nobody may change the
+    dict.
+
     Raises:
         ModelError, SeveralErrors: all that is wrong with the folder, together.
     """
@@ -55,16 +58,9 @@ def check_folder(path: Path, need_weights: bool = True) -> dict[str, Any]:
         raise ModelError(
             "there is no such model folder", where=str(path), fix="check the path of the model"
         )
-    config = _read_object(path / "config.json", "the folder of a Hugging Face causal LM has one")
-    found = _architecture_problems(config, path / "config.json")
-    if need_weights:
-        try:
-            found += _weight_problems(path)
-        except OSError as error:
-            place = str(error.filename or path)
-            what = f"cannot be read: {error.strerror}"
-            found.append(ModelError(what, where=place, fix="check its permissions"))
-    raise_all(found)
+    state = _state(path)
+    config, found = _read_config(path, state)
+    raise_all([*found, *(_weight_problems(path, state) if need_weights else [])])
     return config
 
 
@@ -76,11 +72,16 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         ModelError: there is none, or it needs code of its own.
     """
-    state: tuple[tuple[str, int, int], ...] = ()
-    if folder.is_dir():
+    return _read_tokenizer(folder, _state(folder))
+
+
+def _state(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of a folder's files: equal as long as nothing in it changes."""
+    try:
         stats = sorted((file.name, file.stat()) for file in folder.iterdir() if file.is_file())
-        state = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-    return _read_tokenizer(folder, state)
+    except OSError:  # who reads the files says what is wrong
+        return ()
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 @lru_cache(maxsize=1)
@@ -146,6 +147,16 @@ def check_tokenizer(tokenizer: Any, folder: Path, need_chat_template: bool) -> N
 # ------------------------------------------------------------------------------- config.json
 
 
+@lru_cache(maxsize=1)
+def _read_config(
+    folder: Path, state: tuple[tuple[str, int, int], ...]
+) -> tuple[dict[str, Any], list[PosttrainError]]:
+    """config.json, and what is wrong with the model that it describes."""
+    file = folder / "config.json"
+    config = _read_object(file, "the folder of a Hugging Face causal LM has one")
+    return config, _architecture_problems(config, file)
+
+
 def _read_object(file: Path, fix: str) -> dict[str, Any]:
     try:
         value = json.loads(file.read_bytes())
@@ -195,7 +206,17 @@ def _architecture_problems(config: dict[str, Any], file: Path) -> list[Posttrain
 # ----------------------------------------------------------------------------------- weights
 
 
-def _weight_problems(folder: Path) -> list[PosttrainError]:
+@lru_cache(maxsize=1)
+def _weight_problems(folder: Path, state: tuple[tuple[str, int, int], ...]) -> list[PosttrainError]:
+    try:
+        return _weight_file_problems(folder)
+    except OSError as error:
+        place = str(error.filename or folder)
+        what = f"cannot be read: {error.strerror}"
+        return [ModelError(what, where=place, fix="check its permissions")]
+
+
+def _weight_file_problems(folder: Path) -> list[PosttrainError]:
     if (folder / INDEX).is_file():
         return _index_problems(folder)
     if (folder / SINGLE).is_file():

@@ -1,1 +1,1 @@
-"""Words of a command line -> one checked RunConfig, by Hydra."""
+"""Overrides of a command line -> one checked RunConfig, by Hydra."""

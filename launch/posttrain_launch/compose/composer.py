@@ -1,4 +1,4 @@
-"""From words on the command line to one checked RunConfig, by Hydra.
+"""From overrides on the command line to one RunConfig, by Hydra.
 
 The dataclasses of `posttrain_dist.config` are the schemas; the YAML files of `conf/` choose
 among them and hold differences only. Hydra composes and does nothing else.
@@ -6,18 +6,18 @@ among them and hold differences only. Hydra composes and does nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra import main as hydra_main
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_automatic_config_search_path
-from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -35,6 +35,7 @@ class Composed:
     config: RunConfig  # not yet completed: `posttrain_dist.config.complete` checks it
     choices: dict[str, str]  # group -> chosen option
     overrides: list[str]  # as typed
+    sweeps: bool = False  # whether hydra.mode=MULTIRUN asks for several runs
 
 
 def register_schemas(help_text: str = "") -> None:
@@ -52,17 +53,52 @@ def register_schemas(help_text: str = "") -> None:
     store.store(group="hydra/help", name="posttrain", node=page)
 
 
+class _CachingLoader(ConfigLoaderImpl):
+    """Composes the same request once: what is checked is then shown, or run."""
+
+    def __init__(self, path: ConfigSearchPath) -> None:
+        super().__init__(path)
+        self._request: tuple[Any, ...] = ()
+        self._composed: DictConfig
+
+    def load_configuration(
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        request = (config_name, list(overrides), run_mode, from_shell, validate_sweep_overrides)
+        if request != self._request:
+            self._composed = super().load_configuration(*request)
+            self._request = request
+        return copy.deepcopy(self._composed)  # those who show it take parts out
+
+
 class Composer:
-    """Composes configurations in this process; `config_dir` is the user's own folder of YAML.
+    """Composes configurations in this process.
+
+    Args:
+        config_dir: the user's own folder of YAML.
+        config_path: takes the place of our YAML (Hydra's --config-path).
+        config_name: the file to begin with.
 
     Raises:
         ConfigError: there is no such folder.
     """
 
-    def __init__(self, config_dir: str | None = None) -> None:
+    def __init__(
+        self,
+        config_dir: str | None = None,
+        config_path: str | None = None,
+        config_name: str | None = None,
+    ) -> None:
+        version.setbase("1.3")
         register_schemas()
+        self.config_name = config_name or "config"
         self.config_dir = None if config_dir is None else Path(config_dir).absolute()
-        path = create_automatic_config_search_path(None, None, CONF)
+        path = create_automatic_config_search_path(None, __name__, config_path or CONF)
         if self.config_dir is not None:
             if not self.config_dir.is_dir():
                 raise ConfigError(
@@ -72,12 +108,13 @@ class Composer:
                 )
             path.prepend("command-line", f"file://{self.config_dir}", SearchPathQuery("schema"))
         GlobalHydra.instance().clear()
-        self._hydra = Hydra.create_main_hydra2("posttrain", path)
+        self.hydra = Hydra("posttrain", _CachingLoader(path))
+        GlobalHydra.instance().initialize(self.hydra)
 
     def compose(self, overrides: list[str]) -> DictConfig:
         """The composed config, with Hydra's own part below `hydra`. Raises what Hydra raises."""
-        return self._hydra.compose_config(
-            config_name="config",
+        return self.hydra.compose_config(
+            config_name=self.config_name,
             overrides=list(overrides),
             run_mode=RunMode.RUN,
             with_log_configuration=False,
@@ -85,12 +122,12 @@ class Composer:
 
     def options(self, group: str) -> list[str]:
         """The options of a group, those of the user's folder included."""
-        loader = self._hydra.config_loader
+        loader = self.hydra.config_loader
         return sorted(loader.get_group_options(group))
 
     def groups(self) -> list[str]:
         """Every group that has an option, ours and the user's."""
-        listed: list[str] = self._hydra.config_loader.list_groups("")
+        listed: list[str] = self.hydra.config_loader.list_groups("")
         return [g for g in sorted(listed) if g not in ("hydra", "schema") and self.options(g)]
 
     def file_of(self, group: str, option: str) -> Path | None:
@@ -132,22 +169,5 @@ def to_composed(config: DictConfig, hydra: DictConfig) -> Composed:
     chosen: dict[str, str] = OmegaConf.to_container(hydra.runtime.choices)  # type: ignore[assignment]
     choices = {k: v for k, v in chosen.items() if not k.startswith(("hydra", "schema"))}
     run_config: Any = OmegaConf.to_object(config)
-    return Composed(run_config, choices, list(hydra.overrides.task))
-
-
-def run_hydra_app(job: Callable[[DictConfig, DictConfig], Any], help_text: str) -> None:
-    """A true @hydra.main application over `sys.argv`.
-
-    Args:
-        job: called with our config and Hydra's, once, or once a trial under `--multirun`.
-        help_text: what `--help` prints; see `register_schemas`.
-    """
-    register_schemas(help_text)
-
-    @hydra_main(version_base="1.3", config_path=CONF, config_name="config")
-    def app(config: DictConfig) -> Any:
-        hydra: Any = HydraConfig.get()
-        return job(config, hydra)
-
-    GlobalHydra.instance().clear()
-    app()
+    sweeps = hydra.mode is RunMode.MULTIRUN
+    return Composed(run_config, choices, list(hydra.overrides.task), sweeps)

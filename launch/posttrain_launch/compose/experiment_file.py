@@ -22,12 +22,12 @@ def experiment_problems(composer: Composer, groups: list[str]) -> list[Posttrain
     """Every fault of the chosen experiment files, each with its line.
 
     Args:
-        groups: the usable `group=option` words of the command line.
+        groups: the usable `group=option` overrides of the command line.
     """
     found: list[PosttrainError] = []
-    for word in groups:
-        if word.startswith(PREFIX):
-            file = composer.file_of("experiment", word.removeprefix(PREFIX))
+    for override in groups:
+        if override.startswith(PREFIX):
+            file = composer.file_of("experiment", override.removeprefix(PREFIX))
             if file is not None:
                 found += _file_problems(composer, file, groups)
     return found

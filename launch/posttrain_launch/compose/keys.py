@@ -36,7 +36,7 @@ def value_problems(
     for part in parents:
         node = node.get(part) if isinstance(node, DictConfig) and part in node else None
     if not isinstance(node, DictConfig) or leaf not in node:
-        return [ConfigError("unknown key", where=place, fix=_cure(base, key))]
+        return [ConfigError("unknown key", where=place, fix=_fix(base, key))]
     target = node.get(leaf)
     if isinstance(target, DictConfig):
         if isinstance(value, dict):
@@ -69,7 +69,7 @@ def value_problems(
 # ----------------------------------------------------------------------------- unknown keys
 
 
-def _cure(base: DictConfig, key: str) -> str:
+def _fix(base: DictConfig, key: str) -> str:
     owners = _owners(key)
     if owners:
         return f"this key belongs to {owners}: choose that, or leave the key out"
@@ -133,14 +133,14 @@ def _hint(node: DictConfig, leaf: str) -> Any:
 
 
 def _wanted(hint: Any) -> str:
-    """A type in words: `int | None` is "a whole number or null"."""
+    """A type in plain English: `int | None` is "a whole number or null"."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        words = [_wanted(arg) for arg in inner if arg is not type(None)]
-        return " or ".join([*words, "null"] if type(None) in inner else words)
+        names = [_wanted(arg) for arg in inner if arg is not type(None)]
+        return " or ".join([*names, "null"] if type(None) in inner else names)
     if isinstance(hint, type) and issubclass(hint, Enum):
         return "one of " + ", ".join(hint.__members__)
     if origin is list:
         return 'a list, such as \'["a", "b"]\''
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names.get(hint, str(hint))
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return plain.get(hint, str(hint))

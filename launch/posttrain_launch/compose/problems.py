@@ -1,7 +1,8 @@
-"""What is wrong with a command line: every problem found in one pass, each with its cure.
+"""What is wrong with a command line: every problem found in one pass, each with its fix.
 
-Hydra stops at its first error. So when a configuration does not compose, each word of the
-command line (and each line of the user's experiment) is tried alone against a config that does.
+What composes is checked as it is. Hydra stops at its first error, so when a configuration does not
+compose, each override of the command line (and each line of the user's experiment) is tried alone
+against a config that does.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from posttrain_dist.preflight import input_problems
 from posttrain_launch.compose.composer import Composed, Composer, to_composed, without_hydra
 from posttrain_launch.compose.experiment_file import experiment_problems
 from posttrain_launch.compose.keys import value_problems
-from posttrain_launch.run.freeze import absolute
+from posttrain_launch.compose.paths import with_absolute_paths
 
 FAULTS = (
     HydraException,
@@ -37,72 +38,74 @@ FAULTS = (
 )
 
 
-def check(
-    words: list[str],
-    config_dir: str | None = None,
+def compose_checked(
+    composer: Composer,
+    overrides: list[str],
     *,
-    sweep: bool = False,
-    cross: bool = True,
+    contradictions: bool = True,
     verb: str | None = None,
-) -> Composed | None:
-    """Compose and check what was typed.
+) -> Composed:
+    """Compose once and check what was typed.
 
     Args:
-        words: overrides as typed, `key=value` or `group=option`.
-        config_dir: the user's folder of YAML.
-        sweep: the words may hold several values each; then there is no one result.
-        cross: also look for values that contradict each other.
+        overrides: as typed, `key=value` or `group=option`.
+        contradictions: also look for values that contradict each other.
         verb: also look at the files that this verb would use.
 
     Raises:
         PosttrainError, SeveralErrors: all that is wrong.
     """
-    with Composer(config_dir) as composer:
-        if not sweep:
-            try:
-                composed = _compose(composer, words)
-            except FAULTS as error:
-                raise_all(_probe(composer, words, error, sweep=False, verb=verb))
-                raise
-            if cross:
-                raise_all(_contradictions(composed, verb))
-            return composed
-        raise_all(_probe(composer, words, None, sweep=True))
-    return None
+    try:
+        composed = _compose(composer, overrides)
+    except FAULTS as error:
+        raise_all(_override_problems(composer, overrides, error, verb=verb))
+        raise
+    if contradictions:
+        raise_all(_contradictions(composed, verb))
+    return composed
 
 
-def _compose(composer: Composer, words: list[str]) -> Composed:
-    config = composer.compose(words)
+def check_sweep(composer: Composer, overrides: list[str]) -> None:
+    """Check overrides that may hold several values each; each run is checked when it comes.
+
+    Raises:
+        PosttrainError, SeveralErrors: all that is wrong.
+    """
+    raise_all(_override_problems(composer, overrides, sweep=True))
+
+
+def _compose(composer: Composer, overrides: list[str]) -> Composed:
+    config = composer.compose(overrides)
     hydra = config.hydra
     return to_composed(without_hydra(config), hydra)
 
 
-def _probe(
+def _override_problems(
     composer: Composer,
-    words: list[str],
-    error: Exception | None,
+    overrides: list[str],
+    error: Exception | None = None,
     *,
-    sweep: bool,
+    sweep: bool = False,
     verb: str | None = None,
 ) -> list[PosttrainError]:
-    """Try each word alone; `error` is what composing all of them gave."""
+    """Try each override alone; `error` is what composing all of them gave."""
     found: list[PosttrainError] = []
-    good: list[str] = []  # words without a fault
-    groups: list[str] = []  # `group=option` words that can be used as a base
+    good: list[str] = []  # overrides without a fault
+    groups: list[str] = []  # `group=option` overrides that can be used as a base
     values: list[Override] = []
-    for word, override in _parse(words, found):
-        wrong = _misused(override, word, sweep)
+    for text, override in _parse(overrides, found):
+        wrong = _misused(override, text, sweep)
         if wrong is not None:
             found.append(wrong)
         elif override.key_or_group.split(".")[0] == "hydra" or "/" in override.key_or_group:
-            good.append(word)
+            good.append(text)
         elif composer.options(override.key_or_group):
-            bad = list(_option_problems(composer, override, word))
+            bad = list(_option_problems(composer, override, text))
             found += bad
             if not bad:
-                good.append(word)
+                good.append(text)
                 first = next(_values(override))
-                groups.append(word.split("=")[0] + f"={first}")
+                groups.append(text.split("=")[0] + f"={first}")
         else:
             values.append(override)
 
@@ -117,28 +120,28 @@ def _probe(
             if not bad and not sweep:
                 good.append(override.input_line or "")
     if not sweep:
-        told = {problem.where for problem in found}
+        places = {problem.where for problem in found}
         with contextlib.suppress(*FAULTS):
             others = _contradictions(_compose(composer, good), verb)
-            found += [problem for problem in others if problem.where not in told]
+            found += [problem for problem in others if problem.where not in places]
     if not found and error is not None:
         found.append(_from_hydra(error))
     return found
 
 
-def _parse(words: list[str], found: list[PosttrainError]) -> Iterator[tuple[str, Override]]:
+def _parse(overrides: list[str], found: list[PosttrainError]) -> Iterator[tuple[str, Override]]:
     parser = OverridesParser.create()
-    for word in words:
+    for text in overrides:
         try:
-            yield word, parser.parse_override(word)
+            yield text, parser.parse_override(text)
         except HydraException:
-            found.append(_unreadable(word))
+            found.append(_unreadable(text))
 
 
-def _unreadable(word: str) -> ConfigError:
-    key, equals, value = word.partition("=")
+def _unreadable(text: str) -> ConfigError:
+    key, equals, value = text.partition("=")
     if not equals:
-        return ConfigError("is not of the form key=value", where=word, fix=f"write {word}=<value>")
+        return ConfigError("is not of the form key=value", where=text, fix=f"write {text}=<value>")
     return ConfigError(
         f"the value {value} holds a character that must be quoted, such as ( ) [ ] {{ }} , = ' #",
         where=key,
@@ -151,16 +154,16 @@ def _quoted(key: str, value: str) -> str:
     return shlex.quote(f'{key}="{inner}"')
 
 
-def _misused(override: Override, word: str, sweep: bool) -> ConfigError | None:
+def _misused(override: Override, text: str, sweep: bool) -> ConfigError | None:
     key = override.key_or_group
     if override.is_delete():
         return ConfigError(
-            "a key cannot be taken out", where=word, fix=f"set another value, or {key}=null"
+            "a key cannot be taken out", where=text, fix=f"set another value, or {key}=null"
         )
     if not key:
-        return ConfigError("there is no key before '='", where=word, fix="write key=value")
+        return ConfigError("there is no key before '='", where=text, fix="write key=value")
     if override.is_sweep_override() and not sweep:
-        value = word.partition("=")[2]
+        value = text.partition("=")[2]
         return ConfigError(
             f"{value} means several values, one run for each",
             where=key,
@@ -180,12 +183,12 @@ def _values(override: Override) -> Iterator[Any]:
         yield from (v.text if hasattr(v, "text") else v for v in override.sweep_iterator())
 
 
-def _option_problems(composer: Composer, override: Override, word: str) -> Iterator[PosttrainError]:
+def _option_problems(composer: Composer, override: Override, text: str) -> Iterator[PosttrainError]:
     group = override.key_or_group
     options = composer.options(group)
     if override.is_add() and group != "experiment":
         yield ConfigError(
-            "has an option already", where=word, fix=f"leave the + out: {word.lstrip('+')}"
+            "has an option already", where=text, fix=f"leave the + out: {text.lstrip('+')}"
         )
     for value in _values(override):
         if str(value) not in options:
@@ -199,16 +202,16 @@ def _option_problems(composer: Composer, override: Override, word: str) -> Itera
 def _base(composer: Composer, groups: list[str]) -> DictConfig | None:
     """A config that composes, as near to what was asked for as can be."""
     plain = [g for g in groups if not g.startswith("+experiment=")]
-    for words in (groups, plain, []):
+    for overrides in (groups, plain, []):
         try:
-            return without_hydra(composer.compose(words))
+            return without_hydra(composer.compose(overrides))
         except FAULTS:
             continue
     return None
 
 
 def _contradictions(composed: Composed, verb: str | None) -> list[PosttrainError]:
-    config = absolute(composed.config)
+    config = with_absolute_paths(composed.config)
     return problems(config) if verb is None else input_problems(config, verb)
 
 

@@ -16,7 +16,7 @@ QUIET_S = 10.0  # between two lines where the output is no terminal
 
 
 @contextmanager
-def told(err: IO[str]) -> Iterator[dict[str, Any]]:
+def progress_output(err: IO[str]) -> Iterator[dict[str, Any]]:
     """`progress` and `say` for `prepare`: a bar on a terminal, few lines elsewhere."""
     if not err.isatty():
         yield {"progress": _Lines(err), "say": lambda line: print(line, file=err, flush=True)}

@@ -18,7 +18,9 @@ from typing import IO, Any
 from posttrain_dist.config import Local, RunConfig
 from posttrain_dist.errors import PosttrainError
 from posttrain_dist.files import write_whole
-from posttrain_launch.failures import FAILED, STOPPED, tell
+from posttrain_dist.run import discard_outcome, finish
+from posttrain_launch.failures import FAILED, STOPPED, print_error
+from posttrain_launch.ray.child import Job, started
 from posttrain_launch.run.progress import Progress
 from posttrain_launch.run.summary import summary_text
 
@@ -45,13 +47,13 @@ def run_frozen(run_folder: Path, address: str | None = None, *, debug: bool = Fa
             print(f"{folder} is finished; `posttrain report {folder}` renews its page", file=out)
             return 0
         log.parent.mkdir(exist_ok=True)
-        with _alone(folder), _noise_to(log):
+        with _exclusive_lock(folder), _redirect_output(log, capture_logging=True):
             return _drive(config, folder, address, out, err)
     except KeyboardInterrupt:
         print(f"left at once; `posttrain run {folder}` goes on from its last save", file=err)
         return STOPPED
     except Exception as error:
-        tell(error, debug=debug, log=log if log.parent.is_dir() else None, err=err)
+        print_error(error, debug=debug, log=log if log.parent.is_dir() else None, err=err)
         if isinstance(error, PosttrainError) and log.parent.is_dir():
             print(f"  run folder: {folder}", file=err)
         return FAILED
@@ -75,73 +77,45 @@ def read_frozen(folder: Path) -> RunConfig:
 
 def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], err: IO[str]) -> int:
     from posttrain_dist.prepare import prepare
-    from posttrain_launch.run.data_report import formats_line, told, write_data_report
+    from posttrain_launch.run.data_report import formats_line, progress_output, write_data_report
 
-    print(f"run folder: {folder}", file=out, flush=True)
-    for stale in (folder / "STOP", folder / "logs" / "outcome.json"):
-        stale.unlink(missing_ok=True)
-    with _workers(config, folder, address) as train:
-        with told(err) as lines:
-            summary = prepare(config, folder / "prepared", **lines)
+    def log(line: str) -> None:
+        print(line, file=out, flush=True)
+
+    log(f"run folder: {folder}")
+    discard_outcome(folder)
+    with _ray_job(config, folder, address) as job:
+        with progress_output(err) as output:
+            summary = prepare(config, folder / "prepared", **output)
         report, page = write_data_report(config, folder / "prepared", folder)
         _record_hashes(folder, summary.inputs)
-        shown = [summary.table(), formats_line(report), f"data report: {page}"]
-        print("", *shown, "", sep="\n", file=out, flush=True)
-        with Progress(folder, out) as progress, _stop_on_signals(folder, progress.say):
-            train()
+        log("\n".join(["", summary.table(), formats_line(report), f"data report: {page}", ""]))
+        with Progress(folder, out) as progress, _stop_on_signals(folder, progress.log):
+            if job is not None:
+                job.finish()
+            else:
+                with _redirect_output(folder / "logs" / "rank-0.log"):
+                    from posttrain_dist.train import train
 
-    outcome = _outcome(folder)
-    if outcome["outcome"] != "completed":
-        place = f"step {outcome['step']} of {outcome['total_steps']}"
-        print(f"saved and left at {place}; go on with: posttrain run {folder}", file=out)
+                    train(config, folder)
+
+    outcome = finish(config, folder, log)
+    if not outcome.completed:
+        place = f"step {outcome.step} of {outcome.total_steps}"
+        log(f"saved and left at {place}; go on with: posttrain run {folder}")
         return STOPPED
-    _finish(config, folder, outcome, out)
+    log(f"\n{summary_text(folder)}")
     return 0
 
 
 @contextlib.contextmanager
-def _workers(config: RunConfig, folder: Path, address: str | None) -> Iterator[Callable[[], None]]:
-    """What trains once the data is prepared; Ray's part of it starts at once, beside us."""
+def _ray_job(config: RunConfig, folder: Path, address: str | None) -> Iterator[Job | None]:
+    """The Ray job of the run, which starts at once, beside us; None: this process trains."""
     if isinstance(config.cluster, Local):
-        from posttrain_launch.run import local
-
-        yield lambda: local.run(config, folder)
+        yield None
         return
-    from posttrain_launch.ray import child as ray_driver
-
-    with ray_driver.started(config, folder, address) as job:
-        yield job.finish
-
-
-def _finish(config: RunConfig, folder: Path, outcome: dict[str, Any], out: IO[str]) -> None:
-    """What follows a completed training: answers, report, FINISHED, and the table."""
-    from posttrain_dist.report import write_report
-
-    has_export = (folder / "export" / "config.json").is_file()
-    if config.eval.generate_rows > 0 and has_export and config.objective.rows == "messages":
-        from posttrain_dist.evaluation.answers import compare
-
-        print("asking the model before and after ...", file=out, flush=True)
-        compare(config, folder)
-    write_report(folder)
-    early = outcome.get("early_stop")
-    if early:
-        print(f"ended early at step {outcome['step']}: {early}", file=out, flush=True)
-    finished = {"reason": "early_stop" if early else "completed", "step": outcome["step"]}
-    write_whole(folder / "FINISHED", json.dumps(finished) + "\n", to_disk=True)
-    print(f"\n{summary_text(folder)}", file=out, flush=True)
-
-
-def _outcome(folder: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads((folder / "logs" / "outcome.json").read_text())
-        return found
-    except (OSError, ValueError) as error:
-        raise PosttrainError(
-            "the training ended without saying how",
-            where=str(folder / "logs" / "outcome.json"),
-            fix=f"see {folder / 'logs'}; `posttrain run {folder}` goes on from its last save",
-        ) from error
+    with started(config, folder, address) as job:
+        yield job
 
 
 def _record_hashes(folder: Path, inputs: dict[str, Any]) -> None:
@@ -161,7 +135,7 @@ def _record_hashes(folder: Path, inputs: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _stop_on_signals(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _stop_on_signals(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
     """First signal: ask the run to save and end. A second Ctrl-C: leave."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -176,7 +150,7 @@ def _stop_on_signals(folder: Path, say: Callable[[str], None]) -> Iterator[None]
             asked = True
             (folder / "STOP").touch()
             once_more = "; Ctrl-C once more to leave now" if number == signal.SIGINT else ""
-            say(f"{signal.Signals(number).name}: saving and leaving{once_more}")
+            log(f"{signal.Signals(number).name}: saving and leaving{once_more}")
 
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
@@ -187,7 +161,7 @@ def _stop_on_signals(folder: Path, say: Callable[[str], None]) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _exclusive_lock(folder: Path) -> Iterator[None]:
     """Hold the folder against a second driver."""
     with (folder / "logs" / "driver.lock").open("w") as stream:
         try:
@@ -204,18 +178,21 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _noise_to(log: Path) -> Iterator[None]:
-    """Send what libraries print, log and warn to a file; our own lines go past it."""
+def _redirect_output(path: Path, *, capture_logging: bool = False) -> Iterator[None]:
+    """Send what libraries print (and log and warn) to a file; our own lines go past it."""
     # Left open: handlers that libraries bind to it live on after the run.
-    stream = log.open("a", buffering=1, encoding="utf-8")
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    logging.captureWarnings(True)
-    try:
-        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+    stream = path.open("a", buffering=1, encoding="utf-8")
+    with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        if not capture_logging:
             yield
-    finally:
-        logging.captureWarnings(False)
-        root.removeHandler(handler)
+            return
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root = logging.getLogger()
+        root.addHandler(handler)
+        logging.captureWarnings(True)
+        try:
+            yield
+        finally:
+            logging.captureWarnings(False)
+            root.removeHandler(handler)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import secrets
 import shutil
@@ -22,8 +21,8 @@ from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.errors import ConfigError
 from posttrain_dist.files import write_whole
 from posttrain_launch.compose.composer import Composed
+from posttrain_launch.compose.paths import with_absolute_paths
 
-RESERVED = ("embedded", "tiny_base")  # names of what comes with the package, not paths
 PACKAGES = ("posttrain-dist", "torch", "transformers", "deepspeed", "ray", "hydra-core", "wandb")
 
 
@@ -42,7 +41,7 @@ def freeze(composed: Composed, command: str) -> Path:
     Raises:
         ConfigError: the configuration contradicts itself, or the folder cannot be made.
     """
-    config = complete(absolute(composed.config))
+    config = complete(with_absolute_paths(composed.config))
     now = datetime.now().astimezone()
     folder = _new_folder(Path(config.output_root) / config.name, now.strftime("%Y%m%d-%H%M%S"))
     config, deepspeed_json = _keep_deepspeed_json(config, folder)
@@ -71,49 +70,6 @@ def freeze(composed: Composed, command: str) -> Path:
     except OSError as error:
         raise _not_writable(folder, error) from error
     return folder
-
-
-def absolute(config: RunConfig) -> RunConfig:
-    """A copy whose paths do not depend on the working directory."""
-    data = replace(
-        config.data,
-        train=_absolute(config.data.train),
-        eval=None if config.data.eval is None else _absolute(config.data.eval),
-        sources={
-            name: replace(source, path=_absolute(source.path))
-            for name, source in config.data.sources.items()
-        },
-        cache=None if config.data.cache is None else _absolute(config.data.cache),
-    )
-    template = config.template
-    if template.name.endswith(".jinja"):
-        template = replace(template, name=_absolute(template.name))
-    model = replace(config.model, path=_absolute(config.model.path))
-    engine = config.engine
-    if isinstance(engine, DeepSpeed) and engine.config is not None:
-        engine = replace(engine, config=_absolute(engine.config))
-    train = config.train
-    if train.resume == "never":
-        # The folder is new; from here on, what is resumed is this run itself, after a restart.
-        train = replace(train, resume="auto")
-    if train.resume != "auto":
-        train = replace(train, resume=_absolute(train.resume))
-    root = _absolute(config.output_root)
-    return replace(
-        config,
-        data=data,
-        template=template,
-        model=model,
-        engine=engine,
-        train=train,
-        output_root=root,
-    )
-
-
-def _absolute(path: str) -> str:
-    if path in RESERVED or not path or path.startswith("hf:"):
-        return path
-    return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - keeps globs
 
 
 def _keep_deepspeed_json(config: RunConfig, folder: Path) -> tuple[RunConfig, str | None]:
@@ -168,9 +124,9 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     if shutil.which("git") is None:
         return None
 
-    def git(*words: str) -> str | None:
+    def git(*arguments: str) -> str | None:
         done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=False
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False
         )
         return done.stdout.strip() if done.returncode == 0 else None
 

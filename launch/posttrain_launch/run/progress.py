@@ -49,9 +49,9 @@ class Progress:
         self._thread.join()
         self._view.close()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line without breaking the live one."""
-        self._view.say(text)
+        self._view.log(text)
 
     def _follow(self) -> None:
         while not self._end.wait(POLL_S):
@@ -66,7 +66,7 @@ class Progress:
             self._pace = [*self._pace[-20:], (row["step"], row.get("time_s", 0.0))]
             self._view.row(row, total, self._left_s(total), final and i == len(rows) - 1)
         for alarm in self._alarms.read():
-            self._view.say(
+            self._view.log(
                 f"step {alarm['step']}: {alarm['level']}: {alarm['rule']}: {alarm['message']}\n"
                 f"  fix: {alarm['fix']}"
             )
@@ -154,7 +154,7 @@ class _Plain:
     def close(self) -> None:
         pass
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         print(text, file=self.out, flush=True)
 
     def wait(self, seconds: float) -> None:
@@ -165,7 +165,7 @@ class _Plain:
         due = now - self.last >= QUIET_S or "eval/loss" in row or row["step"] == total or final
         if due:
             self.last = now
-            self.say(describe(row, total, left_s))
+            self.log(describe(row, total, left_s))
 
 
 class _Live:
@@ -197,7 +197,7 @@ class _Live:
         self.bar.stop()
         self.console.print(last, markup=False, highlight=False)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self.bar.print(text, markup=False, highlight=False)
 
     def wait(self, seconds: float) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from posttrain_launch.compose.composer import Composed, to_composed
-from posttrain_launch.failures import BAD_CONFIG, FAILED, STOPPED, tell
+from posttrain_launch.failures import BAD_CONFIG, FAILED, STOPPED, print_error
 from posttrain_launch.run.summary import align
 
 
@@ -23,7 +23,7 @@ from posttrain_launch.run.summary import align
 class Trial:
     """One row of the closing table."""
 
-    words: list[str]  # its overrides
+    overrides: list[str]
     state: str
     code: int
     held_out: float | None  # the last held-out loss
@@ -43,34 +43,34 @@ class Sweep:
         act: Callable[[Composed], tuple[int, Path | None]],
     ) -> float | None:
         """Run one trial; returns its last held-out loss, which a sweeper may minimise."""
-        words: list[str] = list(hydra.overrides.task)
-        print(f"\ntrial {len(self.trials)}: {' '.join(words)}", flush=True)
+        overrides: list[str] = list(hydra.overrides.task)
+        print(f"\ntrial {len(self.trials)}: {' '.join(overrides)}", flush=True)
         folder, code = None, BAD_CONFIG
         try:
             code, folder = act(to_composed(config, hydra))
         except Exception as error:
-            tell(error)
+            print_error(error)
         held_out = last_held_out(folder) if folder is not None else None
         states = {0: "done", STOPPED: "stopped"}
         state = states.get(code, f"failed ({code})")
-        self.trials.append(Trial(words, state, code, held_out, folder))
+        self.trials.append(Trial(overrides, state, code, held_out, folder))
         if code == STOPPED:
             raise KeyboardInterrupt
         return held_out
 
-    def run_apart(self, words: list[str], debug: bool) -> int:
-        """`posttrain WORDS` in a process of its own, which gets the signals."""
-        command = [sys.executable, "-m", "posttrain_launch.cli", *words]
+    def run_subprocess(self, arguments: list[str], debug: bool) -> int:
+        """`posttrain ARGUMENTS` in a process of its own, which gets the signals."""
+        command = [sys.executable, "-m", "posttrain_launch.cli", *arguments]
         child = subprocess.Popen([*command, *(["--debug"] if debug else [])])
         with _signals_to(child):
             return child.wait()
 
     def table(self) -> str:
-        """One line a trial, named by what the trials do not all share."""
-        shared = set.intersection(*(set(trial.words) for trial in self.trials))
+        """One line per trial, named by what the trials do not all share."""
+        shared = set.intersection(*(set(trial.overrides) for trial in self.trials))
         rows = [
             (
-                " ".join(w for w in trial.words if w not in shared) or "-",
+                " ".join(o for o in trial.overrides if o not in shared) or "-",
                 trial.state,
                 "-" if trial.held_out is None else f"{trial.held_out:.4f}",
                 str(trial.folder or "-"),

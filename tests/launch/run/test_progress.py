@@ -39,7 +39,7 @@ def test_plain_lines_of_a_growing_file(tmp_path: Path):
         with (tmp_path / "metrics.jsonl").open("a") as stream:
             stream.write('{"step": 11, "train/lo')  # a row that is being written
         time.sleep(0.8)
-        progress.say("between")
+        progress.log("between")
     lines = out.getvalue().splitlines()
     assert lines[0].startswith("step 2/10  loss 2.0000")
     assert lines[1] == "step 10/10  loss 10.0000"  # the last one, and none between (5 s apart)
@@ -59,7 +59,7 @@ def test_a_live_line_on_a_terminal(tmp_path: Path, monkeypatch):
                 row = {"train/loss": 1.5 / step, "train/tokens_per_s": 5123.0 * step}
                 append(tmp_path, step=step, time_s=2.0 * step, **row)
                 time.sleep(0.5)
-            progress.say("between")
+            progress.log("between")
 
     keyboard, screen = pty.openpty()
     with os.fdopen(screen, "w") as out:

@@ -1,4 +1,4 @@
-"""`posttrain doctor`: one line for each thing that a run needs, with a cure where it is missing."""
+"""`posttrain doctor`: one line for each thing that a run needs, with a fix where it is missing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from posttrain_launch.commands.run_folder import parser_of
+from posttrain_launch.commands.arguments import parser_of
 
 GIB = 2**30
 
@@ -31,9 +31,9 @@ class Finding:
     fix: str = ""
 
 
-def command(verb: str, words: list[str], debug: bool) -> int:
+def command(arguments: list[str], debug: bool) -> int:
     """Print the table; exit code 1 if something that every run needs is missing."""
-    parser_of(verb).parse_args(words)
+    parser_of("doctor").parse_args(arguments)
     failed = False
     for check in CHECKS:
         with contextlib.redirect_stderr(io.StringIO()):  # what libraries say when imported

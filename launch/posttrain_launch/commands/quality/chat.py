@@ -8,28 +8,28 @@ import sys
 from pathlib import Path
 
 from posttrain_dist.errors import ModelError
-from posttrain_launch.commands.run_folder import parser_of
+from posttrain_launch.commands.arguments import parser_of
 
 
-def command(verb: str, words: list[str], debug: bool) -> int:
+def command(arguments: list[str], debug: bool) -> int:
     """Answer lines from standard input until it ends; at a terminal, with a prompt."""
-    parser = parser_of(verb)
+    parser = parser_of("chat")
     parser.add_argument(
         "path", type=Path, metavar="PATH|RUN", help="a Hugging Face folder, or a run with export/"
     )
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of each reply")
     parser.add_argument("--system", help="a system message")
-    arguments = parser.parse_args(words)
-    folder = model_folder(arguments.path)
+    given = parser.parse_args(arguments)
+    folder = model_folder(given.path)
     from posttrain_dist.evaluation.answers import load, stream_reply
 
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars
         model, tokenizer = load(folder)
-    first = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    first = [{"role": "system", "content": given.system}] if given.system else []
     messages = list(first)
     talks = sys.stdin.isatty()
     if talks:
-        print("an empty line begins anew, Ctrl-D ends")
+        print("an empty line starts over, Ctrl-D ends")
     while (text := _next_line(talks)) is not None:
         if not text.strip() or not talks:
             messages = list(first)  # from a pipe, every line is a conversation of its own
@@ -37,11 +37,11 @@ def command(verb: str, words: list[str], debug: bool) -> int:
             continue
         messages.append({"role": "user", "content": text})
         reply = ""
-        for piece in stream_reply(model, tokenizer, messages, arguments.max_new_tokens):
+        for piece in stream_reply(model, tokenizer, messages, given.max_new_tokens):
             reply += piece
             if talks:
                 print(piece, end="", flush=True)
-        # From a pipe: one reply a line.
+        # From a pipe: one reply per line.
         print("" if talks else reply.strip().replace("\n", "\\n"), flush=True)
         messages.append({"role": "assistant", "content": reply})
     return 0

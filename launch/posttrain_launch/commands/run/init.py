@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from posttrain_dist.errors import ConfigError
-from posttrain_launch.commands.run_folder import parser_of
+from posttrain_launch.commands.arguments import parser_of
 
 STARTER = """\
 # @package _global_
@@ -55,15 +55,15 @@ train:
 """
 
 
-def command(verb: str, words: list[str], debug: bool) -> int:
+def command(arguments: list[str], debug: bool) -> int:
     """Write `<dir>/experiment/<name>.yaml`; never over a file that is there."""
-    parser = parser_of(verb)
+    parser = parser_of("init")
     parser.add_argument("name", nargs="?", default="my_run", help="default: my_run")
     parser.add_argument("--dir", type=Path, default=Path(), help="default: this folder")
-    arguments = parser.parse_args(words)
-    path = write_starter(arguments.name, arguments.dir)
-    print(f"wrote {path}\nrun it: posttrain train --config-dir {arguments.dir} "
-          f"+experiment={arguments.name}")  # fmt: skip
+    given = parser.parse_args(arguments)
+    path = write_starter(given.name, given.dir)
+    print(f"wrote {path}\nrun it: posttrain train --config-dir {given.dir} "
+          f"+experiment={given.name}")  # fmt: skip
     return 0
 
 

@@ -1,0 +1,16 @@
+"""`posttrain submit`: freeze a run and send it to Slurm."""
+
+from __future__ import annotations
+
+from posttrain_launch.batch.slurm_job import submit
+from posttrain_launch.compose.hydra_app import compose_command, read_command_line
+from posttrain_launch.run.driver import read_frozen
+from posttrain_launch.run.freeze import freeze
+
+
+def command(arguments: list[str], debug: bool) -> int:
+    """Make the run folder, write its job, and submit that unless it is a dry run."""
+    line = read_command_line("submit", arguments, debug)
+    folder = freeze(compose_command(line), line.typed)
+    submit(read_frozen(folder), folder, line.dry_run)
+    return 0

@@ -1,0 +1,30 @@
+"""`posttrain evaluate`: the held-out loss of a model, for every channel."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from typing import Any
+
+from posttrain_dist.config import complete
+from posttrain_launch.compose.hydra_app import compose_command, read_command_line
+from posttrain_launch.compose.paths import with_absolute_paths
+from posttrain_launch.run.data_report import progress_output
+from posttrain_launch.run.summary import align
+
+
+def command(arguments: list[str], debug: bool) -> int:
+    """Print a table of channels and losses."""
+    composed = compose_command(read_command_line("evaluate", arguments, debug))
+    from posttrain_dist.evaluation.heldout import evaluate
+    from posttrain_dist.prepare import prepare_cached
+
+    config = complete(with_absolute_paths(composed.config))
+    with progress_output(sys.stderr) as output:
+        prepared = prepare_cached(config, only_heldout=True, **output)
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars of libraries
+        found: dict[str, Any] = evaluate(config, prepared)
+    rows = [(name, f"{loss:.4f}") for name, loss in sorted(found["channels"].items())]
+    print(align([("channel", "held-out loss"), *rows, ("all channels", f"{found['loss']:.4f}")]))
+    return 0

@@ -1,0 +1,25 @@
+"""`posttrain export`: a checkpoint of a run as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from posttrain_launch.commands.arguments import add_run_folder, parser_of
+
+
+def command(arguments: list[str], debug: bool) -> int:
+    """Write the folder and print its path."""
+    parser = parser_of("export")
+    add_run_folder(parser)
+    parser.add_argument(
+        "out", type=Path, nargs="?", metavar="OUT", help="the new folder; left out: RUN/export"
+    )
+    parser.add_argument("--step", type=int, help="of a checkpoint; left out: the newest")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="left out: what the run trained in"
+    )
+    given = parser.parse_args(arguments)
+    from posttrain_dist.export import export_checkpoint
+
+    print(export_checkpoint(given.run.absolute(), given.out, given.step, given.dtype))
+    return 0

@@ -1,0 +1,125 @@
+"""One run in this process: prepare, train, report, FINISHED. No Hydra and no Ray.
+
+This is what a Python program calls; `posttrain train` drives a run by the same parts, with workers
+of Ray where the config says so, and ends it by the same `finish`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain_dist.config import Local, RunConfig, complete
+from posttrain_dist.errors import ConfigError, PosttrainError
+from posttrain_dist.files import write_whole
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a training ended, as rank 0 leaves it in logs/outcome.json."""
+
+    completed: bool  # else it was stopped, with a checkpoint to go on from
+    step: int
+    total_steps: int
+    early_stop: str | None = None  # the alarm that ended it before total_steps
+
+
+def run(config: RunConfig, folder: Path) -> Outcome:
+    """Prepare the data, train as the only worker, and write the report and FINISHED.
+
+    A run that was stopped (by a file STOP, which rank 0 looks for, or killed) goes on from its
+    newest checkpoint when it is called again; a finished one is left as it is.
+
+    Args:
+        config: of the run; `config.cluster` is Local, and relative paths are those of this process.
+        folder: the run folder; made if it is not there.
+
+    Returns:
+        How the training ended.
+
+    Raises:
+        PosttrainError: config, data, model or checkpoint cannot be used.
+    """
+    from posttrain_dist.prepare import prepare
+    from posttrain_dist.train import train
+
+    config, folder = complete(config), Path(folder).absolute()
+    if not isinstance(config.cluster, Local):
+        raise ConfigError(
+            f"is {type(config.cluster).__name__.lower()}, and this call trains in its own process",
+            where="cluster",
+            fix="leave cluster out, or start the run with `posttrain train`",
+        )
+    if (folder / "FINISHED").is_file():
+        return read_outcome(folder)
+    discard_outcome(folder)
+    prepare(config, folder / "prepared")
+    train(config, folder)
+    return finish(config, folder)
+
+
+def discard_outcome(folder: Path) -> None:
+    """Remove what an earlier start of the run left about its end."""
+    for stale in (folder / "STOP", folder / "logs" / "outcome.json"):
+        stale.unlink(missing_ok=True)
+
+
+def read_outcome(folder: Path) -> Outcome:
+    """How the training of a run folder ended.
+
+    Raises:
+        PosttrainError: it did not say.
+    """
+    path = folder / "logs" / "outcome.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return Outcome(
+            completed=found["outcome"] == "completed",
+            step=found["step"],
+            total_steps=found["total_steps"],
+            early_stop=found.get("early_stop"),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PosttrainError(
+            "the training ended without saying how",
+            where=str(path),
+            fix=f"see {folder / 'logs'}; `posttrain run {folder}` goes on from its last save",
+        ) from error
+
+
+def finish(
+    config: RunConfig, folder: Path, log: Callable[[str], None] = lambda line: None
+) -> Outcome:
+    """End a run whose training completed: answers before and after, report.html, FINISHED.
+
+    Args:
+        config: of the run.
+        folder: the run folder, with the outcome of the training in logs/outcome.json.
+        log: called with what the user should know.
+
+    Returns:
+        The outcome; if the training was stopped, nothing is written.
+
+    Raises:
+        PosttrainError: the training did not say how it ended.
+    """
+    outcome = read_outcome(folder)
+    if not outcome.completed:
+        return outcome
+    from posttrain_dist.report import write_report
+
+    has_export = (folder / "export" / "config.json").is_file()
+    if config.eval.generate_rows > 0 and has_export and config.objective.rows == "messages":
+        from posttrain_dist.evaluation.answers import compare
+
+        log("asking the model before and after ...")
+        compare(config, folder)
+    write_report(folder)
+    if outcome.early_stop:
+        log(f"ended early at step {outcome.step}: {outcome.early_stop}")
+    reason = "early_stop" if outcome.early_stop else "completed"
+    finished = {"reason": reason, "step": outcome.step}
+    write_whole(folder / "FINISHED", json.dumps(finished) + "\n", to_disk=True)
+    return outcome
