@@ -39,7 +39,6 @@ LAYERS = {
             "hooks",
             "rollouts",
             "prepare",
-            "inspection",
             "evaluation",
             "synthesis",
             "export",

@@ -8,8 +8,10 @@ from __future__ import annotations
 import base64
 import hashlib
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain_dist.files import write_whole
 from posttrain_dist.report.blocks import blocks
 from posttrain_dist.report.data_figures import (
     COUNTS,
@@ -34,6 +36,13 @@ if TYPE_CHECKING:
 SHOWN_TOKENS = 120_000
 _FEWEST, _MOST = 300, 4_000
 _TAIL = 0.4  # of a conversation that is cut, the share shown of its end: the answer stands there
+
+
+def write_data_page(report: dict[str, Any], folder: Path) -> Path:
+    """Write data_report.html into a folder that is there, and return its path."""
+    page = folder / "data_report.html"
+    write_whole(page, data_page(report))
+    return page
 
 
 def data_page(report: dict[str, Any]) -> str:

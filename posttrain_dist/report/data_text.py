@@ -75,6 +75,15 @@ def data_text(
     return "\n".join(lines) + out.getvalue()
 
 
+def formats_line(report: dict[str, Any]) -> str:
+    """In which format the rows were read, source by source."""
+    found = {file["source"]: file["format"] for file in report["files"]}
+    names = set(found.values())
+    listed = names.pop() if len(names) == 1 else ", ".join(f"{s}: {n}" for s, n in found.items())
+    how = ", recognised from the first rows" if report["settings"]["format"] == "auto" else ""
+    return f"format of the rows: {listed}{how}"
+
+
 # ------------------------------------------------------------------------------------- numbers
 
 

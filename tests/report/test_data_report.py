@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import pytest
 from posttrain_dist.config import RunConfig, complete
 from posttrain_dist.data import DataConfig, OnBadRow, Source, Template
 from posttrain_dist.data.chat.checks import CHECKS
-from posttrain_dist.inspection import inspect
 from posttrain_dist.models import ModelConfig
 from posttrain_dist.models.folder import load_tokenizer
 from posttrain_dist.prepare import prepare
+from posttrain_dist.prepare.data_report import data_report, write_data_report
 
 MAX_LENGTH = 64
 
@@ -48,9 +49,21 @@ def rows(builders: Any) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def test_every_part_of_the_report(
+@dataclass
+class Made:
+    """A prepared run, its files and its report."""
+
+    config: RunConfig
+    files: dict[str, Path]  # source -> file
+    inputs: dict[str, Any]  # digests of what went in
+    report: dict[str, Any]
+
+
+@pytest.fixture
+def made(
     rows: dict[str, list[dict[str, Any]]], builders: Any, tiny_llama: Path, tmp_path: Path
-) -> None:
+) -> Made:
+    """Three times as much of source `a` as of `b`, and a broken line at the end of `a`."""
     files = {
         "a": builders.write(tmp_path / "a.jsonl", rows["t"]),
         "b": builders.write(tmp_path / "b.jsonl", rows["u"] + rows["long"]),
@@ -73,26 +86,32 @@ def test_every_part_of_the_report(
             ),
         )
     )
-    prepare(config, tmp_path / "prepared")
-    report = inspect(config, tmp_path / "prepared")
-    assert json.loads(json.dumps(report)) == report
+    folder = tmp_path / "prepared"
+    inputs = prepare(config, folder).inputs
+    return Made(config, files, inputs, data_report(config, folder))
+
+
+def test_every_part_of_the_report(
+    rows: dict[str, list[dict[str, Any]]], made: Made, tmp_path: Path
+) -> None:
+    report, files = made.report, made.files
     assert report.keys() == {
         *("format", "name", "settings", "files", "channels", "splits", "duplicates_moved"),
         *("near_leaks", "checks", "rejected", "sources", "examples", "batch"),
     }
-
-    inputs = json.loads((tmp_path / "prepared" / "summary.json").read_text())["inputs"]
-    assert (report["format"], report["name"]) == (inputs["format"], "mixed")
+    written = write_data_report(made.config, tmp_path / "prepared", tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "data_report.json").read_text()) == written == report
+    assert (report["format"], report["name"]) == (made.inputs["format"], "mixed")
     assert report["settings"] == {
         "format": "auto",
         "max_length": MAX_LENGTH,
         "long_rows": "truncate",
         "template": "tokenizer",
-        "template_sha256": inputs["template"],
+        "template_sha256": made.inputs["template"],
         "policy": "assistant",
         "explode_turns": False,
         "strict": False,
-        "tokenizer": str(tiny_llama),
+        "tokenizer": made.config.model.path,
     }
     kinds = {"a": ("train", 4, 1), "b": ("train", 5, 0), "eval": ("eval", 1, 0)}
     assert report["files"] == [
@@ -109,7 +128,14 @@ def test_every_part_of_the_report(
     (rejected,) = report["rejected"]
     assert rejected.keys() == {"file", "line", "byte", "field", "what", "fix", "ends_file"}
     assert (rejected["file"], rejected["line"]) == (str(files["a"]), 5)
+    assert (report["duplicates_moved"], report["near_leaks"]) == (0, 0)
+    _check_checks(report["checks"], f"{files['b']}:5")
+    _check_conversations(report, rows, files)
 
+
+def test_counts_and_shares_are_those_of_the_rows(
+    rows: dict[str, list[dict[str, Any]]], made: Made, tiny_llama: Path
+) -> None:
     tokenizer = load_tokenizer(tiny_llama)
 
     def tokens(text: str) -> int:
@@ -131,15 +157,12 @@ def test_every_part_of_the_report(
             "lengths": histogram(length, count),
         }
 
-    assert report["channels"] == ["long", "t", "u"]
-    assert report["splits"] == {
+    assert made.report["channels"] == ["long", "t", "u"]
+    assert made.report["splits"] == {
         "train": {"long": counts("long", cut=True), "t": counts("t"), "u": counts("u")},
         "eval": {"t": counts("heldout")},
     }
-    assert (report["duplicates_moved"], report["near_leaks"]) == (0, 0)
-    _check_checks(report["checks"], f"{files['b']}:5")
-    _check_sources(report["sources"], counts("t"), counts("u"), counts("long"))
-    _check_conversations(report, rows, files)
+    _check_sources(made.report["sources"], counts("t"), counts("u"), counts("long"))
 
 
 def _check_checks(checks: list[dict[str, Any]], cut: str) -> None:

@@ -187,15 +187,15 @@ def _train(composed: Composed, call: _Call) -> int:
 
 
 def _inspect(composed: Composed, _: _Call) -> int:
-    from posttrain_dist.inspection import inspect
     from posttrain_dist.prepare import prepare_cached
-    from posttrain_dist.report.data_text import data_text
-    from posttrain_launch.run.data_report import formats_line, told
+    from posttrain_dist.prepare.data_report import data_report
+    from posttrain_dist.report.data_text import data_text, formats_line
+    from posttrain_launch.run.prepare_progress import progress_output
 
     config = complete(absolute(composed.config))
-    with told(sys.stderr) as lines:
+    with progress_output(sys.stderr) as lines:
         prepared = prepare_cached(config, **lines)
-    report = inspect(config, prepared)
+    report = data_report(config, prepared)
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     width = shutil.get_terminal_size((100, 24)).columns
     print(data_text(report, width, color, conversations=1))
@@ -205,13 +205,17 @@ def _inspect(composed: Composed, _: _Call) -> int:
 
 def _prepare(composed: Composed, _: _Call) -> int:
     from posttrain_dist.prepare import prepare_cached
-    from posttrain_dist.report.data_text import data_text
-    from posttrain_launch.run.data_report import formats_line, told, write_data_report
+    from posttrain_dist.prepare.data_report import write_data_report
+    from posttrain_dist.report.data_page import write_data_page
+    from posttrain_dist.report.data_text import data_text, formats_line
+    from posttrain_launch.run.prepare_progress import progress_output
 
     config = complete(absolute(composed.config))
-    with told(sys.stderr) as lines:
+    with progress_output(sys.stderr) as lines:
         prepared = prepare_cached(config, **lines)
-    report, page = write_data_report(config, prepared, Path(config.output_root) / config.name)
+    folder = Path(config.output_root) / config.name
+    report = write_data_report(config, prepared, folder)
+    page = write_data_page(report, folder)
     print(data_text(report, shutil.get_terminal_size((100, 24)).columns, False, conversations=0))
     print(f"{formats_line(report)}\ndata report: {page}")
     return 0
@@ -220,11 +224,11 @@ def _prepare(composed: Composed, _: _Call) -> int:
 def _evaluate(composed: Composed, _: _Call) -> int:
     from posttrain_dist.evaluation.heldout import evaluate
     from posttrain_dist.prepare import prepare_cached
-    from posttrain_launch.run.data_report import told
+    from posttrain_launch.run.prepare_progress import progress_output
     from posttrain_launch.run.summary import align
 
     config = complete(absolute(composed.config))
-    with told(sys.stderr) as lines:
+    with progress_output(sys.stderr) as lines:
         prepared = prepare_cached(config, only_heldout=True, **lines)
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars of libraries
         found: dict[str, Any] = evaluate(config, prepared)

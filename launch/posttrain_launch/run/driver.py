@@ -75,15 +75,19 @@ def read_frozen(folder: Path) -> RunConfig:
 
 def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], err: IO[str]) -> int:
     from posttrain_dist.prepare import prepare
-    from posttrain_launch.run.data_report import formats_line, told, write_data_report
+    from posttrain_dist.prepare.data_report import write_data_report
+    from posttrain_dist.report.data_page import write_data_page
+    from posttrain_dist.report.data_text import formats_line
+    from posttrain_launch.run.prepare_progress import progress_output
 
     print(f"run folder: {folder}", file=out, flush=True)
     for stale in (folder / "STOP", folder / "logs" / "outcome.json"):
         stale.unlink(missing_ok=True)
     with _workers(config, folder, address) as train:
-        with told(err) as lines:
+        with progress_output(err) as lines:
             summary = prepare(config, folder / "prepared", **lines)
-        report, page = write_data_report(config, folder / "prepared", folder)
+        report = write_data_report(config, folder / "prepared", folder)
+        page = write_data_page(report, folder)
         _record_hashes(folder, summary.inputs)
         shown = [summary.table(), formats_line(report), f"data report: {page}"]
         print("", *shown, "", sep="\n", file=out, flush=True)
