@@ -189,7 +189,7 @@ def _train(composed: Composed, call: _Call) -> int:
 def _inspect(composed: Composed, _: _Call) -> int:
     from posttrain_dist.prepare import prepare_cached
     from posttrain_dist.prepare.data_report import data_report
-    from posttrain_dist.report.data_text import data_text, formats_line
+    from posttrain_dist.report.data.data_text import data_text, formats_line
     from posttrain_launch.run.prepare_progress import progress_output
 
     config = complete(absolute(composed.config))
@@ -206,8 +206,8 @@ def _inspect(composed: Composed, _: _Call) -> int:
 def _prepare(composed: Composed, _: _Call) -> int:
     from posttrain_dist.prepare import prepare_cached
     from posttrain_dist.prepare.data_report import write_data_report
-    from posttrain_dist.report.data_page import write_data_page
-    from posttrain_dist.report.data_text import data_text, formats_line
+    from posttrain_dist.report.data.data_page import write_data_page
+    from posttrain_dist.report.data.data_text import data_text, formats_line
     from posttrain_launch.run.prepare_progress import progress_output
 
     config = complete(absolute(composed.config))

@@ -76,8 +76,8 @@ def read_frozen(folder: Path) -> RunConfig:
 def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], err: IO[str]) -> int:
     from posttrain_dist.prepare import prepare
     from posttrain_dist.prepare.data_report import write_data_report
-    from posttrain_dist.report.data_page import write_data_page
-    from posttrain_dist.report.data_text import formats_line
+    from posttrain_dist.report.data.data_page import write_data_page
+    from posttrain_dist.report.data.data_text import formats_line
     from posttrain_launch.run.prepare_progress import progress_output
 
     print(f"run folder: {folder}", file=out, flush=True)

@@ -6,7 +6,7 @@ import io
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from posttrain_dist.report.data_figures import (
+from posttrain_dist.report.data.data_figures import (
     COUNTS,
     SPLITS,
     channel_table,
@@ -17,8 +17,8 @@ from posttrain_dist.report.data_figures import (
     verdict_of,
     whole,
 )
-from posttrain_dist.report.histogram import half_length, sparkline
-from posttrain_dist.report.token_runs import Mark, Piece, Run, clean, hidden_name, runs
+from posttrain_dist.report.data.histogram import half_length, sparkline
+from posttrain_dist.report.data.token_runs import Mark, Piece, Run, clean, hidden_name, runs
 
 if TYPE_CHECKING:
     from rich.console import Console
