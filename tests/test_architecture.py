@@ -28,7 +28,6 @@ LAYERS = {
             "synthesis",
             "export",
             "report",
-            "inspection",
             "assets",
         ),
         5,

@@ -4,7 +4,7 @@ samples/                flat arrays of all samples (posttrain_dist.data.packs.lo
 train.npy eval.npy      which of them each split holds
 heldout_records.jsonl   held-out rows as text, for answers by generation: the first of each channel
 summary.json            channels, counts, digests of all that went in
-data_report.{json,html} what was found, for people
+findings.json           what was found in the rows, of which data_report.py makes a run's report
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from posttrain_dist.flow import Record
 from posttrain_dist.prepare.fingerprint import Inputs, refuse_changed
 from posttrain_dist.prepare.rows import Job, Part, Task
 from posttrain_dist.prepare.split import Split, keep_apart, split_off
-from posttrain_dist.prepare.summarise import report, summarise
+from posttrain_dist.prepare.summarise import findings, summarise
 from posttrain_dist.prepare.tally import Tally
 from posttrain_dist.prepare.workers import SMALL_BYTES, encode
 
@@ -62,8 +62,8 @@ def fill(
     lines = [json.dumps(_row(record), ensure_ascii=False) + "\n" for record in _texts(tally, split)]
     (folder / "heldout_records.jsonl").write_bytes("".join(lines).encode())
     (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=1))
-    shown = json.dumps(report(config, inputs, tally, summary, folder), ensure_ascii=False, indent=1)
-    (folder / "data_report.json").write_bytes(shown.encode())
+    found = json.dumps(findings(inputs, tally, folder), ensure_ascii=False, indent=1)
+    (folder / "findings.json").write_bytes(found.encode())
 
 
 def _encode(

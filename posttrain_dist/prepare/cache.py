@@ -83,7 +83,7 @@ def is_whole(folder: Path) -> bool:
         Examples.open(folder, "eval")
     except PosttrainError:
         return False
-    return all((folder / name).is_file() for name in ("data_report.json", "heldout_records.jsonl"))
+    return all((folder / name).is_file() for name in ("findings.json", "heldout_records.jsonl"))
 
 
 def make_whole(folder: Path, build: Build) -> None:

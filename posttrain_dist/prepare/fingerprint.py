@@ -20,7 +20,7 @@ from posttrain_dist.models.folder import check_folder, check_tokenizer, load_tok
 from posttrain_dist.prepare.cache import cache_folder
 from posttrain_dist.prepare.digests import Digests, state
 
-FORMAT = 3  # of the prepared folder; a change makes older folders unreadable
+FORMAT = 4  # of the prepared folder; a change makes older folders unreadable
 LIBRARIES = ("jinja2", "tokenizers", "transformers")
 TOKENIZER_FILES = (
     "added_tokens.json",

@@ -1,4 +1,4 @@
-"""The summary that programs read and the report that people read, of a tally and a split."""
+"""What the prepared folder keeps of a tally and a split: the summary, and findings for people."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from posttrain_dist.config import RunConfig
-from posttrain_dist.data.chat.checks import CHECKS
 from posttrain_dist.data.chat.pieces import pieces
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.summary import Counts, Summary
-from posttrain_dist.prepare.fingerprint import FORMAT, Inputs
+from posttrain_dist.prepare.fingerprint import Inputs
 from posttrain_dist.prepare.similar import near_duplicates, near_leaks
 from posttrain_dist.prepare.split import Split
 from posttrain_dist.prepare.tally import Tally
@@ -84,27 +82,28 @@ def _histogram(lengths: npt.NDArray[np.int64]) -> list[list[int]]:
         return []
     bins = np.bincount(np.searchsorted(EDGES, lengths), minlength=len(EDGES))
     used = np.flatnonzero(bins)
-    shown = range(max(used[0] - 1, 0), used[-1] + 1)
-    return [[int(EDGES[i]), int(bins[i])] for i in shown]
+    kept = range(max(used[0] - 1, 0), used[-1] + 1)
+    return [[int(EDGES[i]), int(bins[i])] for i in kept]
 
 
-def report(
-    config: RunConfig, inputs: Inputs, tally: Tally, summary: Summary, folder: Path
-) -> dict[str, Any]:
-    """What data_report.json holds; posttrain_dist.report.data_page draws it."""
+def findings(inputs: Inputs, tally: Tally, folder: Path) -> dict[str, Any]:
+    """What was found in the rows beside the counts of the summary: findings.json.
+
+    It holds nothing that a run could change, so that runs share it by the cache: names and paths
+    are those of the run that prepared the data. `posttrain_dist.prepare.data_report` makes of it
+    what a run shows.
+
+    Args:
+        folder: as for `summarise`.
+
+    Returns:
+        files: one object a file: path, split, source, format, rows, rejected.
+        num_rows: rows that were checked.
+        failed: check -> number of rows that fail it, and the places of the first ones.
+        rejected: the first rows that could not be used.
+        examples: channel -> conversations, with their tokens as text.
+    """
     return {
-        "format": FORMAT,
-        "name": config.name,
-        "settings": {
-            "format": config.data.format.name,
-            "max_length": config.data.max_length,
-            "long_rows": config.data.long_rows.name,
-            "template": config.template.name,
-            "template_sha256": inputs.digest["template"],
-            "policy": config.template.policy.name,
-            "explode_turns": config.template.explode_turns,
-            "strict": config.template.strict,
-        },
         "files": [
             {
                 "path": path,
@@ -116,27 +115,12 @@ def report(
             }
             for path, (index, rows, rejected) in tally.rows_of_file.items()
         ],
-        "channels": tally.channels,
-        "splits": {
-            name: {channel: asdict(counts) for channel, counts in of_split.items()}
-            for name, of_split in summary.splits.items()
+        "num_rows": tally.num_rows,
+        "failed": {
+            name: {"failed": failed, "rows": tally.failed_places.get(name, [])}
+            for name, failed in sorted(tally.failed.items())
         },
-        "duplicates_moved": summary.duplicates_moved,
-        "near_leaks": summary.near_leaks,
-        "checks": [
-            {
-                "name": name,
-                "level": check.level,
-                "explain": check.explain,
-                "fix": check.fix,
-                "checked": tally.num_rows,
-                "failed": tally.failed[name],
-                "rows": tally.failed_places.get(name, []),
-            }
-            for name, check in CHECKS.items()
-        ],
         "rejected": [asdict(rejected) for rejected in tally.rejected],
-        "sources": {},
         "examples": _examples(inputs, tally, folder),
     }
 

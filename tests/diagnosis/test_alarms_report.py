@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from posttrain_dist.diagnosis.alarms import Alarm, AlarmLog, Level
-from posttrain_dist.report.alarm_section import MAX_ALARMS, alarms_of
+from posttrain_dist.report.run.alarm_section import MAX_ALARMS, alarms_of
 
 
 def write(folder: Path, alarms: list[Alarm]) -> None:

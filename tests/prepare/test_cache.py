@@ -25,10 +25,10 @@ from posttrain_dist.data import OnBadRow, Source
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.errors import DataError
-from posttrain_dist.inspection import inspect
 from posttrain_dist.prepare import build_dataset as build
 from posttrain_dist.prepare import prepare, prepare_cached, rows, workers
 from posttrain_dist.prepare.cache import KEPT_DAYS
+from posttrain_dist.prepare.data_report import data_report
 from posttrain_dist.prepare.digests import Digests
 
 
@@ -239,7 +239,7 @@ def test_a_run_goes_on_when_its_data_is_gone(make: Any, builders: Any, tmp_path:
     said: list[str] = []
     assert prepare(config, tmp_path / "p", say=said.append) == before
     assert str(data) in said[0] and "going on" in said[0]
-    assert inspect(config, tmp_path / "p")["files"][0]["path"] == str(data)
+    assert data_report(config, tmp_path / "p")["files"][0]["path"] == str(data)
 
 
 def test_the_report_names_the_files_of_this_run(make: Any, builders: Any, tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_the_report_names_the_files_of_this_run(make: Any, builders: Any, tmp_pa
     data.parent.rename(tmp_path / "two")
     data = tmp_path / "two" / "rows.jsonl"
     config = make(train=str(data), on_bad_row=OnBadRow.skip)
-    report = inspect(config, prepare_cached(config))
+    report = data_report(config, prepare_cached(config))
     entry_of(tmp_path)  # there is one: the content was met before
     assert [file["path"] for file in report["files"]] == [str(data)]
     assert {example["where"].rpartition(":")[0] for example in report["examples"]["t"]} == {

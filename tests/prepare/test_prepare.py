@@ -19,11 +19,11 @@ from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.errors import ConfigError, DataError, ModelError, PosttrainError
 from posttrain_dist.flow import Record
-from posttrain_dist.inspection import inspect
 from posttrain_dist.models import ModelConfig
 from posttrain_dist.models.folder import load_tokenizer
 from posttrain_dist.objectives.pretrain import Pretrain
 from posttrain_dist.prepare import prepare
+from posttrain_dist.prepare.data_report import data_report
 from posttrain_dist.prepare.split import content_key, split_off
 
 
@@ -253,7 +253,7 @@ def test_cut_rows_are_counted_and_those_left_with_nothing_dropped(
     assert examples.lengths.tolist() == [10, 26]
     assert [examples[i].truncated for i in range(2)] == [False, True]
     assert counts.tokens == examples.lengths.sum()
-    report = json.loads((tmp_path / "p" / "data_report.json").read_text())
+    report = data_report(config, tmp_path / "p")
     failed = {check["name"]: check["rows"] for check in report["checks"] if check["failed"]}
     assert failed == {
         "end_of_turn": [f"{data}:2"],
@@ -323,14 +323,14 @@ def test_faults_of_rows_come_before_anything_is_written(
     assert not (tmp_path / "p").exists()
 
 
-def test_inspection_marks_exactly_the_supervised_text(
+def test_the_report_marks_exactly_the_supervised_text(
     make: Any, builders: Any, tmp_path: Path
 ) -> None:
     rows = [builders.chat("ask", "say this", "t"), builders.chat("hm", "wéll", "u")]
     data = builders.write(tmp_path / "rows.jsonl", rows)
     config = make(train=str(data), eval_fraction=0)
     prepare(config, tmp_path / "p")
-    report = inspect(config, tmp_path / "p")
+    report = data_report(config, tmp_path / "p")
 
     def text(pieces: list[Any], learned: bool) -> str:
         return "".join(piece[0] for piece in pieces if bool(piece[1]) is learned)

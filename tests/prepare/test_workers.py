@@ -63,8 +63,8 @@ def test_two_processes_give_the_same_bytes_as_one(
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     assert summary.rejected == 1
     assert len(seen) > 10 and seen[-1] == (len(seen), len(seen))
-    report = json.loads((tmp_path / "two" / "data_report.json").read_text())
-    assert [(row["file"], row["line"]) for row in report["rejected"]] == [(str(first), 41)]
+    found = json.loads((tmp_path / "two" / "findings.json").read_text())
+    assert [(row["file"], row["line"]) for row in found["rejected"]] == [(str(first), 41)]
 
 
 @pytest.mark.usefixtures("many")
@@ -161,7 +161,7 @@ def test_a_killed_preparation_leaves_no_half_cache(
         from posttrain_dist.config import *
         from posttrain_dist.prepare import prepare
         from posttrain_dist.prepare import build_dataset as build
-        build.report = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        build.findings = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         data = DataConfig(train={str(data)!r}, max_length=64, cache={str(tmp_path / "cache")!r})
         config = complete(RunConfig(model=ModelConfig(path={str(tiny_llama)!r}), data=data))
         prepare(config, Path({str(tmp_path / "p")!r}))

@@ -4,15 +4,15 @@ import math
 
 import pytest
 
-from posttrain_dist.report.data_figures import (
+from posttrain_dist.report.data.data_figures import (
     cards_of,
     channel_table,
     checks_of,
     source_rows,
     verdict_of,
 )
-from posttrain_dist.report.histogram import half_length, panels_of, sparkline
-from posttrain_dist.report.token_runs import clean, runs
+from posttrain_dist.report.data.histogram import half_length, panels_of, sparkline
+from posttrain_dist.report.data.token_runs import clean, runs
 
 
 def check(name: str, level: str, failed: int) -> dict:

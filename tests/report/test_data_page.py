@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from posttrain_dist.report.data_page import data_page
+from posttrain_dist.report.data.data_page import data_page
 
 EVIL = '</script><img src=x onerror="window.hacked=1">'
 # What cannot be written, drives a terminal, turns a line around, or cannot be seen.

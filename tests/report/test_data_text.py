@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from posttrain_dist.report.data_text import data_text
+from posttrain_dist.report.data.data_text import data_text
 
 HIDDEN = "\ud800\x00\x1b[31m\u202e"
 SPELLED = "<U+D800><U+0000><U+001B>[31m<U+202E>"

@@ -13,7 +13,7 @@ import pytest
 
 from posttrain_dist.errors import PosttrainError
 from posttrain_dist.report import write_report
-from posttrain_dist.report.read import Series, thin
+from posttrain_dist.report.run.read import Series, thin
 
 EVIL = '<script>alert("1")</script>'
 STEPS = 60

@@ -77,7 +77,10 @@ def read_frozen(folder: Path) -> RunConfig:
 
 def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], err: IO[str]) -> int:
     from posttrain_dist.prepare import prepare
-    from posttrain_launch.run.data_report import formats_line, progress_output, write_data_report
+    from posttrain_dist.prepare.data_report import write_data_report
+    from posttrain_dist.report.data.data_page import write_data_page
+    from posttrain_dist.report.data.data_text import formats_line
+    from posttrain_launch.run.prepare_progress import progress_output
 
     def log(line: str) -> None:
         print(line, file=out, flush=True)
@@ -87,7 +90,8 @@ def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], e
     with _ray_job(config, folder, address) as job:
         with progress_output(err) as output:
             summary = prepare(config, folder / "prepared", **output)
-        report, page = write_data_report(config, folder / "prepared", folder)
+        report = write_data_report(config, folder / "prepared", folder)
+        page = write_data_page(report, folder)
         _record_hashes(folder, summary.inputs)
         log("\n".join(["", summary.table(), formats_line(report), f"data report: {page}", ""]))
         with Progress(folder, out) as progress, _stop_on_signals(folder, progress.log):

@@ -9,20 +9,20 @@ import sys
 from posttrain_dist.config import complete
 from posttrain_launch.compose.hydra_app import compose_command, read_command_line
 from posttrain_launch.compose.paths import with_absolute_paths
-from posttrain_launch.run.data_report import formats_line, progress_output
+from posttrain_launch.run.prepare_progress import progress_output
 
 
 def command(arguments: list[str], debug: bool) -> int:
     """Print rows, supervised tokens and a packed batch."""
     composed = compose_command(read_command_line("inspect", arguments, debug))
-    from posttrain_dist.inspection import inspect
     from posttrain_dist.prepare import prepare_cached
-    from posttrain_dist.report.data_text import data_text
+    from posttrain_dist.prepare.data_report import data_report
+    from posttrain_dist.report.data.data_text import data_text, formats_line
 
     config = complete(with_absolute_paths(composed.config))
     with progress_output(sys.stderr) as output:
         prepared = prepare_cached(config, **output)
-    report = inspect(config, prepared)
+    report = data_report(config, prepared)
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     width = shutil.get_terminal_size((100, 24)).columns
     print(data_text(report, width, color, conversations=1))

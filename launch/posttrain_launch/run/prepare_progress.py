@@ -1,16 +1,11 @@
-"""Preparing data from a command: a line that says how far it is, and the report at its end."""
+"""How far the preparation of data is, on the terminal."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, Any
-
-from posttrain_dist.config import RunConfig
-from posttrain_dist.files import write_whole
 
 QUIET_S = 10.0  # between two lines where the output is no terminal
 
@@ -33,15 +28,6 @@ def progress_output(err: IO[str]) -> Iterator[dict[str, Any]]:
         yield {"progress": show, "say": lambda line: bar.console.print(line, markup=False)}
 
 
-def formats_line(report: dict[str, Any]) -> str:
-    """In which format the rows were read, source by source."""
-    found = {file["source"]: file["format"] for file in report["files"]}
-    names = set(found.values())
-    said = names.pop() if len(names) == 1 else ", ".join(f"{s}: {n}" for s, n in found.items())
-    how = ", recognised from the first rows" if report["settings"]["format"] == "auto" else ""
-    return f"format of the rows: {said}{how}"
-
-
 class _Lines:
     """A line every few seconds."""
 
@@ -52,18 +38,3 @@ class _Lines:
         if time.monotonic() - self._since > QUIET_S:
             self._since = time.monotonic()
             print(f"preparing data: {done} of {total} parts", file=self._err, flush=True)
-
-
-def write_data_report(
-    config: RunConfig, prepared: Path, folder: Path
-) -> tuple[dict[str, Any], Path]:
-    """Write data_report.json and data_report.html into `folder`; the report, and its page."""
-    from posttrain_dist.inspection import inspect
-    from posttrain_dist.report.data_page import data_page
-
-    report = inspect(config, prepared)
-    folder.mkdir(parents=True, exist_ok=True)
-    page = folder / "data_report.html"
-    write_whole(folder / "data_report.json", json.dumps(report, ensure_ascii=False, indent=1))
-    write_whole(page, data_page(report))
-    return report, page

@@ -6,7 +6,7 @@ import io
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from posttrain_dist.report.data_figures import (
+from posttrain_dist.report.data.data_figures import (
     COUNTS,
     SPLITS,
     channel_table,
@@ -17,8 +17,8 @@ from posttrain_dist.report.data_figures import (
     verdict_of,
     whole,
 )
-from posttrain_dist.report.histogram import half_length, sparkline
-from posttrain_dist.report.token_runs import Mark, Piece, Run, clean, hidden_name, runs
+from posttrain_dist.report.data.histogram import half_length, sparkline
+from posttrain_dist.report.data.token_runs import Mark, Piece, Run, clean, hidden_name, runs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,6 +73,15 @@ def data_text(
         _examples(console, report, color, conversations)
         _batch(console, report, color)
     return "\n".join(lines) + out.getvalue()
+
+
+def formats_line(report: dict[str, Any]) -> str:
+    """In which format the rows were read, source by source."""
+    found = {file["source"]: file["format"] for file in report["files"]}
+    names = set(found.values())
+    listed = names.pop() if len(names) == 1 else ", ".join(f"{s}: {n}" for s, n in found.items())
+    how = ", recognised from the first rows" if report["settings"]["format"] == "auto" else ""
+    return f"format of the rows: {listed}{how}"
 
 
 # ------------------------------------------------------------------------------------- numbers

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain_dist.files import write_whole
 from posttrain_dist.report.blocks import blocks
-from posttrain_dist.report.data_figures import (
+from posttrain_dist.report.data.data_figures import (
     COUNTS,
     SPLITS,
     cards_of,
@@ -23,8 +24,9 @@ from posttrain_dist.report.data_figures import (
     verdict_of,
     whole,
 )
-from posttrain_dist.report.histogram import panels_of
-from posttrain_dist.report.token_runs import Mark, Piece, Run, clean, hidden_name, runs
+from posttrain_dist.report.data.histogram import panels_of
+from posttrain_dist.report.data.token_runs import Mark, Piece, Run, clean, hidden_name, runs
+from posttrain_dist.report.page import asset, render
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -36,29 +38,27 @@ _FEWEST, _MOST = 300, 4_000
 _TAIL = 0.4  # of a conversation that is cut, the share shown of its end: the answer stands there
 
 
+def write_data_page(report: dict[str, Any], folder: Path) -> Path:
+    """Write data_report.html into a folder that is there, and return its path."""
+    page = folder / "data_report.html"
+    write_whole(page, data_page(report))
+    return page
+
+
 def data_page(report: dict[str, Any]) -> str:
     """A data report as one self-contained page; any part of `report` may be missing or empty."""
-    import jinja2
     from markupsafe import Markup
 
-    assets = files("posttrain_dist.assets") / "report"
-    texts = {
-        name: (assets / name).read_text(encoding="utf-8")
-        for name in ("report.css", "data.css", "data.js", "data.html.j2")
-    }
-    script = f"\n{texts['data.js']}"
+    script = f"\n{asset('data.js')}"
     examples, batch = _examples(report), _batch(report)
     report = clean({key: v for key, v in report.items() if key not in ("examples", "batch")})
     settings = report.get("settings") or {}
     channels = channels_of(report)
     panels = panels_of(report, channels)
     tables = [(title, channel_table(report, split)) for split, title in SPLITS.items()]
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    # Everything else on the page is data and is escaped.
-    return environment.from_string(texts["data.html.j2"]).render(
-        css=Markup(texts["report.css"] + texts["data.css"]),
+    return render(
+        "data.html.j2",
+        css=Markup(asset("report.css") + asset("data.css")),
         js=Markup(script),
         # Only this program may run, whatever the data holds.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

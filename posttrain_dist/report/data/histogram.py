@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain_dist.report.charts import MAX_CHANNEL_CHARTS
+from posttrain_dist.report.page import MAX_CHANNEL_CHARTS
 
 MAX_TICKS = 6
 

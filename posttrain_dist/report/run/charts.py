@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain_dist.report import numbers
-from posttrain_dist.report.read import Run, Series, column, thin
-
-MAX_CHANNEL_CHARTS = 24  # more panels than this and nobody looks at any of them
+from posttrain_dist.report.page import MAX_CHANNEL_CHARTS
+from posttrain_dist.report.run.read import Run, Series, column, thin
 
 
 @dataclass(slots=True, kw_only=True)

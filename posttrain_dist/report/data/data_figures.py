@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain_dist.report.figures import Card
 from posttrain_dist.report.numbers import UNKNOWN
+from posttrain_dist.report.page import Card
 
 SPLITS = {"train": "Training", "eval": "Held-out"}
 # Key in data_report.json -> head of the column.

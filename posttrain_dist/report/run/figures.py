@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import shlex
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from posttrain_dist.report import numbers
-from posttrain_dist.report.read import Run, column
+from posttrain_dist.report.page import Card
+from posttrain_dist.report.run.read import Run, column
 
 LAYOUTS = {0: "ZeRO-0", 1: "ZeRO-1", 2: "ZeRO-2", 3: "ZeRO-3"}
-
-
-@dataclass(slots=True, kw_only=True)
-class Card:
-    """One key figure; `before` stands grey in front of the value."""
-
-    label: str
-    value: str
-    sub: str
-    before: str = ""
-    unit: str = ""
-    tone: str = ""  # of `sub`: good, bad
-    wide: bool = False  # two columns on a phone
 
 
 def header_of(run: Run) -> dict[str, Any]:

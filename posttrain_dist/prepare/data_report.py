@@ -1,0 +1,187 @@
+"""data_report.json: what is in the prepared data, and how this run takes it.
+
+prepared/findings.json, summary.json  what was found in the rows; other runs share them
+config of this run                    names, settings, paths
+the batches of this run               shares of the sources, the first pack
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from posttrain_dist.build import make_mixture, make_source
+from posttrain_dist.config import RunConfig
+from posttrain_dist.data.chat.checks import CHECKS
+from posttrain_dist.data.chat.pieces import pieces
+from posttrain_dist.data.prepared.arrays import Examples
+from posttrain_dist.data.prepared.summary import Summary
+from posttrain_dist.data.read.tables import HF
+from posttrain_dist.data.sources import file_sets
+from posttrain_dist.dist import Process
+from posttrain_dist.errors import DataError, PosttrainError
+from posttrain_dist.files import write_whole
+from posttrain_dist.models.folder import load_tokenizer, resolve
+
+
+def write_data_report(config: RunConfig, prepared: Path, folder: Path) -> dict[str, Any]:
+    """Write `folder`/data_report.json, and return what it holds.
+
+    Args:
+        config: of the run.
+        prepared: the folder that `posttrain_dist.prepare.prepare` wrote for this config.
+        folder: made if it is not there.
+
+    Raises:
+        DataError: `prepared` is not a prepared folder.
+    """
+    report = data_report(config, prepared)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "data_report.json", json.dumps(report, ensure_ascii=False, indent=1))
+    return report
+
+
+def data_report(config: RunConfig, prepared: Path) -> dict[str, Any]:
+    """What data_report.json holds; `posttrain_dist.report` draws it.
+
+    Args:
+        config: of the run.
+        prepared: the folder that `posttrain_dist.prepare.prepare` wrote for this config.
+
+    Raises:
+        DataError: `prepared` is not a prepared folder.
+    """
+    summary, found = Summary.read(prepared), _read_findings(prepared)
+    examples = Examples.open(prepared, "train")
+    paths = _current_paths(config, found["files"])
+    template, failed = config.template, found["failed"]
+    none_failed: dict[str, Any] = {"failed": 0, "rows": []}
+    return {
+        "format": summary.inputs["format"],
+        "name": config.name,
+        "settings": {
+            "format": config.data.format.name,
+            "max_length": config.data.max_length,
+            "long_rows": config.data.long_rows.name,
+            "template": template.name,
+            "template_sha256": summary.inputs["template"],
+            "policy": template.policy.name,
+            "explode_turns": template.explode_turns,
+            "strict": template.strict,
+            "tokenizer": config.model.path,
+        },
+        "files": [
+            {**file, "path": paths.get(file["path"], file["path"])} for file in found["files"]
+        ],
+        "channels": summary.channels,
+        "splits": {
+            name: {channel: asdict(counts) for channel, counts in of_split.items()}
+            for name, of_split in summary.splits.items()
+        },
+        "duplicates_moved": summary.duplicates_moved,
+        "near_leaks": summary.near_leaks,
+        "checks": [
+            {
+                "name": name,
+                "level": check.level,
+                "explain": check.explain,
+                "fix": check.fix,
+                "checked": found["num_rows"],
+                "failed": failed.get(name, none_failed)["failed"],
+                "rows": [_current(row, paths) for row in failed.get(name, none_failed)["rows"]],
+            }
+            for name, check in CHECKS.items()
+        ],
+        "rejected": [
+            {**row, "file": paths.get(row["file"], row["file"])} for row in found["rejected"]
+        ],
+        "sources": _source_shares(config, examples),
+        "examples": {
+            channel: [{**each, "where": _current(each["where"], paths)} for each in conversations]
+            for channel, conversations in found["examples"].items()
+        },
+        "batch": _first_pack(config, examples),
+    }
+
+
+def _read_findings(prepared: Path) -> dict[str, Any]:
+    path = prepared / "findings.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"the findings of the prepared data cannot be read: {error}",
+            where=str(path),
+            fix=f"delete {prepared}: the data is then prepared again",
+        ) from error
+    return found
+
+
+def _current_paths(config: RunConfig, files: list[dict[str, Any]]) -> dict[str, str]:
+    """Path when the data was prepared -> path now: the cache may have met the content elsewhere."""
+    try:
+        now = [
+            (each.name, path)
+            for each in file_sets(config.data, config.objective.rows)
+            for path in ([each.path] if each.path.startswith(HF) else map(str, each.files))
+        ]
+    except PosttrainError:
+        return {}  # the files are gone
+    if [source for source, _ in now] != [file["source"] for file in files]:
+        return {}  # it is of a part of them
+    return {file["path"]: path for file, (_, path) in zip(files, now, strict=True)}
+
+
+def _current(place: str, paths: Mapping[str, str]) -> str:
+    """`file:line` with the file's path of now."""
+    file, _, line = place.rpartition(":")
+    return f"{paths.get(file, file)}:{line}"
+
+
+def _source_shares(config: RunConfig, examples: Examples) -> dict[str, dict[str, float]]:
+    """How much of an epoch, as it is drawn at the beginning, comes from each source."""
+    mixture = make_mixture(config, examples)
+    if mixture is None:
+        return {}
+    drawn = mixture.draw(0, 0)
+    sources, size = examples.sources[drawn], len(config.data.sources)
+    rows = np.bincount(sources, minlength=size)
+    tokens = np.bincount(sources, examples.supervised[drawn], size)
+    return {
+        portion.name: {
+            "asked": portion.asked,
+            "rows_share": float(rows[i] / rows.sum()),
+            "token_share": float(tokens[i] / tokens.sum()),
+            "passes": portion.passes,
+        }
+        for i, portion in enumerate(mixture.phases[0])
+    }
+
+
+def _first_pack(config: RunConfig, examples: Examples) -> dict[str, Any]:
+    """The first pack of a run, as a batch of its own, token by token."""
+    if not len(examples):
+        return {}
+    config = replace(config, train=replace(config.train, micro_batch_size=1))
+    batch = make_source(config, examples, Process()).step(1)[0]
+    weight_T = np.zeros(len(batch.input_ids_T), np.float32)
+    # What is predicted at a position is the token behind it.
+    is_target_N = batch.weight_N.numpy() > 0
+    weight_T[batch.supervised_N.numpy()[is_target_N] + 1] = batch.weight_N.numpy()[is_target_N]
+    tokenizer = load_tokenizer(resolve(config.model.path))
+    ids_T, cu_S = batch.input_ids_T.numpy(), batch.cu_seqlens_S
+    return {
+        "tokens": len(ids_T),
+        "samples": len(cu_S) - 1,
+        "pieces": [
+            [*piece, sample]
+            for sample, (start, end) in enumerate(pairwise(cu_S))
+            for piece in pieces(ids_T[start:end], weight_T[start:end], tokenizer)
+        ],
+    }

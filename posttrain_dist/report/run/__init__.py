@@ -1,0 +1,1 @@
+"""report.html: what a run did, from the files of its folder."""
