@@ -22,8 +22,8 @@ from posttrain_dist.data.chat.template import load_template
 from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.summary import Summary
-from posttrain_dist.diagnosis.alarms import ModelFacts
-from posttrain_dist.diagnosis.watch import Watch
+from posttrain_dist.diagnosis.facts import ModelFacts
+from posttrain_dist.diagnosis.monitor import Monitor
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.engine.optimizers import learning_rate
@@ -33,9 +33,9 @@ from posttrain_dist.flow import Batch, StepInfo
 from posttrain_dist.logs import logged_to
 from posttrain_dist.loop import END_EARLY, GO_ON, LEAVE, Fit, Hook, evaluate
 from posttrain_dist.metrics import WandbMode
+from posttrain_dist.metrics.memory_use import memory_bytes
 from posttrain_dist.metrics.sinks import JsonlSink, SampleLog, Sink
 from posttrain_dist.metrics.special_tokens import TokenMeter, special_tokens
-from posttrain_dist.metrics.throughput import memory_bytes
 from posttrain_dist.models import Weights
 from posttrain_dist.models.folder import load_tokenizer, resolve
 from posttrain_dist.objectives.base import TokenLoss
@@ -95,7 +95,7 @@ class _Run:
         watched = _watched_tokens(config)
         self.meter = TokenMeter(self.channels, watched, self.engine.device)
         self.eval_meter = TokenMeter(self.channels, watched, self.engine.device)
-        self.watch: Watch | None = None  # on rank 0
+        self.watch: Monitor | None = None  # on rank 0
         self.drawn: Counter[str] = Counter()  # from each source in the whole run, on rank 0
         self.drawn_key = f"source_{config.data.mix_by.name}"
         self.engine.train(False)  # no dropout
@@ -241,7 +241,7 @@ class _Run:
             vocab_size=int(self.policy.config.vocab_size),
             random_weights=self.config.model.weights is Weights.random,
             token_loss=isinstance(self.config.objective, TokenLoss),
-            asked_shares=self.source.asked_shares(),
+            target_shares=self.source.asked_shares(),
         )
 
     def _refuse(self, info: StepInfo) -> None:
@@ -278,7 +278,7 @@ class _Run:
         write_whole(self.folder / "logs" / "outcome.json", json.dumps(said))
 
     def _open_sinks(self, start: int) -> list[Sink]:
-        self.watch = Watch(self.config.diagnose, self._facts(), self.folder, start)
+        self.watch = Monitor(self.config.diagnose, self._facts(), self.folder, start)
         sinks: list[Sink] = [
             JsonlSink(self.folder / "metrics.jsonl", start),
             SampleLog(self.folder / "samples.log", start),

@@ -18,8 +18,8 @@ from posttrain_dist.checkpoint import CheckpointConfig
 from posttrain_dist.config.groups import Cluster, Dtype, EvalConfig, Local, Ray, Slurm, TrainConfig
 from posttrain_dist.config.rules import all_rules
 from posttrain_dist.data import DataConfig, Template
-from posttrain_dist.diagnosis.alarms import DiagnoseConfig
-from posttrain_dist.diagnosis.watch import diagnose_problems
+from posttrain_dist.diagnosis import DiagnoseConfig
+from posttrain_dist.diagnosis.rule_table import diagnose_problems
 from posttrain_dist.engine import AdamW, DeepSpeed, Engine, Optimizer, Single
 from posttrain_dist.engine.ds_config import deepspeed_config
 from posttrain_dist.errors import ConfigError, PosttrainError, raise_all

@@ -13,11 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from posttrain_dist.diagnosis.watch import (
-    Level,
-    ModelFacts,
-    diagnose,
-)
+from posttrain_dist.diagnosis.alarms import Level
+from posttrain_dist.diagnosis.facts import ModelFacts
+from posttrain_dist.diagnosis.monitor import diagnose
 
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("made_histories.py"))))
 training, with_evals, only = made.training, made.with_evals, made.only
@@ -96,7 +94,7 @@ def test_not_finite_fires_once(key: str, value: float) -> None:
 
 def test_not_finite_in_the_first_row_is_another_fault() -> None:
     (alarm,) = diagnose([{"step": 1, "train/loss": math.nan}])
-    assert "before anything was learned" in alarm.message
+    assert "before the first update" in alarm.message
     assert diagnose([{"step": 1, "train/loss": 1.5}]) == []
 
 
