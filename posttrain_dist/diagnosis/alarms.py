@@ -80,5 +80,5 @@ class AlarmLog:
 
 
 def read_alarms(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of an alarms.jsonl; a torn one is passed over."""
+    """The complete lines of an alarms.jsonl; a torn one is skipped."""
     return [row for row in read_rows(path) if "rule" in row]

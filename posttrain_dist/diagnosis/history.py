@@ -1,6 +1,6 @@
 """What the rules read: the rows of metrics.jsonl so far, in bounded memory, and levels of them.
 
-Levels are medians and noise is a median deviation, so that one wild row changes neither.
+Levels are medians and noise is a median deviation, so that one outlier changes neither.
 """
 
 from __future__ import annotations

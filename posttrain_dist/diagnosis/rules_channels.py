@@ -21,7 +21,7 @@ from posttrain_dist.diagnosis.history import (
 EQUAL_PART = 0.1  # part of an equal share below which a channel of many is starved
 DOMINATING_SHARE = 0.9  # a channel above it leaves nothing to the others
 TARGET_RATIO = 2.0  # times off the target share, where there is one
-TIMES_SEEN = 10  # times that a channel should be drawn in a window before its share says much
+TIMES_SEEN = 10  # times that a channel should be drawn in a window before its share is judged
 
 
 def starved_channel(history: History, config: DiagnoseConfig, facts: ModelFacts) -> Iterator[Alarm]:

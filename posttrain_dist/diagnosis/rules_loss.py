@@ -28,7 +28,7 @@ RANDOM_BAND = 0.1
 # Parameters from which a pretrained model's first loss is known, and least and most of it.
 MEDIUM_MODEL, MEDIUM_EXPECTED = 3e9, (1.0, 3.0)  # about 2
 LARGE_MODEL, LARGE_EXPECTED = 30e9, (0.75, 2.5)  # 1 to 2
-FIRST_ROWS = 10  # a training row of a later step says little about the untrained model
+FIRST_ROWS = 10  # after this step a training row is no measure of the untrained model
 
 
 def initial_loss(history: History, config: DiagnoseConfig, facts: ModelFacts) -> Iterator[Alarm]:

@@ -135,5 +135,6 @@ def _split(row: dict[str, Any]) -> tuple[list[Message], str]:
 
 def _as_text(messages: list[Message]) -> str:
     if len(messages) == 1:
-        return messages[0]["content"]
+        text: str = messages[0]["content"]
+        return text
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)

@@ -20,6 +20,6 @@ def weight_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     lines = []
     for name, tensor in tensors:
         values = tensor.detach().cpu().contiguous()
-        content = hashlib.sha256(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
+        content = hashlib.sha256(values.reshape(-1).view(torch.uint8).numpy().data)
         lines.append(f"{name} {values.dtype} {tuple(values.shape)} {content.hexdigest()}\n")
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()

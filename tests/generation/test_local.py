@@ -214,6 +214,14 @@ def test_a_digest_sees_values_names_dtypes_and_shapes() -> None:
     assert weight_digest([("b", transposed), ("a", base)]) == digests["shape"]
 
 
+def test_the_digest_is_of_the_dtype_that_is_served(generator: LocalGenerator) -> None:
+    sent = [(name, tensor.detach().clone()) for name, tensor in generator.model.named_parameters()]
+    generator.model.bfloat16()
+    digest = generator.update(iter(sent), version=1)
+    assert digest == weight_digest((name, tensor.bfloat16()) for name, tensor in sent)
+    assert digest != weight_digest(sent)
+
+
 def test_tied_weights_are_updated_by_either_name(tmp_path: Path) -> None:
     tied = LocalGenerator.load(byte_llama.save(tmp_path, tie_word_embeddings=True))
     named = dict(scaled(tied, 1.5))
