@@ -22,7 +22,7 @@ from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.data.packs.mixing import Mixture, Wish
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.summary import Summary
-from posttrain_dist.diagnosis.alarms import ModelFacts
+from posttrain_dist.diagnosis.facts import ModelFacts
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import DeepSpeed, Single
 from posttrain_dist.engine.base import TrainEngine
@@ -209,7 +209,7 @@ def model_facts(config: RunConfig, policy: Policy, source: PackedSource) -> Mode
         vocab_size=int(policy.config.vocab_size),
         random_weights=config.model.weights is Weights.random,
         token_loss=isinstance(config.objective, TokenLoss),
-        asked_shares=source.asked_shares(),
+        target_shares=source.asked_shares(),
     )
 
 

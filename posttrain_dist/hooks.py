@@ -17,17 +17,17 @@ from posttrain_dist import dist
 from posttrain_dist.checkpoint import store
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.packs.loader import PackedSource
-from posttrain_dist.diagnosis.alarms import ModelFacts
-from posttrain_dist.diagnosis.watch import Watch
+from posttrain_dist.diagnosis.facts import ModelFacts
+from posttrain_dist.diagnosis.monitor import Monitor
 from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.errors import TrainingError
 from posttrain_dist.files import read_object, read_rows
 from posttrain_dist.flow import StepInfo
 from posttrain_dist.loop import Stop, evaluate
 from posttrain_dist.metrics import WandbMode
+from posttrain_dist.metrics.memory_use import memory_bytes
 from posttrain_dist.metrics.sinks import JsonlSink, SampleLog, Sink
 from posttrain_dist.metrics.special_tokens import TokenMeter
-from posttrain_dist.metrics.throughput import memory_bytes
 
 
 class Evaluate:
@@ -84,7 +84,7 @@ class Log:
         self._began = time.time()
         self._amounts: Counter[str] = Counter()  # drawn from each source in the whole run
         self._amount_key = f"source_{config.data.mix_by.name}"
-        self.monitor: Watch | None = None
+        self.monitor: Monitor | None = None
         self._sinks: list[Sink] = []
         dist.on_main(lambda: self._open(config, run_folder, facts, start))
 
@@ -121,7 +121,7 @@ class Log:
             self.monitor.close()
 
     def _open(self, config: RunConfig, folder: Path, facts: ModelFacts, start: int) -> None:
-        self.monitor = Watch(config.diagnose, facts, folder, start)
+        self.monitor = Monitor(config.diagnose, facts, folder, start)
         rows = folder / "metrics.jsonl"
         self._sinks = [JsonlSink(rows, start), SampleLog(folder / "samples.log", start)]
         for row in read_rows(rows)[-1:] if start else []:

@@ -5,7 +5,7 @@ from posttrain_dist.config.groups import Dtype, EvalConfig, Local, Ray, Slurm, T
 from posttrain_dist.config.rules import complete, problems, single_process_rule
 from posttrain_dist.config.run_config import GROUPS, SLOTS, RunConfig
 from posttrain_dist.data import DataConfig, Template
-from posttrain_dist.diagnosis.alarms import DiagnoseConfig
+from posttrain_dist.diagnosis import DiagnoseConfig
 from posttrain_dist.engine import AdamW, DeepSpeed, Single
 from posttrain_dist.metrics import LoggingConfig
 from posttrain_dist.models import ModelConfig

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from posttrain_dist.checkpoint import CheckpointConfig
 from posttrain_dist.config.groups import Cluster, EvalConfig, Local, Ray, Slurm, TrainConfig
 from posttrain_dist.data import DataConfig, Template
-from posttrain_dist.diagnosis.alarms import DiagnoseConfig
+from posttrain_dist.diagnosis import DiagnoseConfig
 from posttrain_dist.engine import AdamW, DeepSpeed, Engine, Optimizer, Single
 from posttrain_dist.errors import ConfigError
 from posttrain_dist.metrics import LoggingConfig

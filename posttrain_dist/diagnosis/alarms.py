@@ -1,71 +1,15 @@
-"""What the diagnosis of a run is told and what it says: config, facts, alarms, their file."""
+"""What a rule finds: an alarm, its metric, and the file that alarms are logged to."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from posttrain_dist.files import write_whole
-
-
-@dataclass(kw_only=True, slots=True)
-class DiagnoseConfig:
-    """The group `diagnose`: when the rules of docs/diagnosis.md raise an alarm.
-
-    A row is one logged training step; losses are in nats a token; shares are fractions.
-    """
-
-    off: list[str] = field(default_factory=list)  # rules that are not asked
-    early_stop: list[str] = field(
-        default_factory=list
-    )  # rules whose alarm, above level info, ends the run
-    window: int = 30  # rows that a level, a median, is taken over
-    quiet_rows: int = 30  # rows without the finding after which it may be raised again
-    medium_low: float = 1.0  # expected first loss of 3 to 30 billion parameters, about 2: least
-    medium_high: float = 3.0  # ... and most
-    large_low: float = 0.75  # the same of 30 billion and more, 1 to 2: least
-    large_high: float = 2.5  # ... and most
-    random_band: float = 0.1  # share of ln V around ln V that looks like a random head
-    rise: float = 0.2  # share of its lowest level by which a loss has risen
-    rise_sigmas: float = 6.0  # ... and by how many standard errors of that level
-    low_loss: float = 0.2  # a training loss below it is learned by heart
-    overfit_evals: int = 3  # evaluations in a row above the best one
-    overfit_rise: float = 0.02  # share of the best held-out loss that they are above it
-    overfit_least: float = 0.02  # ... and how many nats
-    overfit_sigmas: float = 3.0  # ... and how many times the jitter between evaluations
-    starved_share: float = 0.01  # a channel below it, or a tenth of an equal share, is starved
-    dominating_share: float = 0.9  # a channel above it leaves nothing to the others
-    asked_ratio: float = 2.0  # times off the asked share, where the shares are asked for
-    spike_rise: float = 0.5  # share of the level that one step is above it
-    spike_sigmas: float = 5.0  # ... and how many standard deviations of its logarithm
-    stall_rows: int = 100  # rows after warm-up in which a loss should have moved
-    stall_fall: float = 0.05  # share of the first loss that training should have fallen
-    stall_eval_fall: float = 0.02  # ... and the held-out loss, which has no noise
-    special_rows: int = 100  # rows in which a special token should have been learned
-    special_loss: float = 0.5  # below it a special token is learned well enough
-    special_fall: float = 0.1  # share of its first loss that it should have fallen
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelFacts:
-    """What the rules must know of a run beside its numbers; None: not known."""
-
-    parameters: int | None = None
-    vocab_size: int | None = None
-    random_weights: bool = False  # training from nothing
-    token_loss: bool = True  # the loss is a cross-entropy of tokens
-    # From a step on: channel -> asked share of the weight; empty: the data is taken as it is.
-    # At each of these steps the mixture changes, even where the shares by channel stay.
-    asked_shares: dict[int, dict[str, float]] = field(default_factory=dict)
-
-    def asked_at(self, step: int) -> dict[str, float]:
-        """Channel -> share of what is asked for at `step`."""
-        begun = max((first for first in self.asked_shares if first <= step), default=0)
-        return self.asked_shares.get(begun, {})
+from posttrain_dist.files import read_rows, write_whole
 
 
 class Level(Enum):
@@ -112,7 +56,7 @@ def alarm_metrics(alarms: list[Alarm]) -> dict[str, float]:
 
 
 class AlarmLog:
-    """`logs/alarms.jsonl`: one object an alarm. A resumed run drops those after its step.
+    """`logs/alarms.jsonl`: one object per alarm. A resumed run drops those after its step.
 
     The file is there from the start, so that an empty one means that no rule found anything.
     """
@@ -136,15 +80,5 @@ class AlarmLog:
 
 
 def read_alarms(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of an alarms.jsonl; what is torn is passed over."""
-    rows = []
-    if not path.is_file():
-        return []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and "rule" in row:
-            rows.append(row)
-    return rows
+    """The complete lines of an alarms.jsonl; a torn one is skipped."""
+    return [row for row in read_rows(path) if "rule" in row]

@@ -1,6 +1,6 @@
-"""What the rules look at: the rows of metrics.jsonl so far, in bounded memory, and levels of them.
+"""What the rules read: the rows of metrics.jsonl so far, in bounded memory, and levels of them.
 
-Levels are medians and noise is a median deviation, so that one wild row changes neither.
+Levels are medians and noise is a median deviation, so that one outlier changes neither.
 """
 
 from __future__ import annotations
@@ -96,16 +96,17 @@ class Block:
 class History:
     """The rows so far. `add` takes each once, in order; the rules only read.
 
-    Where the mixture of the data changes, the levels of training begin anew: its loss may rise or
+    Where the mixture of the data changes, the levels of training start again: its loss may rise or
     fall because the rows are others. Held-out rows stay the same.
     """
 
     window: int
     mixture_starts: Collection[int] = ()  # steps from which the data is mixed another way
-    known: bool = True  # from the first step on; not where a run goes on from another's checkpoint
+    # False where a run goes on from another's checkpoint: its first rows are not known.
+    from_first_step: bool = True
     last: Row = field(default_factory=dict)  # the newest row, of whatever kind
     num_rows: int = 0  # rows with a training loss
-    mixed_at: int = 0  # step at which the present mixture began
+    mixture_since: int = 0  # first step of the present mixture
     num_mixture_rows: int = 0  # rows with a training loss since then
     rows: deque[Row] = field(default_factory=deque)  # the newest of them
     first_row: Row = field(default_factory=dict)
@@ -120,23 +121,23 @@ class History:
     best: dict[str, Best] = field(default_factory=dict)  # of this mixture
     best_of_run: Best | None = None  # of `eval/loss`
     channels: dict[str, None] = field(default_factory=dict)  # names seen so far
-    most_channels: int = 0  # in one row
+    max_channels: int = 0  # in one row
     rate_mark: float = 0.0  # at least half of the highest learning rate so far
     rows_at_rate: int = 0  # rows since the learning rate came to that mark: warm-up left out
 
     def add(self, row: Row) -> None:
         """Take in one row of metrics.jsonl."""
         self.last = row
-        begun = max((step for step in self.mixture_starts if step <= row["step"]), default=0)
-        if begun > self.mixed_at:
-            self._change_mixture(begun)
+        start = max((step for step in self.mixture_starts if step <= row["step"]), default=0)
+        if start > self.mixture_since:
+            self._change_mixture(start)
         num_channels = 0
         for key in row:
             group, _, name = key.partition("/")
             if group in ("channel_loss", "channel_share", "eval_channel_loss"):
                 self.channels.setdefault(name)
                 num_channels += group == "channel_share"
-        self.most_channels = max(self.most_channels, num_channels)
+        self.max_channels = max(self.max_channels, num_channels)
         if LOSS in row:
             self._add_training(row)
         if HELD_OUT in row:
@@ -154,7 +155,7 @@ class History:
     # ------------------------------------------------------------------------------- inside
 
     def _change_mixture(self, step: int) -> None:
-        self.mixed_at = step
+        self.mixture_since = step
         if self.num_rows:  # not the first: the evaluation before training belongs to that one
             self.num_mixture_rows = 0
             self.rows.clear()
@@ -178,7 +179,7 @@ class History:
                 if key != LOSS:
                     self.num_special[key] = self.num_special.get(key, 0) + 1
         rate = number(row, "train/lr") or 0.0
-        if rate > 2 * self.rate_mark:  # still in warm-up: begin to count anew
+        if rate > 2 * self.rate_mark:  # still in warm-up: count again from here
             self.rows_at_rate = 0
             self.rate_mark = rate
         self.rows_at_rate += 1

@@ -1,1 +1,1 @@
-"""What a trained model says: generated answers, before and after, and how many are right."""
+"""A trained model's held-out loss per channel, and its answers before and after training."""

@@ -21,7 +21,7 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """`metrics.jsonl`: one object a logged step. A resumed run drops the rows after its step."""
+    """`metrics.jsonl`: one object per logged step. A resumed run drops the rows after its step."""
 
     def __init__(self, path: Path, start_step: int) -> None:
         kept = [row for row in read_rows(path) if row["step"] <= start_step] if start_step else []
@@ -38,7 +38,7 @@ class JsonlSink:
 
 
 class SampleLog:
-    """`samples.log`: which samples were in which step, a line a step."""
+    """`samples.log`: which samples were in which step, one line per step."""
 
     def __init__(self, path: Path, start_step: int) -> None:
         lines = path.read_text().splitlines() if start_step and path.is_file() else []

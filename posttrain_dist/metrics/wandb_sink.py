@@ -28,7 +28,7 @@ def resolve_mode(mode: WandbMode) -> str:
     """`online`, `offline` or `off`.
 
     Raises:
-        ConfigError: online asked for without a key.
+        ConfigError: `online` without a key.
     """
     if mode is WandbMode.auto:
         return "online" if has_key() else "offline"

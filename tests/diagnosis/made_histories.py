@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable
 
-from posttrain_dist.diagnosis.watch import Alarm
+from posttrain_dist.diagnosis.alarms import Alarm
 
 
 def training(

@@ -9,21 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from posttrain_dist.diagnosis.watch import (
-    Alarm,
-    DiagnoseConfig,
-    Diagnosis,
-    Level,
-    ModelFacts,
-    diagnose,
-)
+from posttrain_dist.diagnosis import DiagnoseConfig
+from posttrain_dist.diagnosis.alarms import Alarm, Level
+from posttrain_dist.diagnosis.facts import ModelFacts
+from posttrain_dist.diagnosis.monitor import Diagnosis, diagnose
 
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("made_histories.py"))))
 training, with_evals, only = made.training, made.with_evals, made.only
 falling, flat, bowl = made.falling, made.flat, made.bowl
 
 # The shares by channel are equal: the steps alone say that the mixture changes.
-AT_300 = ModelFacts(asked_shares={1: {"x": 1.0}, 300: {"x": 1.0}})
+AT_300 = ModelFacts(target_shares={1: {"x": 1.0}, 300: {"x": 1.0}})
 
 
 def found(rows: list[dict], facts: ModelFacts = AT_300) -> list[tuple[str, int]]:
@@ -55,7 +51,7 @@ def test_what_rises_within_a_mixture_is_still_found() -> None:
 
 def test_a_level_is_of_whole_blocks_of_one_mixture() -> None:
     # The mixture begins 10 rows into a block of 30.
-    facts = ModelFacts(asked_shares={1: {}, 281: {}})
+    facts = ModelFacts(target_shares={1: {}, 281: {}})
     diagnosis = Diagnosis(DiagnoseConfig(), facts)
     levels = {}
     for row in training(lambda s: 1.0 if s < 281 else 3.0, 400, noise=0.0):
@@ -71,7 +67,7 @@ def test_a_level_is_of_whole_blocks_of_one_mixture() -> None:
 def test_a_mixture_from_the_first_step_on_changes_nothing(first: int) -> None:
     rows = training(falling(2.0, 0.5, 150), 400)
     rows = with_evals(rows, 50, eval__loss=lambda s: 1.5 + 0.002 * s)  # step 0 is the best
-    facts = ModelFacts(asked_shares={first: {"x": 1.0}})
+    facts = ModelFacts(target_shares={first: {"x": 1.0}})
     assert found(rows, facts) == found(rows, ModelFacts()) == [("overfitting", 150)]
 
 
@@ -84,7 +80,7 @@ def test_a_plateau_of_a_later_mixture_is_no_stall() -> None:
 
 
 def test_held_out_rows_tell_of_a_stall_over_all_mixtures() -> None:
-    many = ModelFacts(asked_shares={step: {} for step in range(1, 400, 50)})
+    many = ModelFacts(target_shares={step: {} for step in range(1, 400, 50)})
     rows = training(flat(2.0), 400, noise=0.02)
     assert [rule for rule, _ in found(with_evals(rows, 40, eval__loss=flat(2.1)), many)] == [
         "stall"
@@ -105,7 +101,7 @@ def test_overfitting_compares_within_one_mixture() -> None:
         return falling(2.0, 1.2, 100)(step) if step < 300 else 0.6
 
     assert overfit(train, lambda s: 1.8 - 0.001 * s if s < 300 else 1.7) == []
-    # Learned by heart under the second mixture: its own best is at 450.
+    # Memorised under the second mixture: its own best is at 450.
     (alarm,) = overfit(
         lambda s: train(s) if s < 300 else 2 - 0.0015 * s,
         lambda s: 1.4 if s < 300 else bowl(450, 1.5, 0.002)(s),

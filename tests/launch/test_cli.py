@@ -212,15 +212,16 @@ def test_each_trial_of_a_sweep_is_a_command_of_its_own(words, tmp_path, capfd):
 
 
 def test_chat_answers_each_line_of_a_pipe(tiny_llama, capsys, monkeypatch):
-    from posttrain_dist.evaluation.answers import generate
+    from posttrain_dist.generation.base import Sampling
+    from posttrain_dist.generation.local import LocalGenerator
 
     prompts = ["copy abc", "reverse x"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(prompts) + "\n"))
     assert main(["chat", str(tiny_llama), "--max-new-tokens", "4"]) == 0
     told = capsys.readouterr().out.split("\n")[:-1]
     asked = [[{"role": "user", "content": p}] for p in prompts]
-    replies = generate(tiny_llama, asked, max_new_tokens=4)
-    assert told == [reply.strip().replace("\n", "\\n") for reply in replies]
+    replies = LocalGenerator.load(tiny_llama).reply(asked, Sampling(max_new_tokens=4))
+    assert told == [reply.text.strip().replace("\n", "\\n") for reply in replies]
 
 
 def test_init_writes_yaml_that_composes(tmp_path, capsys):

@@ -12,7 +12,7 @@ import torch
 from posttrain_dist import dist
 from posttrain_dist.engine import AdamW, DeepSpeed
 from posttrain_dist.engine.deepspeed import DeepSpeedEngine
-from posttrain_dist.metrics.throughput import private_bytes
+from posttrain_dist.metrics.memory_use import private_bytes
 from posttrain_dist.models import ModelConfig
 from posttrain_dist.models.load import load_model
 

@@ -1,4 +1,4 @@
-"""`posttrain chat`: a conversation with a model folder, streamed by plain Hugging Face code."""
+"""`posttrain chat`: a conversation with a model folder, streamed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ def command(arguments: list[str], debug: bool) -> int:
     parser.add_argument("--system", help="a system message")
     given = parser.parse_args(arguments)
     folder = model_folder(given.path)
-    from posttrain_dist.evaluation.answers import load, stream_reply
+    from posttrain_dist.generation.base import Sampling
+    from posttrain_dist.generation.local import LocalGenerator
 
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars
-        model, tokenizer = load(folder)
+        generator = LocalGenerator.load(folder)
+    sampling = Sampling(max_new_tokens=given.max_new_tokens)
     first = [{"role": "system", "content": given.system}] if given.system else []
     messages = list(first)
     talks = sys.stdin.isatty()
@@ -37,7 +39,7 @@ def command(arguments: list[str], debug: bool) -> int:
             continue
         messages.append({"role": "user", "content": text})
         reply = ""
-        for piece in stream_reply(model, tokenizer, messages, given.max_new_tokens):
+        for piece in generator.stream(messages, sampling):
             reply += piece
             if talks:
                 print(piece, end="", flush=True)

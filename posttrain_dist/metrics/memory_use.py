@@ -1,4 +1,4 @@
-"""Memory of a worker."""
+"""Memory that a worker uses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def private_bytes() -> int:
-    """Anonymous resident memory of this process now; 0 where /proc does not tell."""
+    """Anonymous resident memory of this process now; 0 where there is no /proc."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Rules over held-out rows, channels, special tokens: what must fire, what must not."""
+"""Rules over channels' shares and special tokens: what must fire, what must not."""
 
 from __future__ import annotations
 
@@ -11,99 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from posttrain_dist.diagnosis.watch import (
-    DiagnoseConfig,
-    Level,
-    ModelFacts,
-    diagnose,
-)
+from posttrain_dist.diagnosis.facts import ModelFacts
+from posttrain_dist.diagnosis.monitor import diagnose
 
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("made_histories.py"))))
 training, with_evals, only = made.training, made.with_evals, made.only
 falling, flat, bowl = made.falling, made.flat, made.bowl
-
-
-# ------------------------------------------------------------------------------ overfitting
-
-
-def test_low_loss_with_and_without_held_out_rows() -> None:
-    rows = training(falling(2.0, 0.05, 15), 150, noise=0.1)
-    (alarm,) = diagnose(rows)
-    assert (alarm.rule, alarm.level) == ("low_loss", Level.warning)
-    assert "learned by heart" in alarm.message
-    high = with_evals(rows, 50, eval__loss=lambda s: {0: 2.0, 50: 1.4}.get(s, 1.41))
-    (alarm,) = only("low_loss", diagnose(high))
-    assert alarm.level is Level.warning
-    assert "go back to the checkpoint at or before step 50 " in alarm.fix
-    solved = with_evals(rows, 50, eval__loss=falling(2.0, 0.06, 15))
-    (alarm,) = diagnose(solved)
-    assert (alarm.rule, alarm.level) == ("low_loss", Level.info)
-
-
-def test_low_loss_is_silent() -> None:
-    assert diagnose(training(falling(2.0, 0.25, 15), 200, noise=0.05)) == []
-    single = training(flat(1.0), 60)
-    for row in single[40:44]:
-        row["train/loss"] = 0.05  # a few easy batches
-    assert diagnose(single) == []
-    rewards = ModelFacts(token_loss=False)
-    assert diagnose(training(falling(0.69, 0.05, 15), 150), facts=rewards) == []
-
-
-def test_overfitting_names_the_step_to_go_back_to() -> None:
-    rows = with_evals(training(falling(2.0, 0.5, 150), 400), 50, eval__loss=bowl(150, 1.5, 0.002))
-    (alarm,) = diagnose(rows)
-    # Evaluations at 200, 250 and 300 lie above the one at 150.
-    assert (alarm.rule, alarm.step, alarm.subject) == ("overfitting", 300, "")
-    assert "1.5 at step 150" in alarm.message
-    assert "go back to the checkpoint at or before step 150 " in alarm.fix
-    assert "train.save_every" in alarm.fix  # whether there is one is not known here
-    later = diagnose(rows, DiagnoseConfig(overfit_evals=5))
-    assert [alarm.step for alarm in later] == [400]
-
-
-def channels(train: dict[str, Callable], held: dict[str, Callable]) -> list[dict]:
-    more = {f"channel_loss__{name}": value for name, value in train.items()}
-    more |= {f"channel_share__{name}": flat(1 / len(train)) for name in train}
-    rows = training(falling(2.0, 0.5, 150), 400, **more)
-    evals = {f"eval_channel_loss__{name}": value for name, value in held.items()}
-    return with_evals(rows, 50, eval__loss=falling(2.1, 1.0, 100), **evals)
-
-
-def test_channel_overfitting_finds_the_one_channel() -> None:
-    down = falling(2.0, 0.5, 150)
-    rows = channels(
-        {"code": down, "maths": down}, {"code": falling(2, 1, 100), "maths": bowl(100, 1.2, 0.001)}
-    )
-    (alarm,) = diagnose(rows)
-    assert (alarm.rule, alarm.subject, alarm.step) == ("channel_overfitting", "maths", 250)
-    assert "channel maths" in alarm.message
-    assert "step 100" in alarm.fix
-
-
-@pytest.mark.parametrize(
-    ("train", "held"),
-    [
-        (falling(2.0, 0.5, 150), falling(2.1, 1.0, 100)),  # both fall
-        (flat(1.0), bowl(100, 1.2, 0.001)),  # held-out rises, and nothing is learned by heart
-        (falling(2.0, 0.5, 150), lambda s: 1.2 + 0.05 * ((s // 50) % 2)),  # to and fro
-        (falling(2.0, 0.5, 150), lambda s: 1.2 + 1e-5 * s),  # a plateau
-        (falling(2.0, 0.01, 40), lambda s: 0.02 + 2e-5 * s),  # a solved task
-        (falling(2.0, 0.5, 150), lambda s: math.nan if s > 200 else 2 - 0.002 * s),
-    ],
-    ids=["both fall", "train flat", "jitter", "plateau", "solved", "NaN"],
-)
-def test_channel_overfitting_is_silent(train: Callable, held: Callable) -> None:
-    down, good = falling(2.0, 0.5, 150), falling(2, 1, 100)
-    rows = channels({"code": down, "maths": train}, {"code": good, "maths": held})
-    assert [a.rule for a in diagnose(rows) if a.rule != "not_finite"] == []
-
-
-def test_overfitting_needs_the_training_loss() -> None:
-    rows = with_evals(training(falling(2.0, 0.5, 150), 400), 50, eval__loss=bowl(150, 1.5, 0.002))
-    for row in rows:
-        row.pop("train/loss", None)
-    assert diagnose(rows) == []
 
 
 # ------------------------------------------------------------------------------ shares
@@ -134,20 +47,20 @@ def test_starved_and_dominating_channel() -> None:
     assert all(75 <= alarm.step <= 80 for alarm in found)  # 30 rows, all or nearly all without b
 
 
-def test_shares_against_what_was_asked() -> None:
+def test_shares_against_their_targets() -> None:
     rows = shares(a=flat(0.7), b=flat(0.3))
-    asked = ModelFacts(asked_shares={1: {"a": 0.3, "b": 0.7}})
-    found = diagnose(rows, facts=asked)
+    targets = ModelFacts(target_shares={1: {"a": 0.3, "b": 0.7}})
+    found = diagnose(rows, facts=targets)
     assert [(alarm.rule, alarm.subject) for alarm in found] == [
         ("starved_channel", "b"),
         ("dominating_channel", "a"),
     ]
-    assert "70.0% were asked for" in found[0].message
-    assert diagnose(rows, facts=ModelFacts(asked_shares={1: {"a": 0.6, "b": 0.4}})) == []
+    assert "its target is 70.0%" in found[0].message
+    assert diagnose(rows, facts=ModelFacts(target_shares={1: {"a": 0.6, "b": 0.4}})) == []
     few = shares(a=flat(0.5), b=flat(0.49), c=flat(0.01))
-    (alarm,) = diagnose(few, facts=ModelFacts(asked_shares={1: {"a": 0.5, "b": 0.45, "c": 0.05}}))
+    (alarm,) = diagnose(few, facts=ModelFacts(target_shares={1: {"a": 0.5, "b": 0.45, "c": 0.05}}))
     assert (alarm.rule, alarm.subject) == ("starved_channel", "c")
-    small = ModelFacts(asked_shares={1: {"a": 0.995, "b": 0.005}})
+    small = ModelFacts(target_shares={1: {"a": 0.995, "b": 0.005}})
     assert diagnose(shares(a=flat(0.995), b=flat(0.005)), facts=small) == []
 
 
@@ -171,9 +84,9 @@ def test_many_channels_of_equal_shares_are_not_starved() -> None:
     assert diagnose(shares(**equal(500))[:60]) == []
     assert diagnose(drawn(120, 64)) == []
     # 30 steps are too few to say that one of 500 is drawn less often than the others.
-    asked = ModelFacts(asked_shares={1: {f"c{i}": 1 / 500 for i in range(500)}})
+    targets = ModelFacts(target_shares={1: {f"c{i}": 1 / 500 for i in range(500)}})
     assert diagnose(drawn(500, 16)) == []
-    assert diagnose(drawn(500, 16), facts=asked) == []
+    assert diagnose(drawn(500, 16), facts=targets) == []
 
 
 def test_several_starved_channels_are_one_alarm() -> None:

@@ -1,0 +1,360 @@
+"""Generation in this process by plain transformers: batches, a stream, scores, weight updates.
+
+Letters of shapes: B rows of a batch, T tokens of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain_dist.errors import ModelError
+from posttrain_dist.flow import Message
+from posttrain_dist.generation.base import Completion, Reply, Sampling, StopReason
+from posttrain_dist.generation.weight_digest import weight_digest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Tokens, padding included, of one forward of `score`: its logits of all positions are alive.
+SCORED_TOKENS = 4096
+
+
+class LocalGenerator:
+    """TokenGenerator and TextGenerator over one transformers model; not for several threads.
+
+    Args:
+        model: a causal LM in evaluation mode. Its generation config is replaced: a folder's own
+            may sample or penalise repetition, and answers are compared over models.
+        tokenizer: renders conversations by its chat template.
+        batch_size: prompts that are completed together.
+
+    Raises:
+        ModelError: nothing names a token that ends an answer.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32
+    ) -> None:
+        from transformers import GenerationConfig
+
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.end_ids = _end_ids(model, tokenizer)
+        pad = tokenizer.pad_token_id
+        self._pad_id: int = self.end_ids[0] if pad is None else pad
+        self._version = 0
+        self._refused_update = False
+        model.generation_config = GenerationConfig(
+            do_sample=False, eos_token_id=self.end_ids, pad_token_id=self._pad_id
+        )
+
+    @classmethod
+    def load(
+        cls, folder: Path, *, batch_size: int = 32, needs_template: bool = True
+    ) -> LocalGenerator:
+        """The generator of a Hugging Face folder.
+
+        The model runs on the GPU in its own dtype if there is one, else on the CPU in float32.
+
+        Args:
+            needs_template: refuse a folder without chat template; False where no conversation
+                will be answered.
+
+        Raises:
+            ModelError: the folder holds no model that transformers can load, or no template.
+        """
+        return cls(*_load(folder, needs_template), batch_size=batch_size)
+
+    # -------------------------------------------------------------------------------- tokens
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
+        found: dict[int, Completion] = {}
+        with self._seeded(sampling.seed):
+            for chosen in self._batches(prompts):
+                recorder = _LogProbRecorder()
+                new_BT = self._complete(
+                    [prompts[index] for index in chosen], sampling, logits_processor=[recorder]
+                )
+                log_probs_BT = recorder.log_probs(new_BT[:, -1])
+                rows = zip(chosen, new_BT.tolist(), log_probs_BT.tolist(), strict=True)
+                for index, row, log_probs in rows:
+                    ids, reason = self._until_end(row)
+                    found[index] = Completion(ids, log_probs[: len(ids)], reason, self._version)
+        return [found[index] for index in range(len(prompts))]
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        import torch
+
+        self._check_weights()
+        scores: list[list[float]] = [[] for _ in sequences]
+        for chosen in _groups_of_tokens(sequences, SCORED_TOKENS):
+            inputs = self._padded([sequences[index] for index in chosen], left=False)
+            with torch.inference_mode():
+                logits_BTV = self.model(**inputs, use_cache=False).logits
+                for row, index in enumerate(chosen):
+                    ids_T = torch.tensor(list(sequences[index]), device=logits_BTV.device)
+                    logits_TV = logits_BTV[row, : len(ids_T) - 1].float()
+                    label_T = logits_TV.gather(-1, ids_T[1:, None])[:, 0]
+                    scores[index] = (label_T - logits_TV.logsumexp(-1)).tolist()
+        return scores
+
+    def update(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
+        import torch
+
+        stored = self.model.state_dict()  # tied tensors under each of their names
+        self._refused_update, written = True, set()
+        with torch.no_grad():
+            for name, tensor in tensors:
+                if name not in stored:
+                    raise self._refusal(f"the model has no weight {name}")
+                target = stored[name]
+                if target.shape != tensor.shape:
+                    shapes = f"{tuple(tensor.shape)}, the model's is {tuple(target.shape)}"
+                    raise self._refusal(f"{name} has the shape {shapes}")
+                target.copy_(tensor)
+                written.add(target.data_ptr())
+        missing = [name for name, tensor in stored.items() if tensor.data_ptr() not in written]
+        if missing:
+            raise self._refusal(f"{len(missing)} weights are missing, first of them {missing[0]}")
+        self._refused_update, self._version = False, version
+        # Tied tensors once, under their first name, as an engine's `full_tensors` gives them.
+        served = {tensor.data_ptr(): name for name, tensor in reversed(stored.items())}
+        return weight_digest((name, stored[name]) for name in served.values())
+
+    # ---------------------------------------------------------------------------------- text
+
+    def reply(self, conversations: Sequence[Sequence[Message]], sampling: Sampling) -> list[Reply]:
+        prompts = [self._prompt(messages) for messages in conversations]
+        found: dict[int, Reply] = {}
+        with self._seeded(sampling.seed):
+            for chosen in self._batches(prompts):
+                new_BT = self._complete([prompts[index] for index in chosen], sampling)
+                for index, row in zip(chosen, new_BT.tolist(), strict=True):
+                    ids, reason = self._until_end(row)
+                    text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                    found[index] = Reply(str(text), reason)
+        return [found[index] for index in range(len(prompts))]
+
+    def stream(self, conversation: Sequence[Message], sampling: Sampling) -> Iterator[str]:
+        from transformers import StoppingCriteriaList, TextIteratorStreamer
+
+        prompt = self._prompt(conversation)
+        # transformers' stubs do not know that every tokenizer can be streamed.
+        tokenizer: Any = self.tokenizer
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        closed = threading.Event()
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                with self._seeded(sampling.seed):
+                    stop = StoppingCriteriaList([_StopWhenSet(closed)])
+                    self._complete([prompt], sampling, streamer=streamer, stopping_criteria=stop)
+            except BaseException as error:  # raised again below, in the thread that reads
+                failures.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            closed.set()
+            thread.join()
+        if failures:
+            raise failures[0]
+
+    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation, up to where its answer begins."""
+        text = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+        # The template has written the special tokens.
+        return list(self.tokenizer(str(text), add_special_tokens=False)["input_ids"])
+
+    # -------------------------------------------------------------------------------- inside
+
+    def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Indices of the prompts of each batch, like lengths together: less padding."""
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        for first in range(0, len(order), self.batch_size):
+            yield order[first : first + self.batch_size]
+
+    def _padded(self, rows: Sequence[Sequence[int]], *, left: bool) -> dict[str, torch.Tensor]:
+        import torch
+
+        shape = (len(rows), max(map(len, rows)))
+        ids_BT, mask_BT = torch.full(shape, self._pad_id), torch.zeros(shape, dtype=torch.int64)
+        for row, ids in enumerate(rows):
+            assert len(ids) > 0, "an empty row has no first token to go on from"
+            place = slice(shape[1] - len(ids), None) if left else slice(len(ids))
+            ids_BT[row, place], mask_BT[row, place] = torch.tensor(list(ids)), 1
+        device = self.model.device
+        return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
+
+    def _complete(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, **more: Any
+    ) -> torch.Tensor:
+        """New tokens [B, T], padded behind a row's end token. `more` goes to transformers."""
+        import torch
+
+        self._check_weights()
+        inputs = self._padded(prompts, left=True)  # answers begin at the same column of every row
+        if sampling.temperature > 0:
+            more |= {"do_sample": True, "temperature": sampling.temperature}
+            more |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
+        generator: Any = self.model
+        with torch.inference_mode():
+            output_BT: torch.Tensor = generator.generate(
+                **inputs, max_new_tokens=sampling.max_new_tokens, **more
+            )
+        return output_BT[:, inputs["input_ids"].shape[1] :]
+
+    def _until_end(self, row: list[int]) -> tuple[list[int], StopReason]:
+        for place, token in enumerate(row):
+            if token in self.end_ids:
+                return row[: place + 1], StopReason.end_token
+        return row, StopReason.length
+
+    @contextlib.contextmanager
+    def _seeded(self, seed: int | None) -> Iterator[None]:
+        """Torch's random state set by `seed`, and as it was afterwards."""
+        import torch
+
+        if seed is None:
+            yield
+            return
+        device = self.model.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+
+    def _check_weights(self) -> None:
+        if self._refused_update:
+            raise ModelError(
+                "the last update of the weights was refused halfway",
+                where=self._where,
+                fix="update with all weights of one version",
+            )
+
+    def _refusal(self, what: str) -> ModelError:
+        fix = "update with the weights of this model, each under its Hugging Face name"
+        return ModelError(f"an update is refused: {what}", where=self._where, fix=fix)
+
+    @property
+    def _where(self) -> str:
+        return str(self.model.name_or_path)
+
+
+def _load(folder: Path, needs_template: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            "holds no model (there is no config.json)",
+            where=str(folder),
+            fix="give a Hugging Face folder; `posttrain export RUN` writes that of a run",
+        )
+    disable_progress_bar()  # loading bars would stand between a chat's lines
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto" if device.type == "cuda" else torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"cannot be loaded: {error}",
+            where=str(folder),
+            fix="check that the folder has config.json, *.safetensors and a tokenizer",
+        ) from error
+    if needs_template and not tokenizer.chat_template:
+        raise ModelError(
+            "the tokenizer has no chat template, so no prompt can be made",
+            where=str(folder),
+            fix="add chat_template.jinja to the folder",
+        )
+    return model.to(device).eval(), tokenizer
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end an answer: the model's own, the tokenizer's, and the template's end of turn."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    found = [] if own is None else [own] if isinstance(own, int) else list(own)
+    if tokenizer.eos_token_id is not None:
+        found.append(tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        # A base model's tokenizer often ends texts with one token and turns with another.
+        marker = "posttrain-answer"
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
+        rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        tail = rendered.rpartition(marker)[2]
+        after = tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
+        if after and after[0] in tokenizer.added_tokens_decoder:
+            found.append(after[0])
+    if not found:
+        raise ModelError(
+            "neither the model, the tokenizer nor its chat template names an end-of-turn token",
+            where=str(getattr(tokenizer, "name_or_path", "")),
+            fix="set eos_token in tokenizer_config.json",
+        )
+    return sorted(set(found))
+
+
+def _groups_of_tokens(rows: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
+    """Indices of rows of like length whose padded sizes sum to at most `most`, or of one row."""
+    group: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda index: len(rows[index])):
+        if group and (len(group) + 1) * len(rows[index]) > most:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+class _LogProbRecorder:
+    """A logits processor of transformers that changes nothing and keeps the tokens' log-probs.
+
+    It stands before temperature, top_k and top_p. Only one step's [B, V] is alive: which token
+    was chosen is seen at the next step.
+    """
+
+    def __init__(self) -> None:
+        self._newest_BV: torch.Tensor | None = None
+        self._steps_B: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self._newest_BV is not None:
+            self._take(input_ids[:, -1])
+        self._newest_BV = scores.float().log_softmax(-1)
+        return scores
+
+    def log_probs(self, last_B: torch.Tensor) -> torch.Tensor:
+        """[B, T] of all new tokens, once the last of them, `last_B`, is known."""
+        import torch
+
+        self._take(last_B)
+        return torch.stack(self._steps_B, dim=1)
+
+    def _take(self, chosen_B: torch.Tensor) -> None:
+        assert self._newest_BV is not None
+        self._steps_B.append(self._newest_BV.gather(-1, chosen_B[:, None])[:, 0])
+
+
+class _StopWhenSet:
+    """A stopping criterion of transformers: every row is done once the event is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        import torch
+
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
