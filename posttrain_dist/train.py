@@ -17,6 +17,7 @@ from posttrain_dist import dist
 from posttrain_dist.build import build_policy, make_engine, make_source, pick_dtype
 from posttrain_dist.checkpoint import resume, store
 from posttrain_dist.checkpoint.hf_folder import write_hf_folder
+from posttrain_dist.checkpoint.manifest import Layout, Manifest, Recipe
 from posttrain_dist.config import RunConfig, complete
 from posttrain_dist.data.chat.template import load_template
 from posttrain_dist.data.packs.collate import collate
@@ -88,7 +89,7 @@ class _Run:
             self.held_out = make_source(config, held_out, process, mixed=False)
         self.end_token_id = _end_token(examples, resolve(config.model.path))
         self.inputs = Summary.read(prepared).inputs
-        self.recipe = _recipe(config, self.inputs)
+        self.recipe = Recipe(self.channels, _recipe(config, self.inputs))
         self.steps = self.source.total_steps(
             config.train.steps, config.train.epochs, config.train.tokens
         )
@@ -174,11 +175,10 @@ class _Run:
     def _save(self, info: StepInfo) -> None:
         if info.broken:
             return  # and no good checkpoint is pruned for it
-        manifest = store.Manifest(
+        manifest = Manifest(
             step=info.step,
-            layout=self._layout(),
-            channels=self.channels,
             recipe=self.recipe,
+            layout=self._layout(),
             lineage={
                 "end_token_id": self.end_token_id,
                 "template_sha256": self.inputs["template"],
@@ -208,12 +208,12 @@ class _Run:
         probe = replace(example, input_ids_L=ids_L, weight_L=weight_L)
         return collate([probe]).to(self.engine.device)
 
-    def _layout(self) -> dict[str, Any]:
+    def _layout(self) -> Layout:
         engine = self.config.engine
         stage = engine.stage if isinstance(engine, DeepSpeed) else None
         name = "single" if stage is None else f"zero{stage}"
         dtype = str(self.dtype).removeprefix("torch.")
-        return {"engine": name, "workers": self.process.world, "dtype": dtype}
+        return Layout(engine=name, workers=self.process.world, dtype=dtype)
 
     def _lineage(self) -> dict[str, Any]:
         path = self.folder / "run.json"
@@ -222,12 +222,13 @@ class _Run:
     def _resume(self) -> int:
         wish = self.config.train.resume
         if wish == "never":
-            dist.on_main(lambda: resume.put_aside(self.folder))
+            dist.on_main(lambda: resume.archive(self.folder))
         found = dist.from_main(lambda: resume.find(wish, self.folder))
         if found is None:
             return 0
-        manifest = resume.check_fits(found, self._layout(), self.channels, self.recipe, self.steps)
-        self.engine.load_state(found / "state")
+        manifest = resume.check_compatible(found, self.recipe, self._layout(), self.steps)
+        store.verify(found)
+        self.engine.load_state(found / store.STATE)
         return manifest.step
 
     def _stop_requested(self) -> int:
