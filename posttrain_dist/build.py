@@ -13,7 +13,7 @@ import torch
 from posttrain_kernels import linear_cross_entropy, multiplies_fast
 
 from posttrain_dist import dist
-from posttrain_dist.checkpoint.store import Manifest
+from posttrain_dist.checkpoint.manifest import Layout, Manifest, Recipe
 from posttrain_dist.config import Dtype, RunConfig, single_process_rule
 from posttrain_dist.data.chat.template import load_template
 from posttrain_dist.data.packs.balance import Cost
@@ -185,16 +185,10 @@ def run_manifest(
     """The manifest of this run's checkpoints, but for their step."""
     engine = config.engine
     name = f"zero{engine.stage}" if isinstance(engine, DeepSpeed) else "single"
-    layout = {
-        "engine": name,
-        "workers": process.world,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
     return Manifest(
         step=0,
-        layout=layout,
-        channels=data.channels,
-        recipe=_recipe(config, data.fingerprint),
+        recipe=Recipe(data.channels, _recipe(config, data.fingerprint)),
+        layout=Layout(name, process.world, str(dtype).removeprefix("torch.")),
         lineage={
             "end_token_id": data.end_token_id,
             "template_sha256": data.fingerprint["template"],

@@ -89,6 +89,13 @@ def rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
+def world() -> int:
+    """How many workers there are; 1 without a process group."""
+    import torch
+
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of `tensor` over all ranks, in place; any shape, on the CPU or the rank's GPU."""
     import torch
@@ -154,6 +161,17 @@ def from_main(make: Callable[[], T]) -> T:
     box = [made]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]  # type: ignore[return-value]
+
+
+def gather(value: T) -> list[T]:
+    """The `value` of every rank, in the order of ranks, on rank 0; an empty list on the others."""
+    import torch
+
+    if world() == 1:
+        return [value]
+    values: list[T] = [value] * world() if rank() == 0 else []
+    torch.distributed.gather_object(value, values or None, dst=0)
+    return values
 
 
 def _free_port() -> int:

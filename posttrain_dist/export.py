@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from posttrain_dist.checkpoint import store
+from posttrain_dist.checkpoint.manifest import read_manifest
 from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import CheckpointError
 
@@ -23,7 +24,8 @@ def export_checkpoint(
         dtype: of the weights, "bfloat16" or "float32"; None: what the run trained in.
 
     Raises:
-        CheckpointError: there is no whole checkpoint, or `out` is already there.
+        CheckpointError: there is no whole checkpoint, a file of it is damaged, or `out` is already
+            there.
     """
     import torch
 
@@ -41,16 +43,17 @@ def export_checkpoint(
     target = out or run_folder / "export"
     if out is not None and target.exists():
         raise CheckpointError("is already there", where=str(target), fix="name a new folder")
-    manifest = store.read_manifest(source)
-    if manifest.layout["engine"] == "single":
+    manifest = read_manifest(source)
+    store.verify(source)
+    if manifest.layout.engine == "single":
         from posttrain_dist.engine.single import read_full_tensors
     else:
         from posttrain_dist.engine.deepspeed import read_full_tensors
     return write_hf_folder(
-        read_full_tensors(source / "state"),
+        read_full_tensors(source / store.STATE),
         resolve(config.model.path),
         target,
-        dtype=getattr(torch, dtype or manifest.layout["dtype"]),
+        dtype=getattr(torch, dtype or manifest.layout.dtype),
         end_token_id=manifest.lineage.get("end_token_id"),
     )
 
@@ -62,7 +65,7 @@ def _choose(run_folder: Path, step: int | None) -> Path:
     named = store.folder_of(run_folder, step or 0)
     if named in whole:
         return named
-    steps = ", ".join(str(store.read_manifest(path).step) for path in whole)
+    steps = ", ".join(str(read_manifest(path).step) for path in whole)
     raise CheckpointError(
         f"has no whole checkpoint{f' of step {step}' if step is not None else ''}"
         + (f"; there are steps {steps}" if steps else ""),

@@ -1,24 +1,75 @@
-"""Files that are written whole or not at all, and the rows of those that grow line by line."""
+"""Files and folders that are written whole or not at all, their digests, and rows of growing files.
+
+write_atomic(path, text)                one file
+commit_folder(partial_of(path), path)   a folder, once all in it is written
+DigestWriter(path)                      a file whose digest is made while it is written
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+
+# ------------------------------------------------------------------------------ atomic writes
 
 
 def write_whole(path: Path, text: str, *, to_disk: bool = False) -> None:
-    """Write `text` aside and rename it into place: a reader sees the old file or the new one.
+    """Write `text` beside `path` and rename it into place: a reader sees the old or the new file.
 
     Args:
         to_disk: wait until the content is on the disk, so that it outlives a power cut.
     """
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
+    # Two processes may write the same file (a report, say), each beside it under its own name.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        if to_disk:
+            sync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     if to_disk:
-        sync(aside)
-    aside.replace(path)
+        sync(path.parent)
+
+
+def partial_of(folder: Path) -> Path:
+    """Where the content of `folder` is written before `commit_folder`: beside it, on its disk."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def commit_folder(partial: Path, folder: Path, *, replace: bool = False) -> None:
+    """Give a written folder its name: all of it is on the disk before, the name comes at once.
+
+    Args:
+        replace: remove an older `folder`; without it, only an empty one may be there.
+
+    Raises:
+        OSError: `folder` is there and not empty, or the disk refuses.
+    """
+    for path in [*partial.rglob("*"), partial]:
+        sync(path)
+    older = folder.with_name(folder.name + ".replaced")
+    if replace:
+        shutil.rmtree(older, ignore_errors=True)  # of a process that was killed here
+        if folder.exists():
+            folder.rename(older)
+    partial.rename(folder)
+    sync(folder.parent)
+    if replace:
+        shutil.rmtree(older, ignore_errors=True)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -34,6 +85,75 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# ------------------------------------------------------------------------------------ digests
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """What tells whether a file is as it was written: a guard against damage, not forgery."""
+
+    bytes: int
+    xxh3_128: str  # of the content, hexadecimal
+
+
+class DigestWriter(io.BufferedWriter):
+    """A new file whose digest is made while it is written, in order; on the disk once closed.
+
+    with DigestWriter(path) as file:
+        torch.save(state, file)
+    file.digest
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = io.FileIO(path, "w")
+        super().__init__(self._file)
+        self._hash = xxhash.xxh3_128()
+        self._bytes = 0
+
+    @property
+    def digest(self) -> FileDigest:
+        """Of what was written so far."""
+        return FileDigest(self._bytes, self._hash.hexdigest())
+
+    def write(self, content: ReadableBuffer, /) -> int:
+        """Append all of `content`."""
+        written = super().write(content)
+        self._hash.update(content)
+        self._bytes += written
+        return written
+
+    def seekable(self) -> bool:
+        """No: what is written over would be in the digest."""
+        return False
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """Refused."""
+        raise io.UnsupportedOperation("a DigestWriter is written in order")
+
+    def fileno(self) -> int:
+        """Refused: torch's older format would write to the file itself."""
+        raise io.UnsupportedOperation("a DigestWriter is written through `write` alone")
+
+    def close(self) -> None:
+        """Wait until the content is on the disk, then close."""
+        try:
+            if not self.closed:
+                self.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            super().close()
+
+
+def digest_of(path: Path) -> FileDigest:
+    """The digest of a file, read in bounded memory."""
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, xxhash.xxh3_128)
+        return FileDigest(stream.tell(), found.hexdigest())
+
+
+# ------------------------------------------------------------------------------- growing files
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

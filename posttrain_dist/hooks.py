@@ -15,6 +15,7 @@ from typing import Any
 
 from posttrain_dist import dist
 from posttrain_dist.checkpoint import store
+from posttrain_dist.checkpoint.manifest import Manifest
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.diagnosis.facts import ModelFacts
@@ -157,7 +158,7 @@ class Save:
         config: RunConfig,
         run_folder: Path,
         engine: TrainEngine,
-        manifest: store.Manifest,
+        manifest: Manifest,
         log: Log,
     ) -> None:
         self._folder, self._engine, self._manifest, self._log = run_folder, engine, manifest, log

@@ -24,6 +24,7 @@ from posttrain_dist.build import (
 )
 from posttrain_dist.checkpoint import resume, store
 from posttrain_dist.checkpoint.hf_folder import write_hf_folder
+from posttrain_dist.checkpoint.manifest import Manifest
 from posttrain_dist.config import RunConfig, complete
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.dist import Process
@@ -134,18 +135,19 @@ def _stop_file(run_folder: Path) -> Stop:
 
 
 def _resume(
-    config: RunConfig, run_folder: Path, engine: TrainEngine, manifest: store.Manifest, steps: int
+    config: RunConfig, run_folder: Path, engine: TrainEngine, manifest: Manifest, steps: int
 ) -> int:
     """Load the checkpoint that `train.resume` names; its step, 0 where there is none."""
     choice = config.train.resume
     if choice == "never":
-        dist.on_main(lambda: resume.put_aside(run_folder))
+        dist.on_main(lambda: resume.archive(run_folder))
     found = dist.from_main(lambda: resume.find(choice, run_folder))
     if found is None:
         return 0
-    fits = resume.check_fits(found, manifest.layout, manifest.channels, manifest.recipe, steps)
-    engine.load_state(found / "state")
-    return fits.step
+    there = resume.check_compatible(found, manifest.recipe, manifest.layout, steps)
+    store.verify(found)
+    engine.load_state(found / store.STATE)
+    return there.step
 
 
 def _check_parity(policy: Policy, source: PackedSource, step: int, device: torch.device) -> None:

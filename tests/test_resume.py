@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from posttrain_dist.checkpoint import store
+from posttrain_dist.checkpoint.manifest import MANIFEST, read_manifest
 from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, TrainConfig, complete
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.engine import AdamW, DeepSpeed, Single
@@ -54,8 +55,8 @@ def numbers(folder):
 def lose_everything_after(folder, step):
     """What a kill after `step` leaves: later checkpoints, results and rows are not there."""
     for path in store.whole_checkpoints(folder):
-        if store.read_manifest(path).step > step:
-            (path / store.MANIFEST).unlink()  # torn: its manifest was never written
+        if read_manifest(path).step > step:
+            (path / MANIFEST).unlink()  # torn: its manifest was never written
     (folder / "logs" / "outcome.json").unlink()
     with (folder / "metrics.jsonl").open("a") as rows:
         rows.write('{"step": 7, "train/lo')  # torn last line
@@ -250,7 +251,27 @@ def test_a_cut_file_is_no_checkpoint(base, tmp_path):
     state.write_bytes(state.read_bytes()[:-1])
     assert [path.name for path in store.whole_checkpoints(folder)] == ["step-000003"]
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
-        store.read_manifest(newest)
+        read_manifest(newest)
+
+
+def test_a_damaged_file_is_never_trained_on_nor_exported(base, tmp_path):
+    """One byte of the newest weights is another, and the size is as it was."""
+    folder = freeze(tmp_path / "run", base)
+    train(base, folder)
+    expected = numbers(folder)
+    newest = store.whole_checkpoints(folder)[-1]
+    state = newest / "state" / "single.pt"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    for attempt in (lambda: train(base, folder), lambda: export_checkpoint(folder, tmp_path / "x")):
+        with pytest.raises(CheckpointError, match=r"state/single\.pt is damaged") as caught:
+            attempt()
+        assert "goes on from step-000003" in caught.value.fix
+    assert not (tmp_path / "x").exists()
+    newest.rename(f"{newest}.damaged")  # as the error says
+    train(base, folder)
+    assert numbers(folder) == expected
 
 
 def test_lost_weights_are_never_saved(base, tmp_path, monkeypatch):

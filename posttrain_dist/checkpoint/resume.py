@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from posttrain_dist.checkpoint.store import Manifest, read_manifest, whole_checkpoints
+from posttrain_dist.checkpoint.manifest import Layout, Manifest, Recipe, read_manifest
+from posttrain_dist.checkpoint.store import whole_checkpoints
 from posttrain_dist.errors import CheckpointError
 
 
@@ -35,7 +35,7 @@ def find(resume: str, run_folder: Path) -> Path | None:
     return named
 
 
-def put_aside(run_folder: Path) -> None:
+def archive(run_folder: Path) -> None:
     """Move the checkpoints of an earlier training of this folder to `checkpoints.old-N`."""
     old = run_folder / "checkpoints"
     if old.is_dir():
@@ -43,14 +43,12 @@ def put_aside(run_folder: Path) -> None:
         old.rename(run_folder / f"checkpoints.old-{taken + 1}")
 
 
-def check_fits(
-    folder: Path, layout: dict[str, Any], channels: list[str], recipe: dict[str, str], steps: int
-) -> Manifest:
+def check_compatible(folder: Path, recipe: Recipe, layout: Layout, steps: int) -> Manifest:
     """The manifest of `folder`, if this run can go on from it.
 
     Args:
-        layout: engine, workers and dtype, which must have written the state.
-        recipe: what decides which samples are in which step; it must be the same.
+        recipe: of this run; the checkpoint must have the same.
+        layout: of this run; it must be the one that wrote the state.
         steps: of the whole run.
 
     Raises:
@@ -59,21 +57,23 @@ def check_fits(
     manifest = read_manifest(folder)
     if manifest.layout != layout:
         raise CheckpointError(
-            f"was written with {_say(manifest.layout)}; this run has {_say(layout)}",
+            f"was written with {manifest.layout}; this run has {layout}",
             where=str(folder),
             fix="use the same engine, number of workers and dtype, or train.resume=never",
         )
-    if manifest.channels != channels:
+    if manifest.recipe.channels != recipe.channels:
         raise CheckpointError(
-            f"was written with channels {manifest.channels}; this run's data has {channels}",
+            f"was written with channels {manifest.recipe.channels}; this run's data has "
+            f"{recipe.channels}",
             where=str(folder),
             fix="resume with the same data, or train.resume=never",
         )
-    changed = [key for key in recipe if manifest.recipe.get(key) != recipe[key]]
+    before = manifest.recipe.settings
+    changed = [key for key, value in recipe.settings.items() if before.get(key) != value]
     if changed:
-        said = [f"{key} was {manifest.recipe.get(key)}, now {recipe[key]}" for key in changed]
+        shown = [f"{key} was {before.get(key)}, now {recipe.settings[key]}" for key in changed]
         raise CheckpointError(
-            f"belongs to another order of samples: {'; '.join(said)}",
+            f"belongs to another order of samples: {'; '.join(shown)}",
             where=str(folder),
             fix="resume with the same values; to train its result on other data, start a new run "
             "with model.path=<that run>/export",
@@ -85,7 +85,3 @@ def check_fits(
             fix=f"set train.steps above {manifest.step}, or train.resume=never",
         )
     return manifest
-
-
-def _say(layout: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in layout.items())

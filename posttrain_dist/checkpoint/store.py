@@ -1,4 +1,4 @@
-"""Write, find and prune checkpoints.
+"""Write, find, verify and prune checkpoints.
 
 A checkpoint is written to `step-000100.partial/`; its manifest comes last, the folder is then
 renamed, and `latest` moves after that. What has no whole manifest is no checkpoint: neither a
@@ -7,32 +7,19 @@ marker of DeepSpeed nor one of Ray decides what is good.
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from posttrain_dist import dist
+from posttrain_dist.checkpoint.manifest import MANIFEST, Manifest, is_whole, read_manifest
 from posttrain_dist.errors import CheckpointError
-from posttrain_dist.files import sync, write_whole
+from posttrain_dist.files import FileDigest, commit_folder, digest_of, partial_of, write_whole
 
-MANIFEST = "MANIFEST.json"
-FORMAT = 2
+STATE = "state"  # folder of the engine's files inside a checkpoint
 
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What a checkpoint is, written after everything else in it."""
-
-    step: int
-    layout: dict[str, Any]  # engine, workers, dtype: what may read the state again
-    channels: list[str]
-    recipe: dict[str, str] = field(default_factory=dict)  # config key -> value; must not change
-    lineage: dict[str, Any] = field(default_factory=dict)  # hashes, W&B id
-    files: dict[str, int] = field(default_factory=dict)  # path below the folder -> bytes
-    format: int = FORMAT
+WriteState = Callable[[Path], Mapping[str, FileDigest]]
 
 
 def folder_of(run_folder: Path, step: int) -> Path:
@@ -43,7 +30,7 @@ def folder_of(run_folder: Path, step: int) -> Path:
 def save(
     run_folder: Path,
     manifest: Manifest,
-    write_state: Callable[[Path], None],
+    write_state: WriteState,
     *,
     keep: int,
     best: int | None = None,
@@ -51,7 +38,8 @@ def save(
     """Write one checkpoint; collective.
 
     Args:
-        write_state: writes this rank's share below the folder it is given.
+        write_state: writes this rank's share below the folder it is given, and returns the digests
+            that it made of its files meanwhile, by their paths below that folder.
         keep: newest checkpoints that stay; 0: all.
         best: step with the lowest held-out loss: the checkpoint at or before it stays too.
 
@@ -59,19 +47,22 @@ def save(
         CheckpointError: the disk refused; the run goes no further, older checkpoints are whole.
     """
     final = folder_of(run_folder, manifest.step)
-    partial = final.with_name(final.name + ".partial")
+    partial = partial_of(final)
 
     def make_room() -> None:
         shutil.rmtree(partial, ignore_errors=True)
-        (partial / "state").mkdir(parents=True)
+        (partial / STATE).mkdir(parents=True)
 
     def commit() -> None:
-        _commit(partial, final, manifest)
+        files = _digests(partial, shares)
+        write_whole(partial / MANIFEST, replace(manifest, files=files).to_json())
+        commit_folder(partial, final, replace=True)  # one of an earlier try: never, or torn
+        write_whole(final.parent / "latest", final.name + "\n")
         _prune(run_folder, keep, final, best)
 
     try:
         dist.on_main(make_room)
-        dist.on_all(lambda: write_state(partial / "state"))
+        shares = dist.gather(dist.on_all(lambda: write_state(partial / STATE)))
         dist.on_main(commit)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError where a disk is full
         raise CheckpointError(
@@ -83,19 +74,20 @@ def save(
     return final
 
 
-def _commit(partial: Path, final: Path, manifest: Manifest) -> None:
-    sizes = {}
-    for path in sorted(p for p in partial.rglob("*") if p.is_file()):
-        sync(path)
-        sizes[str(path.relative_to(partial))] = path.stat().st_size
-    text = json.dumps({**asdict(manifest), "files": sizes}, indent=1)
-    write_whole(partial / MANIFEST, text, to_disk=True)
-    sync(partial)
-    if final.exists():  # of an earlier try: train.resume=never, or torn
-        shutil.rmtree(final)
-    partial.replace(final)
-    sync(final.parent)
-    write_whole(final.parent / "latest", final.name + "\n")
+def _digests(partial: Path, shares: list[Mapping[str, FileDigest]]) -> dict[str, FileDigest]:
+    """Every file that was written; those that no rank made a digest of are read back here.
+
+    Raises:
+        OSError: a file is missing here, or has another size than its rank wrote.
+    """
+    known = {f"{STATE}/{name}": digest for share in shares for name, digest in share.items()}
+    for name, digest in known.items():
+        size = (partial / name).stat().st_size
+        if size != digest.bytes:
+            raise OSError(f"{name} has {size} bytes on the disk, {digest.bytes} were written")
+    paths = sorted(path for path in partial.rglob("*") if path.is_file())
+    names = {path.relative_to(partial).as_posix(): path for path in paths}
+    return {name: known.get(name) or digest_of(path) for name, path in names.items()}
 
 
 def _prune(run_folder: Path, keep: int, newest: Path, best: int | None) -> None:
@@ -108,15 +100,6 @@ def _prune(run_folder: Path, keep: int, newest: Path, best: int | None) -> None:
             shutil.rmtree(old, ignore_errors=True)  # what stays costs space, not the run
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether `folder` holds a manifest and every file that it names, in its size."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
 def whole_checkpoints(run_folder: Path) -> list[Path]:
     """Every whole checkpoint of a run, oldest first."""
     found = (run_folder / "checkpoints").glob("step-*[0-9]")
@@ -127,23 +110,37 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a whole checkpoint.
+def verify(folder: Path) -> None:
+    """Compare the content of every file with its digest; collective, each rank reads a share.
+
+    Called once before a checkpoint is loaded: what a disk or a copy damaged without changing a
+    size would otherwise be trained on.
 
     Raises:
-        CheckpointError: it is not whole, or another version wrote it.
+        CheckpointError: a file is damaged, or the checkpoint is not whole.
     """
-    if not is_whole(folder):
-        raise CheckpointError(
-            "is no whole checkpoint: MANIFEST.json or a file that it names is missing or cut",
-            where=str(folder),
-            fix="give another step-N folder; `ls` its parent for what there is",
-        )
-    values = json.loads((folder / MANIFEST).read_text())
-    if values.get("format") != FORMAT:
-        raise CheckpointError(
-            f"has format {values.get('format')}, this version reads {FORMAT}",
-            where=str(folder),
-            fix="use the version that wrote it",
-        )
-    return Manifest(**values)
+    files = read_manifest(folder).files
+    largest_first = sorted(files, key=lambda name: (-files[name].bytes, name))
+    own = largest_first[dist.rank() :: dist.world()]
+    dist.on_all(lambda: _verify_files(folder, {name: files[name] for name in own}))
+
+
+def _verify_files(folder: Path, files: Mapping[str, FileDigest]) -> None:
+    for name, written in files.items():
+        try:
+            fault = "" if digest_of(folder / name) == written else "its content has changed since"
+        except OSError as error:
+            fault = f"it cannot be read: {error.strerror}"
+        if fault:
+            raise CheckpointError(
+                f"{name} is damaged: {fault}", where=str(folder), fix=_way_around(folder)
+            )
+
+
+def _way_around(folder: Path) -> str:
+    whole = [path for path in whole_checkpoints(folder.parent.parent) if path.name != folder.name]
+    before = [path for path in whole if _step_of(path) < _step_of(folder)]
+    away = f"mv {folder} {folder}.damaged"
+    if before:
+        return f"{away}; the run then goes on from {before[-1].name}, the whole one before it"
+    return f"{away}; there is no whole one before it, so the run then starts again"

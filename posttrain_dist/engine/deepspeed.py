@@ -28,6 +28,7 @@ from posttrain_dist.engine.ds_tuning import (
 )
 from posttrain_dist.engine.memory import keep_freed_memory
 from posttrain_dist.engine.optimizers import adamw, parameter_groups
+from posttrain_dist.files import DigestWriter, FileDigest
 from posttrain_dist.flow import Batch, Loss
 
 TAG = "deepspeed"  # folder of DeepSpeed's own files inside a checkpoint
@@ -92,6 +93,7 @@ class DeepSpeedEngine:
         )
         if self._stage == 0:
             optimizer.state.clear()
+        self._written = _record_digests(self._engine.checkpoint_engine)
 
     def _tune(self, policy: Any) -> None:
         from posttrain_dist.models.layers import decoder_layers
@@ -151,11 +153,33 @@ class DeepSpeedEngine:
             with self._deepspeed.zero.GatheredParameters([tensor]):
                 yield name, tensor.detach()
 
-    def save_state(self, folder: Path) -> None:
+    def save_state(self, folder: Path) -> dict[str, FileDigest]:
+        self._written.clear()
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        return {path.relative_to(folder).as_posix(): d for path, d in self._written.items()}
 
     def load_state(self, folder: Path) -> None:
         self._engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
+
+
+def _record_digests(writer: Any) -> dict[Path, FileDigest]:
+    """Digests of what DeepSpeed's checkpoint engine `writer` writes on this rank from now on.
+
+    Its plain one, `TorchCheckpointEngine`, hands the path to `torch.save`, which takes an open
+    file as well. What another one (of a user's JSON) writes comes without: it is read back.
+    """
+    written: dict[Path, FileDigest] = {}
+    if type(writer).__name__ != "TorchCheckpointEngine":
+        return written
+    save_to = writer.save
+
+    def save(state_dict: Any, path: str) -> None:
+        with DigestWriter(Path(path)) as file:
+            save_to(state_dict, file)
+        written[Path(path)] = file.digest
+
+    writer.save = save
+    return written
 
 
 def read_full_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -14,6 +14,7 @@ from posttrain_dist.engine import AdamW
 from posttrain_dist.engine.base import stored_tensors
 from posttrain_dist.engine.master import MasterAdamW
 from posttrain_dist.engine.memory import keep_freed_memory
+from posttrain_dist.files import DigestWriter, FileDigest
 from posttrain_dist.flow import Batch, Loss
 
 
@@ -54,13 +55,15 @@ class SingleEngine:
         for name, tensor in stored_tensors(self.policy):
             yield name, tensor.detach()
 
-    def save_state(self, folder: Path) -> None:
+    def save_state(self, folder: Path) -> dict[str, FileDigest]:
         folder.mkdir(parents=True, exist_ok=True)
         state: dict[str, Any] = {
             "policy": self.policy.state_dict(),
             "optimizer": self._optimizer.state(),
         }
-        torch.save(state, folder / "single.pt")
+        with DigestWriter(folder / "single.pt") as file:
+            torch.save(state, file)
+        return {"single.pt": file.digest}
 
     def load_state(self, folder: Path) -> None:
         state = torch.load(folder / "single.pt", map_location=self.device, weights_only=True)

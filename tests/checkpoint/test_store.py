@@ -1,37 +1,205 @@
-"""Checkpoints on several ranks, and what is kept of them."""
+"""Checkpoints on several ranks, how one is committed, and what is kept of them."""
 
 from __future__ import annotations
 
-from posttrain_dist.checkpoint import store
+import json
+import os
+import shutil
+
+import pytest
+import xxhash
+
+from posttrain_dist.checkpoint import resume, store
+from posttrain_dist.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST,
+    Layout,
+    Manifest,
+    Recipe,
+    is_whole,
+    read_manifest,
+)
+from posttrain_dist.errors import CheckpointError
+from posttrain_dist.files import FileDigest
+
+LAYOUT = Layout("single", 1, "float32")
+CONTENT = b"some weights"
 
 
-def write(folder, step, keep, best=None):
-    manifest = store.Manifest(step=step, layout={"engine": "x"}, channels=["a"])
-    return store.save(
-        folder, manifest, lambda state: (state / "x").write_text("x"), keep=keep, best=best
-    )
+def write_state(folder):
+    (folder / "x").write_bytes(CONTENT)
+    (folder / "below").mkdir()
+    (folder / "below" / "y").write_bytes(b"y")
+    return {}  # as by a library that writes its files itself
+
+
+def write(folder, step, keep=0, best=None, write_state=write_state):
+    manifest = Manifest(step=step, recipe=Recipe(["a"], {"seed": "1"}), layout=LAYOUT)
+    return store.save(folder, manifest, write_state, keep=keep, best=best)
+
+
+# ------------------------------------------------------------------------------------ ranks
 
 
 def test_one_failing_rank_fails_all_and_hurts_no_checkpoint(tmp_path, run_workers):
     outputs = run_workers("fail_on_one.py", 2, tmp_path, timeout_s=60)
-    assert "SAID " in outputs[0] and "1 of the other ranks failed" in outputs[0]
+    assert "SAID CheckpointError" in outputs[0] and "1 of the other ranks failed" in outputs[0]
     assert "step 2 cannot be written: PytorchStreamWriter failed" in outputs[1]
     assert all("AGREED rank 0 looked" in output for output in outputs)
     (whole,) = store.whole_checkpoints(tmp_path)
     assert whole.name == "step-000003"
-    assert sorted(store.read_manifest(whole).files) == ["state/rank-0", "state/rank-1"]
+    files = read_manifest(whole).files
+    assert sorted(files) == ["state/rank-0", "state/rank-1"]  # the digests of both came together
+    assert files["state/rank-1"] == FileDigest(3, xxhash.xxh3_128_hexdigest(b"1 3"))
+
+
+def test_a_file_that_one_rank_finds_damaged_stops_all(tmp_path, run_workers):
+    outputs = run_workers("fail_on_one.py", 2, tmp_path, timeout_s=60)
+    said = [output.rpartition("SAID ")[2] for output in outputs]
+    found = ["state/rank-1 is damaged" in text for text in said]
+    assert sorted(found) == [False, True]  # each file is read by one rank
+    assert "RuntimeError 1 of the other ranks failed" in said[found.index(False)]
+
+
+# ----------------------------------------------------------------------------------- commit
+
+
+def test_a_commit_renames_and_never_copies(tmp_path):
+    """The folder with the final name is the very one that was written: there is no moment at which
+    it is there and not whole."""
+    inodes = {}
+
+    def remember(folder):
+        digests = write_state(folder)
+        paths = [folder.parent, *folder.parent.rglob("*")]
+        inodes.update({p.relative_to(folder.parent): p.stat().st_ino for p in paths})
+        return digests
+
+    final = write(tmp_path, 1, write_state=remember)
+    assert len(inodes) == 5
+    for name, inode in inodes.items():
+        assert (final / name).stat().st_ino == inode, name
+    assert sorted(path.name for path in final.parent.iterdir()) == ["latest", "step-000001"]
+
+
+def test_an_older_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    first = write(tmp_path, 1)
+    (first / "state" / "stale").write_bytes(b"old")
+    final = write(tmp_path, 1)
+    assert final == first and sorted(path.name for path in (final / "state").iterdir()) == [
+        "below",
+        "x",
+    ]
+    assert sorted(path.name for path in final.parent.iterdir()) == ["latest", "step-000001"]
+
+
+def test_a_file_that_does_not_reach_the_disk_is_no_checkpoint(tmp_path):
+    """As on nodes that share no disk: what another rank wrote is not there for rank 0."""
+    for claimed, reason in (
+        ({"z": FileDigest(1, "0" * 32)}, "state/z"),
+        ({"x": FileDigest(99, "0" * 32)}, "12 bytes on the disk, 99 were written"),
+    ):
+        with pytest.raises(CheckpointError, match=reason):
+            write(tmp_path, 1, write_state=lambda folder, c=claimed: write_state(folder) or c)
+        assert store.whole_checkpoints(tmp_path) == []
+
+
+# --------------------------------------------------------------------------------- manifest
+
+
+def test_the_manifest_parts_recipe_from_layout_and_names_each_file(tmp_path):
+    final = write(tmp_path, 7)
+    values = json.loads((final / MANIFEST).read_text())
+    assert values["recipe"] == {"channels": ["a"], "settings": {"seed": "1"}}
+    assert values["layout"] == {"engine": "single", "workers": 1, "dtype": "float32"}
+    assert (values["step"], values["format"]) == (7, FORMAT)
+    assert values["files"] == {
+        "state/below/y": {"bytes": 1, "xxh3_128": xxhash.xxh3_128_hexdigest(b"y")},
+        "state/x": {"bytes": 12, "xxh3_128": xxhash.xxh3_128_hexdigest(CONTENT)},
+    }
+
+
+def test_a_digest_made_while_writing_is_taken_over_and_the_file_not_read_again(tmp_path):
+    made = FileDigest(len(CONTENT), "0" * 32)  # not the one of the content
+    final = write(tmp_path, 1, write_state=lambda folder: write_state(folder) or {"x": made})
+    files = read_manifest(final).files
+    assert files["state/x"] == made
+    assert files["state/below/y"].xxh3_128 == xxhash.xxh3_128_hexdigest(b"y")
+
+
+@pytest.mark.parametrize("size", [0, len(CONTENT) - 1, len(CONTENT) + 1])
+def test_a_file_of_another_size_makes_it_no_checkpoint(tmp_path, size):
+    before, final = write(tmp_path, 1), write(tmp_path, 2)
+    os.truncate(final / "state" / "x", size)
+    assert is_whole(before) and not is_whole(final)
+    assert store.whole_checkpoints(tmp_path) == [before]
+    with pytest.raises(CheckpointError, match="is no whole checkpoint"):
+        read_manifest(final)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"files": {"state/x": {}}}'])
+def test_a_torn_manifest_is_no_checkpoint(tmp_path, text):
+    final = write(tmp_path, 2)
+    (final / MANIFEST).write_text(text)
+    assert not is_whole(final)
+
+
+def test_a_flipped_bit_is_refused_and_named(tmp_path):
+    before, final = write(tmp_path, 1), write(tmp_path, 2)
+    store.verify(final)
+    content = bytearray(CONTENT)
+    content[5] ^= 1
+    (final / "state" / "x").write_bytes(content)
+    assert is_whole(final)  # by name and size
+    with pytest.raises(CheckpointError, match=r"state/x is damaged: its content") as caught:
+        store.verify(final)
+    assert caught.value.where == str(final)
+    assert f"mv {final} {final}.damaged" in caught.value.fix
+    assert "goes on from step-000001" in caught.value.fix
+    shutil.move(final, f"{final}.damaged")  # as the error says
+    assert resume.find("auto", tmp_path) == before
+    (before / "state" / "below" / "y").write_bytes(b"z")
+    with pytest.raises(CheckpointError, match=r"state/below/y is damaged") as caught:
+        store.verify(before)
+    assert "there is no whole one before it" in caught.value.fix
+
+
+def test_an_older_format_is_refused_and_not_passed_over(tmp_path):
+    """A run must not start again at step 0 because it cannot read what it has."""
+    final = write(tmp_path, 2)
+    values = {"step": 2, "layout": {}, "channels": [], "files": {"state/x": 12}, "format": 2}
+    (final / MANIFEST).write_text(json.dumps(values))
+    assert resume.find("auto", tmp_path) == final
+    with pytest.raises(CheckpointError, match=f"has format 2, this version reads {FORMAT}"):
+        resume.check_compatible(final, Recipe(["a"]), LAYOUT, 9)
+
+
+def test_what_differs_is_named(tmp_path):
+    recipe, final = Recipe(["a"], {"seed": "1"}), write(tmp_path, 2)
+    assert resume.check_compatible(final, recipe, LAYOUT, 2).step == 2
+    for other, layout, steps, reason in (
+        (recipe, Layout("zero3", 2, "float32"), 2, "engine=single, workers=1, .*engine=zero3"),
+        (Recipe(["a", "b"], {"seed": "1"}), LAYOUT, 2, r"channels \['a'\].*\['a', 'b'\]"),
+        (Recipe(["a"], {"seed": "2"}), LAYOUT, 2, "seed was 1, now 2"),
+        (recipe, LAYOUT, 1, "is at step 2, and this run has 1 steps"),
+    ):
+        with pytest.raises(CheckpointError, match=reason):
+            resume.check_compatible(final, other, layout, steps)
+
+
+# ---------------------------------------------------------------------------- what is kept
 
 
 def test_the_newest_stay_and_the_one_just_written_always(tmp_path):
     for step in (5, 6, 999_999, 1_000_000):
-        write(tmp_path, step, keep=0)
+        write(tmp_path, step)
     names = [path.name for path in store.whole_checkpoints(tmp_path)]
     assert names == ["step-000005", "step-000006", "step-999999", "step-1000000"]
     write(tmp_path, 3, keep=3)
     names = [path.name for path in store.whole_checkpoints(tmp_path)]
     assert names == ["step-000003", "step-999999", "step-1000000"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000003\n"
-    assert store.read_manifest(tmp_path / "checkpoints" / "step-000003").channels == ["a"]
+    assert read_manifest(tmp_path / "checkpoints" / "step-000003").step == 3
 
 
 def test_the_checkpoint_of_the_best_evaluation_stays(tmp_path):

@@ -72,6 +72,21 @@ def test_equals_clip_grad_norm_and_adamw_in_float32(
             assert parameter.grad is None
 
 
+@pytest.mark.parametrize("norm", [1e-4, 0.4, 1.0, 2.5, 40.0])
+def test_clipping_shrinks_large_gradients_and_leaves_small_ones_alone(norm: float) -> None:
+    """Adam's moments show the gradient it saw: its first step has exp_avg = (1 - beta1) * g."""
+    limit = 1.0
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([0.6, 0.8]) * norm
+    config = AdamW(clip=limit)
+    optimizer = MasterAdamW([("w", parameter)], config)
+    assert float(optimizer.step(0.1)) == pytest.approx(norm, rel=1e-6)  # before clipping
+    (state,) = optimizer.state()
+    seen = state["exp_avg"] / (1 - config.beta1)
+    wanted = torch.tensor([0.6, 0.8]) * min(norm, limit)
+    torch.testing.assert_close(seen, wanted, rtol=5e-6, atol=0)
+
+
 def test_weights_of_16_bits_move_by_less_than_their_last_place() -> None:
     """A master in float32 adds up steps that bfloat16 alone would round away."""
     parameter = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))

@@ -169,16 +169,19 @@ def test_each_verb_looks_at_what_it_uses(try_out, tmp_path):
 
 
 def test_a_checkpoint_to_start_from_may_be_named_by_its_run(builders, tmp_path):
-    from posttrain_dist.checkpoint.store import FORMAT, MANIFEST
+    from posttrain_dist.checkpoint.manifest import MANIFEST, Layout, Manifest, Recipe
     from posttrain_dist.config import RunConfig, complete
+    from posttrain_dist.files import digest_of
     from posttrain_dist.preflight import input_problems
 
     step = tmp_path / "run" / "checkpoints" / "step-000002"
     (step / "state").mkdir(parents=True)
     (step / "state" / "x").write_text("12345")
-    manifest = {"step": 2, "layout": {}, "channels": [], "files": {"state/x": 5}}
-    manifest |= {"format": FORMAT}
-    (step / MANIFEST).write_text(json.dumps(manifest))
+    manifest = Manifest(
+        step=2, recipe=Recipe([]), layout=Layout("single", 1, "float32"),
+        files={"state/x": digest_of(step / "state" / "x")},
+    )  # fmt: skip
+    (step / MANIFEST).write_text(manifest.to_json())
     config = complete(RunConfig(output_root=str(tmp_path)))
     for named in (tmp_path / "run", step):
         config.train.resume = str(named)
