@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from posttrain_kernels import linear_cross_entropy, multiplies_fast
+from posttrain_kernels import linear_cross_entropy, linear_logprob, multiplies_fast
 
 from posttrain_dist import dist
 from posttrain_dist.config import Dtype, RunConfig
@@ -18,8 +16,10 @@ from posttrain_dist.engine import Single
 from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.errors import ConfigError
 from posttrain_dist.models.folder import check_folder, resolve
+from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
+from posttrain_dist.models.shape import ModelShape
 
 
 def pick_dtype(choice: Dtype) -> torch.dtype:
@@ -67,7 +67,8 @@ def build_policy(
         seed=config.seed,
         materialise=engine.materialise(),
     )
-    policy = Policy(model, linear_cross_entropy, len(channels))
+    kernels = HeadKernels(linear_cross_entropy, linear_logprob)
+    policy = Policy(model, kernels, len(channels))
     engine.attach(policy)
     return policy
 
@@ -97,12 +98,14 @@ def make_source(
     config: RunConfig, examples: Examples, process: Process, *, mixed: bool = True
 ) -> PackedSource:
     """The batches of this rank; `mixed`: drawn from sources by weight, as training does."""
-    model = check_folder(resolve(config.model.path), need_weights=False)
+    folder = resolve(config.model.path)
+    shape = ModelShape.of(check_folder(folder, need_weights=False), str(folder / "config.json"))
     return PackedSource(
         examples,
+        config.objective,
         mixture=make_mixture(config, examples) if mixed else None,
-        cost=_cost(model),
-        vocab_size=model.get("vocab_size"),
+        cost=Cost.of_model(shape.hidden_size, shape.num_layers, shape.vocab_size),
+        vocab_size=shape.vocab_size,
         max_length=config.data.max_length,
         window=config.data.pack_window,
         seed=config.seed,
@@ -111,11 +114,3 @@ def make_source(
         rank=process.rank,
         world=process.world,
     )
-
-
-def _cost(model: dict[str, Any]) -> Cost:
-    """What a step costs, by the sizes in the model's config.json."""
-    sizes = [model.get(name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
-    if not all(isinstance(size, int) for size in sizes):
-        return Cost()
-    return Cost.of_model(*sizes)  # type: ignore[arg-type]

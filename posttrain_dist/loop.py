@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from posttrain_dist import dist
-from posttrain_dist.data.packs.prefetch import Ahead, Source
+from posttrain_dist.data.packs.prefetch import Prefetcher, Source
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Batch, StepInfo
 
@@ -28,8 +28,8 @@ class Meter(Protocol):
     def add(self, loss: Any, batch: Batch) -> None:
         """Take in one micro-batch of this rank."""
 
-    def flush(self) -> tuple[torch.Tensor, int]:
-        """The global channel table and token count since the last flush."""
+    def flush(self) -> tuple[Any, int]:
+        """The global table of sums and the token count since the last flush."""
 
 
 @dataclass(slots=True)
@@ -56,7 +56,7 @@ class Fit:
     Attributes:
         steps: total optimizer updates; `start` of them are already done.
         learning_rate: update -> rate.
-        describe: channel table -> metrics.
+        describe: what the meter flushed -> metrics.
         stop_requested: asked on rank 0 once a step: GO_ON, or what ends the run after that step.
     """
 
@@ -64,7 +64,7 @@ class Fit:
     source: Source
     objective: Any
     meter: Meter
-    describe: Callable[[torch.Tensor], dict[str, float]]
+    describe: Callable[[Any], dict[str, float]]
     learning_rate: Callable[[int], float]
     steps: int
     start: int = 0
@@ -81,14 +81,14 @@ class Fit:
         """
         if self.start == 0:
             yield self._finish(StepInfo(step=0))
-        with Ahead(self.source, self.engine.device, self.steps) as ahead:
-            yield from self._train(ahead)
+        with Prefetcher(self.source, self.engine.device, self.steps) as source:
+            yield from self._train(source)
 
-    def _train(self, ahead: Ahead) -> Iterator[StepInfo]:
+    def _train(self, source: Prefetcher) -> Iterator[StepInfo]:
         since = time.perf_counter()
         norms: list[torch.Tensor | float] = []  # of the updates since they were last looked at
         for step in range(self.start + 1, self.steps + 1):
-            info, lr, norm = self._update(step, ahead.step(step))
+            info, lr, norm = self._update(step, source.step(step))
             norms.append(norm)
             if info.last or any(step % every == 0 for every in self.log_every):
                 # Only now does the host wait for the device.
@@ -98,10 +98,10 @@ class Fit:
                 if lost:  # the same on all ranks
                     info.broken = step - len(known) + 1 + lost[0]
                     info.last = True
-                table_C4, tokens = self.meter.flush()
+                table, tokens = self.meter.flush()
                 seconds, since = time.perf_counter() - since, time.perf_counter()
                 info.metrics = {
-                    **self.describe(table_C4),
+                    **self.describe(table),
                     "train/lr": lr,
                     "train/grad_norm": known[-1],
                     "train/tokens_per_s": tokens / seconds,
@@ -117,12 +117,14 @@ class Fit:
     ) -> tuple[StepInfo, float, torch.Tensor | float]:
         # Each step is seeded by itself, so that a resumed run draws the same dropout.
         torch.manual_seed(hash((self.seed, step, dist.rank())) & 0x7FFFFFFF)
-        denominator, wish = self._agree(sum(self.objective.count(b) for b in batches))
-        if denominator <= 0:
+        for batch in batches:
+            batch.check_extra(self.objective)
+        denominators, wish = self._agree([self.objective.count(batch) for batch in batches])
+        if max(denominators) <= 0:
             raise DataError(f"step {step} has no supervised token", where="data.train")
         self.engine.train(True)
         for i, batch in enumerate(batches):
-            loss = self.engine.forward(batch, self.objective, denominator)
+            loss = self.engine.forward(batch, self.objective, denominators)
             self.engine.backward(loss.total, last=i == len(batches) - 1)
             self.meter.add(loss, batch)
         lr = self.learning_rate(step)
@@ -132,13 +134,14 @@ class Fit:
         info = StepInfo(step, last=completed or wish != GO_ON, stopped=stopped)
         return info, lr, norm
 
-    def _agree(self, count: float) -> tuple[float, int]:
-        """Global denominator, and rank 0's wish to stop, in one reduction."""
-        wish = float(self.stop_requested()) if dist.rank() == 0 else 0.0
-        # Numbers of the host, so that nobody waits for the device.
-        both = torch.tensor([count, wish], dtype=torch.float64)
-        total, stop = dist.all_sum(both).tolist()
-        return total, round(stop)
+    def _agree(self, counts: list[Any]) -> tuple[Any, int]:
+        """Global denominators, and rank 0's stop request, in one reduction."""
+        request = float(self.stop_requested()) if dist.rank() == 0 else 0.0
+        sums = [sum(component) for component in zip(*counts, strict=True)]
+        # Numbers of the host: no device sync.
+        everything = torch.tensor([*sums, request], dtype=torch.float64)
+        *totals, stop = dist.all_sum(everything).tolist()
+        return counts[0]._make(totals), round(stop)
 
     def _finish(self, info: StepInfo) -> StepInfo:
         for hook in self.hooks:
@@ -147,12 +150,15 @@ class Fit:
         return info
 
 
-def evaluate(engine: Any, batches: Iterable[Batch], objective: Any, meter: Meter) -> torch.Tensor:
-    """The global channel table [C, 4] over `batches`, without gradients; collective."""
+def evaluate(engine: Any, batches: Iterable[Batch], objective: Any, meter: Meter) -> Any:
+    """What `meter` flushes over `batches`, without gradients; collective."""
     engine.train(False)
     with torch.no_grad():
         for batch in batches:
             batch = batch.to(engine.device)
-            meter.add(engine.forward(batch, objective, 1.0), batch)
-    table_C4, _ = meter.flush()
-    return table_C4
+            batch.check_extra(objective)
+            counts = objective.count(batch)
+            loss = engine.forward(batch, objective, counts._make([1.0] * len(counts)))
+            meter.add(loss, batch)
+    table, _ = meter.flush()
+    return table

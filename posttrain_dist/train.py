@@ -93,13 +93,15 @@ class _Run:
             config.train.steps, config.train.epochs, config.train.tokens
         )
         watched = _watched_tokens(config)
-        self.meter = TokenMeter(self.channels, watched, self.engine.device)
-        self.eval_meter = TokenMeter(self.channels, watched, self.engine.device)
+        self.meter, self.eval_meter = (
+            TokenMeter(self.channels, watched, config.objective, self.engine.device)
+            for _ in range(2)
+        )
         self.watch: Watch | None = None  # on rank 0
         self.drawn: Counter[str] = Counter()  # from each source in the whole run, on rank 0
         self.drawn_key = f"source_{config.data.mix_by.name}"
         self.engine.train(False)  # no dropout
-        self.policy.check_head(self._probe(examples), config.objective)
+        self.policy.check_head(self._probe(examples))
         self.sinks: list[Sink] = []
         self.began = time.time()
 
@@ -151,8 +153,8 @@ class _Run:
         if info.stopped or info.broken or self.held_out is None:
             return  # someone waits for the run to end
         batches = self.held_out.eval_batches()
-        table_C4 = evaluate(self.engine, batches, self.config.objective, self.eval_meter)
-        info.metrics.update(self.eval_meter.eval_metrics(table_C4))
+        tables = evaluate(self.engine, batches, self.config.objective, self.eval_meter)
+        info.metrics.update(self.eval_meter.eval_metrics(tables))
 
     def _log(self, info: StepInfo) -> None:
         if self.process.is_main and info.step:

@@ -26,8 +26,12 @@ class TrainEngine(Protocol):
     def attach(self, policy: nn.Module) -> None:
         """Take the loaded policy: place it, make the optimizer."""
 
-    def forward(self, batch: Batch, objective: Any, denominator: float) -> Loss:
-        """The loss of one micro-batch; with gradients unless under `torch.no_grad`."""
+    def forward(self, batch: Batch, objective: Any, denominators: Any) -> Loss:
+        """The loss of one micro-batch; with gradients unless under `torch.no_grad`.
+
+        Args:
+            denominators: the sums of `objective.count` over all micro-batches and ranks.
+        """
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add the gradients of one micro-batch; `last` marks the step's last one."""

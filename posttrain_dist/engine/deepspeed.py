@@ -119,8 +119,8 @@ class DeepSpeedEngine:
             )
         return adamw(groups, self._optimizer)
 
-    def forward(self, batch: Batch, objective: Any, denominator: float) -> Loss:
-        loss: Loss = self._engine(batch, objective, denominator)
+    def forward(self, batch: Batch, objective: Any, denominators: Any) -> Loss:
+        loss: Loss = self._engine(batch, objective, denominators)
         return loss
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:

@@ -36,8 +36,8 @@ class SingleEngine:
         trained = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
         self._optimizer = MasterAdamW(trained, self._config)
 
-    def forward(self, batch: Batch, objective: Any, denominator: float) -> Loss:
-        loss: Loss = self.policy(batch, objective, denominator)
+    def forward(self, batch: Batch, objective: Any, denominators: Any) -> Loss:
+        loss: Loss = self.policy(batch, objective, denominators)
         return loss
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:

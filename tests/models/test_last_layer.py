@@ -7,15 +7,17 @@ import logging
 import numpy as np
 import pytest
 import torch
-from posttrain_kernels import linear_cross_entropy
+from posttrain_kernels import linear_cross_entropy, linear_logprob
 
 from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.errors import ModelError
 from posttrain_dist.flow import Example
 from posttrain_dist.models import last_layer
 from posttrain_dist.models.attention import EAGER, SDPA, register
+from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.layers import decoder_layers
 from posttrain_dist.models.policy import Policy
+from posttrain_dist.objectives.base import TokenCount
 from posttrain_dist.objectives.sft import Sft
 
 # Caps and multipliers so far from 1 that forgetting one changes the loss in its first digits.
@@ -43,6 +45,7 @@ SIZE = {
 }
 ARCHITECTURES = {**KNOWN, "Phi": {}}  # attention and MLP side by side: not known here
 TOKENS = 35
+KERNELS = HeadKernels(linear_cross_entropy, linear_logprob)
 
 
 def causal_lm(name: str, attention: str):
@@ -65,7 +68,11 @@ def causal_lm(name: str, attention: str):
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def policy(request):
     attention = EAGER if "attn_logit_softcapping" in ARCHITECTURES[request.param] else SDPA
-    return Policy(causal_lm(request.param, attention), linear_cross_entropy, num_channels=2)
+    return Policy(
+        causal_lm(request.param, attention),
+        KERNELS,
+        num_channels=2,
+    )
 
 
 def batch_of(masked: float, vocabulary: int = 200):
@@ -115,7 +122,7 @@ def test_losses_and_gradients_are_those_of_the_whole_row(policy, masked, checkpo
         layer._gradient_checkpointing_func = lambda run, *args: torch.utils.checkpoint.checkpoint(
             run, *args, use_reentrant=False
         )
-    loss = policy(batch, Sft(), 7.0)
+    loss = policy(batch, Sft(), TokenCount(7.0))
     loss.total.backward()
 
     # The head gives its figures in float32.
@@ -165,21 +172,33 @@ def test_a_model_without_rows_is_as_it_was(policy, request):
 
 
 def test_the_start_up_check_notices_a_layer_that_does_more(monkeypatch):
-    right = Policy(causal_lm("Granite", SDPA), linear_cross_entropy, num_channels=2)
-    assert right.check_head(batch_of(0.7), Sft()) < 1e-4
+    right = Policy(
+        causal_lm("Granite", SDPA),
+        KERNELS,
+        num_channels=2,
+    )
+    assert right.check_head(batch_of(0.7)) < 1e-4
     # A release in which a layer of a known name has got a multiplier.
     monkeypatch.setitem(
         last_layer._FAMILIES, "GraniteDecoderLayer", last_layer._FAMILIES["LlamaDecoderLayer"]
     )
-    wrong = Policy(causal_lm("Granite", SDPA), linear_cross_entropy, num_channels=2)
+    wrong = Policy(
+        causal_lm("Granite", SDPA),
+        KERNELS,
+        num_channels=2,
+    )
     with pytest.raises(ModelError, match=r"GraniteForCausalLM.*its last layer is not built as"):
-        wrong.check_head(batch_of(0.7), Sft())
+        wrong.check_head(batch_of(0.7))
 
 
 def test_the_log_names_a_layer_that_is_not_known(caplog):
     with caplog.at_level(logging.WARNING, logger="posttrain_dist"):
         for name in ("Phi", "Llama"):
-            Policy(causal_lm(name, SDPA), linear_cross_entropy, num_channels=1)
+            Policy(
+                causal_lm(name, SDPA),
+                KERNELS,
+                num_channels=1,
+            )
     assert [record.getMessage() for record in caplog.records] == [
         "PhiDecoderLayer runs on all rows: its last layer is not known here"
     ]
