@@ -106,12 +106,13 @@ def make_engine(arm: str, stage: int) -> Any:
 def training(options: argparse.Namespace) -> Callable[[], list[float]]:
     """A function that takes one step: its loss, processor seconds of forward, backward, step."""
     import torch
-    from posttrain_kernels import linear_cross_entropy
+    from posttrain_kernels import linear_cross_entropy, linear_logprob
 
     from posttrain_dist.models import ModelConfig
+    from posttrain_dist.models.head import HeadKernels
     from posttrain_dist.models.load import load_model
     from posttrain_dist.models.policy import Policy
-    from posttrain_dist.objectives.base import TokenLoss
+    from posttrain_dist.objectives.base import TokenCount, TokenLoss
 
     engine = make_engine(options.arm, options.stage)
     folder = Path(options.folder)
@@ -122,17 +123,18 @@ def training(options: argparse.Namespace) -> Callable[[], list[float]]:
         seed=0,
         materialise=engine.materialise(),
     )
-    policy = Policy(model, linear_cross_entropy, 1)
+    policy = Policy(model, HeadKernels(linear_cross_entropy, linear_logprob), 1)
     engine.attach(policy)
     engine.train(True)
     batches = make_batches(options.rank, policy.config.vocab_size, options.tokens)
     objective, steps = TokenLoss(), iter(range(1 << 30))
-    denominator = sum(map(objective.count, batches)) / len(batches) * engine.world
+    tokens = sum(objective.count(batch).tokens for batch in batches)
+    denominators = TokenCount(tokens / len(batches) * engine.world)
 
     def step() -> list[float]:
         batch = batches[next(steps) % len(batches)]
         at = [time.process_time()]
-        loss = engine.forward(batch, objective, denominator)
+        loss = engine.forward(batch, objective, denominators)
         at.append(time.process_time())
         engine.backward(loss.total, last=True)
         at.append(time.process_time())

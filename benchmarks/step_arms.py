@@ -25,6 +25,9 @@ import step_data
 import torch
 from step_data import IGNORED, Sample, Sizes
 
+from posttrain_dist.flow import Loss
+from posttrain_dist.objectives.sft import Sft
+
 BETAS, CLIP = (0.9, 0.95), 1.0
 
 
@@ -123,8 +126,13 @@ class GivenSteps:
 
     steps: list[list[Sample]]
     pack_tokens: int
+    prefetchable = True
 
-    def step(self, step: int) -> list[Any]:
+    def sample_ids(self, k: int) -> list[int]:
+        """Places of the samples in step k."""
+        return list(range(len(self.steps[k - 1])))
+
+    def step(self, k: int) -> list[Any]:
         """Micro-batches: packs of at most `pack_tokens` tokens."""
         import numpy as np
 
@@ -132,7 +140,7 @@ class GivenSteps:
         from posttrain_dist.data.packs.packing import plan_in_order
         from posttrain_dist.flow import Example
 
-        samples = self.steps[step - 1]
+        samples = self.steps[k - 1]
         lengths = np.array([len(s.input_ids) for s in samples])
         plan = plan_in_order(lengths, self.pack_tokens, len(samples))
         examples = [
@@ -158,7 +166,6 @@ def ours(folder: Path, turns: Alone, channels: bool = True, compiled: bool = Fal
     from posttrain_dist.metrics.special_tokens import TokenMeter, special_tokens
     from posttrain_dist.models import Checkpointing
     from posttrain_dist.models.folder import load_tokenizer
-    from posttrain_dist.objectives.sft import Sft
 
     sizes, steps = step_data.read_sizes(folder), step_data.read(folder)
     model = ModelConfig(path=str(folder / "model"), compile=compiled)
@@ -174,8 +181,9 @@ def ours(folder: Path, turns: Alone, channels: bool = True, compiled: bool = Fal
     dtype = pick_dtype(config.train.dtype)
     engine = make_engine(config, Process(), dtype)
     attach(config, engine, dtype, names, sizes)
-    objective: Any = Sft() if channels else WithoutChannels(objective=Sft())
-    meter = TokenMeter(names, special_tokens(load_tokenizer(folder / "model")), engine.device)
+    objective: Any = Sft() if channels else WithoutChannels()
+    watched = special_tokens(load_tokenizer(folder / "model"))
+    meter = TokenMeter(names, watched, objective, engine.device)
     with tempfile.TemporaryDirectory() as to:
         fit = Fit(
             engine=engine,
@@ -202,9 +210,10 @@ def attach(config: Any, engine: Any, dtype: torch.dtype, names: list[str], sizes
         build_policy(config, engine, dtype, names)
         return
     from peft import inject_adapter_in_model
-    from posttrain_kernels import linear_cross_entropy
+    from posttrain_kernels import linear_cross_entropy, linear_logprob
 
     from posttrain_dist.models.folder import resolve
+    from posttrain_dist.models.head import HeadKernels
     from posttrain_dist.models.load import load_model
     from posttrain_dist.models.policy import Policy
 
@@ -217,29 +226,24 @@ def attach(config: Any, engine: Any, dtype: torch.dtype, names: list[str], sizes
     )
     model.requires_grad_(False)
     inject_adapter_in_model(step_data.lora(sizes.lora_rank), model)
-    engine.attach(Policy(model, linear_cross_entropy, len(names)))
+    kernels = HeadKernels(linear_cross_entropy, linear_logprob)
+    engine.attach(Policy(model, kernels, len(names)))
 
 
-@dataclass(slots=True)
-class WithoutChannels:
+class WithoutChannels(Sft):
     """The same objective, its head not told of channels: what channel metrics are compared to."""
 
-    objective: Any
-
-    def count(self, batch: Any) -> float:
-        """As the objective counts."""
-        return float(self.objective.count(batch))
-
-    def loss(self, hidden_TD: torch.Tensor, head: Any, batch: Any, denominator: float) -> Any:
+    def loss(self, hidden_ND: torch.Tensor, head: Any, batch: Any, denominators: Any) -> Any:
         """The loss with an empty channel table but for its sum, which the log needs."""
-
-        def quiet(*args: Any, channel: torch.Tensor, **options: Any) -> Any:
-            return head(*args, **options)
-
-        loss = self.objective.loss(hidden_TD, quiet, batch, denominator)
-        weight = batch.weight_sum
-        table_C4 = torch.tensor([[float(loss.total.detach()) * denominator, weight, 0.0, 0.0]])
-        return loss._replace(channels_C4=table_C4)
+        result = head.loss(
+            hidden_ND,
+            batch.labels_N,
+            token_weight=batch.weight_N,
+            denominator=denominators.tokens,
+        )
+        loss_sum = float(result.loss.detach()) * denominators.tokens
+        table_CK = torch.tensor([[loss_sum, batch.weight_sum, 0.0, 0.0]])
+        return Loss(result.loss, table_CK, result.nll_N, result.correct_N)
 
 
 # -------------------------------------------------------------------------- reference

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from posttrain_kernels import linear_cross_entropy, multiplies_fast
+from posttrain_kernels import linear_cross_entropy, linear_logprob, multiplies_fast
 
 from posttrain_dist import dist
 from posttrain_dist.checkpoint.manifest import Layout, Manifest, Recipe
@@ -30,8 +30,10 @@ from posttrain_dist.flow import Batch
 from posttrain_dist.metrics.special_tokens import special_tokens
 from posttrain_dist.models import Weights
 from posttrain_dist.models.folder import check_folder, load_tokenizer, resolve
+from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
+from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.objectives.base import TokenLoss
 
 # ------------------------------------------------------------------------------------- data
@@ -122,7 +124,8 @@ def build_policy(
         seed=config.seed,
         materialise=engine.materialise(),
     )
-    policy = Policy(model, linear_cross_entropy, len(channels))
+    kernels = HeadKernels(linear_cross_entropy, linear_logprob)
+    policy = Policy(model, kernels, len(channels))
     engine.attach(policy)
     return policy
 
@@ -152,12 +155,14 @@ def make_source(
     config: RunConfig, examples: Examples, process: Process, *, mixed: bool = True
 ) -> PackedSource:
     """The batches of this rank; `mixed`: drawn from sources by weight, as training does."""
-    model = check_folder(resolve(config.model.path), need_weights=False)
+    folder = resolve(config.model.path)
+    shape = ModelShape.of(check_folder(folder, need_weights=False), str(folder / "config.json"))
     return PackedSource(
         examples,
+        config.objective,
         mixture=make_mixture(config, examples) if mixed else None,
-        cost=_cost(model),
-        vocab_size=model.get("vocab_size"),
+        cost=Cost.of_model(shape.hidden_size, shape.num_layers, shape.vocab_size),
+        vocab_size=shape.vocab_size,
         max_length=config.data.max_length,
         window=config.data.pack_window,
         seed=config.seed,
@@ -166,14 +171,6 @@ def make_source(
         rank=process.rank,
         world=process.world,
     )
-
-
-def _cost(model: dict[str, Any]) -> Cost:
-    """What a step costs, by the sizes in the model's config.json."""
-    sizes = [model.get(name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
-    if not all(isinstance(size, int) for size in sizes):
-        return Cost()
-    return Cost.of_model(*sizes)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------ what a run is

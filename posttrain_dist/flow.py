@@ -6,13 +6,17 @@ Shape legend, used in names all over the project:
     T  tokens of one packed row            S  samples in the row
     N  supervised tokens of the row        D  hidden size
     V  vocabulary                          C  channels
+    K  columns of the channel table
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from posttrain_dist.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,6 +64,24 @@ class Example:
     channel: int  # index into the run's list of channel names
     sample_id: int  # position of the sample in its data set, stable over epochs
     truncated: bool = False  # the row was longer than data.max_length
+    # For `Batch.extra`: `name_L`, one number per token, becomes `name_N` of the supervised ones;
+    # `name_S` is one number. Whole numbers stay whole.
+    extra: Mapping[str, npt.NDArray[np.generic] | float] = field(default_factory=dict)
+    # sample_id of the sample whose tokens this one follows: the nearest before it in the row.
+    parent: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """A field of `Batch.extra` that an objective needs.
+
+    Attributes:
+        name: `..._N`, one number per supervised token, or `..._S`, one per sample.
+        index: int64, where -1 means none, as a filler has it; else float32, where it has 0.
+    """
+
+    name: str
+    index: bool = False
 
 
 @dataclass(slots=True)
@@ -68,7 +90,9 @@ class Batch:
 
     The model input is T tokens; the loss needs only the N supervised positions. `labels_N` is
     already shifted: the hidden state at `supervised_N[i]` predicts `labels_N[i]`.
-    Attention and positions never cross a sample.
+    Attention and positions never cross a sample, but for a sample with a parent: its tokens
+    follow those of the parent (and of the parent's parent), which are in the row once however
+    many samples follow them. The parent's last hidden state predicts each one's first token.
     """
 
     input_ids_T: torch.Tensor  # int64
@@ -85,6 +109,10 @@ class Batch:
     num_targets: int
     weight_sum: float  # of weight_N, in float64
     sample_id_S: list[int]  # -1 for a filler
+    parent_S: list[int]  # an earlier sample of the row; -1: none, the sample is a root
+    # What objectives need beyond this: `..._N` per supervised token (0 in padding), `..._S` per
+    # sample.
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -92,19 +120,61 @@ class Batch:
         bounds = zip(pairwise(self.cu_seqlens_S), self.sample_id_S, strict=True)
         return sum(end - start for (start, end), sample_id in bounds if sample_id >= 0)
 
-    def to(self, device: torch.device) -> Batch:
+    @property
+    def has_parents(self) -> bool:
+        """Whether some sample follows another."""
+        return any(parent >= 0 for parent in self.parent_S)
+
+    def check_extra(self, objective: Any) -> None:
+        """Compare `extra` with what an objective declares.
+
+        Raises:
+            DataError: a declared field is missing, or not one number per token or sample.
+        """
+        for declared in objective.extra:
+            values = self.extra.get(declared.name)
+            size = len(self.labels_N if declared.name.endswith("_N") else self.sample_id_S)
+            if values is not None and len(values) == size:
+                continue
+            found = "is not there" if values is None else f"has {len(values)} numbers, not {size}"
+            raise DataError(
+                f"the objective {objective.name} needs {declared.name} in every batch, and it "
+                f"{found}",
+                where=f"samples {self.sample_id_S[:4]}",
+                fix=f"use data that is prepared for objective={objective.name}",
+            )
+
+    def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`; the host does not wait for the copy."""
+        import torch
+
+        device = torch.device(device)
         pin = device.type == "cuda"  # a copy from pageable memory makes the host wait
-        moved = {}
-        for name, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
-            if hasattr(value, "to"):
-                source = value.pin_memory() if pin and not value.is_cuda else value
-                value = source.to(device, non_blocking=True)
-            moved[name] = value
-        return Batch(**moved)
+
+        def move(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: move(entry) for name, entry in value.items()}
+            if not isinstance(value, torch.Tensor):
+                return value
+            source = value.pin_memory() if pin and not value.is_cuda else value
+            return source.to(device, non_blocking=True)
+
+        return Batch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
 
 # ------------------------------------------------------------------------------------- loss
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of an objective's channel table: a sum over samples or tokens of a channel.
+
+    The metric is sum(name) / sum(per), over micro-batches, ranks and steps; without `per` it is
+    the sum itself.
+    """
+
+    name: str
+    per: str | None = None  # another column
 
 
 class Loss(NamedTuple):
@@ -112,13 +182,13 @@ class Loss(NamedTuple):
 
     A tuple, because the hooks of ZeRO-3 find the tensors of tuples and dicts only.
 
-    `total` is already divided by the step's global denominator, so that the totals of all
-    micro-batches on all ranks add up to the loss of the step. `channels_C4` is detached:
-    columns (loss sum, weight, correct, count), one row a channel; sums, so they add up too.
+    `total` is already divided by the step's global denominators, so that the totals of all
+    micro-batches on all ranks add up to the loss of the step. `channels_CK` is detached: the
+    objective's `columns`, one row per channel; sums, so they add up too.
     """
 
     total: torch.Tensor  # scalar, carries the gradient
-    channels_C4: torch.Tensor  # float32 [C, 4]
+    channels_CK: torch.Tensor  # float32 [C, K]
     nll_N: torch.Tensor | None = None  # detached float32, unweighted loss of each token
     correct_N: torch.Tensor | None = None  # bool: no other token exceeds the label
 

@@ -58,8 +58,8 @@ class Evaluate:
         if info.stopped or info.nonfinite_step:
             return  # someone waits for the run to end
         batches = self._source.eval_batches()
-        table_C4 = evaluate(self._engine, batches, self._objective, self._meter)
-        info.metrics.update(self._meter.eval_metrics(table_C4))
+        tables = evaluate(self._engine, batches, self._objective, self._meter)
+        info.metrics.update(self._meter.eval_metrics(tables))
 
 
 class Log:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from posttrain_dist import dist
-from posttrain_dist.data.packs.prefetch import Ahead, Source
+from posttrain_dist.data.packs.prefetch import Prefetcher, Source
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Batch, StepInfo
 
@@ -34,8 +34,8 @@ class Meter(Protocol):
     def add(self, loss: Any, batch: Batch) -> None:
         """Take in one micro-batch of this rank."""
 
-    def flush(self) -> tuple[torch.Tensor, int]:
-        """The global channel table and token count since the last flush."""
+    def flush(self) -> tuple[Any, int]:
+        """The global table of sums and the token count since the last flush."""
 
 
 def fit(
@@ -44,7 +44,7 @@ def fit(
     source: Source,
     objective: Any,
     meter: Meter,
-    describe: Callable[[torch.Tensor], dict[str, float]],
+    describe: Callable[[Any], dict[str, float]],
     learning_rate: Callable[[int], float],
     steps: int,
     start: int = 0,
@@ -56,7 +56,7 @@ def fit(
     """Train from update `start` to `steps`; yields every step after its hooks ran.
 
     Args:
-        describe: channel table -> metrics.
+        describe: what the meter flushed -> metrics.
         learning_rate: update (from 1) -> rate.
         log_every: a step that is a multiple of any of these is logged.
         stop_requested: called on rank 0 once a step; the run ends after that step.
@@ -68,11 +68,13 @@ def fit(
         yield _run_hooks(hooks, StepInfo(step=0))
     window_start = time.perf_counter()
     norms: list[torch.Tensor | float] = []  # of the updates since the last logged one
-    with Ahead(source, engine.device, steps) as batches_of:
+    with Prefetcher(source, engine.device, steps) as prefetched:
         for step in range(start + 1, steps + 1):
-            batches = batches_of.step(step)
+            batches = prefetched.step(step)
             # Each step is seeded by itself, so that a resumed run draws the same dropout.
             torch.manual_seed(hash((seed, step, dist.rank())) & 0x7FFFFFFF)
+            for batch in batches:
+                batch.check_extra(objective)
             counts = [objective.count(batch) for batch in batches]
             denominators, stop = _reduce(counts, stop_requested)
             if not any(value > 0 for value in denominators):
@@ -91,9 +93,9 @@ def fit(
                 # Only now does the host wait for the device.
                 info.nonfinite_step, norm = _first_nonfinite(norms, step)
                 info.last = info.last or info.nonfinite_step > 0
-                table_C4, tokens = meter.flush()
+                table, tokens = meter.flush()
                 now = time.perf_counter()
-                info.metrics = {**describe(table_C4), "train/lr": lr, "train/grad_norm": norm}
+                info.metrics = {**describe(table), "train/lr": lr, "train/grad_norm": norm}
                 info.metrics["train/tokens_per_s"] = tokens / (now - window_start)
                 norms, window_start = [], now
             paused = time.perf_counter()
@@ -109,7 +111,7 @@ def _reduce(counts: list[Any], stop_requested: Callable[[], Stop]) -> tuple[Any,
     stop = float(stop_requested()) if dist.rank() == 0 else 0.0
     # Numbers of the host, which avoids a device sync.
     reduced = dist.all_sum(torch.tensor([*sums, stop], dtype=torch.float64)).tolist()
-    return type(counts[0])(*reduced[:-1]), Stop(round(reduced[-1]))
+    return counts[0]._make(reduced[:-1]), Stop(round(reduced[-1]))
 
 
 def _first_nonfinite(norms: list[torch.Tensor | float], step: int) -> tuple[int, float]:
@@ -125,14 +127,15 @@ def _run_hooks(hooks: Sequence[Callable[[StepInfo], None]], info: StepInfo) -> S
     return info
 
 
-def evaluate(engine: Any, batches: Iterable[Batch], objective: Any, meter: Meter) -> torch.Tensor:
-    """The global channel table [C, 4] over `batches`, without gradients; collective."""
+def evaluate(engine: Any, batches: Iterable[Batch], objective: Any, meter: Meter) -> Any:
+    """What `meter` flushes over `batches`, without gradients; collective."""
     engine.train(False)
     with torch.no_grad():
         for batch in batches:
             batch = batch.to(engine.device)
+            batch.check_extra(objective)
             count = objective.count(batch)
-            ones = type(count)(*(1.0 for _ in count))  # sums are wanted, not a normalised total
+            ones = count._make([1.0] * len(count))  # sums are wanted, not a normalised total
             meter.add(engine.forward(batch, objective, ones), batch)
-    table_C4, _ = meter.flush()
-    return table_C4
+    table, _ = meter.flush()
+    return table

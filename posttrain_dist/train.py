@@ -68,7 +68,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
 
         # The head is checked, the state of a checkpoint read, the kernels checked.
         engine.train(False)  # no dropout
-        policy.check_head(make_probe(data.train).to(engine.device), config.objective)
+        policy.check_head(make_probe(data.train).to(engine.device))
         manifest = run_manifest(config, data, process, dtype)
         start = _resume(config, run_folder, engine, manifest, steps)
         if start < steps:
@@ -76,7 +76,8 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
 
         # Steps, and what happens after each.
         meter, eval_meter = (
-            TokenMeter(data.channels, data.special_tokens, engine.device) for _ in range(2)
+            TokenMeter(data.channels, data.special_tokens, config.objective, engine.device)
+            for _ in range(2)
         )
         evaluate = Evaluate(engine, heldout, config.objective, eval_meter, config.train.eval_every)
         facts = model_facts(config, policy, source)

@@ -57,7 +57,7 @@ def test_steps_that_are_not_logged_read_nothing_back(
     examples, process = Examples.open(tmp_path, "train"), Process()
     engine = make_engine(config, process, torch.float32)
     build_policy(config, engine, torch.float32, list(examples.channels))
-    meter = TokenMeter(list(examples.channels), {0: "end"}, engine.device)
+    meter = TokenMeter(list(examples.channels), {0: "end"}, config.objective, engine.device)
     steps = fit(
         engine=engine,
         source=make_source(config, examples, process),

@@ -14,7 +14,7 @@ from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import AdamW
 from posttrain_dist.loop import fit
-from posttrain_dist.metrics.channels import ChannelMeter, train_metrics
+from posttrain_dist.metrics.channels import ChannelMeter
 from posttrain_dist.prepare import prepare
 
 # The losses of this very run, to the last bit, by CPU, its capability and torch. A refactor leaves
@@ -60,12 +60,13 @@ def steps(config, examples):
     """(steps, policy): the loop over one process."""
     engine = make_engine(config, Process(), torch.float32)
     policy = build_policy(config, engine, torch.float32, examples.channels)
+    meter = ChannelMeter(examples.channels, config.objective, engine.device)
     infos = fit(
         engine=engine,
         source=make_source(config, examples, Process()),
         objective=config.objective,
-        meter=ChannelMeter(examples.channels, engine.device),
-        describe=lambda table_C4: train_metrics(table_C4, examples.channels),
+        meter=meter,
+        describe=meter.train_metrics,
         learning_rate=lambda step: config.optimizer.lr,
         steps=3,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from posttrain_dist.files import FileDigest
     from posttrain_dist.flow import Batch, Loss
 
 
@@ -28,7 +27,11 @@ class TrainEngine(Protocol):
         """Take the loaded policy: place it, make the optimizer."""
 
     def forward(self, batch: Batch, objective: Any, denominators: Any) -> Loss:
-        """The loss of one micro-batch; with gradients unless under `torch.no_grad`."""
+        """The loss of one micro-batch; with gradients unless under `torch.no_grad`.
+
+        Args:
+            denominators: the sums of `objective.count` over all micro-batches and ranks.
+        """
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add the gradients of one micro-batch; `last` marks the step's last one."""
@@ -45,12 +48,8 @@ class TrainEngine(Protocol):
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter whole, one after the other; each valid until the next is asked for."""
 
-    def save_state(self, folder: Path) -> Mapping[str, FileDigest]:
-        """Write this rank's share of parameters and optimizer state.
-
-        Returns:
-            Digests made while writing, by path below `folder`; other files are read back for it.
-        """
+    def save_state(self, folder: Path) -> None:
+        """Write this rank's share of parameters and optimizer state."""
 
     def load_state(self, folder: Path) -> None:
         """Read what `save_state` wrote in the same layout."""

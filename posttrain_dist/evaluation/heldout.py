@@ -25,7 +25,7 @@ def evaluate(config: RunConfig, prepared: Path) -> dict[str, Any]:
     from posttrain_dist.dist import Process
     from posttrain_dist.engine import Single
     from posttrain_dist.loop import evaluate as evaluate_batches
-    from posttrain_dist.metrics.channels import ChannelMeter, eval_metrics
+    from posttrain_dist.metrics.channels import ChannelMeter
 
     config = replace(config, engine=Single())
     examples = Examples.open(prepared, "eval")
@@ -34,8 +34,8 @@ def evaluate(config: RunConfig, prepared: Path) -> dict[str, Any]:
     engine = make_engine(config, Process(), dtype)
     build_policy(config, engine, dtype, channels)
     batches = make_source(config, examples, Process(), mixed=False).eval_batches()
-    meter = ChannelMeter(channels, engine.device)
-    metrics = eval_metrics(evaluate_batches(engine, batches, config.objective, meter), channels)
+    meter = ChannelMeter(channels, config.objective, engine.device)
+    metrics = meter.eval_metrics(evaluate_batches(engine, batches, config.objective, meter))
     prefix = "eval_channel_loss/"
     return {
         "loss": metrics["eval/loss"],

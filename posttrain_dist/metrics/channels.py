@@ -2,59 +2,127 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Protocol
+
 import torch
 
 from posttrain_dist import dist
-from posttrain_dist.flow import Batch, Loss
+from posttrain_dist.flow import Batch, Column, Loss
 
-# Columns of the channel table, and one more of our own.
-LOSS, WEIGHT, CORRECT, COUNT = range(4)
+
+class Tabulated(Protocol):
+    """An objective, as far as its metrics are concerned."""
+
+    columns: ClassVar[tuple[Column, ...]]
+
+    @property
+    def name(self) -> str:
+        """What its own metrics stand below."""
 
 
 class ChannelMeter:
     """Adds up channel tables on the device; reads them back only when asked.
 
-    Reduction of every number: sums over ranks and steps; a mean is sum / weight.
+    Reduction of every number: sums over ranks and steps; a mean is sum / sum.
     """
 
-    def __init__(self, channels: list[str], device: torch.device) -> None:
-        self.channels = channels
-        self._table_C4 = torch.zeros(len(channels), 4, dtype=torch.float64, device=device)
+    def __init__(self, channels: list[str], objective: Tabulated, device: torch.device) -> None:
+        self.channels, self._objective = channels, objective
+        shape = (len(channels), len(objective.columns))
+        self._table_CK = torch.zeros(shape, dtype=torch.float64, device=device)
         self._tokens = 0
 
     def add(self, loss: Loss, batch: Batch) -> None:
         """Take in one micro-batch of this rank."""
-        self._table_C4 += loss.channels_C4
+        self._table_CK += loss.channels_CK
         self._tokens += batch.num_tokens
 
     def flush(self) -> tuple[torch.Tensor, int]:
-        """Global table [C, 4] (float64, CPU) and real tokens since the last flush; collective."""
-        tokens = self._table_C4.new_full((1,), float(self._tokens))
-        flat = dist.all_sum(torch.cat([self._table_C4.flatten(), tokens])).cpu()
-        self._table_C4.zero_()
+        """Global table [C, K] (float64, CPU) and real tokens since the last flush; collective."""
+        tokens = self._table_CK.new_full((1,), float(self._tokens))
+        flat = dist.all_sum(torch.cat([self._table_CK.flatten(), tokens])).cpu()
+        self._table_CK.zero_()
         self._tokens = 0
-        return flat[:-1].reshape(-1, 4), int(flat[-1])
+        return flat[:-1].reshape(self._table_CK.shape), int(flat[-1])
+
+    def train_metrics(self, table_CK: torch.Tensor) -> dict[str, float]:
+        """The metrics of a training step, from what `flush` gave."""
+        return train_metrics(table_CK, self.channels, self._objective)
+
+    def eval_metrics(self, table_CK: torch.Tensor) -> dict[str, float]:
+        """The metrics of an evaluation, from what `flush` gave."""
+        return eval_metrics(table_CK, self.channels, self._objective)
 
 
-def train_metrics(table_C4: torch.Tensor, channels: list[str]) -> dict[str, float]:
-    """`train/loss`, `channel_loss/<channel>` and `channel_share/<channel>` (of the weight)."""
-    total = table_C4.sum(dim=0)
-    metrics = {"train/loss": float(total[LOSS] / total[WEIGHT])}
-    for channel, row in zip(channels, table_C4, strict=True):
-        if row[WEIGHT] > 0:
-            metrics[f"channel_loss/{channel}"] = float(row[LOSS] / row[WEIGHT])
-            metrics[f"channel_share/{channel}"] = float(row[WEIGHT] / total[WEIGHT])
-    return metrics
+def train_metrics(
+    table_CK: torch.Tensor, channels: list[str], objective: Tabulated
+) -> dict[str, float]:
+    """`train/loss`, `channel_loss/<channel>`, `channel_share/<channel>` (of what the loss is a
+    mean over), and the objective's own: `<objective>/<column>` and
+    `<objective>_channel_<column>/<channel>`.
+    """
+    table = _Table(table_CK, channels, objective)
+    loss, weight = table.loss, table.place(table.loss.per)
+    total = table_CK.sum(dim=0)
+    metrics = table.overall("train/loss", loss)
+    for channel, row in zip(channels, table_CK, strict=True):
+        if row[weight] > 0:
+            metrics[f"channel_loss/{channel}"] = table.mean(loss, row)
+            metrics[f"channel_share/{channel}"] = float(row[weight] / total[weight])
+    return metrics | table.own_metrics("")
 
 
-def eval_metrics(table_C4: torch.Tensor, channels: list[str]) -> dict[str, float]:
-    """`eval/loss`, `eval/accuracy` (top-1 of tokens) and `eval_channel_loss/<channel>`."""
-    total = table_C4.sum(dim=0)
-    metrics = {
-        "eval/loss": float(total[LOSS] / total[WEIGHT]),
-        "eval/accuracy": float(total[CORRECT] / total[COUNT]),
-    }
-    for channel, row in zip(channels, table_C4, strict=True):
-        if row[WEIGHT] > 0:
-            metrics[f"eval_channel_loss/{channel}"] = float(row[LOSS] / row[WEIGHT])
-    return metrics
+def eval_metrics(
+    table_CK: torch.Tensor, channels: list[str], objective: Tabulated
+) -> dict[str, float]:
+    """`eval/loss`, `eval/accuracy` (top-1 of tokens, where there is a column `correct`),
+    `eval_channel_loss/<channel>`, and the objective's own with `eval_` before them.
+    """
+    table = _Table(table_CK, channels, objective)
+    metrics = table.overall("eval/loss", table.loss)
+    if table.correct is not None:
+        metrics |= table.overall("eval/accuracy", table.correct)
+    weight = table.place(table.loss.per)
+    for channel, row in zip(channels, table_CK, strict=True):
+        if row[weight] > 0:
+            metrics[f"eval_channel_loss/{channel}"] = table.mean(table.loss, row)
+    return metrics | table.own_metrics("eval_")
+
+
+class _Table:
+    """A channel table, read by the columns of its objective."""
+
+    def __init__(self, table_CK: torch.Tensor, channels: list[str], objective: Tabulated) -> None:
+        self._table_CK, self._channels, self._name = table_CK, channels, objective.name
+        self._places = {column.name: k for k, column in enumerate(objective.columns)}
+        named = {column.name: column for column in objective.columns}
+        self.loss, self.correct = named["loss"], named.get("correct")
+        general = [column for column in (self.loss, self.correct) if column is not None]
+        taken = {name for column in general for name in (column.name, column.per)}
+        self._own = [column for column in objective.columns if column.name not in taken]
+
+    def place(self, name: str | None) -> int:
+        """The index of a column."""
+        assert name is not None, "a loss is a mean: its column has a `per`"
+        return self._places[name]
+
+    def mean(self, column: Column, row_K: torch.Tensor) -> float:
+        """The metric of a column in one row."""
+        value = row_K[self._places[column.name]]
+        return float(value if column.per is None else value / row_K[self._places[column.per]])
+
+    def overall(self, name: str, column: Column) -> dict[str, float]:
+        """The metric of a column over all channels."""
+        return {name: self.mean(column, self._table_CK.sum(dim=0))}
+
+    def own_metrics(self, prefix: str) -> dict[str, float]:
+        """Columns that no other objective has; without those that nothing was counted in."""
+        metrics = {}
+        rows = dict(zip(self._channels, self._table_CK, strict=True))
+        for column in self._own:
+            for key, row_K in [("", self._table_CK.sum(dim=0)), *rows.items()]:
+                if column.per is not None and not row_K[self._places[column.per]] > 0:
+                    continue
+                place = f"_channel_{column.name}/{key}" if key else f"/{column.name}"
+                metrics[f"{prefix}{self._name}{place}"] = self.mean(column, row_K)
+        return metrics

@@ -6,22 +6,15 @@ A model that never stops, or never closes a tool call, has a good mean loss: the
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from posttrain_dist import dist
 from posttrain_dist.flow import Batch
-from posttrain_dist.metrics.channels import (
-    CORRECT,
-    COUNT,
-    LOSS,
-    WEIGHT,
-    ChannelMeter,
-    eval_metrics,
-    train_metrics,
-)
+from posttrain_dist.metrics.channels import ChannelMeter, Tabulated
 
+LOSS, WEIGHT, CORRECT, COUNT = range(4)  # columns of the table of special tokens
 MAX_TOKENS = 64  # metrics that a run's pages can still show
 
 # Words of a token's name that say that it opens or closes something.
@@ -134,16 +127,30 @@ class SpecialTokenMeter:
         return table_K4
 
 
+class Tables(NamedTuple):
+    """What a TokenMeter has summed: float64, on the CPU."""
+
+    channels_CK: torch.Tensor
+    special_tokens: torch.Tensor  # [watched tokens, 4]
+
+
 class TokenMeter:
-    """A ChannelMeter and a SpecialTokenMeter as one meter: tables one above the other.
+    """A ChannelMeter and a SpecialTokenMeter as one meter.
 
     Args:
         channels: names of the channels.
         tokens: what `special_tokens` gave.
+        objective: whose tables are summed.
     """
 
-    def __init__(self, channels: list[str], tokens: dict[int, str], device: torch.device) -> None:
-        self._channels = ChannelMeter(channels, device)
+    def __init__(
+        self,
+        channels: list[str],
+        tokens: dict[int, str],
+        objective: Tabulated,
+        device: torch.device,
+    ) -> None:
+        self._channels = ChannelMeter(channels, objective, device)
         self._special = SpecialTokenMeter(tokens, device)
 
     def add(self, loss: Any, batch: Batch) -> None:
@@ -151,22 +158,20 @@ class TokenMeter:
         self._channels.add(loss, batch)
         self._special.add(loss, batch)
 
-    def flush(self) -> tuple[torch.Tensor, int]:
-        """Global table [C + K, 4] and real tokens since the last flush; collective."""
-        table_C4, tokens = self._channels.flush()
-        return torch.cat([table_C4, self._special.flush()]), tokens
+    def flush(self) -> tuple[Tables, int]:
+        """Global tables and real tokens since the last flush; collective."""
+        channels_CK, tokens = self._channels.flush()
+        return Tables(channels_CK, self._special.flush()), tokens
 
-    def train_metrics(self, table: torch.Tensor) -> dict[str, float]:
+    def train_metrics(self, tables: Tables) -> dict[str, float]:
         """The metrics of a training step, from what `flush` gave."""
-        names = self._channels.channels
-        special = special_token_metrics(table[len(names) :], self._special.names)
-        return {**train_metrics(table[: len(names)], names), **special}
+        special = special_token_metrics(tables.special_tokens, self._special.names)
+        return {**self._channels.train_metrics(tables.channels_CK), **special}
 
-    def eval_metrics(self, table: torch.Tensor) -> dict[str, float]:
+    def eval_metrics(self, tables: Tables) -> dict[str, float]:
         """The metrics of an evaluation, from what `flush` gave."""
-        names = self._channels.channels
-        special = special_token_metrics(table[len(names) :], self._special.names, prefix="eval_")
-        return {**eval_metrics(table[: len(names)], names), **special}
+        special = special_token_metrics(tables.special_tokens, self._special.names, prefix="eval_")
+        return {**self._channels.eval_metrics(tables.channels_CK), **special}
 
 
 def special_token_metrics(

@@ -1,9 +1,10 @@
-"""Attention over one packed row: every sample attends to itself alone.
+"""Attention over one packed row: every sample attends to itself alone, and to its parents.
 
 Registered with transformers' AttentionInterface, so that the model classes stay untouched. The
-sample bounds travel as keywords through the backbone: `cu_seqlens` (host integers), and for
-kernels `bounds_S` (int32 on the device) and `max_seqlen`. No [T, T] mask is built, and no mask
-function is registered: transformers then makes none, nor waits for the device to look for packs.
+sample bounds travel as keywords through the backbone: `cu_seqlens` and `parent_S` (host integers),
+and for kernels `bounds_S` (int32 on the device) and `max_seqlen`. No [T, T] mask is built, and no
+mask function is registered: transformers then makes none, nor waits for the device to look for
+packs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import AttentionInterface
 
 from posttrain_dist.errors import ModelError
 from posttrain_dist.models import Attention
+from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.models.varlen import (
     Asked,
     flash_attention,
@@ -45,13 +47,12 @@ class Needs:
     device: str = "cpu"
 
     @classmethod
-    def of(cls, config: Any, dtype: torch.dtype) -> Needs:
-        """Of a transformers config, on the device that is here."""
-        head_dim = getattr(config, "head_dim", None)
+    def of(cls, shape: ModelShape, dtype: torch.dtype) -> Needs:
+        """Of a model in `dtype`, on the device that is here."""
         return cls(
-            head_dim=head_dim or config.hidden_size // config.num_attention_heads,
-            softcap=getattr(config, "attn_logit_softcapping", None),
-            dropout=float(getattr(config, "attention_dropout", None) or 0.0),
+            head_dim=shape.head_dim,
+            softcap=shape.attention_softcap,
+            dropout=shape.attention_dropout,
             dtype=dtype,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
@@ -89,6 +90,7 @@ def _for_transformers(attend: Callable[..., torch.Tensor]) -> Callable[..., Any]
             cu_seqlens=row["cu_seqlens"],
             bounds_S=row.get("bounds_S"),
             max_seqlen=row.get("max_seqlen"),
+            parent_S=row.get("parent_S"),
         )
         return attend(query, key, value, asked), None
 
@@ -140,23 +142,33 @@ def _sample_by_sample(attend: Any) -> Callable[..., torch.Tensor]:
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, asked: Asked
     ) -> torch.Tensor:
         lengths = [end - start for start, end in pairwise(asked.cu_seqlens)]
-        samples = zip(*(torch.split(x, lengths, dim=2) for x in (query, key, value)), strict=True)
+        queries, keys, values = (list(torch.split(x, lengths, dim=2)) for x in (query, key, value))
+        parent_S = asked.parent_S or [-1] * len(lengths)
         outputs = []
-        for length, (q, k, v) in zip(lengths, samples, strict=True):
-            mask = _window_mask(length, asked.window, query.device)
+        for sample, parent in enumerate(parent_S):
+            if parent >= 0:  # an earlier sample: its own already stand behind its parent's
+                keys[sample] = torch.cat([keys[parent], keys[sample]], dim=2)
+                values[sample] = torch.cat([values[parent], values[sample]], dim=2)
+            q, k, v = queries[sample], keys[sample], values[sample]
+            mask = _mask(q.shape[2], k.shape[2], asked.window, query.device)
             outputs.append(attend(q, k, v, mask, asked).transpose(1, 2))
         return torch.cat(outputs, dim=1)
 
     return row
 
 
-def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """[L, L] booleans (True: may attend) where a window cuts a sample; None: plain causal."""
-    if window is None or length <= window:
+def _mask(
+    length: int, num_keys: int, window: int | None, device: torch.device
+) -> torch.Tensor | None:
+    """[length, num_keys] booleans (True: may attend) of the last `length` of `num_keys` tokens,
+    where they follow others or a window cuts them; None: plain causal.
+    """
+    if length == num_keys and (window is None or length <= window):
         return None
-    distance = torch.arange(length, device=device)
-    distance = distance[:, None] - distance[None, :]
-    return (distance >= 0) & (distance < window)
+    place = torch.arange(num_keys, device=device)
+    distance = place[num_keys - length :, None] - place[None, :]
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
 
 
 def _sdpa(

@@ -15,6 +15,7 @@ from posttrain_dist.models.attention import Needs, implementation, register
 from posttrain_dist.models.compiled import compile_layers
 from posttrain_dist.models.folder import check_folder
 from posttrain_dist.models.layers import checkpoint_activations
+from posttrain_dist.models.shape import ModelShape
 
 
 def load_model(
@@ -44,7 +45,8 @@ def load_model(
     hf_config = transformers.AutoConfig.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
     )
-    attention = implementation(config.attention, Needs.of(hf_config, dtype))
+    shape = ModelShape.of(hf_config.to_dict(), str(folder / "config.json"))
+    attention = implementation(config.attention, Needs.of(shape, dtype))
     with materialise:
         if fresh:
             torch.manual_seed(seed)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from posttrain_dist.errors import ModelError
+
 if TYPE_CHECKING:
     from posttrain_dist.models.attention import Needs
 
@@ -69,10 +71,21 @@ class Asked(NamedTuple):
     cu_seqlens: list[int]  # on the host
     bounds_S: torch.Tensor | None  # the same, int32 on the device; for kernels of a whole row
     max_seqlen: int | None
+    parent_S: list[int] | None = None  # the sample that each one follows; -1: none
 
     @property
     def bounds(self) -> tuple[torch.Tensor, int]:
-        """Where samples begin, and how long the longest is."""
+        """Where samples begin, and how long the longest is.
+
+        Raises:
+            ModelError: samples follow others, whose keys a kernel of a whole row cannot share.
+        """
+        if self.parent_S is not None and max(self.parent_S) >= 0:
+            raise ModelError(
+                "the kernels for packed rows cannot share a prompt between its answers",
+                where="model.attention",
+                fix="use model.attention=sdpa (eager for a model that caps its attention logits)",
+            )
         assert self.bounds_S is not None and self.max_seqlen is not None, "they come with the row"
         return self.bounds_S, self.max_seqlen
 
@@ -84,6 +97,7 @@ class Asked(NamedTuple):
 
 def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked) -> torch.Tensor:
     """`torch.nn.attention.varlen.varlen_attn`; [1, H, T, d] in, [1, T, H, d] out."""
+    bounds_S, longest = asked.bounds
     from torch.nn.attention.varlen import varlen_attn
 
     assert not asked.softcap and not asked.dropout, "such a model is refused by varlen_missing"
@@ -91,7 +105,6 @@ def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked) -> t
     shared = {"enable_gqa": True} if "enable_gqa" in _varlen_parameters() else {}
     options: dict[str, Any] = {"scale": asked.scaling, "window_size": asked.reach, **shared}
     q, k, v = _tokens_first(q, k, v)
-    bounds_S, longest = asked.bounds
     output = varlen_attn(q, k, v, bounds_S, bounds_S, longest, longest, **options)
     assert isinstance(output, torch.Tensor)
     return output[None]
@@ -101,10 +114,10 @@ def flash_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked
 ) -> torch.Tensor:
     """`flash_attn.flash_attn_varlen_func`; [1, H, T, d] in, [1, T, H, d] out."""
+    bounds_S, longest = asked.bounds
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
     q, k, v = _tokens_first(q, k, v)
-    bounds_S, longest = asked.bounds
     output: torch.Tensor = flash_attn_varlen_func(
         q,
         k,

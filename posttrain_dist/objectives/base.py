@@ -5,38 +5,65 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from posttrain_dist.flow import Column, Extra, Loss
+
 if TYPE_CHECKING:
     import torch
 
-    from posttrain_dist.flow import Batch, Loss
+    from posttrain_dist.flow import Batch
+    from posttrain_dist.models.head import Head
 
 
 @dataclass(kw_only=True, slots=True)
 class Objective:
     """The slot `objective`: a dataclass whose fields are its knobs.
 
-    `count` gives the share of a micro-batch in the step's denominators; `loss` the already
-    normalised loss. `rows` names what data it reads: "messages" or "text".
+    The loop first sums `count` over all micro-batches and ranks, because gradients are made in
+    the forward; `loss` gets the sums, and what it returns is already normalised.
+
+    Attributes:
+        rows: what data it reads: "messages" or "text".
+        extra: what it needs in `Batch.extra`.
+        columns: of its channel table. "loss" must be one, and its `per` a weight; "correct" is
+            the accuracy of an evaluation. Every other one becomes a metric below the
+            objective's name.
     """
 
     rows: ClassVar[str] = "messages"
+    extra: ClassVar[tuple[Extra, ...]] = ()
+    columns: ClassVar[tuple[Column, ...]] = ()
 
-    def count(self, batch: Batch) -> Any:
-        """A named tuple: this micro-batch's share in the denominator of each loss component."""
+    @property
+    def name(self) -> str:
+        """What its metrics stand below."""
+        return type(self).__name__.lower()
+
+    def count(self, batch: Batch) -> NamedTuple:
+        """The share of this micro-batch in each of the step's denominators.
+
+        Returns:
+            A NamedTuple of floats, one field per component of the loss; of the same type for
+            every batch, fillers too.
+        """
         raise NotImplementedError
 
-    def loss(self, hidden_ND: torch.Tensor, head: Any, batch: Batch, denominators: Any) -> Loss:
-        """Loss of one micro-batch, each component divided by its global denominator.
+    def loss(self, hidden_ND: torch.Tensor, head: Head, batch: Batch, denominators: Any) -> Loss:
+        """Loss of one micro-batch, divided by `denominators`.
+
+        Padding (weight 0) must be dropped by `torch.where`, never by multiplying with 0: its
+        fields in `batch.extra` are 0, of which a logarithm or quotient is not finite.
 
         Args:
             hidden_ND: last hidden states of the rows `batch.supervised_N`, in that order.
-            head: called with `hidden_ND` and labels it is the fused loss.
+            head: the fused loss and log-probabilities.
+            denominators: sums of `count` over micro-batches and ranks, of its type; a component
+                that nothing of the step counts in is 0.
         """
         raise NotImplementedError
 
 
 class TokenCount(NamedTuple):
-    """The one loss component of a token loss."""
+    """What a token loss is divided by."""
 
     tokens: float  # sum of the token weights
 
@@ -51,17 +78,22 @@ class TokenLoss(Objective):
         loss = loss / denominators.tokens
     """
 
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("loss", per="weight"),
+        Column("weight"),
+        Column("correct", per="count"),
+        Column("count"),
+    )
+
     def count(self, batch: Batch) -> TokenCount:
         """Sum of the token weights."""
-        return TokenCount(batch.weight_sum)
+        return TokenCount(tokens=batch.weight_sum)
 
     def loss(
-        self, hidden_ND: torch.Tensor, head: Any, batch: Batch, denominators: TokenCount
+        self, hidden_ND: torch.Tensor, head: Head, batch: Batch, denominators: TokenCount
     ) -> Loss:
         """Fused with the head."""
-        from posttrain_dist.flow import Loss
-
-        result = head(
+        result = head.loss(
             hidden_ND,
             batch.labels_N,
             token_weight=batch.weight_N,

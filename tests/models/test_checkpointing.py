@@ -7,15 +7,17 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from posttrain_kernels import linear_cross_entropy
+from posttrain_kernels import linear_cross_entropy, linear_logprob
 
 from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.errors import ConfigError
 from posttrain_dist.flow import Example
 from posttrain_dist.models import Checkpointing, ModelConfig
+from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.layers import decoder_layers
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
+from posttrain_dist.objectives.base import TokenCount
 from posttrain_dist.objectives.sft import Sft
 
 LAYERS = 4
@@ -32,7 +34,7 @@ def folder(request, tmp_path_factory, builders):
 def policy_of(folder, wish=none, number=None) -> Policy:
     config = ModelConfig(path=str(folder), activation_checkpointing=wish, checkpoint_layers=number)
     model = load_model(config, folder, dtype=torch.float32, seed=0, materialise=nullcontext())
-    return Policy(model, linear_cross_entropy, num_channels=1).train()
+    return Policy(model, HeadKernels(linear_cross_entropy, linear_logprob), num_channels=1).train()
 
 
 def batch():
@@ -70,7 +72,7 @@ def measured(folder, wish, number):
         layer.mlp.register_forward_pre_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
     saved = Saved(policy)
     with saved:
-        total = policy(batch(), Sft(), 10.0).total
+        total = policy(batch(), Sft(), TokenCount(10.0)).total
     total.backward()
     return {n: p.grad for n, p in policy.named_parameters()}, calls, saved.num_bytes
 
@@ -98,7 +100,7 @@ def test_evaluation_recomputes_nothing(folder):
     policy = policy_of(folder, full).eval()
     calls = []
     decoder_layers(policy.causal_lm)[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    policy(batch(), Sft(), 10.0).total.backward()
+    policy(batch(), Sft(), TokenCount(10.0)).total.backward()
     assert len(calls) == 1
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from posttrain_kernels import linear_cross_entropy
+from posttrain_kernels import linear_cross_entropy, linear_logprob
 from torch._dynamo.utils import counters
 
 from posttrain_dist.data.packs.collate import collate
@@ -14,7 +14,9 @@ from posttrain_dist.errors import ConfigError
 from posttrain_dist.flow import Example
 from posttrain_dist.models.attention import SDPA, register
 from posttrain_dist.models.compiled import compile_layers
+from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.policy import Policy
+from posttrain_dist.objectives.base import TokenCount
 from posttrain_dist.objectives.sft import Sft
 
 LAYERS = 12  # more than the programs that dynamo keeps for one function
@@ -35,7 +37,7 @@ def policy() -> Policy:
     model = transformers.AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation=SDPA
     )
-    return Policy(model, linear_cross_entropy, num_channels=1)
+    return Policy(model, HeadKernels(linear_cross_entropy, linear_logprob), num_channels=1)
 
 
 def batch(*lengths: int):
@@ -50,7 +52,7 @@ def batch(*lengths: int):
 
 def step(model: Policy, row) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
-    loss = model(row, Sft(), 10.0)
+    loss = model(row, Sft(), TokenCount(10.0))
     loss.total.backward()
     return loss.nll_N, {name: p.grad.clone() for name, p in model.named_parameters()}
 

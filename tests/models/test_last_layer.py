@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from posttrain_kernels import linear_cross_entropy
+from posttrain_kernels import linear_cross_entropy, linear_logprob
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from posttrain_dist.data.packs.collate import collate
@@ -15,9 +15,13 @@ from posttrain_dist.errors import ModelError
 from posttrain_dist.flow import Example
 from posttrain_dist.models import last_layer
 from posttrain_dist.models.attention import EAGER, SDPA, register
+from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.layers import decoder_layers
 from posttrain_dist.models.policy import Policy
+from posttrain_dist.objectives.base import TokenCount
 from posttrain_dist.objectives.sft import Sft
+
+KERNELS = HeadKernels(linear_cross_entropy, linear_logprob)
 
 # Caps and multipliers so far from 1 that forgetting one changes the loss in its first digits.
 CAPS = {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}
@@ -66,7 +70,7 @@ def causal_lm(name: str, attention: str):
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def policy(request):
     attention = EAGER if "attn_logit_softcapping" in ARCHITECTURES[request.param] else SDPA
-    return Policy(causal_lm(request.param, attention), linear_cross_entropy, num_channels=2)
+    return Policy(causal_lm(request.param, attention), KERNELS, num_channels=2)
 
 
 def batch_of(masked: float, vocabulary: int = 200):
@@ -116,7 +120,7 @@ def test_losses_and_gradients_are_those_of_the_whole_row(policy, masked, checkpo
         layer._gradient_checkpointing_func = lambda run, *args: torch.utils.checkpoint.checkpoint(
             run, *args, use_reentrant=False
         )
-    loss = policy(batch, Sft(), 7.0)
+    loss = policy(batch, Sft(), TokenCount(7.0))
     loss.total.backward()
 
     # The head gives its figures in float32.
@@ -166,14 +170,14 @@ def test_a_model_without_rows_is_as_it_was(policy, request):
 def test_the_start_up_check_notices_an_mlp_that_mixes_rows(monkeypatch):
     model = causal_lm("Llama", SDPA)
     batch = batch_of(0.7)
-    assert Policy(model, linear_cross_entropy, num_channels=2).check_head(batch, Sft()) < 1e-4
+    assert Policy(model, KERNELS, num_channels=2).check_head(batch) < 1e-4
     mlp = decoder_layers(model)[-1].mlp
     own = mlp.forward
     monkeypatch.setattr(mlp, "forward", lambda hidden_1TD: own(hidden_1TD.cumsum(dim=1)))
-    wrong = Policy(causal_lm("Llama", SDPA), linear_cross_entropy, num_channels=2)
+    wrong = Policy(causal_lm("Llama", SDPA), KERNELS, num_channels=2)
     wrong.causal_lm = model
     with pytest.raises(ModelError, match=r"LlamaForCausalLM.*MLP of its last layer mixes rows"):
-        wrong.check_head(batch, Sft())
+        wrong.check_head(batch)
 
 
 class TupleLayer(GradientCheckpointingLayer):

@@ -6,12 +6,13 @@ import importlib.machinery
 import importlib.util
 import logging
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from posttrain_kernels import linear_cross_entropy
+from posttrain_kernels import linear_cross_entropy, linear_logprob
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from posttrain_dist.data.packs.collate import collate
@@ -27,8 +28,10 @@ from posttrain_dist.models.attention import (
     implementation,
     register,
 )
+from posttrain_dist.models.head import Head, HeadKernels
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
+from posttrain_dist.objectives.base import TokenCount
 from posttrain_dist.objectives.sft import Sft
 
 # Caps so low that forgetting one changes the loss in its first digits.
@@ -66,7 +69,7 @@ def examples(vocabulary: int) -> list[Example]:
 def policy_of(folder, attention=Attention.auto) -> Policy:
     config = ModelConfig(path=str(folder), attention=attention)
     model = load_model(config, folder, dtype=torch.float32, seed=0, materialise=nullcontext())
-    return Policy(model, linear_cross_entropy, num_channels=2)
+    return Policy(model, HeadKernels(linear_cross_entropy, linear_logprob), num_channels=2)
 
 
 def test_a_sample_in_a_pack_has_the_loss_it_has_alone(folder):
@@ -75,7 +78,7 @@ def test_a_sample_in_a_pack_has_the_loss_it_has_alone(folder):
     policy = policy_of(folder)
     rows = examples(policy.config.vocab_size)
     batch = collate(rows)
-    packed = policy(batch, Sft(), 1.0).nll_N[: batch.num_targets]
+    packed = policy(batch, Sft(), TokenCount(1.0)).nll_N[: batch.num_targets]
     # The independent reference: transformers' own eager attention on one unpacked row.
     own = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     expected = []
@@ -90,9 +93,9 @@ def test_a_sample_in_a_pack_has_the_loss_it_has_alone(folder):
 def test_changing_one_sample_leaves_the_others_alone(folder):
     policy = policy_of(folder)
     rows = examples(policy.config.vocab_size)
-    before = policy(collate(rows), Sft(), 1.0).nll_N
+    before = policy(collate(rows), Sft(), TokenCount(1.0)).nll_N
     changed = Example(rows[0].input_ids_L + 1, rows[0].weight_L, channel=0, sample_id=0)
-    after = policy(collate([changed, *rows[1:]]), Sft(), 1.0).nll_N
+    after = policy(collate([changed, *rows[1:]]), Sft(), TokenCount(1.0)).nll_N
     first = int(rows[0].weight_L.sum())
     assert torch.equal(before[first:], after[first:])
     assert not torch.equal(before[:first], after[:first])
@@ -101,17 +104,14 @@ def test_changing_one_sample_leaves_the_others_alone(folder):
 def test_head_check_passes_and_notices_a_forgotten_cap(folder):
     policy = policy_of(folder)
     batch = collate(examples(policy.config.vocab_size))
-    assert policy.check_head(batch, Sft()) < 1e-4
+    assert policy.check_head(batch) < 1e-4
     blind = policy_of(folder)
     if blind.config.model_type == "gemma2":
-        from posttrain_dist.models import policy as module
-        from posttrain_dist.models.shape import HeadShape
-
-        blind.head.forward = module._fused_forward(
-            blind.head, HeadShape(), linear_cross_entropy, num_channels=2
-        )
+        kernels = HeadKernels(linear_cross_entropy, linear_logprob)
+        shape = replace(blind.shape, softcap=None)
+        blind.head = Head(blind.head.module, shape, kernels, num_channels=2)
         with pytest.raises(ModelError, match="differs from the logits of Gemma2ForCausalLM"):
-            blind.check_head(batch, Sft())
+            blind.check_head(batch)
 
 
 # ------------------------------------------------------------------- which implementation

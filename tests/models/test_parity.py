@@ -18,6 +18,7 @@ from posttrain_dist.errors import ModelError
 from posttrain_dist.flow import Batch, Example
 from posttrain_dist.metrics import LoggingConfig, WandbMode
 from posttrain_dist.models import parity
+from posttrain_dist.objectives.sft import Sft
 from posttrain_dist.prepare import prepare
 from posttrain_dist.train import train
 
@@ -123,7 +124,7 @@ def test_real_targets_are_taken_and_at_most_256() -> None:
         places = parity.some_targets(batch_of(num_targets)).tolist()
         assert len(set(places)) == len(places) == min(num_targets, 256)
         assert places[0] == 0 and places[-1] == num_targets - 1
-    assert parity.some_targets(filler()).tolist() == []
+    assert parity.some_targets(filler(Sft())).tolist() == []
 
 
 def test_a_run_says_it_and_a_wrong_kernel_trains_nothing(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from posttrain_kernels import linear_cross_entropy
+from posttrain_kernels import linear_cross_entropy, linear_logprob
 
 from posttrain_dist import dist
 from posttrain_dist.data.packs.collate import collate
@@ -15,9 +15,10 @@ from posttrain_dist.engine import AdamW, DeepSpeed
 from posttrain_dist.engine.deepspeed import DeepSpeedEngine
 from posttrain_dist.flow import Example
 from posttrain_dist.models import ModelConfig
+from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
-from posttrain_dist.objectives.base import TokenLoss
+from posttrain_dist.objectives.base import TokenCount, TokenLoss
 
 rank, world, port = (int(argument) for argument in sys.argv[1:4])
 folder = Path(sys.argv[4])
@@ -27,17 +28,17 @@ engine = DeepSpeedEngine(settings, AdamW(), torch.device("cpu"), torch.float32)
 materialise = engine.materialise()
 config = ModelConfig(path=str(folder))
 model = load_model(config, folder, dtype=torch.float32, seed=0, materialise=materialise)
-policy = Policy(model, partial(linear_cross_entropy, chunk_rows=4), 1)
+policy = Policy(model, HeadKernels(partial(linear_cross_entropy, chunk_rows=4), linear_logprob), 1)
 engine.attach(policy)
 engine.train(True)
 tokens = np.random.default_rng(0).integers(0, 200, 40).astype(np.int32)
 batch = collate([Example(tokens, np.ones(40, np.float32), 0, 0)])
 
-weight = policy.head.weight
+weight = policy.head.module.weight
 free, freed = weight.partition, []
 weight.partition = lambda *a, **k: (freed.append(weight.numel()), free(*a, **k))[1]
 shard = weight.numel()
-loss = engine.forward(batch, TokenLoss(), 39.0)
+loss = engine.forward(batch, TokenLoss(), TokenCount(39.0))
 after_forward = len(freed)
 engine.backward(loss.total, last=True)
 told = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from posttrain_kernels import linear_cross_entropy
+from posttrain_kernels import linear_cross_entropy, linear_logprob
 
 from posttrain_dist import dist
 from posttrain_dist.data.packs.collate import collate
@@ -18,9 +18,10 @@ from posttrain_dist.engine.deepspeed import DeepSpeedEngine
 from posttrain_dist.engine.single import SingleEngine
 from posttrain_dist.flow import Example
 from posttrain_dist.models import Checkpointing, ModelConfig
+from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
-from posttrain_dist.objectives.base import TokenLoss
+from posttrain_dist.objectives.base import TokenCount, TokenLoss
 
 STEPS, MICRO = 3, 2
 rank, world, port = (int(argument) for argument in sys.argv[1:4])
@@ -52,7 +53,7 @@ def build(engine, recompute, frozen):
         config, folder, dtype=torch.float32, seed=0, materialise=engine.materialise()
     )
     model.get_input_embeddings().weight.requires_grad_(not frozen)
-    policy = Policy(model, linear_cross_entropy, 1)
+    policy = Policy(model, HeadKernels(linear_cross_entropy, linear_logprob), 1)
     engine.attach(policy)
     engine.train(True)
     return policy
@@ -63,10 +64,10 @@ def train(engine, ranks):
     for step in range(STEPS):
         mine = [batch((step, r, i)) for r in ranks for i in range(MICRO)]
         everyone = [batch((step, r, i)) for r in range(world) for i in range(MICRO)]
-        denominator = sum(objective.count(b) for b in everyone)
+        denominators = TokenCount(sum(objective.count(b).tokens for b in everyone))
         total = torch.zeros(1, dtype=torch.float64)
         for i, one in enumerate(mine):
-            loss = engine.forward(one, objective, denominator)
+            loss = engine.forward(one, objective, denominators)
             engine.backward(loss.total, last=i == len(mine) - 1)
             total += loss.total.detach().double()
         told["losses"].append(float(dist.all_sum(total) if len(ranks) < world else total))

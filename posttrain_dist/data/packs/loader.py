@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from posttrain_dist.data.packs.balance import Cost, deal
-from posttrain_dist.data.packs.collate import collate, filler
+from posttrain_dist.data.packs.collate import Declares, collate, filler
 from posttrain_dist.data.packs.mixing import Mixture
 from posttrain_dist.data.packs.order import Order
 from posttrain_dist.data.packs.packing import Ints, plan_in_order
@@ -24,6 +24,7 @@ class PackedSource:
 
     Args:
         examples: a prepared split.
+        objective: what a filler needs in `Batch.extra`.
         max_length: tokens of a pack at most.
         window: samples that packing may reorder among themselves.
         seed: of the run.
@@ -36,9 +37,12 @@ class PackedSource:
         vocab_size: where given, tokens are checked against it.
     """
 
+    prefetchable = True  # its batches are a function of the step alone
+
     def __init__(
         self,
         examples: Examples,
+        objective: Declares,
         *,
         max_length: int,
         window: int,
@@ -51,7 +55,7 @@ class PackedSource:
         cost: Cost | None = None,
         vocab_size: int | None = None,
     ) -> None:
-        self._examples, self._mixture = examples, mixture
+        self._examples, self._objective, self._mixture = examples, objective, mixture
         self._max_length, self._window = max_length, window
         self._micro_batch_size, self._rank, self._world = micro_batch_size, rank, world
         self._vocab_size = vocab_size
@@ -133,4 +137,4 @@ class PackedSource:
             if samples:
                 yield collate([self._examples[i] for i in samples], self._vocab_size)
             else:
-                yield filler()
+                yield filler(self._objective)

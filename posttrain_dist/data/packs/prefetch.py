@@ -1,4 +1,4 @@
-"""The batches of the next step, made in a thread while this step runs."""
+"""What the loop takes batches from, and the thread that makes those of the next step."""
 
 from __future__ import annotations
 
@@ -13,40 +13,62 @@ if TYPE_CHECKING:
 
 
 class Source(Protocol):
-    """Batches of this rank, as a pure function of the step."""
+    """The batches of this rank, step by step.
 
-    def step(self, step: int) -> list[Batch]:
-        """The micro-batches of update `step` (from 1); as many on every rank."""
+    Attributes:
+        prefetchable: whether a step may be made before the steps before it are taken. A source
+            that needs the current weights, as rollouts do, says no.
+    """
+
+    @property
+    def prefetchable(self) -> bool: ...
+
+    def step(self, k: int) -> list[Batch]:
+        """The micro-batches of update `k`, from 1; as many on every rank."""
+
+    def sample_ids(self, k: int) -> list[int]:
+        """Ids of the samples of step `k` over all ranks."""
 
 
-class Ahead:
+class Prefetcher:
     """The same batches as those of `source`, on `device`; a context, that ends its thread.
 
-    Being a function of the step alone, what is made ahead is never stale, and a resumed run needs
-    nothing of it. An error in making a step is raised when that step is asked for.
+    A prefetchable source is a function of the step alone: what is made ahead is never stale, and
+    a resumed run needs nothing of it. An error in making a step is raised when that step is asked
+    for. Of any other source a step is made when it is asked for, by the thread that asks.
 
     Args:
         last: the last step that will be asked for.
     """
 
+    prefetchable = False  # it is done already
+
     def __init__(self, source: Source, device: torch.device, last: int) -> None:
         self._source, self._device, self._last = source, device, last
-        self._thread = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="batches", initializer=self._enter
-        )
+        self._thread: ThreadPoolExecutor | None = None
+        if source.prefetchable:
+            self._thread = ThreadPoolExecutor(
+                max_workers=1, thread_name_prefix="batches", initializer=self._enter
+            )
         self._next: tuple[int, Future[list[Batch]]] | None = None
 
-    def step(self, step: int) -> list[Batch]:
-        """The batches of a step, and begin the next."""
-        if self._next is None or self._next[0] != step:
-            self._next = (step, self._thread.submit(self._make, step))
+    def step(self, k: int) -> list[Batch]:
+        """The batches of step `k`; those of the next are begun if they may be."""
+        if self._thread is None:
+            return self._make(k)
+        if self._next is None or self._next[0] != k:
+            self._next = (k, self._thread.submit(self._make, k))
         batches = self._next[1].result()
-        if step < self._last:
-            self._next = (step + 1, self._thread.submit(self._make, step + 1))
+        if k < self._last:
+            self._next = (k + 1, self._thread.submit(self._make, k + 1))
         return batches
 
-    def _make(self, step: int) -> list[Batch]:
-        return [batch.to(self._device) for batch in self._source.step(step)]
+    def sample_ids(self, k: int) -> list[int]:
+        """As the source gives them."""
+        return self._source.sample_ids(k)
+
+    def _make(self, k: int) -> list[Batch]:
+        return [batch.to(self._device) for batch in self._source.step(k)]
 
     def _enter(self) -> None:
         if self._device.type == "cuda":
@@ -63,4 +85,5 @@ class Ahead:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)

@@ -13,6 +13,7 @@ from posttrain_kernels import linear_cross_entropy
 from posttrain_dist.data.packs.collate import collate, filler
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Batch, Example
+from posttrain_dist.objectives.sft import Sft
 
 
 def example(i: int, first: int | None = None) -> Example:
@@ -120,7 +121,7 @@ def test_a_row_of_one_token_has_no_target() -> None:
 
 
 def test_filler_weighs_nothing() -> None:
-    batch = filler(2)
+    batch = filler(Sft(), 2)
     assert (batch.num_tokens, batch.weight_N.sum(), batch.sample_id_S) == (0, 0, [-1])
     assert (batch.weight_sum, batch.num_targets) == (0, 0)
     assert (batch.cu_seqlens_S, set(batch.channel_N.tolist())) == ([0, 2], {2})

@@ -21,6 +21,7 @@ from posttrain_dist.data.packs.order import Order
 from posttrain_dist.data.prepared.arrays import Examples, SplitWriter
 from posttrain_dist.errors import ConfigError, DataError
 from posttrain_dist.flow import Batch, Example
+from posttrain_dist.objectives.sft import Sft
 
 SIZE = 53
 
@@ -71,6 +72,7 @@ def source(
 ) -> PackedSource:
     return PackedSource(
         examples,
+        Sft(),
         max_length=32,
         window=16,
         seed=seed,
@@ -322,6 +324,7 @@ def test_two_ends_are_refused(prepared: Examples) -> None:
 def test_tokens_outside_the_vocabulary_are_refused(prepared: Examples) -> None:
     run = PackedSource(
         prepared,
+        Sft(),
         max_length=32,
         window=16,
         seed=3,
