@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from posttrain_dist.files import FileDigest
     from posttrain_dist.flow import Batch, Loss
 
 
@@ -48,8 +49,12 @@ class TrainEngine(Protocol):
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter whole, one after the other; each valid until the next is asked for."""
 
-    def save_state(self, folder: Path) -> None:
-        """Write this rank's share of parameters and optimizer state."""
+    def save_state(self, folder: Path) -> Mapping[str, FileDigest]:
+        """Write this rank's share of parameters and optimizer state.
+
+        Returns:
+            Digests made while writing, by path below `folder`; other files are read back for it.
+        """
 
     def load_state(self, folder: Path) -> None:
         """Read what `save_state` wrote in the same layout."""
