@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import DataError, ModelError
+from posttrain_dist.files import write_whole
 from posttrain_dist.models import Weights
 
 if TYPE_CHECKING:
@@ -265,10 +266,8 @@ def compare(config: RunConfig, run_folder: Path) -> dict[str, Any]:
             for row, old, new in zip(samples, before[cut:], after[cut:], strict=True)
         ],
     }
-    path = run_folder / "answers.json"
-    aside = path.with_suffix(".json.tmp")
-    aside.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
+    text = json.dumps(result, ensure_ascii=False, indent=1) + "\n"
+    write_whole(run_folder / "answers.json", text)
     return result
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import os
 from importlib.resources import files
 from pathlib import Path
 
 from posttrain_dist.errors import PosttrainError
+from posttrain_dist.files import write_whole
 from posttrain_dist.report.alarm_section import alarms_of
 from posttrain_dist.report.blocks import blocks, data_blocks
 from posttrain_dist.report.charts import MAX_CHANNEL_CHARTS, charts_of
@@ -45,9 +45,7 @@ def write_report(run_folder: Path) -> Path:
         )
     page = _render(read_run(folder))
     path = folder / "report.html"
-    aside = folder / f".report.html.{os.getpid()}.tmp"
-    aside.write_text(page, encoding="utf-8")
-    aside.replace(path)
+    write_whole(path, page)
     return path
 
 
