@@ -29,7 +29,7 @@ from posttrain_dist.dist import Process
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.engine.optimizers import learning_rate
 from posttrain_dist.errors import TrainingError
-from posttrain_dist.files import write_whole
+from posttrain_dist.files import write_atomic
 from posttrain_dist.flow import Batch, StepInfo
 from posttrain_dist.logs import logged_to
 from posttrain_dist.loop import END_EARLY, GO_ON, LEAVE, Fit, Hook, evaluate
@@ -63,7 +63,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
     if isinstance(config.engine, DeepSpeed):
         dist.start(process)
     if process.is_main and not (run_folder / "config.yaml").exists():
-        write_whole(run_folder / "config.yaml", config.to_yaml())
+        write_atomic(run_folder / "config.yaml", config.to_yaml())
     with logged_to(run_folder / "logs" / f"rank-{process.rank}.log"):
         _Run(config, run_folder, process).train()
 
@@ -111,7 +111,7 @@ class _Run:
             self._check_parity(start + 1)
         if self.process.is_main:
             plan = {"total_steps": self.steps, "start_step": start}
-            write_whole(self.folder / "logs" / "plan.json", json.dumps(plan))
+            write_atomic(self.folder / "logs" / "plan.json", json.dumps(plan))
         self.sinks = dist.on_main(lambda: self._open_sinks(start)) or []
         fit = Fit(
             engine=self.engine,
@@ -276,7 +276,7 @@ class _Run:
         alarm = self.watch.stop if self.watch is not None else None
         if alarm is not None and completed and last < self.steps:
             said["early_stop"] = alarm.line()
-        write_whole(self.folder / "logs" / "outcome.json", json.dumps(said))
+        write_atomic(self.folder / "logs" / "outcome.json", json.dumps(said))
 
     def _open_sinks(self, start: int) -> list[Sink]:
         self.watch = Watch(self.config.diagnose, self._facts(), self.folder, start)

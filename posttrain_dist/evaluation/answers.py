@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import DataError, ModelError
-from posttrain_dist.files import write_whole
+from posttrain_dist.files import write_atomic
 from posttrain_dist.models import Weights
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def compare(config: RunConfig, run_folder: Path) -> dict[str, Any]:
         ],
     }
     text = json.dumps(result, ensure_ascii=False, indent=1) + "\n"
-    write_whole(run_folder / "answers.json", text)
+    write_atomic(run_folder / "answers.json", text)
     return result
 
 

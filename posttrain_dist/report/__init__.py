@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from posttrain_dist.errors import PosttrainError
-from posttrain_dist.files import write_whole
+from posttrain_dist.files import write_atomic
 from posttrain_dist.report.alarm_section import alarms_of
 from posttrain_dist.report.blocks import blocks, data_blocks
 from posttrain_dist.report.charts import MAX_CHANNEL_CHARTS, charts_of
@@ -45,7 +45,7 @@ def write_report(run_folder: Path) -> Path:
         )
     page = _render(read_run(folder))
     path = folder / "report.html"
-    write_whole(path, page)
+    write_atomic(path, page)
     return path
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from posttrain_dist.config import RunConfig
-from posttrain_dist.files import write_whole
+from posttrain_dist.files import write_atomic
 
 QUIET_S = 10.0  # between two lines where the output is no terminal
 
@@ -64,6 +64,6 @@ def write_data_report(
     report = inspect(config, prepared)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "data_report.html"
-    write_whole(folder / "data_report.json", json.dumps(report, ensure_ascii=False, indent=1))
-    write_whole(page, data_page(report))
+    write_atomic(folder / "data_report.json", json.dumps(report, ensure_ascii=False, indent=1))
+    write_atomic(page, data_page(report))
     return report, page

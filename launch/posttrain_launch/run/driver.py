@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from posttrain_dist.config import Local, RunConfig
 from posttrain_dist.errors import PosttrainError
-from posttrain_dist.files import write_whole
+from posttrain_dist.files import write_atomic
 from posttrain_launch.failures import FAILED, STOPPED, tell
 from posttrain_launch.run.progress import Progress
 from posttrain_launch.run.summary import summary_text
@@ -128,7 +128,7 @@ def _finish(config: RunConfig, folder: Path, outcome: dict[str, Any], out: IO[st
     if early:
         print(f"ended early at step {outcome['step']}: {early}", file=out, flush=True)
     finished = {"reason": "early_stop" if early else "completed", "step": outcome["step"]}
-    write_whole(folder / "FINISHED", json.dumps(finished) + "\n", to_disk=True)
+    write_atomic(folder / "FINISHED", json.dumps(finished) + "\n", to_disk=True)
     print(f"\n{summary_text(folder)}", file=out, flush=True)
 
 
@@ -154,7 +154,7 @@ def _record_hashes(folder: Path, inputs: dict[str, Any]) -> None:
     shown = (folder / "data_report.json").read_bytes()
     digests["data_report"] = hashlib.sha256(shown).hexdigest()
     lineage["hashes"] = {**lineage.get("hashes", {}), **digests}
-    write_whole(path, json.dumps(lineage, indent=1) + "\n", to_disk=True)
+    write_atomic(path, json.dumps(lineage, indent=1) + "\n", to_disk=True)
 
 
 # ------------------------------------------------------------------------------ surroundings
