@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------------------ atomic writes
 
 
-def write_whole(path: Path, text: str, *, to_disk: bool = False) -> None:
+def write_atomic(path: Path, text: str, *, to_disk: bool = False) -> None:
     """Write `text` beside `path` and rename it into place: a reader sees the old or the new file.
 
     Args:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from posttrain_dist.config import Local, RunConfig, complete
 from posttrain_dist.errors import ConfigError, PosttrainError
-from posttrain_dist.files import write_whole
+from posttrain_dist.files import write_atomic
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,5 +121,5 @@ def finish(
         log(f"ended early at step {outcome.step}: {outcome.early_stop}")
     reason = "early_stop" if outcome.early_stop else "completed"
     finished = {"reason": reason, "step": outcome.step}
-    write_whole(folder / "FINISHED", json.dumps(finished) + "\n", to_disk=True)
+    write_atomic(folder / "FINISHED", json.dumps(finished) + "\n", to_disk=True)
     return outcome

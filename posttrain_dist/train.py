@@ -31,7 +31,7 @@ from posttrain_dist.dist import Process
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.engine.optimizers import learning_rate
-from posttrain_dist.files import write_whole
+from posttrain_dist.files import write_atomic
 from posttrain_dist.flow import StepInfo
 from posttrain_dist.hooks import EndOnNonfinite, Evaluate, Log, Save
 from posttrain_dist.logs import log_to_file
@@ -121,14 +121,14 @@ def _enter(config: RunConfig, run_folder: Path, process: Process) -> Path:
     if isinstance(config.engine, DeepSpeed):
         dist.start(process)
     if process.is_main and not (run_folder / "config.yaml").exists():
-        write_whole(run_folder / "config.yaml", config.to_yaml())
+        write_atomic(run_folder / "config.yaml", config.to_yaml())
     return run_folder
 
 
 def _write_main(path: Path, **values: Any) -> None:
     """Write an object for the driver, on rank 0 alone."""
     if dist.rank() == 0:
-        write_whole(path, json.dumps(values))
+        write_atomic(path, json.dumps(values))
 
 
 def _stop_file(run_folder: Path) -> Stop:

@@ -15,7 +15,7 @@ from posttrain_dist.files import (
     commit_folder,
     digest_of,
     partial_of,
-    write_whole,
+    write_atomic,
 )
 
 
@@ -27,7 +27,7 @@ def test_a_reader_of_a_file_that_is_replaced_keeps_the_old_one(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
     with path.open() as reader:  # what is renamed over stays as it is; what is written over not
-        write_whole(path, "new", to_disk=True)
+        write_atomic(path, "new", to_disk=True)
         assert reader.read() == "old"
     assert path.read_text() == "new" and names(tmp_path) == ["a.json"]
 
@@ -36,7 +36,7 @@ def test_what_cannot_be_written_leaves_the_old_file_and_nothing_beside_it(tmp_pa
     path = tmp_path / "a.json"
     path.write_text("old")
     with pytest.raises(UnicodeEncodeError):
-        write_whole(path, "new \ud800")
+        write_atomic(path, "new \ud800")
     assert path.read_text() == "old" and names(tmp_path) == ["a.json"]
 
 

@@ -81,7 +81,13 @@ def test_the_wheel_holds_every_file_that_is_read_at_run_time(wheel: Path):
         }
     assert wanted - names == set()
     # The folders of the checkout are no importable names of their own.
-    assert not {name.split("/")[0] for name in names} & {"conf", "launch", "kernels", "slurm"}
+    assert not {name.split("/")[0] for name in names} & {
+        "conf", "launch", "kernels", "slurm", "tests", "benchmarks",
+    }  # fmt: skip
+    # Nor do the generators of the embedded data come along, under any name.
+    generators = {path.name for path in (ROOT / "tools").glob("*.py")}
+    assert "make_embedded.py" in generators
+    assert not generators & {Path(name).name for name in names}
 
 
 def test_it_runs_away_from_the_checkout(installed: Path, tmp_path: Path):

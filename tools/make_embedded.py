@@ -119,9 +119,4 @@ def write(folder: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    target = (
-        Path(sys.argv[1])
-        if len(sys.argv) > 1
-        else Path(__file__).parents[1] / "posttrain_dist/assets/embedded"
-    )
-    print(write(target))
+    print(write(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER))

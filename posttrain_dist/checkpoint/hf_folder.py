@@ -13,9 +13,10 @@ import torch
 
 from posttrain_dist import dist
 from posttrain_dist.errors import CheckpointError
+from posttrain_dist.files import commit_folder, partial_of
 
 SHARD_BYTES = 4 << 30
-# Whatever belongs to a tokenizer or to generation; weights and config.json are written anew.
+# Whatever belongs to a tokenizer or to generation; weights and config.json are written by us.
 COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "*.model", "chat_template*", "LICENSE*", "NOTICE*",
@@ -45,7 +46,7 @@ def write_hf_folder(
     Raises:
         CheckpointError: a weight is not finite, or all weights are zero.
     """
-    partial = target.with_name(target.name + ".partial")
+    partial = partial_of(target)
     main = dist.rank() == 0
     if main:
         shutil.rmtree(partial, ignore_errors=True)
@@ -62,8 +63,7 @@ def write_hf_folder(
             for path in source.glob(pattern):
                 shutil.copyfile(path, partial / path.name)
         _write_generation_config(source, partial, end_token_id)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.replace(target)
+        commit_folder(partial, target, replace=True)
     dist.barrier()
     return target
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from posttrain_dist import dist
 from posttrain_dist.checkpoint.manifest import MANIFEST, Manifest, is_whole, read_manifest
 from posttrain_dist.errors import CheckpointError
-from posttrain_dist.files import FileDigest, commit_folder, digest_of, partial_of, write_whole
+from posttrain_dist.files import FileDigest, commit_folder, digest_of, partial_of, write_atomic
 
 STATE = "state"  # folder of the engine's files inside a checkpoint
 
@@ -55,9 +55,9 @@ def save(
 
     def commit() -> None:
         files = _digests(partial, shares)
-        write_whole(partial / MANIFEST, replace(manifest, files=files).to_json())
+        write_atomic(partial / MANIFEST, replace(manifest, files=files).to_json())
         commit_folder(partial, final, replace=True)  # one of an earlier try: never, or torn
-        write_whole(final.parent / "latest", final.name + "\n")
+        write_atomic(final.parent / "latest", final.name + "\n")
         _prune(run_folder, keep, final, best)
 
     try:

@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from posttrain_dist.files import read_rows, write_whole
+from posttrain_dist.files import read_rows, write_atomic
 
 
 class Level(Enum):
@@ -64,7 +64,7 @@ class AlarmLog:
     def __init__(self, path: Path, start_step: int) -> None:
         kept = [row for row in read_alarms(path) if row["step"] <= start_step] if start_step else []
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, alarms: list[Alarm]) -> None:

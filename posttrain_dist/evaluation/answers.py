@@ -11,7 +11,7 @@ from typing import Any
 
 from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import DataError
-from posttrain_dist.files import write_whole
+from posttrain_dist.files import write_atomic
 from posttrain_dist.flow import Message
 from posttrain_dist.generation.base import Sampling
 from posttrain_dist.generation.local import LocalGenerator
@@ -82,7 +82,7 @@ def compare(config: RunConfig, run_folder: Path) -> dict[str, Any]:
         ],
     }
     text = json.dumps(result, ensure_ascii=False, indent=1) + "\n"
-    write_whole(run_folder / "answers.json", text)
+    write_atomic(run_folder / "answers.json", text)
     return result
 
 

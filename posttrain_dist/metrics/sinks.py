@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Protocol
 
-from posttrain_dist.files import read_rows, write_whole
+from posttrain_dist.files import read_rows, write_atomic
 from posttrain_dist.flow import StepInfo
 
 
@@ -25,7 +25,7 @@ class JsonlSink:
 
     def __init__(self, path: Path, start_step: int) -> None:
         kept = [row for row in read_rows(path) if row["step"] <= start_step] if start_step else []
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
 
     def write(self, info: StepInfo) -> None:
@@ -44,7 +44,7 @@ class SampleLog:
         lines = path.read_text().splitlines() if start_step and path.is_file() else []
         kept = [line for line in lines if line.split("\t")[0].isdigit()]
         kept = [line for line in kept if int(line.split("\t")[0]) <= start_step]
-        write_whole(path, "".join(line + "\n" for line in kept))
+        write_atomic(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a")
 
     def write(self, info: StepInfo) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.errors import DataError, PosttrainError
-from posttrain_dist.files import sync
+from posttrain_dist.files import commit_folder, partial_of
 
 KEPT_DAYS = 30  # that an entry stays after its last use
 _ENTRY = re.compile(r"[0-9a-f]{32}")
@@ -94,18 +94,13 @@ def make_whole(folder: Path, build: Build) -> None:
     Raises:
         Unwritable: the place cannot be written to.
     """
-    partial = folder.with_name(folder.name + ".partial")
+    partial = partial_of(folder)
     try:
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
         build(partial)
-        for path in [*partial.rglob("*"), partial]:
-            sync(path)
-        if folder.exists():
-            folder.rmdir()  # an empty one
-        partial.rename(folder)
-        sync(folder.parent)
+        commit_folder(partial, folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise _unwritable(folder, error) from error

@@ -26,7 +26,7 @@ from posttrain_dist.data.read.tables import HF
 from posttrain_dist.data.sources import file_sets
 from posttrain_dist.dist import Process
 from posttrain_dist.errors import DataError, PosttrainError
-from posttrain_dist.files import write_whole
+from posttrain_dist.files import write_atomic
 from posttrain_dist.models.folder import load_tokenizer, resolve
 
 
@@ -43,7 +43,7 @@ def write_data_report(config: RunConfig, prepared: Path, folder: Path) -> dict[s
     """
     report = data_report(config, prepared)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "data_report.json", json.dumps(report, ensure_ascii=False, indent=1))
+    write_atomic(folder / "data_report.json", json.dumps(report, ensure_ascii=False, indent=1))
     return report
 
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from posttrain_dist.errors import DataError
-from posttrain_dist.files import write_whole
+from posttrain_dist.files import write_atomic
 
 _SETTLED_S = 2.0  # a file changed later than this before it was hashed may change unnoticed
 _MOST = 10_000  # files that are remembered
@@ -70,7 +70,7 @@ class Digests:
         newest = dict(list(self._known.items())[-_MOST:])
         with contextlib.suppress(OSError):
             self._store.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self._store, json.dumps(newest))
+            write_atomic(self._store, json.dumps(newest))
 
 
 def _unreadable(file: Path, error: OSError) -> DataError:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from posttrain_dist.config import RunConfig, Slurm
 from posttrain_dist.errors import ClusterError, ConfigError
-from posttrain_dist.files import write_whole
+from posttrain_dist.files import write_atomic
 
 # USR1 this long before the time limit: time for one step, a checkpoint and the end of Ray. A model
 # that needs more asks for it: cluster.extra=["--signal=B:USR1@600"].
@@ -45,7 +45,7 @@ def submit(config: RunConfig, run_folder: Path, dry_run: bool = False) -> str | 
         )
     script = run_folder / "job.sbatch"
     text = render(config, run_folder)
-    write_whole(script, text)
+    write_atomic(script, text)
     script.chmod(0o755)
     (run_folder / "logs").mkdir(exist_ok=True)  # Slurm opens its log there before the job begins
     if dry_run:

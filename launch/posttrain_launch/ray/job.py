@@ -25,7 +25,7 @@ import ray
 from posttrain_dist.config import Ray, RunConfig, Slurm
 from posttrain_dist.engine import Single
 from posttrain_dist.errors import ClusterError, PosttrainError
-from posttrain_dist.files import write_whole
+from posttrain_dist.files import write_atomic
 from posttrain_dist.preflight import single_on_many
 from posttrain_launch.ray.child import error_fields, error_file
 from posttrain_launch.ray.gate import is_soon, wait_for_data
@@ -54,7 +54,7 @@ def main() -> None:
     except Exception as failure:
         traceback.print_exc()
         fields = _describe(failure, run_folder)
-        write_whole(error_file(run_folder), json.dumps(fields, indent=1))
+        write_atomic(error_file(run_folder), json.dumps(fields, indent=1))
         sys.exit(1)
     finally:
         ray.shutdown()

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from posttrain_dist.config import Local, RunConfig
 from posttrain_dist.errors import PosttrainError
-from posttrain_dist.files import write_whole
+from posttrain_dist.files import write_atomic
 from posttrain_dist.run import discard_outcome, finish
 from posttrain_launch.failures import FAILED, STOPPED, print_error
 from posttrain_launch.ray.child import Job, started
@@ -132,7 +132,7 @@ def _record_hashes(folder: Path, inputs: dict[str, Any]) -> None:
     shown = (folder / "data_report.json").read_bytes()
     digests["data_report"] = hashlib.sha256(shown).hexdigest()
     lineage["hashes"] = {**lineage.get("hashes", {}), **digests}
-    write_whole(path, json.dumps(lineage, indent=1) + "\n", to_disk=True)
+    write_atomic(path, json.dumps(lineage, indent=1) + "\n", to_disk=True)
 
 
 # ------------------------------------------------------------------------------ surroundings

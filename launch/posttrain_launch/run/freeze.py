@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from posttrain_dist.config import RunConfig, complete
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.errors import ConfigError
-from posttrain_dist.files import write_whole
+from posttrain_dist.files import write_atomic
 from posttrain_launch.compose.composer import Composed
 from posttrain_launch.compose.paths import with_absolute_paths
 
@@ -66,7 +66,7 @@ def freeze(composed: Composed, command: str) -> Path:
             "config.yaml": text,  # last: with it the folder is a run
         }.items():
             if content is not None:
-                write_whole(folder / name, content, to_disk=True)
+                write_atomic(folder / name, content, to_disk=True)
     except OSError as error:
         raise _not_writable(folder, error) from error
     return folder

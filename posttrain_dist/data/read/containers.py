@@ -26,7 +26,7 @@ _KINDS = {".jsonl": "lines", ".json": "json", ".parquet": "parquet", ".csv": "cs
 # What datasets.save_to_disk writes beside the rows.
 _ABOUT = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
 _BLOCK_BYTES = 1 << 20
-_HF_ROWS = 10_000  # a unit, unless told otherwise
+_HF_ROWS = 10_000  # a unit, by default
 
 Raw = tuple[int, int | None, Any]  # line or row, byte, the JSON value or BadRow
 

@@ -1,4 +1,9 @@
-"""A JSON file that is one array: its elements, found without reading the whole file at once."""
+"""A JSON file that is one array: its elements, found without reading the whole file at once.
+
+Written by hand because ijson (3.6, yajl2_c) gives no position of an element, ends the file at the
+first one that is not valid UTF-8 or JSON, holds the whole of one that is too long, keeps one of two
+equal keys, and makes "?" of half a surrogate pair.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +92,7 @@ class _Window:
                 return *start, text, token.group()
             depth += _LEVELS.get(token.group(), 0)
             if depth < 0:
-                raise self._fault("is not valid JSON: } without {", "mend it")
+                raise self._fault("is not valid JSON: } without {", "remove it")
 
     def _read_on(self, quote: int | None) -> int:
         """Read more of an element; the position of what is not seen yet.

@@ -10,7 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain_dist.files import write_whole
+from posttrain_dist.files import write_atomic
 from posttrain_dist.report.blocks import blocks
 from posttrain_dist.report.data.data_figures import (
     COUNTS,
@@ -41,7 +41,7 @@ _TAIL = 0.4  # of a conversation that is cut, the share shown of its end: the an
 def write_data_page(report: dict[str, Any], folder: Path) -> Path:
     """Write data_report.html into a folder that is there, and return its path."""
     page = folder / "data_report.html"
-    write_whole(page, data_page(report))
+    write_atomic(page, data_page(report))
     return page
 
 

@@ -10,7 +10,7 @@ import datetime
 from pathlib import Path
 
 from posttrain_dist.errors import PosttrainError
-from posttrain_dist.files import write_whole
+from posttrain_dist.files import write_atomic
 from posttrain_dist.report.blocks import blocks, data_blocks
 from posttrain_dist.report.page import MAX_CHANNEL_CHARTS, asset, render
 from posttrain_dist.report.run.alarm_section import alarms_of
@@ -43,7 +43,7 @@ def write_report(run_folder: Path) -> Path:
         )
     page = _render(read_run(folder))
     path = folder / "report.html"
-    write_whole(path, page)
+    write_atomic(path, page)
     return path
 
 

@@ -49,10 +49,10 @@ def test_a_file_with_nothing_but_bad_rows_is_not_empty(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("unit_bytes", [None, 1])
-def test_where_all_are_empty_each_is_told(tmp_path: Path, unit_bytes: int | None) -> None:
+def test_where_all_are_empty_each_is_rejected(tmp_path: Path, unit_bytes: int | None) -> None:
     reader = Reader(write(tmp_path, EMPTY), format=Format.text)
     rows = [row for unit in reader.units(unit_bytes) for row in reader.read(unit)]
-    told = [
+    rejected = [
         (Path(row.file).name, row.what, row.ends_file) for row in rows if isinstance(row, Rejected)
     ]
-    assert told == [(name, "holds no row", True) for name in (*EMPTY, "7.parquet")]
+    assert rejected == [(name, "holds no row", True) for name in (*EMPTY, "7.parquet")]

@@ -200,19 +200,19 @@ def check_packed(folder: Path, format: Format, content: bytes, share: float) -> 
     pressed = gzip.compress(content, 1)
     packed.write_bytes(pressed)
 
-    def told(path: Path) -> list[Any]:
+    def results(path: Path) -> list[Any]:
         rows = list(Reader(str(path), format=format))
         return [
             (r.line, r.byte, r.what) if isinstance(r, Rejected) else r.where.rsplit(":")[-1]
             for r in rows
         ]
 
-    whole = told(plain)
-    assert told(packed) == whole
+    whole = results(plain)
+    assert results(packed) == whole
     packed.write_bytes(pressed[: max(1, int(share * (len(pressed) - 1)))])
     *before, last = Reader(str(packed), format=format)
     assert isinstance(last, Rejected) and last.ends_file
-    assert told(packed)[:-1] == whole[: len(before)]
+    assert results(packed)[:-1] == whole[: len(before)]
     if last.line:  # otherwise not even the head could be read
         assert last.byte is not None
         assert content[: last.byte].count(b"\n") + 1 == last.line
