@@ -18,6 +18,7 @@ from posttrain_dist.prepare.fingerprint import FORMAT, Inputs
 from posttrain_dist.prepare.similar import near_duplicates, near_leaks
 from posttrain_dist.prepare.split import Split
 from posttrain_dist.prepare.tally import Tally
+from posttrain_dist.prepare.target_tokens import end_token, watched_tokens
 
 # Upper edges of the histogram of lengths, in tokens: eight to an octave.
 EDGES = np.unique(np.round(2.0 ** np.arange(0, 24.01, 0.125)).astype(np.int64))
@@ -52,6 +53,8 @@ def summarise(inputs: Inputs, tally: Tally, split: Split, folder: Path) -> Summa
         rejected=sum(counts[2] for counts in tally.rows_of_file.values()),
         longest=tally.longest,
         largest_id=tally.largest_id,
+        special_tokens=watched_tokens(inputs),
+        end_token_id=end_token(Examples.open(folder, "train", tally.channels), inputs.model_folder),
         inputs=inputs.digest,
     )
 
@@ -101,7 +104,7 @@ def report(
             "long_rows": config.data.long_rows.name,
             "template": config.template.name,
             "template_sha256": inputs.digest["template"],
-            "policy": config.template.policy.name,
+            "supervise": config.template.supervise.name,
             "explode_turns": config.template.explode_turns,
             "strict": config.template.strict,
         },
