@@ -35,7 +35,7 @@ class OutputBuffer(list[str]):
 
 
 class TracedMessages(list[Any]):
-    """Messages that note how much was written when the template came to each of them."""
+    """Messages that record how much was written when the template reached each of them."""
 
     def __init__(
         self, messages: Any, output: OutputBuffer, starts: dict[int, int], first: int = 0
@@ -122,7 +122,7 @@ def _looks_at_first_only(tree: nodes.Template, names: set[str]) -> bool:
 
 
 def _looks_back_only(node: nodes.Node) -> bool:
-    """No use of the loop's own state that tells what comes after."""
+    """No use of the loop's own state that depends on what follows."""
     if isinstance(node, nodes.Getattr) and _is_loop(node.node):
         return node.attr in _BACKWARD
     if isinstance(node, nodes.Getitem) and _is_loop(node.node):

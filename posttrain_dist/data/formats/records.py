@@ -55,7 +55,7 @@ class Reader:
         accepts: Set[Format] = ALL_FORMATS,
     ) -> None:
         self.path, self.columns = path, dict(columns or {})
-        self.recognised = format is Format.auto  # by its rows, so that it should be said aloud
+        self.recognised = format is Format.auto  # by its rows, so that it should be logged
         check_columns(self.columns)
         if self.recognised:
             format = self._recognise(accepts)

@@ -18,7 +18,7 @@ from posttrain_dist.flow import Record
 
 one = runpy.run_path(str(Path(__file__).with_name("supervised_text.py")))["one"]
 
-supervised = runpy.run_path(str(Path(__file__).with_name("learned_text.py")))["supervised"]
+supervised = runpy.run_path(str(Path(__file__).with_name("supervised_text.py")))["supervised"]
 
 TokenizerOf = Callable[..., Any]
 ASK = {"role": "user", "content": "q"}
