@@ -88,7 +88,7 @@ class Tally:
         return channel_R
 
     def column(self, name: str) -> npt.NDArray[Any]:
-        """One value a row: "channel", "key", "set", "truncated" or "dropped"."""
+        """One value per row: "channel", "key", "set", "truncated" or "dropped"."""
         return np.concatenate([np.empty(0, _COLUMNS[name]), *self._columns.get(name, [])])
 
     def rows_of_samples(self) -> npt.NDArray[np.int64]:

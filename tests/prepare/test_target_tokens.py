@@ -18,7 +18,7 @@ from posttrain_dist.metrics.special_tokens import special_tokens
 from posttrain_dist.models.folder import load_tokenizer, resolve
 from posttrain_dist.objectives.pretrain import Pretrain
 from posttrain_dist.prepare import fingerprint, prepare
-from posttrain_dist.prepare.target_tokens import end_token
+from posttrain_dist.prepare.summarise import end_token
 
 
 def config_of(tmp_path: Path, rows: list[dict[str, Any]], **values: Any) -> RunConfig:
@@ -37,8 +37,8 @@ def test_a_prepared_folder_holds_what_the_tokenizer_and_the_template_say(tmp_pat
     tokenizer = load_tokenizer(resolve("tiny_base"))
     made = prepare(config_of(tmp_path, [chat("a"), chat("b")]), tmp_path / "p")
     assert made.special_tokens == special_tokens(tokenizer, tokenizer.chat_template)
-    assert made.end_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert made.special_tokens[made.end_token_id] == "im_end"
+    assert made.end_token_id == tokenizer.convert_tokens_to_ids("<|end|>")
+    assert made.special_tokens[made.end_token_id] == "end"
     # JSON has no integer keys.
     assert Summary.read(tmp_path / "p").special_tokens == made.special_tokens
 

@@ -26,7 +26,7 @@ from posttrain_dist.flow import Example, Record
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
-# What the tokenizer is given at once: its answer takes some hundred bytes a character.
+# What the tokenizer is given at once: its answer takes some hundred bytes per character.
 _BATCH = 256  # texts
 _BATCH_CHARACTERS = 1 << 20
 # Channels and samples have numbers only once the rows of all files are known.
@@ -46,7 +46,7 @@ class Encoder:
     Args:
         tokenizer: a fast tokenizer of transformers.
         choice: which template, and what is supervised.
-        max_length: tokens a sample at most.
+        max_length: tokens per sample at most.
         long_rows: what becomes of longer ones.
         template: the loaded template; null: it is loaded with the first conversation.
 

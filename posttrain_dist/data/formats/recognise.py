@@ -30,7 +30,7 @@ _NEVER = ("functions", "documents", "images", "videos", "audios", "weight")
 
 @dataclass(frozen=True)
 class Shape:
-    """The keys of one format, and the function that reads the fields of a Record from such a row."""
+    """The keys of one format, and the function that reads a Record's fields from such a row."""
 
     needs: tuple[str, ...]
     may: tuple[str, ...]  # keys that are read where they are there

@@ -73,7 +73,7 @@ class Reader:
         """Parts that several processes can read; all in their order give what `iter` gives.
 
         Args:
-            unit_bytes: about so many bytes of JSON lines a unit; null: a unit a file.
+            unit_bytes: about so many bytes of JSON lines per unit; null: one unit per file.
 
         Raises:
             DataError: there is no such file.

@@ -188,7 +188,7 @@ def _calls(value: Any, path: str) -> list[dict[str, Any]]:
 
 
 def _call(value: Any, path: str) -> dict[str, Any]:
-    """{"type": "function", "function": {"name", "arguments": object}}, and its id where there is one."""
+    """{"type": "function", "function": {"name", "arguments": object}}, and its id if it has one."""
     fix = '{"type": "function", "function": {"name": "...", "arguments": {...}}}'
     if not isinstance(value, dict):
         raise bad_field(path, f"is {kind(value)}, expected an object", fix)
