@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from posttrain_kernels import linear_cross_entropy, linear_logprob, multiplies_f
 from posttrain_dist import dist
 from posttrain_dist.checkpoint.manifest import Layout, Manifest, Recipe
 from posttrain_dist.config import Dtype, RunConfig, single_process_rule
-from posttrain_dist.data.chat.template import load_template
 from posttrain_dist.data.packs.balance import Cost
 from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.data.packs.loader import PackedSource
@@ -27,9 +25,8 @@ from posttrain_dist.dist import Process
 from posttrain_dist.engine import DeepSpeed, Single
 from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.flow import Batch
-from posttrain_dist.metrics.special_tokens import special_tokens
 from posttrain_dist.models import Weights
-from posttrain_dist.models.folder import check_folder, load_tokenizer, resolve
+from posttrain_dist.models.folder import check_folder, resolve
 from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
@@ -55,19 +52,19 @@ class PreparedData:
         return list(self.train.channels)
 
 
-def open_prepared(config: RunConfig, folder: Path) -> PreparedData:
+def open_prepared(folder: Path) -> PreparedData:
     """Open the prepared folder of a run.
 
     Raises:
         DataError: it was not prepared, or by another version.
     """
-    train = Examples.open(folder, "train")
+    summary = Summary.read(folder)
     return PreparedData(
-        train=train,
+        train=Examples.open(folder, "train"),
         heldout=Examples.open(folder, "eval"),
-        fingerprint=Summary.read(folder).inputs,
-        special_tokens=_special_tokens(config),
-        end_token_id=_end_token(train, resolve(config.model.path)),
+        fingerprint=summary.inputs,
+        special_tokens=summary.special_tokens,
+        end_token_id=summary.end_token_id,
     )
 
 
@@ -218,27 +215,3 @@ def _recipe(config: RunConfig, fingerprint: dict[str, Any]) -> dict[str, str]:
         "data.sources": str({n: astuple(s)[1:] for n, s in config.data.sources.items()}),
         "data": digest.hexdigest()[:16],
     }
-
-
-def _special_tokens(config: RunConfig) -> dict[int, str]:
-    tokenizer = load_tokenizer(resolve(config.model.path))
-    if config.objective.rows != "messages":
-        return special_tokens(tokenizer, "")
-    return special_tokens(tokenizer, load_template(config.template, tokenizer).source)
-
-
-def _end_token(examples: Examples, model_folder: Path) -> int | None:
-    """The token that supervised turns end with: the last target of most of the first rows.
-
-    Only an added token of the tokenizer can be one: a line break that a template writes after
-    each turn would end every answer at its first line.
-    """
-    added = json.loads((model_folder / "tokenizer.json").read_text()).get("added_tokens", [])
-    last: Counter[int] = Counter()
-    for i in range(min(len(examples), 200)):
-        example = examples[i]
-        targets = example.input_ids_L[example.weight_L > 0]
-        if len(targets) and not example.truncated:
-            last[int(targets[-1])] += 1
-    token = last.most_common(1)[0][0] if last else None
-    return token if token in {entry["id"] for entry in added} else None

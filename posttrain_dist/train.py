@@ -58,7 +58,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
     run_folder = _enter(config, Path(run_folder).absolute(), process)
     with log_to_file(run_folder / "logs" / f"rank-{process.rank}.log"):
         # Data, model and engine.
-        data = open_prepared(config, run_folder / "prepared")
+        data = open_prepared(run_folder / "prepared")
         dtype = pick_dtype(config.train.dtype)
         engine = make_engine(config, process, dtype)
         policy = build_policy(config, engine, dtype, data.channels)

@@ -1,6 +1,41 @@
-"""From files to batches: read, render, mask, pack, collate.
+"""The data pipeline, from files to batches: one line a stage, in order. Read this file fourth.
 
-records -> template + masking -> packing -> collate -> loader
+stage              file                      in -> out
+-----------------  ------------------------  --------------------------------------------------
+choose files       sources.py                DataConfig -> FileSets: the sources, held-out rows
+                   embedded.py               the data set of the package, by its digest
+read               read/containers.py        path -> units -> (line, byte, JSON value)
+                   read/json_lines.py        ... of JSON lines, read/json_array.py of an array,
+                   read/tables.py            ... of parquet, CSV and Hugging Face datasets
+recognise          formats/recognise.py      keys of the first rows -> Format; row -> Record
+                   formats/turns.py          ... rows that hold one conversation
+                   formats/pairs.py          ... rows that begin with a prompt
+                   formats/plain.py          ... text and tokens
+records            formats/records.py        path -> Record, or Rejected with file, line and field
+template           chat/template.py          template.name + tokenizer -> ChatTemplate
+                   chat/causal.py            ... whether one rendering holds those of all prefixes
+escape             chat/controls.py          control tokens in content -> EscapedText
+render             chat/conversation.py      messages -> text, and each turn's inference prompt
+mask               chat/turn_spans.py        text -> the characters of each turn
+                   chat/turn_ends.py         ... and of the tokens that end it
+check              chat/checks.py            text and spans -> names of failed checks
+supervise          chat/supervision.py       Record -> SupervisedText: characters with weights
+encode             chat/encoder.py           SupervisedText -> Example: tokens with weights
+                   chat/token_weights.py     ... character weights -> token weights
+                   chat/pieces.py            Example -> text for people
+prepare            (posttrain_dist.prepare)  all files -> the prepared folder, split and counted
+                   prepared/arrays.py        Examples as flat arrays on disk, mapped by workers
+                   prepared/summary.py       what was found: counts, channels, digests
+mix                packs/mixing.py           weights of sources -> samples of an epoch
+order              packs/order.py            (seed, epoch) -> packs of each step
+                   packs/packing.py          ... lengths -> packs, by best fit
+                   packs/balance.py          ... packs -> ranks, by cost
+batch              packs/collate.py          Examples of a pack -> Batch
+                   packs/loader.py           step k -> the Batches of this rank
+                   packs/prefetch.py         ... made in a thread, ahead of the step
+-----------------  ------------------------  --------------------------------------------------
+
+Here are the configs of the groups `data` and `template`.
 """
 
 from __future__ import annotations
@@ -11,7 +46,16 @@ from enum import Enum
 
 from posttrain_dist.errors import Rule, at_least
 
-__all__ = ["DataConfig", "Format", "LongRows", "MixBy", "OnBadRow", "Policy", "Source", "Template"]
+__all__ = [
+    "DataConfig",
+    "Format",
+    "LongRows",
+    "MixBy",
+    "OnBadRow",
+    "Source",
+    "Supervise",
+    "Template",
+]
 
 
 class Format(Enum):
@@ -76,14 +120,14 @@ class DataConfig:
     format: Format = Format.auto
     columns: dict[str, str] = field(default_factory=dict)  # our name -> the name in the files
     on_bad_row: OnBadRow = OnBadRow.error
-    max_length: int = 2048  # tokens a pack at most
+    max_length: int = 2048  # tokens per pack at most
     long_rows: LongRows = LongRows.truncate
     pack_window: int = 4096  # samples that packing may reorder among themselves
-    workers: int | None = None  # processes that tokenise; null: one a core
+    workers: int | None = None  # processes that tokenise; null: one per core
     cache: str | None = None  # folder of prepared data; null: posttrain/ in the user's cache
 
 
-class Policy(Enum):
+class Supervise(Enum):
     """Which messages are supervised where a row does not say so itself."""
 
     assistant = "assistant"  # every assistant turn
@@ -93,10 +137,10 @@ class Policy(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class Template:
-    """The group `template`: how a conversation becomes text, and what of it is learned."""
+    """The group `template`: how a conversation becomes text, and what of it is supervised."""
 
-    name: str = "tokenizer"  # the tokenizer's own; or one of data/templates; or a .jinja file
-    policy: Policy = Policy.assistant
+    name: str = "tokenizer"  # the tokenizer's own; or one of data/chat/templates; or a .jinja file
+    supervise: Supervise = Supervise.assistant
     explode_turns: bool = False  # one sample for each assistant turn
     strict: bool = True  # a failed check stops; false: it is reported
 

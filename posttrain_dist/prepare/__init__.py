@@ -1,6 +1,6 @@
 """Data files + tokenizer -> the prepared folder that every worker maps: checked, tokenised, split.
 
-samples/                flat arrays of all samples (posttrain_dist.data.packs.loader)
+samples/                flat arrays of all samples (posttrain_dist.data.prepared.arrays)
 train.npy eval.npy      which of them each split holds
 heldout_records.jsonl   held-out rows as text, for answers by generation: the first of each channel
 summary.json            channels, counts, digests of all that went in
@@ -16,13 +16,14 @@ from pathlib import Path
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.errors import ConfigError, DataError, ModelError, PosttrainError
-from posttrain_dist.prepare.build_dataset import Progress, fill
-from posttrain_dist.prepare.cache import cache_folder, fetch, is_whole, obtain
-from posttrain_dist.prepare.fingerprint import Inputs, changed, look
+from posttrain_dist.prepare import build_dataset, fingerprint
+from posttrain_dist.prepare.build_dataset import Progress
+from posttrain_dist.prepare.cache import cache_folder, fetch, get_or_build, is_whole
+from posttrain_dist.prepare.fingerprint import Inputs, changed
 
 __all__ = ["prepare", "prepare_cached"]
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def prepare(
@@ -31,7 +32,7 @@ def prepare(
     *,
     only_heldout: bool = False,
     progress: Progress | None = None,
-    say: Say = lambda line: None,
+    say: Log = lambda line: None,
 ) -> Summary:
     """Check model folder and data, tokenise, and write `folder` whole or not at all.
 
@@ -50,9 +51,13 @@ def prepare(
     """
     if folder.exists() and any(folder.iterdir()):
         return _reuse(config, folder, only_heldout, say)
-    inputs = look(config, only_heldout=only_heldout)
+    inputs = fingerprint.fingerprint(config, only_heldout=only_heldout)
     cached = cache_folder(config.data.cache) / inputs.key
-    fetch(cached, folder, lambda to: fill(config, inputs, to, only_heldout, progress), say)
+
+    def build(to: Path) -> None:
+        build_dataset.build_dataset(config, inputs, to, only_heldout, progress)
+
+    fetch(cached, folder, build, say)
     summary = Summary.read(folder)
     try:
         _check_fit(inputs, summary)
@@ -67,21 +72,25 @@ def prepare_cached(
     *,
     only_heldout: bool = False,
     progress: Progress | None = None,
-    say: Say = lambda line: None,
+    say: Log = lambda line: None,
 ) -> Path:
     """As `prepare`, but in the cache alone: its folder, which is only to be read.
 
     Raises:
         PosttrainError: as for `prepare`; the cache cannot be written to.
     """
-    inputs = look(config, only_heldout=only_heldout)
+    inputs = fingerprint.fingerprint(config, only_heldout=only_heldout)
     cached = cache_folder(config.data.cache) / inputs.key
-    obtain(cached, lambda to: fill(config, inputs, to, only_heldout, progress), say)
+
+    def build(to: Path) -> None:
+        build_dataset.build_dataset(config, inputs, to, only_heldout, progress)
+
+    get_or_build(cached, build, say)
     _check_fit(inputs, Summary.read(cached))
     return cached
 
 
-def _reuse(config: RunConfig, folder: Path, only_heldout: bool, say: Say) -> Summary:
+def _reuse(config: RunConfig, folder: Path, only_heldout: bool, say: Log) -> Summary:
     """What is there, if the same would be made again.
 
     Raises:
@@ -92,10 +101,10 @@ def _reuse(config: RunConfig, folder: Path, only_heldout: bool, say: Say) -> Sum
         raise DataError(
             "lacks a file, or has one that was cut",
             where=str(folder),
-            fix="delete this folder: the data is then prepared anew",
+            fix="delete this folder: the data is then prepared again",
         )
     try:
-        inputs = look(config, only_heldout=only_heldout)
+        inputs = fingerprint.fingerprint(config, only_heldout=only_heldout)
     except DataError as error:  # the files of rows are gone: nothing can differ
         say(f"{error.where}: {error.what}; going on with the data that was prepared from it")
         return summary
@@ -104,7 +113,7 @@ def _reuse(config: RunConfig, folder: Path, only_heldout: bool, say: Say) -> Sum
         raise DataError(
             f"was prepared from other input: {', '.join(differ)} changed since",
             where=str(folder),
-            fix="start a new run, put the old input back, or delete this folder to prepare anew",
+            fix="start a new run, put the old input back, or delete this folder to prepare again",
         )
     return summary
 

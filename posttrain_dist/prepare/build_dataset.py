@@ -20,8 +20,9 @@ from posttrain_dist.data.prepared.arrays import SplitWriter
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.errors import DataError, PosttrainError, raise_all
 from posttrain_dist.flow import Record
+from posttrain_dist.prepare.chunk import Chunk
 from posttrain_dist.prepare.fingerprint import Inputs, refuse_changed
-from posttrain_dist.prepare.rows import Job, Part, Task
+from posttrain_dist.prepare.row_encoder import Job, Task
 from posttrain_dist.prepare.split import Split, keep_apart, split_off
 from posttrain_dist.prepare.summarise import findings, summarise
 from posttrain_dist.prepare.tally import Tally
@@ -32,7 +33,7 @@ UNIT_BYTES = 2 << 20  # of JSON lines that a process takes at once
 TEXT_ROWS = 256  # held-out rows of each channel that are kept as text
 
 
-def fill(
+def build_dataset(
     config: RunConfig, inputs: Inputs, folder: Path, only_heldout: bool, progress: Progress | None
 ) -> None:
     """Fill `folder`, which is there and empty.
@@ -86,30 +87,26 @@ def _encode(
         return Task(inputs.readers[index], unit, in_order=own_heldout, keep_text=keep_text)
 
     stop_early = config.data.on_bad_row is OnBadRow.error
-    answers = encode(job, (task(*each) for each in plan), processes)
+    answers = encode(job, (task(*each) for each in plan), processes, inputs.template)
     with SplitWriter(samples) as writer, contextlib.closing(answers):
-        for done, ((index, _), parts) in enumerate(zip(plan, answers, strict=True), start=1):
-            for part in parts:
-                _store(writer, part, tally, index)
+        for done, ((index, _), chunks) in enumerate(zip(plan, answers, strict=True), start=1):
+            for chunk in chunks:
+                _store(writer, chunk, tally, index)
                 if stop_early and len(tally.rejected) >= MAX_ERRORS:
                     return
             if progress is not None:
                 progress(done, len(plan))
 
 
-def _store(writer: SplitWriter, part: Part, tally: Tally, index: int) -> None:
+def _store(writer: SplitWriter, chunk: Chunk, tally: Tally, index: int) -> None:
+    """Write the samples of a chunk, now that their channels and places have numbers."""
     first = tally.num_samples
-    channel_R = tally.add(part, index)
-    ends = np.cumsum(part.lengths_S)
-    for i, (end, length) in enumerate(zip(ends.tolist(), part.lengths_S, strict=True)):
-        writer.add(
-            part.tokens_L[end - length : end],
-            part.weights_L[end - length : end],
-            channel=int(channel_R[part.row_S[i]]),
-            source=index,
-            sample_id=first + i,
-            truncated=part.truncated_S[i],
-        )
+    channel_R = tally.add(chunk, index)
+    numbers = {
+        "channels": channel_R[chunk.row_S],
+        "ids": np.arange(first, tally.num_samples),
+    }
+    writer.append({**chunk.examples, **numbers}, source=index)
 
 
 def _split(config: RunConfig, inputs: Inputs, tally: Tally) -> Split:

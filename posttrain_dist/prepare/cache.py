@@ -20,7 +20,7 @@ KEPT_DAYS = 30  # that an entry stays after its last use
 _ENTRY = re.compile(r"[0-9a-f]{32}")
 
 Build = Callable[[Path], None]  # fills an empty folder
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class Unwritable(DataError):
@@ -35,11 +35,11 @@ def cache_folder(named: str | None) -> Path:
     return Path(home) / "posttrain" / "prepared"
 
 
-def obtain(cached: Path, build: Build, say: Say) -> Path:
+def get_or_build(cached: Path, build: Build, log: Log) -> Path:
     """The whole entry `cached`, made by `build` if it is not there; to be read only.
 
     One process builds, others that want the same wait for it. An entry that lacks a file, or has
-    one that was cut, is built anew.
+    one that was cut, is built again.
 
     Raises:
         Unwritable: it is not there, and the cache cannot be written to.
@@ -53,7 +53,7 @@ def obtain(cached: Path, build: Build, say: Say) -> Path:
             return cached
         raise _unwritable(cached, error) from error
     with lock:
-        _take(lock.fileno(), say)
+        _take(lock.fileno(), log)
         if is_whole(cached):
             with contextlib.suppress(OSError):
                 os.utime(cached)  # used now
@@ -64,12 +64,12 @@ def obtain(cached: Path, build: Build, say: Say) -> Path:
     return cached
 
 
-def fetch(cached: Path, folder: Path, build: Build, say: Say) -> None:
+def fetch(cached: Path, folder: Path, build: Build, log: Log) -> None:
     """Put the cached entry at `folder`; where the cache cannot be used, build `folder` itself."""
     try:
-        source = obtain(cached, build, say)
+        source = get_or_build(cached, build, log)
     except Unwritable as error:
-        say(f"{cached.parent}: {error.what}; data.cache names another; preparing without one")
+        log(f"{cached.parent}: {error.what}; data.cache names another; preparing without one")
         make_whole(folder, build)
         return
     make_whole(folder, lambda partial: _link(source, partial))
@@ -117,12 +117,12 @@ def _unwritable(place: Path, error: OSError) -> Unwritable:
     )
 
 
-def _take(lock: int, say: Say) -> None:
+def _take(lock: int, log: Log) -> None:
     """Wait until no other process holds the lock."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        say("waiting for another process that prepares the same data")
+        log("waiting for another process that prepares the same data")
         fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError:
         pass  # a file system without locks

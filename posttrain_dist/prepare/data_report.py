@@ -71,7 +71,7 @@ def data_report(config: RunConfig, prepared: Path) -> dict[str, Any]:
             "long_rows": config.data.long_rows.name,
             "template": template.name,
             "template_sha256": summary.inputs["template"],
-            "policy": template.policy.name,
+            "supervise": template.supervise.name,
             "explode_turns": template.explode_turns,
             "strict": template.strict,
             "tokenizer": config.model.path,

@@ -1,4 +1,4 @@
-"""SHA-256 of files, remembered by what tells that a file is the same."""
+"""SHA-256 of files, remembered as long as size, time and inode of a file are the same."""
 
 from __future__ import annotations
 

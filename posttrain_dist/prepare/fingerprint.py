@@ -9,9 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from posttrain_dist import data as data_package
 from posttrain_dist.config import RunConfig
-from posttrain_dist.data.chat.template import load_template
+from posttrain_dist.data.chat.template import ChatTemplate, load_template
 from posttrain_dist.data.formats.records import Reader
 from posttrain_dist.data.sources import FileSet, file_sets
 from posttrain_dist.errors import DataError, PosttrainError, raise_all
@@ -20,7 +19,10 @@ from posttrain_dist.models.folder import check_folder, check_tokenizer, load_tok
 from posttrain_dist.prepare.cache import cache_folder
 from posttrain_dist.prepare.digests import Digests, state
 
-FORMAT = 4  # of the prepared folder; a change makes older folders unreadable
+# Version of what is written: the files of a prepared folder, and the tokens and masks that a row
+# gives. Raise it with every change of these, also with a fix: entries of the cache that were made
+# before are then prepared again, and a run that was begun keeps its own.
+FORMAT = 5
 LIBRARIES = ("jinja2", "tokenizers", "transformers")
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -41,8 +43,9 @@ class Inputs:
     model_folder: Path
     model: dict[str, Any]  # its config.json
     tokenizer: Any
+    template: ChatTemplate | None  # null: the objective reads no messages
     sets: list[FileSet]
-    readers: list[Reader]  # one a file set
+    readers: list[Reader]  # one per file set
     states: dict[Path, tuple[int, int, int]]  # of the files of rows, when they were hashed
     digest: dict[str, Any]  # equal digests, equal content of the prepared folder
 
@@ -53,7 +56,7 @@ class Inputs:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def look(config: RunConfig, *, only_heldout: bool) -> Inputs:
+def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
     """Check model folder, tokenizer, template and files; hash them, and read the first rows.
 
     Raises:
@@ -69,13 +72,13 @@ def look(config: RunConfig, *, only_heldout: bool) -> Inputs:
     check_tokenizer(tokenizer, model_folder, need_chat_template=need)
     template = None
     if rows == "messages":
-        template = load_template(config.template, tokenizer).sha256
+        template = load_template(config.template, tokenizer)
     own_heldout = any(each.split == "eval" for each in sets)
     digests = Digests(cache_folder(data.cache) / "hashes.json")
     states = {file: state(file) for each in sets for file in each.files}
     digest = {
         "format": FORMAT,
-        "versions": {name: version(name) for name in LIBRARIES} | {"posttrain-dist": _code()},
+        "versions": {name: version(name) for name in LIBRARIES},
         "rows": rows,
         "only_heldout": only_heldout,
         "max_length": data.max_length,
@@ -85,8 +88,8 @@ def look(config: RunConfig, *, only_heldout: bool) -> Inputs:
         "row_format": data.format.name,
         "columns": data.columns,
         "on_bad_row": data.on_bad_row.name,
-        "template": template,
-        "policy": config.template.policy.name,
+        "template": None if template is None else template.sha256,
+        "supervise": config.template.supervise.name,
         "explode_turns": config.template.explode_turns,
         "strict": config.template.strict,
         # In their order: a sample knows its source by number.
@@ -103,7 +106,7 @@ def look(config: RunConfig, *, only_heldout: bool) -> Inputs:
     }
     digests.save()
     readers = _readers(sets, config)
-    return Inputs(model_folder, model, tokenizer, sets, readers, states, digest)
+    return Inputs(model_folder, model, tokenizer, template, sets, readers, states, digest)
 
 
 def _readers(sets: list[FileSet], config: RunConfig) -> list[Reader]:
@@ -116,14 +119,6 @@ def _readers(sets: list[FileSet], config: RunConfig) -> list[Reader]:
             problems.append(error)
     raise_all(problems)
     return readers
-
-
-def _code() -> str:
-    """A digest of the code that turns rows into samples: what it fixes is not in older entries."""
-    folders = (Path(data_package.__file__).parent, Path(__file__).parent)
-    files = sorted(p for f in folders for p in f.rglob("*") if p.suffix in (".py", ".jinja"))
-    text = b"".join(path.name.encode() + path.read_bytes() for path in files)
-    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def refuse_changed(inputs: Inputs) -> None:
@@ -142,6 +137,6 @@ def refuse_changed(inputs: Inputs) -> None:
 
 
 def changed(digest: dict[str, Any], before: dict[str, Any]) -> list[str]:
-    """Names of the inputs that differ; a run goes on with libraries of another version."""
-    names = (digest.keys() | before.keys()) - {"versions"}
+    """Names of the inputs that differ; a run goes on with libraries and code of another version."""
+    names = (digest.keys() | before.keys()) - {"versions", "format"}
     return sorted(name for name in names if digest.get(name) != before.get(name))

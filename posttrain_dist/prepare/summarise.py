@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from posttrain_dist.prepare.tally import Tally
 
 # Upper edges of the histogram of lengths, in tokens: eight to an octave.
 EDGES = np.unique(np.round(2.0 ** np.arange(0, 24.01, 0.125)).astype(np.int64))
+_FIRST_SAMPLES = 200  # that show how turns end
 
 
 def summarise(inputs: Inputs, tally: Tally, split: Split, folder: Path) -> Summary:
@@ -50,6 +53,8 @@ def summarise(inputs: Inputs, tally: Tally, split: Split, folder: Path) -> Summa
         rejected=sum(counts[2] for counts in tally.rows_of_file.values()),
         longest=tally.longest,
         largest_id=tally.largest_id,
+        special_tokens=watched_tokens(inputs),
+        end_token_id=end_token(Examples.open(folder, "train", tally.channels), inputs.model_folder),
         inputs=inputs.digest,
     )
 
@@ -84,6 +89,44 @@ def _histogram(lengths: npt.NDArray[np.int64]) -> list[list[int]]:
     used = np.flatnonzero(bins)
     kept = range(max(used[0] - 1, 0), used[-1] + 1)
     return [[int(EDGES[i]), int(bins[i])] for i in kept]
+
+
+# What training has to know of the tokenizer, so that it loads none.
+
+
+def watched_tokens(inputs: Inputs) -> dict[int, str]:
+    """The special tokens that have a loss of their own in the metrics: id -> name, ids ascending.
+
+    Those that the chat template in use writes are among them; rows of text have no template.
+    """
+    from posttrain_dist.metrics.special_tokens import special_tokens  # imports torch
+
+    source = "" if inputs.template is None else inputs.template.source
+    return special_tokens(inputs.tokenizer, source)
+
+
+def end_token(examples: Examples, model_folder: Path) -> int | None:
+    """The token that supervised turns end with: the last target of most of the first samples.
+
+    Only an added token of the tokenizer can be one: a line break that a template writes after
+    each turn would end every answer at its first line.
+
+    Args:
+        examples: the training split.
+        model_folder: with tokenizer.json.
+
+    Returns:
+        Its id; null where the samples end with none, or there is no sample.
+    """
+    tokenizer = json.loads((model_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    last: Counter[int] = Counter()
+    for i in range(min(len(examples), _FIRST_SAMPLES)):
+        example = examples[i]
+        targets = example.input_ids_L[example.weight_L > 0]
+        if len(targets) and not example.truncated:
+            last[int(targets[-1])] += 1
+    token = last.most_common(1)[0][0] if last else None
+    return token if token in {entry["id"] for entry in tokenizer.get("added_tokens", [])} else None
 
 
 def findings(inputs: Inputs, tally: Tally, folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from posttrain_dist.data.formats.records import Rejected
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Record
-from posttrain_dist.prepare.rows import MAX_EXAMPLES, MAX_SHOWN, MAX_TOLD, Lowest, Part
+from posttrain_dist.prepare.chunk import MAX_EXAMPLES, MAX_REJECTED, BottomK, Chunk, add_place
 
 MAX_CHANNELS = 256  # each is a row of every table and several metrics
 _COLUMNS = {
@@ -30,7 +30,7 @@ _COLUMNS = {
 
 @dataclass(slots=True)
 class Tally:
-    """Adds up parts, in the order of the files."""
+    """Adds up chunks, in the order of the files."""
 
     text_rows: int  # rows of each channel that are kept as text
     channels: list[str] = field(default_factory=list)  # by first appearance, then sorted
@@ -46,48 +46,49 @@ class Tally:
     failed_places: dict[str, list[str]] = field(default_factory=dict)  # check -> first ones
     dropped_places: dict[str, list[str]] = field(default_factory=dict)  # channel -> first ones
     rows_of_file: dict[str, list[int]] = field(default_factory=dict)  # [set, rows, rejected]
-    texts: Lowest[Record] = field(init=False)
-    shown: Lowest[str] = field(default_factory=lambda: Lowest(MAX_EXAMPLES))
+    texts: BottomK[Record] = field(init=False)
+    shown: BottomK[str] = field(default_factory=lambda: BottomK(MAX_EXAMPLES))
     _columns: dict[str, list[npt.NDArray[Any]]] = field(default_factory=dict)
     _numbers: dict[str, int] = field(default_factory=dict)  # channel -> place in `channels`
 
     def __post_init__(self) -> None:
-        self.texts = Lowest(self.text_rows)
+        self.texts = BottomK(self.text_rows)
 
-    def add(self, part: Part, index: int) -> npt.NDArray[np.int64]:
-        """Take in a part of file set `index`; the channel of each of its rows."""
-        numbers = np.array([self._channel(name, part.file) for name in part.channels], np.int64)
-        channel_R = numbers[np.array(part.channel_R, np.int64)]
+    def add(self, chunk: Chunk, index: int) -> npt.NDArray[np.int64]:
+        """Take in a chunk of file set `index`; the channel of each of its rows."""
+        facts, num_rows = chunk.facts, len(chunk.channel_R)
+        numbers = [self._channel(name, facts.file) for name in chunk.channels]
+        channel_R = np.array(numbers, np.int64)[chunk.channel_R]
         self._extend("channel", channel_R)
-        self._extend("key", np.array(part.key_R, np.uint64))
-        self._extend("set", np.full(len(channel_R), index, np.int64))
-        self._extend("truncated", np.array(part.truncated_R, np.bool_))
-        self._extend("dropped", np.array(part.dropped_R, np.bool_))
-        self.row_S.append(np.array(part.row_S, np.int64) + self.num_rows)
-        self.near_RB.append(part.near_RB)
-        self.longest = max([self.longest, *part.lengths_S])
-        self.largest_id = max(self.largest_id, int(part.tokens_L.max(initial=0)))
-        self.ends_file = self.ends_file or part.ends_file
-        self.rejected += part.rejected[: MAX_SHOWN - len(self.rejected)]
-        self.failed += part.failed
+        self._extend("key", chunk.key_R)
+        self._extend("set", np.full(num_rows, index, np.int64))
+        self._extend("truncated", chunk.truncated_R)
+        self._extend("dropped", chunk.dropped_R)
+        self.row_S.append(chunk.row_S + self.num_rows)
+        self.near_RB.append(chunk.near_RB)
+        lengths_S = np.diff(chunk.examples["offsets"])
+        self.longest = max(self.longest, int(lengths_S.max(initial=0)))
+        self.largest_id = max(self.largest_id, int(chunk.examples["tokens"].max(initial=0)))
+        self.ends_file = self.ends_file or facts.ends_file
+        self.rejected += facts.rejected[: MAX_REJECTED - len(self.rejected)]
+        self.failed += facts.failed
         for ours, theirs in (
-            (self.failed_places, part.failed_places),
-            (self.dropped_places, part.dropped_places),
+            (self.failed_places, facts.failed_places),
+            (self.dropped_places, facts.dropped_places),
         ):
             for name, places in theirs.items():
-                told = ours.setdefault(name, [])
-                told += places[: MAX_TOLD - len(told)]
-        self.texts.merge(part.texts, self.num_rows)
-        self.shown.merge(part.shown, self.num_rows)
-        counts = self.rows_of_file.setdefault(part.file, [index, 0, 0])
-        counts[1] += len(channel_R)
-        counts[2] += part.num_rejected
-        self.num_rows += len(channel_R)
-        self.num_samples += len(part.lengths_S)
+                add_place(ours, name, places)
+        self.texts.merge(facts.texts, self.num_rows)
+        self.shown.merge(facts.shown, self.num_rows)
+        counts = self.rows_of_file.setdefault(facts.file, [index, 0, 0])
+        counts[1] += num_rows
+        counts[2] += facts.num_rejected
+        self.num_rows += num_rows
+        self.num_samples += len(lengths_S)
         return channel_R
 
     def column(self, name: str) -> npt.NDArray[Any]:
-        """One value a row: "channel", "key", "set", "truncated" or "dropped"."""
+        """One value per row: "channel", "key", "set", "truncated" or "dropped"."""
         return np.concatenate([np.empty(0, _COLUMNS[name]), *self._columns.get(name, [])])
 
     def rows_of_samples(self) -> npt.NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Encode chunks in several processes, in order, with a bounded number under way.
+"""Encode units of files in several processes, in order, with a bounded number under way.
 
 Our own processes, not multiprocessing's: those run the user's main script again, which need not
 be guarded against that, and forked ones inherit the threads of torch and tokenizers.
@@ -21,55 +21,60 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from typing import IO
 
+from posttrain_dist.data.chat.template import ChatTemplate
 from posttrain_dist.errors import PosttrainError
-from posttrain_dist.prepare.rows import Job, Part, RowEncoder, Task
+from posttrain_dist.prepare.chunk import Chunk
+from posttrain_dist.prepare.row_encoder import Job, RowEncoder, Task
 
-PARTS_AHEAD = 4  # of one task that wait to be used
+CHUNKS_AHEAD = 4  # of one task that wait to be used
 _PR_SET_PDEATHSIG = 1
 SMALL_BYTES = 4 << 20  # below, starting a process takes longer than the work
 
 
 def encode(
-    job: Job, tasks: Iterable[Task], processes: int
-) -> Generator[Iterable[Part], None, None]:
-    """The parts of each task, in the order of the tasks; each is to be used up before the next.
+    job: Job, tasks: Iterable[Task], processes: int, template: ChatTemplate | None = None
+) -> Generator[Iterable[Chunk], None, None]:
+    """The chunks of each task, in the order of the tasks; each is to be used up before the next.
+
+    Args:
+        template: the loaded template, for work that is done in this process.
 
     Raises:
         PosttrainError: as RowEncoder raised it.
     """
     if processes < 2:
-        encoder = RowEncoder(job)
+        encoder = RowEncoder(job, template)
         for task in tasks:
-            yield encoder.parts(task)
+            yield encoder.chunks(task)
         return
     pool = _Pool(job, processes)
     try:
-        waiting: deque[_Answer] = deque()
+        pending: deque[_Answer] = deque()
         for task in tasks:
-            waiting.append(pool.submit(task))
-            if len(waiting) > 2 * processes:
-                yield waiting.popleft()
-        while waiting:
-            yield waiting.popleft()
+            pending.append(pool.submit(task))
+            if len(pending) > 2 * processes:
+                yield pending.popleft()
+        while pending:
+            yield pending.popleft()
     finally:
         pool.close()
 
 
 class _Answer:
-    """The parts of one task as they come in; who sends them waits while many are not used."""
+    """The chunks of one task as they come in; who sends them waits while many are not used."""
 
     def __init__(self, closed: threading.Event) -> None:
         self._closed = closed
-        self._queue: queue.Queue[Part | Exception | None] = queue.Queue(maxsize=PARTS_AHEAD)
+        self._queue: queue.Queue[Chunk | Exception | None] = queue.Queue(maxsize=CHUNKS_AHEAD)
 
-    def put(self, item: Part | Exception | None) -> None:
-        """One part; an error or None ends them."""
+    def put(self, item: Chunk | Exception | None) -> None:
+        """One chunk; an error or None ends them."""
         while not self._closed.is_set():
             with contextlib.suppress(queue.Full):
                 self._queue.put(item, timeout=0.2)
                 return
 
-    def __iter__(self) -> Iterator[Part]:
+    def __iter__(self) -> Iterator[Chunk]:
         while (item := self._queue.get()) is not None:
             if isinstance(item, Exception):
                 raise item
@@ -77,7 +82,7 @@ class _Answer:
 
 
 class _Pool:
-    """One thread for each process: it sends a task and waits for its parts."""
+    """One thread for each process: it sends a task and waits for its chunks."""
 
     def __init__(self, job: Job, processes: int) -> None:
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
@@ -130,14 +135,14 @@ class _Pool:
                     _send(child.stdin, job)
                     first = False
                 _send(child.stdin, task)
-                while isinstance(item := pickle.load(child.stdout), Part):
+                while isinstance(item := pickle.load(child.stdout), Chunk):
                     answer.put(item)
                 answer.put(item)
             except (OSError, EOFError, pickle.UnpicklingError):
                 child.kill()
                 code = child.wait()
                 answer.put(RuntimeError(f"a process that tokenises died (exit code {code})"))
-            except Exception as error:  # whatever it is, nobody must wait for ever
+            except Exception as error:  # whatever it is, the caller must not wait forever
                 answer.put(error)
 
 
@@ -147,7 +152,7 @@ def _send(stream: IO[bytes], value: object) -> None:
 
 
 def work(parent: int) -> None:
-    """What each process does: a Job, then Tasks from stdin; Parts and None for each to stdout."""
+    """What each process does: a Job, then Tasks from stdin; Chunks and None for each to stdout."""
     _end_with(parent)
     stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get among the answers
@@ -158,8 +163,8 @@ def work(parent: int) -> None:
             task = pickle.load(stdin)
             end: Exception | None = None
             try:
-                for part in encoder.parts(task):
-                    _send(stdout, part)
+                for chunk in encoder.chunks(task):
+                    _send(stdout, chunk)
             except PosttrainError as error:
                 end = error
             except Exception as error:  # it may be of a class that cannot be sent

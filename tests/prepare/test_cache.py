@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from posttrain_dist import data as data_package
+import posttrain_dist
 from posttrain_dist.build import make_mixture
 from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, complete
 from posttrain_dist.data import OnBadRow, Source
@@ -26,7 +26,7 @@ from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.errors import DataError
 from posttrain_dist.prepare import build_dataset as build
-from posttrain_dist.prepare import prepare, prepare_cached, rows, workers
+from posttrain_dist.prepare import fingerprint, prepare, prepare_cached, row_encoder, workers
 from posttrain_dist.prepare.cache import KEPT_DAYS
 from posttrain_dist.prepare.data_report import data_report
 from posttrain_dist.prepare.digests import Digests
@@ -129,19 +129,47 @@ def test_a_digest_is_remembered_until_the_file_changes(tmp_path: Path) -> None:
     assert Digests(store).of(file) == second
 
 
-def test_other_code_makes_another_entry(
+def test_a_changed_version_of_what_is_written_makes_another_entry(
     make: Any, builders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make(train=str(of_task(builders, tmp_path / "rows.jsonl", "t", 20)))
     prepare(config, tmp_path / "p")
     first = prepare_cached(config)
-    code = tmp_path / "code"
-    shutil.copytree(Path(data_package.__file__).parent, code)
-    with (code / "masking.py").open("a") as stream:
-        stream.write("# mended\n")
-    monkeypatch.setattr(data_package, "__file__", str(code / "__init__.py"))
+    monkeypatch.setattr(fingerprint, "FORMAT", fingerprint.FORMAT + 1)
     assert prepare_cached(config) != first
     prepare(config, tmp_path / "p")  # a run that was begun goes on all the same
+
+
+def test_a_comment_in_the_code_changes_no_key(builders: Any, tmp_path: Path) -> None:
+    """Two copies of the program that differ in a comment share the entries of the cache."""
+    rows = of_task(builders, tmp_path / "rows.jsonl", "t", 20)
+    script = textwrap.dedent(f"""
+        from posttrain_dist.config import *
+        from posttrain_dist.prepare import fingerprint
+        data = DataConfig(train={str(rows)!r}, cache={str(tmp_path / "c")!r})
+        config = complete(RunConfig(model=ModelConfig(path="tiny_base"), data=data))
+        print(fingerprint.fingerprint(config, only_heldout=False).key)
+        print(fingerprint.__file__)
+    """)
+    keys = []
+    for name, comment in (("one", ""), ("two", "# a comment\n")):
+        package = tmp_path / name / "posttrain_dist"
+        shutil.copytree(Path(posttrain_dist.__file__).parent, package)
+        for file in ("data/chat/encoder.py", "prepare/split.py"):
+            with (package / file).open("a") as stream:
+                stream.write(comment)
+        found = subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(package.parent)},
+            cwd=tmp_path,
+        )
+        assert found.returncode == 0, found.stderr
+        key, file = found.stdout.split()
+        assert file == str(package / "prepare" / "fingerprint.py")
+        keys.append(key)
+    assert keys[0] == keys[1]
 
 
 # --------------------------------------------------------------------------- lost, left, old
@@ -176,7 +204,9 @@ def test_an_entry_is_used_where_nothing_can_be_written(
     lock = entry.with_name(entry.name + ".lock")
     lock.unlink()
     lock.mkdir()  # cannot be opened to write, whoever runs this
-    monkeypatch.setattr("posttrain_dist.prepare.fill", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(
+        "posttrain_dist.prepare.build_dataset.build_dataset", lambda *_: pytest.fail("built again")
+    )
     assert prepare_cached(config) == entry
     prepare(config, tmp_path / "p")
     assert (tmp_path / "p" / "train.npy").samefile(entry / "train.npy")
@@ -259,24 +289,24 @@ def test_the_report_names_the_files_of_this_run(make: Any, builders: Any, tmp_pa
     assert [(row["file"], row["line"]) for row in report["rejected"]] == [(str(data), 21)]
 
 
-# ------------------------------------------------------------------------- processes and parts
+# ------------------------------------------------------------------------ processes and chunks
 
 
-def test_many_small_parts_are_the_same_bytes(
+def test_many_small_chunks_are_the_same_bytes(
     make: Any, builders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = builders.write(tmp_path / "rows.jsonl", builders.rows(90))
     config = make(train=str(data), workers=1)
     prepare(config, tmp_path / "whole")
-    monkeypatch.setattr(rows, "PART_TOKENS", 60)
-    monkeypatch.setattr(rows, "_BATCH_ROWS", 7)
+    monkeypatch.setattr(row_encoder, "CHUNK_TOKENS", 60)
+    monkeypatch.setattr(row_encoder, "_BATCH_ROWS", 7)
     config = make(train=str(data), workers=1, cache=str(tmp_path / "c2"))
-    summary = prepare(config, tmp_path / "parts")
+    summary = prepare(config, tmp_path / "chunks")
     assert summary == Summary.read(tmp_path / "whole")
     for file in (tmp_path / "whole").rglob("*"):
         if file.is_file():
             relative = file.relative_to(tmp_path / "whole")
-            assert file.read_bytes() == (tmp_path / "parts" / relative).read_bytes(), relative
+            assert file.read_bytes() == (tmp_path / "chunks" / relative).read_bytes(), relative
 
 
 class _Odd(Exception):

@@ -108,7 +108,7 @@ def test_a_second_call_uses_what_is_there(
     folder = tmp_path / "prepared"
     first = prepare(make(), folder)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    monkeypatch.setattr("posttrain_dist.prepare.rows.Encoder", no_encoder)
+    monkeypatch.setattr("posttrain_dist.prepare.row_encoder.Encoder", no_encoder)
     assert prepare(make(), folder) == first == Summary.read(folder)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     # Another run takes it from the cache, without a copy; the cache may then be emptied.

@@ -68,7 +68,7 @@ def test_two_processes_give_the_same_bytes_as_one(
 
 
 @pytest.mark.usefixtures("many")
-def test_bad_rows_of_several_processes_are_told_in_order(
+def test_bad_rows_of_several_processes_come_in_order(
     builders: Any, tiny_llama: Path, tmp_path: Path
 ) -> None:
     data = builders.write(tmp_path / "rows.jsonl", builders.rows(60))
@@ -100,7 +100,7 @@ def test_rows_that_are_skipped_are_counted_and_shown(
         prepare(config, tmp_path / "q")
 
 
-def test_a_process_that_dies_is_told_and_leaves_nothing(
+def test_a_process_that_dies_is_an_error_and_leaves_nothing(
     builders: Any, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "SMALL_BYTES", 1)
@@ -128,12 +128,12 @@ def test_two_runs_at_once_prepare_once(builders: Any, tiny_llama: Path, tmp_path
         import sys
         from posttrain_dist.config import *
         from posttrain_dist.prepare import prepare
-        import posttrain_dist.prepare as module
-        fill = module.fill
+        from posttrain_dist.prepare import build_dataset as module
+        build = module.build_dataset
         def counted(*args):
             print("built", flush=True)
-            fill(*args)
-        module.fill = counted
+            build(*args)
+        module.build_dataset = counted
         data = DataConfig(train={str(data)!r}, max_length=64, cache={str(tmp_path / "c")!r})
         config = complete(RunConfig(model=ModelConfig(path={str(tiny_llama)!r}), data=data))
         from pathlib import Path

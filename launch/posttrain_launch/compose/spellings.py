@@ -81,6 +81,9 @@ KEYS: dict[str, str] = {
     "num_nodes": "cluster.nodes",
 }
 
+# Our own keys of earlier versions -> their names now.
+RENAMED: dict[str, str] = {"template.policy": "template.supervise"}
+
 _PACKED = "leave it out: rows are always packed, attention and positions never cross a sample"
 _ONLY_FULL = "this version trains every parameter (tuning=full); adapters are not there yet"
 
@@ -141,6 +144,8 @@ EXPLAINED: dict[str, str] = {
 
 def foreign(key: str) -> str | None:
     """What to do about a key in the spelling of another program; None if we do not know it."""
+    if key in RENAMED:
+        return f"write {RENAMED[key]} (it was renamed)"
     leaf = key.rsplit(".", 1)[-1].lower().replace("-", "_")
     if leaf in KEYS and KEYS[leaf] != key:
         return f"write {KEYS[leaf]} (that is the name here)"

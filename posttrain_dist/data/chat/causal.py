@@ -23,7 +23,7 @@ _PER_ROW = {"messages", "tools", "documents"}
 _PROMPT = "add_generation_prompt"
 
 
-class Pieces(list[str]):
+class OutputBuffer(list[str]):
     """What a template has written so far; `length` is in characters."""
 
     length = 0
@@ -34,27 +34,27 @@ class Pieces(list[str]):
         self.length += len(piece)
 
 
-class Watched(list[Any]):
-    """Messages that note how much was written when the template came to each of them."""
+class TracedMessages(list[Any]):
+    """Messages that record how much was written when the template reached each of them."""
 
     def __init__(
-        self, messages: Any, pieces: Pieces, starts: dict[int, int], first: int = 0
+        self, messages: Any, output: OutputBuffer, starts: dict[int, int], first: int = 0
     ) -> None:
         super().__init__(messages)
-        self._pieces, self._starts, self._first = pieces, starts, first
+        self._output, self._starts, self._first = output, starts, first
 
     def __iter__(self) -> Iterator[Any]:
         for i, message in enumerate(super().__iter__()):
-            self._starts[self._first + i] = self._pieces.length
+            self._starts[self._first + i] = self._output.length
             yield message
-        self._starts[self._first + len(self)] = self._pieces.length
+        self._starts[self._first + len(self)] = self._output.length
 
     def __getitem__(self, key: SupportsIndex | slice) -> Any:
         found = super().__getitem__(key)
         if not isinstance(key, slice):
             return found
         first = self._first + key.indices(len(self))[0]
-        return Watched(found, self._pieces, self._starts, first)
+        return TracedMessages(found, self._output, self._starts, first)
 
 
 def is_causal(source: str, environment: jinja2.Environment) -> bool:
@@ -122,7 +122,7 @@ def _looks_at_first_only(tree: nodes.Template, names: set[str]) -> bool:
 
 
 def _looks_back_only(node: nodes.Node) -> bool:
-    """No use of the loop's own state that tells what comes after."""
+    """No use of the loop's own state that depends on what follows."""
     if isinstance(node, nodes.Getattr) and _is_loop(node.node):
         return node.attr in _BACKWARD
     if isinstance(node, nodes.Getitem) and _is_loop(node.node):

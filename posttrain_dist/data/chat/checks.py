@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain_dist.data.chat.controls import REASONING, Span
 from posttrain_dist.data.chat.conversation import Conversation
+from posttrain_dist.data.chat.turn_ends import ends_turn, stops_early
+from posttrain_dist.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What a check protects from, and how to mend what fails it."""
+    """What a check protects from, and how to fix what fails it."""
 
     level: str  # "error" or "warning"
     explain: str
@@ -32,18 +34,18 @@ CHECKS: dict[str, Check] = {
         "begin the training tokens, and a turn reads as it did when it was written.",
         "set template.explode_turns=true (one sample for each assistant turn) where the template "
         "rewrites earlier turns; else move spaces or line breaks from the end of the prompt "
-        "to the beginning of the answer, or mend the template",
+        "to the beginning of the answer, or correct the template",
     ),
     "generation_prompt": Check(
         "error",
         "What stands between the generation prompt and the supervised text is given by nobody "
-        "at inference, and the model never learned to write it.",
+        "at inference, and the model is never trained to write it.",
         "let the template write all of the header under add_generation_prompt, or move "
         "{% generation %} to the end of that prompt",
     ),
     "generation_marks": Check(
         "error",
-        "Of each turn in the loss, what stands between {% generation %} marks is learned, and "
+        "Of each turn in the loss, what stands between {% generation %} marks is trained on, and "
         "nothing that is given at inference: no header and no earlier message.",
         "begin {% generation %} where the generation prompt ends (not in a macro), in each branch "
         "that writes a turn of the assistant; or set the weight of the turn to 0",
@@ -51,7 +53,7 @@ CHECKS: dict[str, Check] = {
     "content_shown": Check(
         "error",
         "What the assistant says, thinks and calls stands in the text; a template may leave out "
-        "what it does not know, and the model would learn the rest.",
+        "what it does not know, and the model would be trained on the rest.",
         "choose a template that writes it; or write thoughts into the content as "
         "<think>...</think>, and what stands beside a tool call into a turn of its own; or take "
         "it out of the row",
@@ -107,10 +109,37 @@ CHECKS: dict[str, Check] = {
 }
 
 
+@dataclass(slots=True)
+class Faults:
+    """The checks that one text fails, in the order in which they were made."""
+
+    where: str
+    strict: bool
+    names: list[str] = field(default_factory=list)
+
+    def note(self, name: str, what: str, fix: str = "") -> None:
+        """Add a failed check, or refuse the row for it; an empty `what` is no fault.
+
+        Args:
+            name: of the check.
+            fix: for this row; empty: that of the check.
+
+        Raises:
+            DataError: the check is of level "error", and `strict` is set.
+        """
+        if not what:
+            return
+        check = CHECKS[name]
+        if self.strict and check.level == "error":
+            raise DataError(what, where=self.where, fix=fix or check.fix)
+        if name not in self.names:
+            self.names.append(name)
+
+
 def prompt_text_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
     """A turn whose inference prompt, or whose own text, is not that of the training text."""
     if not rendered.text.startswith(rendered.prompt(turn)):
-        return rendered.other_prompt(turn, rendered.text)
+        return rendered.prompt_mismatch(turn, rendered.text)
     end = spans[-1][1] if spans else len(rendered.prompt(turn))
     if rendered.upto(turn)[:end] != rendered.text[:end]:
         return (
@@ -143,8 +172,8 @@ def end_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
     """A turn whose last supervised character is not that of a special token."""
     if not spans:
         return ""
-    if rendered.ends_turn(spans[-1]):
-        if not rendered.stops_early(turn, spans[-1]):
+    if ends_turn(rendered, spans[-1]):
+        if not stops_early(rendered, turn, spans[-1]):
             return ""
         return f"not all of the tokens that end messages[{turn}] are supervised"
     return f"no end-of-turn token is supervised in messages[{turn}]"
@@ -167,23 +196,24 @@ def quote_fault(ids: Sequence[int], bos: int | None, eos: int | None) -> str:
 
 
 def mark_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
-    """A turn of which nothing is learned, or more than what stands behind its inference prompt."""
+    """A turn of which nothing is supervised, or more than what follows its inference prompt."""
     if not spans:
         verb = "marks" if rendered.by_marks else "writes"
-        return f"the chat template {verb} nothing of messages[{turn}], so it would not be learned"
+        return f"the chat template {verb} nothing of messages[{turn}], so it is not supervised"
     if turn not in rendered.early:
         return ""
     before = rendered.text[rendered.early[turn] : spans[0][0]].strip()
     return (
         f"what the chat template marks of messages[{turn}] begins before that turn, so "
-        f"{before[:80]!r} would be learned"
+        f"{before[:80]!r} would be supervised"
     )
 
 
 def empty_fault(rendered: Conversation, turn: int) -> str:
     """A turn without words, thoughts and tool calls."""
-    silent = not rendered.says(turn) and not rendered.messages[turn].get("reasoning_content")
-    return f"messages[{turn}] says nothing" if silent else ""
+    if rendered.has_output(turn) or rendered.messages[turn].get("reasoning_content"):
+        return ""
+    return f"messages[{turn}] says nothing"
 
 
 # --------------------------------------------------------------------------- what is left out
@@ -200,12 +230,12 @@ def unseen_fault(rendered: Conversation, plain: str, first: int = 0) -> str:
         calls = message.get("tool_calls")
         if not calls:
             continue
-        said = _said(rendered, rendered.own_text(i))
-        rest, _ = _unwritten(message, said)
+        shown = _dense_text(rendered, rendered.own_text(i))
+        rest, _ = _unwritten(message, shown)
         if any(_name(call) in rest for call in calls):
             continue
         # What was taken for the content may be the call.
-        if not any(_name(call) in said for call in calls) or rendered.shows_content(i):
+        if not any(_name(call) in shown for call in calls) or rendered.shows_content(i):
             return f"the chat template does not show messages[{i}].tool_calls"
     return ""
 
@@ -221,7 +251,7 @@ def shown_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str
     is_shown = not content or (len(content) > 40 and rendered.text.find(content, start, end) >= 0)
     if is_shown and not calls and not message.get("reasoning_content"):
         return ""
-    rest, field = _unwritten(message, _said(rendered, rendered.text[start:end]))
+    rest, field = _unwritten(message, _dense_text(rendered, rendered.text[start:end]))
     if field:
         return f"the chat template does not write all of messages[{turn}].{field}"
     at = 0
@@ -234,20 +264,20 @@ def shown_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str
     return ""
 
 
-def _said(rendered: Conversation, text: str) -> str:
+def _dense_text(rendered: Conversation, text: str) -> str:
     """Text without white space, and a line break for each of the template's own tokens."""
-    return "\n".join(_dense(part) for part in rendered.closing.split(text))
+    return "\n".join(_dense(part) for part in rendered.controls.closing.split(text))
 
 
-def _unwritten(message: dict[str, Any], said: str) -> tuple[str, str]:
-    """`said` without thoughts and content, and the field of the message that is not in it."""
+def _unwritten(message: dict[str, Any], shown: str) -> tuple[str, str]:
+    """`shown` without thoughts and content, and the field of the message that is not in it."""
     content, thought = (_words(message.get(k)) for k in ("content", "reasoning_content"))
     for order in (thought + content, content + thought) if thought else (content,):
-        rest = _without(said, order)
+        rest = _without(shown, order)
         if rest is not None:
             return rest, ""
-    alone = _without(said, content)
-    return (said, "content") if alone is None else (alone, "reasoning_content")
+    alone = _without(shown, content)
+    return (shown, "content") if alone is None else (alone, "reasoning_content")
 
 
 def _words(value: Any) -> list[str]:
@@ -255,17 +285,17 @@ def _words(value: Any) -> list[str]:
     return [part for part in REASONING.split(value) if part.strip()] if value else []
 
 
-def _without(said: str, words: Sequence[str]) -> str | None:
-    """`said` without `words`, which stand in it one behind the other; null if they do not."""
+def _without(shown: str, words: Sequence[str]) -> str | None:
+    """`shown` without `words`, which stand in it one behind the other; null if they do not."""
     kept, at = [], 0
     for word in words:
-        found = [(said.find(form, at), len(form)) for form in _forms(word)]
+        found = [(shown.find(form, at), len(form)) for form in _forms(word)]
         start, length = next((each for each in found if each[0] >= 0), (-1, 0))
         if start < 0:
             return None
-        kept.append(said[at:start])
+        kept.append(shown[at:start])
         at = start + length
-    return "\n".join([*kept, said[at:]])
+    return "\n".join([*kept, shown[at:]])
 
 
 def _leaves(value: Any) -> Iterator[tuple[str, ...]]:

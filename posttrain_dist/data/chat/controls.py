@@ -24,7 +24,7 @@ _MARKUP = re.compile(r"<\S+>|\[\S+\]")
 REASONING = re.compile(r"</?think(?:ing)?>")  # what an assistant writes itself
 _PRIVATE = range(0xE000, 0xF900)  # characters without a meaning of their own
 _ALIASES = 0xF0000  # first of the private characters that stand for control tokens
-_SPOKEN = ("content", "reasoning_content")  # of an assistant: its own words
+_OUTPUT = ("content", "reasoning_content")  # of an assistant: its own words
 # Keys that the templates look up; all others are content.
 _STRUCTURE = frozenset(
     {
@@ -34,7 +34,7 @@ _STRUCTURE = frozenset(
 )
 
 
-class Protected(NamedTuple):
+class EscapedText(NamedTuple):
     """A rendered text whose content may hold what looks like control tokens."""
 
     text: str  # as it is tokenised
@@ -85,11 +85,11 @@ class ControlTokens:
         self.closers = tuple(n for n in self.ids if not REASONING.fullmatch(n))
         self.closing = re.compile(_any(self.closers))
         self.eos = str(tokenizer.eos_token)
-        self._risky, self._risky_spoken = _Risky(self.ids), _Risky(self.closers)
+        self._risky, self._risky_output = _Risky(self.ids), _Risky(self.closers)
 
     # -------------------------------------------------------------------------- before rendering
 
-    def break_up(
+    def escape(
         self, messages: Sequence[Message], tools: Sequence[Any]
     ) -> tuple[list[Message], list[Any], str]:
         """Messages and tools with control tokens in them broken up, and the character used.
@@ -106,9 +106,9 @@ class ControlTokens:
     def _break_message(self, message: Message, breaker: str) -> Message:
         broken = {}
         for key, value in message.items():
-            is_spoken = key in _SPOKEN and message["role"] == "assistant"
-            if is_spoken and isinstance(value, str):
-                broken[key] = self._risky_spoken.broken(value, breaker)
+            is_output = key in _OUTPUT and message["role"] == "assistant"
+            if is_output and isinstance(value, str):
+                broken[key] = self._risky_output.broken(value, breaker)
             else:
                 broken[key] = value if key == "role" else self._break(value, breaker)
         return broken
@@ -127,57 +127,62 @@ class ControlTokens:
 
     # --------------------------------------------------------------------------- after rendering
 
-    def restore(self, broken: str, breaker: str, where: str) -> Protected:
+    def restore(self, broken: str, breaker: str, where: str) -> EscapedText:
         """The rendered text put together again.
 
         Raises:
-            DataError: the text cannot be protected.
+            DataError: the text cannot be escaped.
         """
         if not breaker:
-            return Protected(broken, None, (), ())
+            return EscapedText(broken, None, (), ())
         if f"\\u{ord(breaker):04x}" in broken.lower():
             raise DataError(
                 "the row quotes a control token where the chat template escapes all that is not "
-                "ASCII, so it cannot be told from the template's own",
+                "ASCII, so the two cannot be distinguished",
                 where=where,
                 fix="leave the row out, or do not let the template's tojson escape",
             )
         text = broken.replace(breaker, "")
         breaks = tuple(i for i, char in enumerate(broken) if char == breaker)
-        protected = Protected(text, None, breaks, ())
+        escaped = EscapedText(text, None, breaks, ())
         written = (m.span() for m in self.pattern.finditer(broken))
-        own = {(protected.place(start), protected.place(end)) for start, end in written}
+        own = {(escaped.place(start), escaped.place(end)) for start, end in written}
         found = [m.span() for m in self.pattern.finditer(text)]
         forged = tuple(span for span in found if span not in own)
         if not forged:
-            return protected
+            return escaped
         if any(_ALIASES <= ord(char) < _ALIASES + len(self.ids) for char in text):
             raise DataError(
                 "the row quotes a control token and also holds private characters, so they "
-                "cannot be told apart",
+                "cannot be distinguished",
                 where=where,
                 fix="remove the characters from U+F0000 on",
             )
         aliased = self.pattern.sub(lambda m: self._aliases[m[0]], broken).replace(breaker, "")
-        return Protected(text, aliased, breaks, forged)
+        return EscapedText(text, aliased, breaks, forged)
 
     def encode_aliased(
-        self, protected: Protected, part: slice, where: str
+        self, escaped: EscapedText, part: slice, where: str
     ) -> tuple[list[int], list[Span]]:
         """Token ids and offsets where only the template's own control tokens are recognised.
+
+        The text is encoded whole, by a tokenizer that knows the template's own tokens under their
+        aliases. To encode the forged spans alone, and put their ids into those of the rest, would
+        change the text around them: a tokenizer that begins each piece of text with a space
+        (Llama 2) would write one behind every forged token.
 
         Raises:
             DataError: the tokenizer makes a control token out of plain text.
         """
-        assert protected.aliased is not None
+        assert escaped.aliased is not None
         if self._twin is None:
             self._twin = self._make_twin()
         twin, real_ids = self._twin
-        encoded = twin.encode(protected.aliased[part], add_special_tokens=False)
+        encoded = twin.encode(escaped.aliased[part], add_special_tokens=False)
         ids = [real_ids.get(i, i) for i in encoded.ids]
         first = part.start or 0
-        for start, end in protected.forged:
-            name = protected.text[start:end]
+        for start, end in escaped.forged:
+            name = escaped.text[start:end]
             for token, (a, b) in zip(ids, encoded.offsets, strict=True):
                 if token == self.ids[name] and a + first < end and b + first > start:
                     raise DataError(

@@ -1,53 +1,54 @@
-"""Record -> tokens and targets. Nothing later changes a mask.
+"""Record -> Examples: tokens and their weights as targets. Nothing later changes a mask.
 
-Record -> samples as text with weighted spans -> one call of the tokenizer -> Encoded
+Record -> supervised texts -> one call of the tokenizer -> Examples
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from posttrain_dist.data import LongRows, Policy, Template
+from posttrain_dist.data import LongRows, Supervise, Template
 from posttrain_dist.data.chat import checks
+from posttrain_dist.data.chat.checks import Faults
 from posttrain_dist.data.chat.controls import Span
-from posttrain_dist.data.chat.supervision import Sample, Supervision, Weighted
+from posttrain_dist.data.chat.supervision import SupervisedText, Supervision
 from posttrain_dist.data.chat.template import ChatTemplate, load_template
+from posttrain_dist.data.chat.token_weights import token_weights
+from posttrain_dist.data.formats.plain import IGNORED
 from posttrain_dist.errors import ConfigError, DataError, PosttrainError
-from posttrain_dist.flow import Record
+from posttrain_dist.flow import Example, Record
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
-# What the tokenizer is given at once: its answer takes some hundred bytes a character.
-_BATCH = 256  # samples
+# What the tokenizer is given at once: its answer takes some hundred bytes per character.
+_BATCH = 256  # texts
 _BATCH_CHARACTERS = 1 << 20
+# Channels and samples have numbers only once the rows of all files are known.
+_NUMBERED_LATER = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A sample as tokens. `weight_L[i]` is the weight of token i as a TARGET (0 = masked)."""
+class RowExamples(NamedTuple):
+    """What comes of one row."""
 
-    input_ids_L: npt.NDArray[np.int32]
-    weight_L: npt.NDArray[np.float32]
-    truncated: bool = False  # the row was longer than the limit
-    faults: tuple[str, ...] = ()  # checks that failed: names of CHECKS
+    examples: list[Example]  # none: the row is left out; `channel` and `sample_id` are -1 yet
+    faults: list[str]  # the checks that it fails: names of CHECKS, each once
 
 
 class Encoder:
-    """Turns records into samples with one tokenizer and one template.
+    """Turns records into examples with one tokenizer and one template.
 
     Args:
         tokenizer: a fast tokenizer of transformers.
-        template: which one, and what is learned; loaded with the first conversation.
-        max_length: tokens a sample at most.
+        choice: which template, and what is supervised.
+        max_length: tokens per sample at most.
         long_rows: what becomes of longer ones.
+        template: the loaded template; null: it is loaded with the first conversation.
 
     Raises:
         ConfigError: the choices contradict each other.
@@ -56,28 +57,29 @@ class Encoder:
     def __init__(
         self,
         tokenizer: Any,
-        template: Template,
+        choice: Template,
         *,
         max_length: int,
         long_rows: LongRows = LongRows.truncate,
+        template: ChatTemplate | None = None,
     ) -> None:
-        if template.explode_turns and template.policy is Policy.all:
+        if choice.explode_turns and choice.supervise is Supervise.all:
             raise ConfigError(
-                "teaches one assistant turn a sample, and template.policy=all teaches the others "
-                "too",
+                "makes one sample of each assistant turn, and template.supervise=all also "
+                "supervises the other turns",
                 where="template.explode_turns",
-                fix="set template.policy=assistant",
+                fix="set template.supervise=assistant",
             )
-        self._tokenizer, self._choice = tokenizer, template
+        self._tokenizer, self._choice = tokenizer, choice
         self._max_length, self._long_rows = max_length, long_rows
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()  # a tokenizer.json may bring its own limits
         self._backend.no_padding()
-        # Kept here: a tokenizer looks them up anew each time.
+        # Kept here: a tokenizer looks them up each time.
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._bos_name = str(tokenizer.bos_token)
-        self._loaded: ChatTemplate | None = None
-        self._supervision = Supervision(template, lambda: self.template)
+        self._loaded = template
+        self._supervision = Supervision(choice, lambda: self.template)
         self._tails: dict[str, list[int]] = {}
 
     @property
@@ -91,8 +93,8 @@ class Encoder:
             self._loaded = load_template(self._choice, self._tokenizer)
         return self._loaded
 
-    def encode(self, record: Record) -> list[Encoded]:
-        """The samples of one row; none where it is left out.
+    def encode(self, record: Record) -> RowExamples:
+        """The examples of one row.
 
         A row that was cut may be left without any supervised token; the caller decides.
 
@@ -106,27 +108,31 @@ class Encoder:
             raise result
         return result
 
-    def encode_many(self, records: Sequence[Record]) -> list[list[Encoded] | PosttrainError]:
-        """For each row its samples, or the error that `encode` would raise: faster than one by one.
+    def encode_many(self, records: Sequence[Record]) -> list[RowExamples | PosttrainError]:
+        """For each row what `encode` returns, or the error that it would raise; in batches.
 
         Only a DataError is returned; others say that no row can be encoded, and are raised.
         """
-        results: list[list[Encoded] | PosttrainError] = []
-        batch: list[tuple[int, Sample]] = []
+        results: list[RowExamples | PosttrainError] = []
+        batch: list[tuple[int, SupervisedText]] = []
         num_characters = 0
         for i, record in enumerate(records):
-            results.append([])
-            full = None  # a sample of this row whose prompt fills the limit
+            row = RowExamples([], [])
+            results.append(row)
+            full = None  # a text of this row whose prompt fills the limit
             try:
-                for sample in self._supervision.samples(record):
-                    if full and _begins_alike(sample, full):
-                        self._leave_out(sample, results[i])
+                if record.input_ids:
+                    self._take_tokens(record, row)
+                    continue
+                for text in self._supervision.texts(record):
+                    if full and _begins_alike(text, full):
+                        self._leave_out(text, row)
                         continue
-                    batch.append((i, sample))
-                    num_characters += len(sample.protected.text)
+                    batch.append((i, text))
+                    num_characters += len(text.text)
                     if len(batch) >= _BATCH or num_characters >= _BATCH_CHARACTERS:
                         self._finish_batch(batch, results)
-                        full = sample if sample.num_filling else full
+                        full = text if text.num_filling else full
                         batch, num_characters = [], 0
                     if isinstance(results[i], PosttrainError):
                         break
@@ -136,94 +142,104 @@ class Encoder:
         return results
 
     def _finish_batch(
-        self, batch: Sequence[tuple[int, Sample]], results: list[list[Encoded] | PosttrainError]
+        self,
+        batch: Sequence[tuple[int, SupervisedText]],
+        results: list[RowExamples | PosttrainError],
     ) -> None:
-        """Tokenise the samples, and put each to the results of its row."""
-        for (i, sample), encoding in zip(batch, self._tokenise(batch), strict=True):
-            done = results[i]
-            if isinstance(done, PosttrainError):
+        """Tokenise the texts, and put the examples of each to those of its row."""
+        for (i, text), encoding in zip(batch, self._tokenise(batch), strict=True):
+            row = results[i]
+            if isinstance(row, PosttrainError):
                 continue
             try:
-                done += self._finish(sample, encoding)
+                _add(row, self._finish(text, encoding), text.faults)
             except DataError as error:
                 results[i] = error
 
-    def _leave_out(self, sample: Sample, done: list[Encoded] | PosttrainError) -> None:
-        """A sample that is cut as the last one of its row was: before its first target."""
-        if self._long_rows is LongRows.truncate and isinstance(done, list):
-            faults = tuple(dict.fromkeys([*sample.faults, *done[-1].faults]))
-            done.append(replace(done[-1], faults=faults))
+    def _leave_out(self, text: SupervisedText, row: RowExamples) -> None:
+        """A text that is cut as the last one of its row was: before its first target."""
+        if self._long_rows is LongRows.truncate:
+            _add(row, row.examples[-1:], text.faults)
+
+    def _take_tokens(self, record: Record, row: RowExamples) -> None:
+        """A row of tokens is taken as it is."""
+        weight_L = np.ones(len(record.input_ids), np.float32)
+        if record.labels:
+            weight_L = (np.array(record.labels) != IGNORED).astype(np.float32)
+        faults = Faults(record.where, self._choice.strict)
+        fault = checks.bos_fault(record.input_ids, self._bos, self._eos, self._bos_name)
+        faults.note("double_bos", fault)
+        self._refuse_no_target(weight_L, faults)
+        ids_L = np.array(record.input_ids, np.int32)
+        _add(row, self._cut(ids_L, weight_L, faults, has_turns=False), faults)
 
     # ---------------------------------------------------------------------------- text -> tokens
 
-    def _tokenise(self, batch: Sequence[tuple[int, Sample]]) -> Iterator[Encoding | None]:
-        """What the tokenizer says of each sample; nothing where it is not asked this way."""
-        asked = [s for _, s in batch if s.ids is None and s.protected.aliased is None]
+    def _tokenise(self, batch: Sequence[tuple[int, SupervisedText]]) -> Iterator[Encoding | None]:
+        """The encoding of each text; nothing where some of its control tokens are forged."""
+        plain = [text for _, text in batch if text.escaped.aliased is None]
         # The template has written BOS and all other special tokens itself.
-        chats = [s.protected.text for s in asked if not s.is_text]
-        texts = [s.protected.text for s in asked if s.is_text]
+        chats = [each.text for each in plain if not each.is_plain]
+        texts = [each.text for each in plain if each.is_plain]
         of_chats = iter(self._backend.encode_batch(chats, add_special_tokens=False))
         of_texts = iter(self._backend.encode_batch(texts))
-        for _, sample in batch:
-            if sample.ids is not None or sample.protected.aliased is not None:
+        for _, text in batch:
+            if text.escaped.aliased is not None:
                 yield None
             else:
-                yield next(of_texts if sample.is_text else of_chats)
+                yield next(of_texts if text.is_plain else of_chats)
 
-    def _finish(self, sample: Sample, encoding: Encoding | None) -> list[Encoded]:
+    def _finish(self, text: SupervisedText, encoding: Encoding | None) -> list[Example]:
         if encoding is not None:
             ids, offsets = encoding.ids, encoding.offsets
-        elif sample.ids is not None:
-            ids, offsets = sample.ids, []
         else:
             whole = slice(0, None)
-            controls = self.template.controls
-            ids, offsets = controls.encode_aliased(sample.protected, whole, sample.where)
+            ids, offsets = self.template.controls.encode_aliased(text.escaped, whole, text.where)
         eos = self._eos
-        if sample.is_text and (not ids or ids[-1] != eos):
-            ids, offsets = [*ids, eos], [*offsets, (len(sample.protected.text),) * 2]
+        if text.is_plain and (not ids or ids[-1] != eos):
+            ids, offsets = [*ids, eos], [*offsets, (len(text.text),) * 2]
         if not ids:
             raise DataError(
-                "the chat template renders nothing", where=sample.where, fix="mend the template"
+                "the chat template renders nothing", where=text.where, fix="correct the template"
             )
         # In a row of plain text, special tokens are what they say.
-        is_added = not sample.is_text or offsets[0][0] == offsets[0][1]
-        own = ids[:2] if sample.is_text else ids
+        is_added = not text.is_plain or offsets[0][0] == offsets[0][1]
+        own = ids[:2] if text.is_plain else ids
         fault = checks.bos_fault(own, self._bos, eos, self._bos_name) if is_added else ""
-        sample.note("double_bos", fault, self._choice.strict)
-        if sample.is_text and not fault:
-            quoted = checks.quote_fault(ids, self._bos, eos)
-            sample.note("control_tokens", quoted, self._choice.strict)
-        if sample.weights is None:
-            weight_L = self._weigh(sample, ids, offsets)
-        else:
-            weight_L = sample.weights
+        text.faults.note("double_bos", fault)
+        if text.is_plain and not fault:
+            text.faults.note("control_tokens", checks.quote_fault(ids, self._bos, eos))
+        weight_L = self._weigh(text, ids, offsets)
+        self._refuse_no_target(weight_L, text.faults)
+        if len(ids) > self._max_length and self._choice.explode_turns and text.prompts:
+            text.num_filling = self._filling(text, ids, offsets)
+        has_turns = bool(text.spans) and not text.is_plain
+        return self._cut(np.array(ids, np.int32), weight_L, text.faults, has_turns)
+
+    def _refuse_no_target(self, weight_L: npt.NDArray[np.float32], faults: Faults) -> None:
         weight_L[0] = 0  # nothing stands before the first token to predict it from
         if not weight_L.any():
-            sample.note("no_target", "the row has no supervised token", self._choice.strict)
-        if len(ids) > self._max_length and self._choice.explode_turns and sample.prompts:
-            sample.num_filling = self._filling(sample, ids, offsets)
-        return self._cut(sample, np.array(ids, np.int32), weight_L)
+            faults.note("no_target", "the row has no supervised token")
 
     def _weigh(
-        self, sample: Sample, ids: list[int], offsets: list[Span]
+        self, text: SupervisedText, ids: list[int], offsets: list[Span]
     ) -> npt.NDArray[np.float32]:
-        if sample.is_text and not sample.prompts:
+        if text.is_plain and not text.prompts:
             return np.ones(len(ids), np.float32)
-        if not sample.is_text and self.template.controls.strip_ids:
-            offsets = self._unpadded(sample, ids, offsets)
-        for length, name, fix in sample.prompts:
-            if "prompt_prefix" not in sample.faults:
-                fault = self._token_fault(sample, ids, offsets, length, name)
-                sample.note("prompt_prefix", fault, self._choice.strict, fix)
-        weight_L = token_weights(offsets, sample.spans)
-        if sample.is_text:
+        if not text.is_plain and self.template.controls.strip_ids:
+            offsets = self._unpadded(text.text, ids, offsets)
+        for length, name, fix in text.prompts:
+            if "prompt_prefix" not in text.faults.names:
+                fault = self._token_fault(text, ids, offsets, length, name)
+                text.faults.note("prompt_prefix", fault, fix)
+        weight_L = token_weights(offsets, text.spans)
+        if text.is_plain:
             weight_L[-1] = 1  # the end token
         return weight_L
 
-    def _unpadded(self, sample: Sample, ids: list[int], offsets: list[Span]) -> list[Span]:
+    def _unpadded(self, text: str, ids: list[int], offsets: list[Span]) -> list[Span]:
         """Offsets of special tokens without the white space that they swallow."""
-        text, swallow = sample.protected.text, self.template.controls.strip_ids
+        swallow = self.template.controls.strip_ids
         trimmed = list(offsets)
         for i, (start, end) in enumerate(offsets):
             if ids[i] in swallow:
@@ -232,16 +248,15 @@ class Encoder:
         return trimmed
 
     def _token_fault(
-        self, sample: Sample, ids: list[int], offsets: list[Span], length: int, name: str
+        self, text: SupervisedText, ids: list[int], offsets: list[Span], length: int, name: str
     ) -> str:
         """The prompt's text begins the training text; do its tokens?
 
         No merge crosses a control token. So only what stands from the prompt's last control
         token on has to be tokenised, and that is the same few characters in most rows.
         """
-        text = sample.protected.text
-        if sample.is_text:
-            tail = self._backend.encode(text[:length]).ids
+        if text.is_plain:
+            tail = self._backend.encode(text.text[:length]).ids
             if tail and tail[-1] == self._eos:
                 del tail[-1]
             return checks.prompt_token_fault(ids, 0, tail, name)
@@ -252,11 +267,11 @@ class Encoder:
             first -= 1
         first = max(first, 0)
         start = offsets[first][0] if first else 0
-        if sample.protected.aliased is not None:
+        if text.escaped.aliased is not None:
             part = slice(start, length)
-            tail, _ = controls.encode_aliased(sample.protected, part, sample.where)
+            tail, _ = controls.encode_aliased(text.escaped, part, text.where)
         else:
-            tail = self._tail(text[start:length])
+            tail = self._tail(text.text[start:length])
         return checks.prompt_token_fault(ids, first, tail, name)
 
     def _tail(self, text: str) -> list[int]:
@@ -270,11 +285,16 @@ class Encoder:
     # -------------------------------------------------------------------------------- the limit
 
     def _cut(
-        self, sample: Sample, ids_L: npt.NDArray[np.int32], weight_L: npt.NDArray[np.float32]
-    ) -> list[Encoded]:
-        limit, faults = self._max_length, sample.faults
+        self,
+        ids_L: npt.NDArray[np.int32],
+        weight_L: npt.NDArray[np.float32],
+        faults: Faults,
+        has_turns: bool,
+    ) -> list[Example]:
+        """The examples of one text; `has_turns`: its targets end with an end-of-turn token."""
+        limit = self._max_length
         if len(ids_L) <= limit:
-            return [Encoded(ids_L, weight_L, faults=tuple(faults))]
+            return [_example(ids_L, weight_L)]
         if self._long_rows is LongRows.drop:
             return []
         if self._long_rows is LongRows.split:
@@ -283,62 +303,53 @@ class Encoder:
             pieces = [(ids_L[part], weight_L[part].copy()) for part in parts]
             for _, weights in pieces[1:]:
                 weights[0] = 0
-            return [Encoded(i, w, faults=tuple(faults)) for i, w in pieces if w.any()]
+            return [_example(ids, weights) for ids, weights in pieces if weights.any()]
+        cut = ""
         if weight_L.any() and not weight_L[:limit].any():
-            faults.append("truncated_target")
-        elif weight_L[limit:].any() and sample.spans and not sample.is_text:
-            faults.append("end_of_turn")
+            cut = "truncated_target"
+        elif weight_L[limit:].any() and has_turns:
+            cut = "end_of_turn"  # how many rows may lack it is decided when all are known
+        if cut and cut not in faults.names:
+            faults.names.append(cut)
         ids_L, weight_L = ids_L[:limit].copy(), weight_L[:limit].copy()  # not a view of the whole
-        return [Encoded(ids_L, weight_L, True, tuple(dict.fromkeys(faults)))]
+        return [_example(ids_L, weight_L, truncated=True)]
 
-    def _filling(self, sample: Sample, ids: list[int], offsets: list[Span]) -> int:
+    def _filling(self, text: SupervisedText, ids: list[int], offsets: list[Span]) -> int:
         """Characters before the first target whose tokens alone fill the limit; 0: too few.
 
         They end with a control token, so that they give the same tokens whatever follows.
         """
-        if sample.is_text or sample.protected.aliased or self._long_rows is LongRows.split:
+        if text.is_plain or text.escaped.aliased or self._long_rows is LongRows.split:
             return 0
         controls = self.template.controls
         if not controls.are_borders:
             return 0
         for i in range(self._max_length, len(ids)):
-            if offsets[i][1] > sample.spans[0][0]:
+            if offsets[i][1] > text.spans[0][0]:
                 break
             if ids[i] in controls.numbers:
                 return offsets[i][1]
         return 0
 
 
-def _begins_alike(sample: Sample, full: Sample) -> bool:
-    """Whether what fills the limit in `full` also stands before all that `sample` teaches."""
+def _example(
+    ids_L: npt.NDArray[np.int32], weight_L: npt.NDArray[np.float32], truncated: bool = False
+) -> Example:
+    return Example(ids_L, weight_L, _NUMBERED_LATER, _NUMBERED_LATER, truncated)
+
+
+def _add(row: RowExamples, examples: list[Example], faults: Faults) -> None:
+    """The examples of one text; where none is kept, its faults are nobody's."""
+    row.examples.extend(examples)
+    if examples:
+        row.faults.extend(name for name in faults.names if name not in row.faults)
+
+
+def _begins_alike(text: SupervisedText, full: SupervisedText) -> bool:
+    """Whether what fills the limit in `full` also stands before every target of `text`."""
     num = full.num_filling
-    text = sample.protected.text
     return (
-        sample.protected.aliased is None
-        and all(span[0] >= num for span in sample.spans)
-        and text[:num] == full.protected.text[:num]
+        text.escaped.aliased is None
+        and all(span[0] >= num for span in text.spans)
+        and text.text.startswith(full.text[:num])
     )
-
-
-def token_weights(
-    offsets: Sequence[Span], spans: Sequence[Span | Weighted]
-) -> npt.NDArray[np.float32]:
-    """For every token that covers a character of a span the span's weight (1 if it has none).
-
-    Spans are in order and do not overlap. Tokenizers that trim offsets give a token of spaces an
-    empty range: such a token covers what lies between the token before and its own end.
-    """
-    weight_L = np.zeros(len(offsets), np.float32)
-    if not spans or not len(offsets):
-        return weight_L
-    start_L, end_L = (
-        np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2).T
-    )
-    if (start_L >= end_L).any():
-        before_L = np.concatenate([[0], end_L[:-1]])
-        start_L = np.where(start_L < end_L, start_L, before_L)
-    for span in reversed(spans):  # a token of two spans has the weight of the first
-        first, last = span[0], span[1]
-        i, j = np.searchsorted(end_L, first, "right"), np.searchsorted(start_L, last, "left")
-        weight_L[i:j][start_L[i:j] < end_L[i:j]] = span[2] if len(span) > 2 else 1.0
-    return weight_L

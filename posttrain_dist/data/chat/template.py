@@ -1,4 +1,4 @@
-"""Chat templates: which there are, and a conversation as text with the places of its turns."""
+"""Chat templates: which there are, and a conversation as the text that one writes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from typing import Any
 import jinja2
 
 from posttrain_dist.data import Template
-from posttrain_dist.data.chat.causal import Pieces, Watched, is_causal
+from posttrain_dist.data.chat.causal import OutputBuffer, TracedMessages, is_causal
 from posttrain_dist.data.chat.controls import ControlTokens, Span
+from posttrain_dist.data.prefix import common_prefix_length
 from posttrain_dist.errors import ConfigError, DataError, ModelError
 from posttrain_dist.flow import Message
 
@@ -146,16 +147,6 @@ class ChatTemplate:
         """
         return self.render_marked(messages, where, tools, generation_prompt, marks=False)[0]
 
-    def spans(
-        self, messages: Sequence[Message], where: str, *, tools: Sequence[Any] = ()
-    ) -> tuple[str, list[Span]]:
-        """Text, and where in it each assistant turn stands with its end-of-turn token."""
-        from posttrain_dist.data.chat.conversation import Conversation
-
-        rendered = Conversation(self, messages, where, tools)
-        turns = rendered.turn_spans()
-        return rendered.text, [span for turn in sorted(turns) for span in turns[turn]]
-
     def render_marked(
         self,
         messages: Sequence[Message],
@@ -190,9 +181,9 @@ class ChatTemplate:
             compiled = self._compiled
             if compiled is None or not all(map(_RENAMED.isdisjoint, messages)):
                 return self._render_slowly(messages, tools, generation_prompt, marks)
-            pieces, spans = Pieces(), list[Span]()
-            given = list(messages) if starts is None else Watched(messages, pieces, starts)
-            tracker = compiled.environment.activate_tracker(pieces, spans) if marks else _NOTHING
+            output, spans = OutputBuffer(), list[Span]()
+            given = list(messages) if starts is None else TracedMessages(messages, output, starts)
+            tracker = compiled.environment.activate_tracker(output, spans) if marks else _NOTHING
             with tracker:
                 for piece in compiled.generate(
                     messages=given,
@@ -201,11 +192,11 @@ class ChatTemplate:
                     add_generation_prompt=generation_prompt,
                     **self._variables,
                 ):
-                    pieces.append(piece)
-            return "".join(pieces), spans
+                    output.append(piece)
+            return "".join(output), spans
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(
-                f"is not valid Jinja: {error}", where="chat template", fix="mend the template"
+                f"is not valid Jinja: {error}", where="chat template", fix="correct the template"
             ) from error
         except _REFUSALS as error:
             raise DataError(
@@ -246,14 +237,13 @@ class ChatTemplate:
                 last, inner = self._render(turns, "")[0], self._render([*turns, _ASK], "")[0]
             except DataError:
                 continue
-            pairs = enumerate(zip(last, inner, strict=False))
-            common = next((i for i, (a, b) in pairs if a != b), min(len(last), len(inner)))
-            said = last.rfind(_SAY["content"]) + len(_SAY["content"])
+            shared = common_prefix_length(last, inner)
+            content_end = last.rfind(_SAY["content"]) + len(_SAY["content"])
             # Two different tokens may begin alike.
-            tokens = [m.span() for m in self.controls.closing.finditer(last, said)]
-            common = next((a for a, b in tokens if a < common < b), common)
-            is_closed = any(b <= common for _, b in tokens)
-            return last[common:] if said <= common and is_closed else ""
+            tokens = [m.span() for m in self.controls.closing.finditer(last, content_end)]
+            shared = next((a for a, b in tokens if a < shared < b), shared)
+            is_closed = any(b <= shared for _, b in tokens)
+            return last[shared:] if content_end <= shared and is_closed else ""
         return ""
 
     def _arguments_as_text(self, where: str) -> bool:
@@ -287,9 +277,9 @@ class ChatTemplate:
         function = {"name": "probe", "arguments": arguments}
         call = {"type": "function", "id": "a23456789", "function": function}
         ask = {"role": "user", "content": "a"}
-        said: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        answer: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
         result = {"role": "tool", "content": "a", "tool_call_id": call["id"], "name": "probe"}
-        for messages in ([ask, said], [ask, said, result], [ask, said, result, _ANSWER]):
+        for messages in ([ask, answer], [ask, answer, result], [ask, answer, result, _ANSWER]):
             try:
                 return self._render(messages, "probe")[0]
             except DataError:

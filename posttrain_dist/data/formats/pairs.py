@@ -7,6 +7,7 @@ import decimal
 from typing import Any
 
 from posttrain_dist.data.formats.turns import Turns, read_text, read_turns, require_assistant
+from posttrain_dist.data.prefix import common_prefix_length
 from posttrain_dist.data.read.bad_row import bad_field, kind
 from posttrain_dist.flow import Message
 
@@ -66,7 +67,7 @@ def read_preference(
         BadRow: there is no prompt, the answers are equal, or one is no answer to the prompt.
     """
     chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
-    shared = _common_prefix(chosen, rejected)
+    shared = common_prefix_length(chosen, rejected)
     if chosen == rejected:
         raise bad_field("rejected", "is the same as chosen", "remove the row")
     given = row.get("prompt")
@@ -97,11 +98,6 @@ def _answer(row: dict[str, Any], name: str) -> tuple[Message, ...]:
     if isinstance(value, str):
         return ({"role": "assistant", "content": read_text(value, name, empty=False)},)
     return _unweighted(read_turns(value, name), name)
-
-
-def _common_prefix(one: tuple[Message, ...], other: tuple[Message, ...]) -> int:
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _repeats_prompt(prompt: tuple[Message, ...], shared: tuple[Message, ...], text: bool) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from posttrain_dist.data.formats.turns import read_text
 from posttrain_dist.data.read.bad_row import bad_field, kind
 
-IGNORED = -100  # the label of a token that is not learned
+IGNORED = -100  # the label of a token that is not supervised
 _MAX_TOKEN = (1 << 31) - 1
 
 
@@ -21,10 +21,10 @@ def read_plain(row: dict[str, Any]) -> str:
 
 
 def read_tokens(row: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(input_ids, labels): each label is its own token, or -100; without labels all are learned.
+    """(input_ids, labels): each label is its own token, or -100; without labels all are supervised.
 
     Raises:
-        BadRow: they are no such lists, or nothing of the row is learned.
+        BadRow: they are no such lists, or nothing of the row is supervised.
     """
     ids = _integers(row["input_ids"], "input_ids")
     if not ids:
@@ -44,7 +44,7 @@ def read_tokens(row: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
             fix = "labels are not shifted: each is the token at its own place, or -100"
             raise bad_field(f"labels[{i}]", f"is {label}, and the token is {token}", fix)
     if all(label == IGNORED for label in labels):
-        raise bad_field("labels", "is -100 everywhere: nothing to learn", "remove the row")
+        raise bad_field("labels", "is -100 everywhere: nothing is supervised", "remove the row")
     return tuple(ids), tuple(labels)
 
 

@@ -30,12 +30,12 @@ _NEVER = ("functions", "documents", "images", "videos", "audios", "weight")
 
 @dataclass(frozen=True)
 class Shape:
-    """The keys of one format, and the function that fills a Record from such a row."""
+    """The keys of one format, and the function that reads a Record's fields from such a row."""
 
     needs: tuple[str, ...]
     may: tuple[str, ...]  # keys that are read where they are there
     example: str
-    fill: Callable[[dict[str, Any]], dict[str, Any]]  # row -> fields of Record
+    read: Callable[[dict[str, Any]], dict[str, Any]]  # row -> fields of Record
     never: tuple[str, ...] = _NEVER
 
 
@@ -144,7 +144,7 @@ def recognise(rows: Sequence[Set[str]], accepts: Set[Format], where: str) -> For
     """
     wanted = [format for format in FORMATS if format in accepts]
     if not rows:
-        return wanted[0]  # nothing can be read, which is told row by row
+        return wanted[0]  # nothing can be read, which is reported row by row
     fits = [_fitting(row, wanted) for row in rows]
     counts = Counter(format for row in fits for format in row)
     if not counts:
@@ -232,7 +232,7 @@ def to_record(
     if check not in (None, "exact"):
         fix = 'use "exact" or leave out'
         raise bad_field("check", f'is {check!r}, the only one is "exact"', fix)
-    filled = shape.fill(row)
+    filled = shape.read(row)
     if check:
         _check_exact(format, filled)
     return Record(channel=read_channel(row, stem), where=where, check=check, **filled)

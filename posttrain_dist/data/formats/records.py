@@ -55,7 +55,7 @@ class Reader:
         accepts: Set[Format] = ALL_FORMATS,
     ) -> None:
         self.path, self.columns = path, dict(columns or {})
-        self.recognised = format is Format.auto  # by its rows, so that it should be said aloud
+        self.recognised = format is Format.auto  # by its rows, so that it should be logged
         check_columns(self.columns)
         if self.recognised:
             format = self._recognise(accepts)
@@ -73,7 +73,7 @@ class Reader:
         """Parts that several processes can read; all in their order give what `iter` gives.
 
         Args:
-            unit_bytes: about so many bytes of JSON lines a unit; null: a unit a file.
+            unit_bytes: about so many bytes of JSON lines per unit; null: one unit per file.
 
         Raises:
             DataError: there is no such file.

@@ -72,8 +72,8 @@ def read_turns(value: Any, path: str) -> Turns:
         message, weight = _read_turn(turn, path, i)
         messages.append(message)
         weights.append(weight)
-    told = any(weight is not None for weight in weights)
-    return Turns(tuple(messages), tuple(weights) if told else ())
+    has_weights = any(weight is not None for weight in weights)
+    return Turns(tuple(messages), tuple(weights) if has_weights else ())
 
 
 def _read_turn(turn: Any, above: str, i: int) -> tuple[Message, float | None]:
@@ -188,7 +188,7 @@ def _calls(value: Any, path: str) -> list[dict[str, Any]]:
 
 
 def _call(value: Any, path: str) -> dict[str, Any]:
-    """{"type": "function", "function": {"name", "arguments": object}}, and its id where told."""
+    """{"type": "function", "function": {"name", "arguments": object}}, and its id if it has one."""
     fix = '{"type": "function", "function": {"name": "...", "arguments": {...}}}'
     if not isinstance(value, dict):
         raise bad_field(path, f"is {kind(value)}, expected an object", fix)
@@ -253,7 +253,7 @@ def _nested(text: str, path: str) -> Any:
 
 
 def require_assistant(turns: Turns, path: str) -> None:
-    """Refuse turns of which none is learned.
+    """Refuse turns of which none is supervised.
 
     Raises:
         BadRow: no turn is an assistant's, and none has a weight of its own.
@@ -263,7 +263,7 @@ def require_assistant(turns: Turns, path: str) -> None:
     ):
         raise bad_field(
             path,
-            "has no assistant turn, so there is nothing to learn from this row",
+            "has no assistant turn, so nothing of this row is supervised",
             'add {"role": "assistant", "content": "..."} or remove the row',
         )
 

@@ -9,12 +9,13 @@
     ids.npy          int64 [samples]       truncated.npy  bool [samples]
     supervised.npy   int32 [samples]       targets, so that planning reads no token
 
-Weights are kept as runs: a conversation has a few, where one float a token would double the size.
+Weights are kept as runs: a conversation has a few, where one float per token would double the size.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,17 +40,51 @@ _DTYPES = {
 }
 _STARTS = {"offsets": "tokens", "run_offsets": "run_lengths"}  # array -> what it cuts
 _HEADER_BYTES = 128
-_FLUSH_TOKENS = 1 << 18  # about 2 MB in memory
+_NO_TOKEN, _NO_WEIGHT = np.empty(0, np.int32), np.empty(0, np.float32)
+
+Arrays = dict[str, npt.NDArray[Any]]
 
 
 # ------------------------------------------------------------------------------------- writing
 
 
+def flatten(examples: Sequence[Example]) -> Arrays:
+    """Examples laid end to end: the arrays of a split, without `sources`.
+
+    Args:
+        examples: each of one token at least.
+    """
+    lengths_S = np.array([len(each.input_ids_L) for each in examples], np.int64)
+    weights = np.concatenate([_NO_WEIGHT, *(each.weight_L for each in examples)])
+    offsets = np.concatenate([[0], np.cumsum(lengths_S)])
+    first_S = offsets[:-1]
+    assert lengths_S.all() and offsets[-1] == len(weights), "a weight for each token, and some"
+    starts_run = np.zeros(len(weights), np.bool_)
+    starts_run[1:] = weights[1:] != weights[:-1]
+    starts_run[first_S] = True
+    runs = np.flatnonzero(starts_run)
+    is_target = weights != 0
+    is_target[first_S] = False  # a first token is nobody's target
+    num_targets = np.concatenate([[0], np.cumsum(is_target)])
+    values = {
+        "tokens": np.concatenate([_NO_TOKEN, *(each.input_ids_L for each in examples)]),
+        "offsets": offsets,
+        "run_lengths": np.diff(np.append(runs, len(weights))),
+        "run_weights": weights[runs],
+        "run_offsets": np.searchsorted(runs, offsets),
+        "channels": [each.channel for each in examples],
+        "ids": [each.sample_id for each in examples],
+        "truncated": [each.truncated for each in examples],
+        "supervised": np.diff(num_targets[offsets]),
+    }
+    return {name: np.asarray(value, _DTYPES[name]) for name, value in values.items()}
+
+
 class SplitWriter:
-    """Writes one split, sample by sample, in bounded memory; `folder` is made.
+    """Writes one split, some samples at a time, in bounded memory; `folder` is made.
 
         with SplitWriter(folder) as writer:
-            writer.add(input_ids_L, weight_L, channel, source, sample_id, truncated)
+            writer.append(flatten(examples), source)
 
     The arrays can be read after `close`; left by an exception, they stay unreadable.
     """
@@ -57,52 +92,29 @@ class SplitWriter:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         self._files = {name: _ArrayFile(folder / f"{name}.npy", d) for name, d in _DTYPES.items()}
-        self._waiting: dict[str, list[Any]] = {name: [] for name in _DTYPES}
-        self._waiting_tokens = 0
-        self._starts = dict.fromkeys(_STARTS, 0)
-        self._waiting["offsets"].append(0)
-        self._waiting["run_offsets"].append(0)
+        for name in _STARTS:
+            self._files[name].append([0])
+        self._ends = dict.fromkeys(_STARTS, 0)
         self.num_samples = 0
 
-    def add(
-        self,
-        input_ids_L: npt.ArrayLike,
-        weight_L: npt.ArrayLike,
-        channel: int,
-        source: int = 0,
-        sample_id: int = 0,
-        truncated: bool = False,
-    ) -> None:
-        """Append one sample; `weight_L` as in Example."""
-        ids_L = np.array(input_ids_L, np.int32)  # a copy, for the caller may use its own again
-        weights_L = np.asarray(weight_L, np.float32)
-        length = len(ids_L)
-        assert 0 < length == len(weights_L), f"{length} tokens, {len(weights_L)} weights"
-        changes = np.flatnonzero(weights_L[1:] != weights_L[:-1]) + 1
-        starts = np.concatenate([[0], changes])  # of its runs
-        row = {
-            "offsets": self._advance("offsets", length),
-            "run_offsets": self._advance("run_offsets", len(starts)),
-            "channels": channel,
-            "sources": source,
-            "ids": sample_id,
-            "truncated": truncated,
-            "supervised": int(np.count_nonzero(weights_L[1:])),
-        }
-        for name, value in row.items():
-            self._waiting[name].append(value)
-        self._waiting["tokens"].append(ids_L)
-        self._waiting["run_lengths"].append(np.concatenate([changes, [length]]) - starts)
-        self._waiting["run_weights"].append(weights_L[starts])
-        self.num_samples += 1
-        # A sample's other values weigh about as much as 64 tokens.
-        self._waiting_tokens += length + 64
-        if self._waiting_tokens >= _FLUSH_TOKENS:
-            self._flush()
+    def append(self, arrays: Arrays, source: int = 0) -> None:
+        """Write samples behind the others.
+
+        Args:
+            arrays: of `flatten`.
+            source: that all of them came from.
+        """
+        num_samples = len(arrays["ids"])
+        written = {**arrays, "sources": np.full(num_samples, source)}
+        for name, end in self._ends.items():
+            written[name] = arrays[name][1:] + end
+            self._ends[name] = end + int(arrays[name][-1])
+        for name, file in self._files.items():
+            file.append(written[name])
+        self.num_samples += num_samples
 
     def close(self) -> None:
-        """Write what is left and make the arrays readable."""
-        self._flush()
+        """Make the arrays readable."""
         for file in self._files.values():
             file.finish()
 
@@ -120,18 +132,6 @@ class SplitWriter:
         else:
             for file in self._files.values():
                 file.stream.close()
-
-    def _advance(self, name: str, by: int) -> int:
-        self._starts[name] += by
-        return self._starts[name]
-
-    def _flush(self) -> None:
-        for name, values in self._waiting.items():
-            whole = name in ("tokens", "run_lengths", "run_weights")
-            if values:
-                self._files[name].append(np.concatenate(values) if whole else values)
-            values.clear()
-        self._waiting_tokens = 0
 
 
 class _ArrayFile:
@@ -168,7 +168,7 @@ class Examples:
 
     def __init__(
         self,
-        arrays: dict[str, npt.NDArray[Any]],
+        arrays: Arrays,
         index: npt.NDArray[np.int64],
         channels: list[str],
     ) -> None:
@@ -208,7 +208,7 @@ class Examples:
             raise DataError(
                 f"is no prepared data folder: {error}",
                 where=str(folder),
-                fix="delete it and start again: the data is then prepared anew",
+                fix="delete it and start again: the data is then prepared again",
             ) from error
         return cls(arrays, index, channels)
 
@@ -228,7 +228,7 @@ class Examples:
         )
 
 
-def _check_sizes(arrays: dict[str, npt.NDArray[Any]]) -> None:
+def _check_sizes(arrays: Arrays) -> None:
     num_samples = len(arrays["offsets"]) - 1
     wanted = dict.fromkeys(arrays, num_samples)
     wanted |= dict.fromkeys(_STARTS, num_samples + 1)

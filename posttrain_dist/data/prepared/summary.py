@@ -36,6 +36,8 @@ class Summary:
     rejected: int  # rows that could not be used
     longest: int  # tokens of the longest sample
     largest_id: int  # the largest token
+    special_tokens: dict[int, str]  # id -> name, of those with a loss of their own; ids ascending
+    end_token_id: int | None  # that supervised turns end with
     inputs: dict[str, Any]  # settings and SHA-256 digests of everything that went in
 
     @classmethod
@@ -51,7 +53,8 @@ class Summary:
                 split: {channel: Counts(**counts) for channel, counts in channels.items()}
                 for split, channels in values.pop("splits").items()
             }
-            return cls(splits=splits, **values)
+            names = {int(token): name for token, name in values.pop("special_tokens").items()}
+            return cls(splits=splits, special_tokens=names, **values)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"the summary of the prepared data cannot be read: {error}",
@@ -60,7 +63,7 @@ class Summary:
             ) from error
 
     def table(self) -> str:
-        """One line a channel and split, for the terminal."""
+        """One line per channel and split, for the terminal."""
         columns = ("rows", "tokens", "supervised", "truncated", "dropped", "duplicates")
         heads = ("channel", "split", *columns)
         sides = {"train": "train", "eval": "held-out"}

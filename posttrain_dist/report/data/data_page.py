@@ -69,7 +69,7 @@ def data_page(report: dict[str, Any]) -> str:
             for label, key in (
                 ("tokenizer", "tokenizer"),
                 ("template", "template"),
-                ("supervised", "policy"),
+                ("supervised", "supervise"),
                 ("max length", "max_length"),
             )
             if (value := settings.get(key)) not in (None, "")

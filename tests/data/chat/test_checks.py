@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import random
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from posttrain_dist.data import Policy, Template
+from posttrain_dist.data import Supervise, Template
 from posttrain_dist.data.chat.checks import CHECKS
-from posttrain_dist.data.chat.encoder import Encoded, Encoder
+from posttrain_dist.data.chat.encoder import Encoder
 from posttrain_dist.data.chat.template import load_template
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Record
+
+one = runpy.run_path(str(Path(__file__).with_name("supervised_text.py")))["one"]
 
 TokenizerOf = Callable[..., Any]
 CHATML = (
@@ -30,10 +34,9 @@ def record(messages: list[dict[str, Any]], **rest: Any) -> Record:
     return Record(channel="c", where="rows.jsonl:7", messages=tuple(messages), **rest)
 
 
-def encode(tokenizer: Any, messages: list[dict[str, Any]], **choice: Any) -> Encoded:
+def encode(tokenizer: Any, messages: list[dict[str, Any]], **choice: Any) -> Any:
     encoder = Encoder(tokenizer, Template(**choice), max_length=9999)
-    (encoded,) = encoder.encode(record(messages))
-    return encoded
+    return one(encoder.encode(record(messages)))
 
 
 def fails(tokenizer: Any, messages: list[dict[str, Any]], name: str, match: str) -> None:
@@ -91,7 +94,7 @@ def test_token_check_agrees_with_tokenising_whole_prompts(
             content = "".join(draw.choices(["\n", " ", "the", "a", "<|end|>", "🙂", "<"], k=3))
             messages.append({"role": ("user", "assistant")[turn % 2], "content": content})
         encoded = encode(tokenizer, messages, strict=False)
-        broken, _, breaker = template.controls.break_up(messages, ())
+        broken, _, breaker = template.controls.escape(messages, ())
         expected = False
         for turn in range(1, len(messages), 2):
             prompt = template.render(broken[:turn], "w", generation_prompt=True)
@@ -143,7 +146,7 @@ def test_turn_that_is_rewritten_once_others_follow(tokenizer_of: TokenizerOf) ->
     )
     tokenizer = tokenizer_of(shifting)
     fails(tokenizer, GOOD * 2, "prompt_prefix", r"messages\[1\] is rendered differently.*explode")
-    assert encode(tokenizer, GOOD * 2, policy=Policy.last_turn).faults == ()
+    assert encode(tokenizer, GOOD * 2, supervise=Supervise.last_turn).faults == ()
 
 
 def test_header_that_the_generation_prompt_leaves_out(tokenizer_of: TokenizerOf) -> None:
@@ -177,7 +180,7 @@ def test_rows_of_text_that_quote_the_begin_or_end(tokenizer_of: TokenizerOf, str
             add = TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
             tokenizer.backend_tokenizer.post_processor = add
         encoder = Encoder(tokenizer, Template(strict=strict), max_length=99)
-        (encoded,) = encoder.encode(Record(channel="c", where="t:1", text=text))
+        encoded = one(encoder.encode(Record(channel="c", where="t:1", text=text)))
         return encoded.faults
 
     for text in ("price <|bos|>10", "price <|end|>10", "<|bos|>a<|end|><|bos|>b", "<|bos|><|bos|>"):
@@ -201,7 +204,7 @@ def test_row_without_a_target(tokenizer_of: TokenizerOf) -> None:
     ) as caught:
         Encoder(tokenizer, Template(), max_length=99).encode(off)
     assert caught.value.fix == CHECKS["no_target"].fix
-    (kept,) = Encoder(tokenizer, Template(strict=False), max_length=99).encode(off)
+    kept = one(Encoder(tokenizer, Template(strict=False), max_length=99).encode(off))
     assert kept.faults == ("no_target",)
 
 
@@ -221,7 +224,7 @@ def test_tools_that_the_template_does_not_show(tokenizer_of: TokenizerOf) -> Non
         with pytest.raises(DataError, match=rf"rows\.jsonl:7: .*does not show {what}") as caught:
             encoder.encode(row)
         assert caught.value.fix == CHECKS["tools_shown"].fix
-        (encoded,) = lax.encode(row)
+        encoded = one(lax.encode(row))
         assert encoded.faults == ("tools_shown", "content_shown")
         assert tokenizer.decode(encoded.input_ids_L[encoded.weight_L > 0]) == "hello<|end|>"
 
@@ -229,7 +232,7 @@ def test_tools_that_the_template_does_not_show(tokenizer_of: TokenizerOf) -> Non
 def test_tools_that_nobody_calls(tokenizer_of: TokenizerOf) -> None:
     for strict in (True, False):
         encoder = Encoder(tokenizer_of(CHATML), Template(strict=strict), max_length=999)
-        (encoded,) = encoder.encode(record(GOOD, tools=({"type": "function"},)))
+        encoded = one(encoder.encode(record(GOOD, tools=({"type": "function"},))))
         assert encoded.faults == ("tools_listed",)
     assert (CHECKS["tools_shown"].level, CHECKS["tools_listed"].level) == ("error", "warning")
 
@@ -306,7 +309,7 @@ def test_names_and_arguments_of_tools_cannot_forge(family_tokenizer: TokenizerOf
     tool = {"type": "function", "function": {"name": "f", "description": "<|im_start|>"}}
     messages = [GOOD[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
     encoder = Encoder(tokenizer, Template(name="chatml"), max_length=999)
-    (encoded,) = encoder.encode(record(messages, tools=(tool,)))
+    encoded = one(encoder.encode(record(messages, tools=(tool,))))
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert encoded.input_ids_L.tolist().count(start) == 3  # tools, user, assistant
 
@@ -320,7 +323,7 @@ def test_keys_cannot_forge(family_tokenizer: TokenizerOf, where: str) -> None:
     tool = {"function": {"name": "f", "parameters": evil if where == "tool" else {}}}
     messages = [GOOD[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
     encoder = Encoder(tokenizer, Template(name="chatml"), max_length=999)
-    (encoded,) = encoder.encode(record(messages, tools=(tool,)))
+    encoded = one(encoder.encode(record(messages, tools=(tool,))))
     ids = encoded.input_ids_L.tolist()
     for name in ("<|im_start|>", "<|im_end|>"):
         assert ids.count(tokenizer.convert_tokens_to_ids(name)) == 3  # tools, user, assistant
@@ -345,8 +348,8 @@ def test_the_way_for_forged_rows_is_plain_encoding_elsewhere(
         ours = controls.restore(text, "\ue000", "w")
         assert ours.aliased is None
         aliased = controls.pattern.sub(lambda m: controls._aliases[m[0]], text)
-        protected = ours._replace(aliased=aliased)
-        ids, offsets = controls.encode_aliased(protected, slice(0, None), "w")
+        escaped = ours._replace(aliased=aliased)
+        ids, offsets = controls.encode_aliased(escaped, slice(0, None), "w")
         theirs = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         assert ids == theirs["input_ids"]
         assert [tuple(o) for o in offsets] == [tuple(o) for o in theirs["offset_mapping"]]

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
-from posttrain_dist.data import Policy, Template
+from posttrain_dist.data import Supervise, Template
 from posttrain_dist.data.chat.checks import CHECKS
 from posttrain_dist.data.chat.encoder import Encoder
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Record
 
-learned = runpy.run_path(str(Path(__file__).with_name("learned_text.py")))["learned"]
+one = runpy.run_path(str(Path(__file__).with_name("supervised_text.py")))["one"]
+
+supervised = runpy.run_path(str(Path(__file__).with_name("supervised_text.py")))["supervised"]
 
 TokenizerOf = Callable[..., Any]
 ASK = {"role": "user", "content": "q"}
@@ -59,7 +61,7 @@ def closing(tokenizer_of: TokenizerOf, template: str) -> Any:
 
 
 def faults(tokenizer: Any, row: Record) -> tuple[str, ...]:
-    (encoded,) = Encoder(tokenizer, Template(strict=False), max_length=9999).encode(row)
+    encoded = one(Encoder(tokenizer, Template(strict=False), max_length=9999).encode(row))
     return encoded.faults
 
 
@@ -73,9 +75,9 @@ def test_all_tokens_that_close_a_turn(
 ) -> None:
     tokenizer = closing(tokenizer_of, template)
     end = f"{answer}<|close|><|end|>"
-    assert learned(tokenizer, record(ASK, say(answer))) == [end]
-    assert learned(tokenizer, record(ASK, say(answer), ASK)) == [end]
-    assert learned(tokenizer, record(ASK, say(answer), ASK, say("x"))) == [
+    assert supervised(tokenizer, record(ASK, say(answer))) == [end]
+    assert supervised(tokenizer, record(ASK, say(answer), ASK)) == [end]
+    assert supervised(tokenizer, record(ASK, say(answer), ASK, say("x"))) == [
         end,
         "x<|close|><|end|>",
     ]
@@ -84,48 +86,48 @@ def test_all_tokens_that_close_a_turn(
 @pytest.mark.parametrize("template", [TWO, NARROW])
 def test_the_last_message_of_a_policy_ends_alike(tokenizer_of: TokenizerOf, template: str) -> None:
     tokenizer = closing(tokenizer_of, template)
-    said = learned(tokenizer, record(SYSTEM, ASK, say("a"), ASK), policy=Policy.all)
+    said = supervised(tokenizer, record(SYSTEM, ASK, say("a"), ASK), supervise=Supervise.all)
     assert said == ["be kind<|end|>", "q<|end|>", "a<|close|><|end|>", "q<|end|>"]
     closed = closing(tokenizer_of, template + CLOSED)
-    said = learned(closed, record(SYSTEM, ASK, say("a"), ASK), policy=Policy.all)
+    said = supervised(closed, record(SYSTEM, ASK, say("a"), ASK), supervise=Supervise.all)
     assert said == ["be kind<|end|>", "q<|end|>", "a<|close|><|end|>", "q<|end|>"]
 
 
 @pytest.mark.parametrize("template", [ONE, BARE])
 @pytest.mark.parametrize("answer", ["hello", ""])
-def test_the_end_of_the_text_is_not_learned(
+def test_the_end_of_the_text_is_not_supervised(
     tokenizer_of: TokenizerOf, template: str, answer: str
 ) -> None:
     """Behind the last turn or the only one, as behind inner ones."""
     tokenizer = closing(tokenizer_of, template + CLOSED)
-    assert learned(tokenizer, record(ASK, say(answer))) == [f"{answer}<|end|>"]
-    assert learned(tokenizer, record(ASK, say("x"), ASK, say(answer))) == [
+    assert supervised(tokenizer, record(ASK, say(answer))) == [f"{answer}<|end|>"]
+    assert supervised(tokenizer, record(ASK, say("x"), ASK, say(answer))) == [
         "x<|end|>",
         f"{answer}<|end|>",
     ]
     # Also where the template begins with the system only, so that no probe without one is told.
     asks = "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}"
     tokenizer = closing(tokenizer_of, asks + template + CLOSED)
-    assert learned(tokenizer, record(SYSTEM, ASK, say(answer))) == [f"{answer}<|end|>"]
+    assert supervised(tokenizer, record(SYSTEM, ASK, say(answer))) == [f"{answer}<|end|>"]
 
 
 def test_the_end_of_the_text_may_be_the_only_end(tokenizer_of: TokenizerOf) -> None:
     bare = "{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}"
     ask = "{% if add_generation_prompt %}{{ 'assistant:' }}{% else %}{{ '<|end|>' }}{% endif %}"
-    assert learned(tokenizer_of(bare + ask), record(ASK, say("a"))) == ["a\n<|end|>"]
+    assert supervised(tokenizer_of(bare + ask), record(ASK, say("a"))) == ["a\n<|end|>"]
     # As gpt-oss: the last turn ends in another token than inner ones.
     other = BARE.replace(
         "'<|end|>'", "'<|close|>' if loop.last and m.role == 'assistant' else '<|end|>'"
     )
     tokenizer = closing(tokenizer_of, other)
-    assert learned(tokenizer, record(ASK, say("a"))) == ["a<|close|>"]
+    assert supervised(tokenizer, record(ASK, say("a"))) == ["a<|close|>"]
 
 
 def test_calls_end_before_the_end_of_the_text(tokenizer_of: TokenizerOf) -> None:
     calls = "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
     tokenizer = closing(tokenizer_of, BARE.replace(TURN, TURN + calls) + CLOSED)
     call = {"type": "function", "function": {"name": "fn", "arguments": {"a": 1}}}
-    (said,) = learned(tokenizer, record(ASK, say("", tool_calls=[call])))
+    (said,) = supervised(tokenizer, record(ASK, say("", tool_calls=[call])))
     assert said.endswith("}]<|end|>")
 
 
@@ -134,14 +136,14 @@ def test_an_inner_turn_that_is_written_otherwise_when_it_is_the_last(
 ) -> None:
     tokenizer = closing(tokenizer_of, SHIFTING)
     row = record(ASK, say("a"), ASK, say("b"))
-    assert learned(tokenizer, row, strict=False) == ["a<|close|><|end|>", "b<|close|><|end|>"]
+    assert supervised(tokenizer, row, strict=False) == ["a<|close|><|end|>", "b<|close|><|end|>"]
 
 
 def test_marks_that_end_before_the_last_token_of_the_turn(tokenizer_of: TokenizerOf) -> None:
     tokenizer = closing(tokenizer_of, HALF)
     row = record(ASK, say("x"), ASK, say("hello"))
     with pytest.raises(DataError, match=r"rows\.jsonl:7: not all .*end messages\[1\]") as caught:
-        learned(tokenizer, row)
+        supervised(tokenizer, row)
     assert caught.value.fix == CHECKS["end_of_turn"].fix
     assert faults(tokenizer, row) == ("end_of_turn",)
     whole = closing(tokenizer_of, HALF.replace("<|end|>{% else", "{% else") + CLOSED)
@@ -151,10 +153,12 @@ def test_marks_that_end_before_the_last_token_of_the_turn(tokenizer_of: Tokenize
 def test_white_space_before_the_end_token(tokenizer_of: TokenizerOf) -> None:
     """It is the tokenizer's end token that stops a model; another one may open the next turn."""
     spaced = TWO.replace("{{ '<|end|>' }}", "{{ '\n<|end|>' }}")
-    assert learned(closing(tokenizer_of, spaced), record(ASK, say("a"))) == ["a<|close|>\n<|end|>"]
+    assert supervised(closing(tokenizer_of, spaced), record(ASK, say("a"))) == [
+        "a<|close|>\n<|end|>"
+    ]
     opens = BARE.replace("{{ '<|end|>' }}", "{{ '<|end|>\n<|close|>' }}")
     rows = record(ASK, say("a"), ASK, say("b"))
-    assert learned(closing(tokenizer_of, opens), rows) == ["a<|end|>", "b<|end|>"]
+    assert supervised(closing(tokenizer_of, opens), rows) == ["a<|end|>", "b<|end|>"]
 
 
 # ------------------------------------------------------------------------------- headers
@@ -192,13 +196,13 @@ def test_a_mark_around_the_header_too(
     tokenizer = closing(tokenizer_of, template)
     row = record(SYSTEM, ASK, say(answer), ASK, say("x"))
     expected = [f"{before}{answer}<|end|>", f"{before}x<|end|>"]
-    assert [said.rstrip() for said in learned(tokenizer, row)] == expected
+    assert [said.rstrip() for said in supervised(tokenizer, row)] == expected
     assert "generation_marks" not in faults(tokenizer, row)
-    samples = Encoder(tokenizer, Template(explode_turns=True), max_length=99).encode(row)
+    samples, _ = Encoder(tokenizer, Template(explode_turns=True), max_length=99).encode(row)
     assert len(samples) == 2
 
 
-def test_a_header_is_never_learned(tokenizer_of: TokenizerOf) -> None:
+def test_a_header_is_never_supervised(tokenizer_of: TokenizerOf) -> None:
     """Not where marks begin in an earlier message, nor where the prompt is another at inference."""
     both = "{% for m in messages %}{% if loop.index0 % 2 == 1 %}{% generation %}"
     both += (
@@ -209,11 +213,11 @@ def test_a_header_is_never_learned(tokenizer_of: TokenizerOf) -> None:
     both += alone + "\n' }}{% endif %}" + PROMPT
     tokenizer = tokenizer_of(both)
     with pytest.raises(DataError, match=r"rows\.jsonl:7: .*messages\[1\] begins before that turn"):
-        learned(tokenizer, record(ASK, say("hello")))
-    assert learned(tokenizer, record(ASK, say("hello")), strict=False) == ["hello<|end|>"]
+        supervised(tokenizer, record(ASK, say("hello")))
+    assert supervised(tokenizer, record(ASK, say("hello")), strict=False) == ["hello<|end|>"]
     assert faults(tokenizer, record(ASK, say("hello"))) == ("generation_marks",)
     # As Qwen3.5 with thoughts: the prompt opens one that earlier turns do not have.
     thinks = loop(HEADER, PROMPT.replace("assistant\n", "assistant\n<think>"))
-    said = learned(tokenizer_of(thinks), record(ASK, say("hello")), strict=False)
+    said = supervised(tokenizer_of(thinks), record(ASK, say("hello")), strict=False)
     assert [run.rstrip() for run in said] == ["hello<|end|>"]
     assert "prompt_prefix" in faults(tokenizer_of(thinks), record(ASK, say("hello")))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
 import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,9 @@ from posttrain_dist.data.chat import encoder as masking
 from posttrain_dist.data.chat.checks import CHECKS
 from posttrain_dist.data.chat.encoder import Encoder
 from posttrain_dist.errors import DataError
-from posttrain_dist.flow import Record
+from posttrain_dist.flow import Example, Record
+
+one = runpy.run_path(str(Path(__file__).with_name("supervised_text.py")))["one"]
 
 TokenizerOf = Callable[..., Any]
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -36,7 +40,7 @@ def test_a_row_that_is_switched_off_is_refused(family_tokenizer: TokenizerOf) ->
         with pytest.raises(DataError, match=r"r\.jsonl:7: .*no supervised token") as caught:
             encoder(tokenizer, explode_turns=explode).encode(off)
         assert caught.value.fix == CHECKS["no_target"].fix
-        (kept,) = encoder(tokenizer, explode_turns=explode, strict=False).encode(off)
+        kept = one(encoder(tokenizer, explode_turns=explode, strict=False).encode(off))
         assert (kept.faults, kept.weight_L.any()) == (("no_target",), False)
 
 
@@ -45,7 +49,7 @@ def test_weight_on_another_role_is_refused(family_tokenizer: TokenizerOf) -> Non
     with pytest.raises(DataError, match=r"r\.jsonl:7: messages\[2\] is of the user") as caught:
         encoder(tokenizer, strict=False).encode(record(CHAT * 2, None, None, 1.0, None))
     assert "template.explode_turns=false" in caught.value.fix
-    assert len(encoder(tokenizer).encode(record(CHAT * 2, 0.0, None, None, 0.0))) == 1
+    assert len(encoder(tokenizer).encode(record(CHAT * 2, 0.0, None, None, 0.0)).examples) == 1
 
 
 def test_batches_are_bounded_in_characters(
@@ -60,15 +64,17 @@ def test_batches_are_bounded_in_characters(
 
     def counted(batch: Any) -> Any:
         batch = list(batch)
-        seen.append(sum(len(sample.protected.text) for _, sample in batch))
+        seen.append(sum(len(each.text) for _, each in batch))
         return inner(batch)
 
     monkeypatch.setattr(ours, "_tokenise", counted)
     monkeypatch.setattr(masking, "_BATCH_CHARACTERS", 500)
     for found, wanted in zip(ours.encode_many(rows), expected, strict=True):
         assert not isinstance(found, DataError) and not isinstance(wanted, DataError)
-        assert [e.input_ids_L.tolist() for e in found] == [e.input_ids_L.tolist() for e in wanted]
-        assert [e.weight_L.tolist() for e in found] == [e.weight_L.tolist() for e in wanted]
+        assert [e.input_ids_L.tolist() for e in found[0]] == [
+            e.input_ids_L.tolist() for e in wanted[0]
+        ]
+        assert [e.weight_L.tolist() for e in found[0]] == [e.weight_L.tolist() for e in wanted[0]]
     assert len(seen) > 10 and max(seen) < 500 + 200
 
 
@@ -79,7 +85,7 @@ def test_samples_of_a_long_row_are_not_held_in_whole(family_tokenizer: Tokenizer
     ours = encoder(tokenizer, max_length=64)
     ours.encode(record(CHAT))
     tracemalloc.start()
-    kept = ours.encode(record(messages))
+    kept, _ = ours.encode(record(messages))
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert held < len(kept) * (64 * 8 + 1000) + 100_000
@@ -107,17 +113,20 @@ def test_turns_behind_the_limit_are_left_out(
         return inner(batch)
 
     monkeypatch.setattr(ours, "_tokenise", noted)
-    found = ours.encode(row)
+    found, faults = ours.encode(row)
     monkeypatch.setattr(ours, "_tokenise", inner)
-    alone = []
+    alone: list[Example] = []
+    faults_alone: set[str] = set()
     for turn in range(1, 18, 2):
         weights = tuple(float(i == turn) for i in range(turn + 1))
-        alone += ours.encode(replace(row, messages=row.messages[: turn + 1], weights=weights))
+        result = ours.encode(replace(row, messages=row.messages[: turn + 1], weights=weights))
+        alone += result.examples
+        faults_alone |= set(result.faults)
     wanted = [e for e in alone if e.weight_L.any()]
     kept = [e for e in found if e.weight_L.any()]
     assert [e.input_ids_L.tolist() for e in kept] == [e.input_ids_L.tolist() for e in wanted]
     assert [e.weight_L.tolist() for e in kept] == [e.weight_L.tolist() for e in wanted]
-    assert [e.faults for e in found] == [e.faults for e in alone]
+    assert set(faults) == faults_alone
     assert [e.truncated for e in found] == [e.truncated for e in alone]
     assert [e.input_ids_L.tolist() for e in found] == [e.input_ids_L.tolist() for e in alone]
     if long_rows is not LongRows.split and limit < 200:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from posttrain_dist.data import LongRows, Policy, Template
+from posttrain_dist.data import LongRows, Supervise, Template
 from posttrain_dist.data.chat.conversation import Conversation
-from posttrain_dist.data.chat.encoder import Encoded, Encoder, token_weights
+from posttrain_dist.data.chat.encoder import Encoder
 from posttrain_dist.data.chat.template import ChatTemplate
+from posttrain_dist.data.chat.token_weights import token_weights
+from posttrain_dist.data.chat.turn_spans import turn_spans
 from posttrain_dist.errors import ConfigError, DataError, ModelError
 from posttrain_dist.flow import Record
+
+one = runpy.run_path(str(Path(__file__).with_name("supervised_text.py")))["one"]
 
 CHATML = (
     "{% for m in messages %}{{ '<|start|>' + m.role + '\n' + m.content + '<|end|>\n' }}"
@@ -57,12 +63,11 @@ CHAT = record(("system", "be kind"), ("user", "hi"), ("assistant", "hello"), ("u
 TWO = record(*[(m["role"], m["content"]) for m in CHAT.messages], ("assistant", " \n🙂"))
 
 
-def encode(tokenizer: Any, row: Record, max_length: int = 999, **choice: Any) -> Encoded:
-    (encoded,) = Encoder(tokenizer, Template(**choice), max_length=max_length).encode(row)
-    return encoded
+def encode(tokenizer: Any, row: Record, max_length: int = 999, **choice: Any) -> Any:
+    return one(Encoder(tokenizer, Template(**choice), max_length=max_length).encode(row))
 
 
-def runs(tokenizer: Any, encoded: Encoded) -> list[str]:
+def runs(tokenizer: Any, encoded: Any) -> list[str]:
     """Runs of tokens of one weight above 0, as text."""
     found: list[tuple[float, list[int]]] = []
     previous = 0.0
@@ -109,7 +114,7 @@ def test_marks_and_prefixes_agree(tokenizer_of: TokenizerOf, template: str, row:
     chat = ChatTemplate(tokenizer_of(template))
     marked = Conversation(chat, row.messages, "w")
     by_prefix = Conversation(chat, row.messages, "w", by_marks=False)
-    assert marked.turn_spans() == by_prefix.turn_spans()
+    assert turn_spans(marked) == turn_spans(by_prefix)
     assert marked.text == by_prefix.text
 
 
@@ -134,7 +139,7 @@ def test_a_turn_marked_in_two_places_and_one_not_marked(tokenizer_of: TokenizerO
     row = record(("user", "x"), ("assistant", "skip"), ("user", "y"), ("assistant", "abc"))
     tokenizer = tokenizer_of(template)
     assert supervised(tokenizer, row, strict=False) == ["a", "<|end|>"]
-    assert supervised(tokenizer, row, policy=Policy.last_turn) == ["a", "<|end|>"]
+    assert supervised(tokenizer, row, supervise=Supervise.last_turn) == ["a", "<|end|>"]
     weighed = encode(tokenizer, replace(row, weights=(None, 9.0, None, 0.5)), strict=False)
     assert weighed.faults == ("generation_marks",)
     assert set(weighed.weight_L.tolist()) == {0.0, 0.5}
@@ -182,30 +187,30 @@ FOUR = record(
 
 @pytest.mark.parametrize("template", [CHATML, MARKED, NARROW])
 @pytest.mark.parametrize(
-    ("policy", "golden"),
+    ("supervise", "golden"),
     [
-        (Policy.assistant, ["hello<|end|>", "it says<|end|>"]),
-        (Policy.last_turn, ["it says<|end|>"]),
+        (Supervise.assistant, ["hello<|end|>", "it says<|end|>"]),
+        (Supervise.last_turn, ["it says<|end|>"]),
         (
-            Policy.all,
+            Supervise.all,
             ["be kind<|end|>", "the question<|end|>", "hello<|end|>", "it says<|end|>"],
         ),
     ],
 )
 def test_policies(
-    tokenizer_of: TokenizerOf, template: str, policy: Policy, golden: list[str]
+    tokenizer_of: TokenizerOf, template: str, supervise: Supervise, golden: list[str]
 ) -> None:
-    assert supervised(tokenizer_of(template), FOUR, policy=policy) == golden
+    assert supervised(tokenizer_of(template), FOUR, supervise=supervise) == golden
 
 
 def test_all_is_refused_where_a_template_changes_what_is_said(tokenizer_of: TokenizerOf) -> None:
     loud = CHATML.replace("m.content +", "(m.content | upper) +")
     # Capitals do not move the signs, so the place is still proved.
-    said = supervised(tokenizer_of(loud), FOUR, policy=Policy.all, strict=False)
+    said = supervised(tokenizer_of(loud), FOUR, supervise=Supervise.all, strict=False)
     assert said[0] == "BE KIND<|end|>"
     twice = CHATML.replace("m.content +", "m.content + m.content +")
     with pytest.raises(DataError, match=r"rows\.jsonl:7.*messages\[0\]\.content.*be proved"):
-        supervised(tokenizer_of(twice), FOUR, policy=Policy.all)
+        supervised(tokenizer_of(twice), FOUR, supervise=Supervise.all)
 
 
 def test_weights_of_messages(tokenizer_of: TokenizerOf) -> None:
@@ -217,7 +222,7 @@ def test_weights_of_messages(tokenizer_of: TokenizerOf) -> None:
     assert found == {0.0, 0.5, 2.0}
     # A number beats the policy, null is the policy.
     only = replace(FOUR, weights=(None, None, 3.0, None, None))
-    assert supervised(tokenizer, only, policy=Policy.last_turn) == [
+    assert supervised(tokenizer, only, supervise=Supervise.last_turn) == [
         "hello<|end|>",
         "it says<|end|>",
     ]
@@ -232,7 +237,7 @@ def test_results_of_tools_are_never_learned(tokenizer_of: TokenizerOf) -> None:
 def test_one_sample_for_each_turn(tokenizer_of: TokenizerOf) -> None:
     tokenizer = tokenizer_of(SHIFTING)
     encoder = Encoder(tokenizer, Template(explode_turns=True), max_length=999)
-    samples = encoder.encode(record(*[(m["role"], m["content"]) for m in FOUR.messages]))
+    samples, _ = encoder.encode(record(*[(m["role"], m["content"]) for m in FOUR.messages]))
     assert [runs(tokenizer, sample) for sample in samples] == [
         ["<think></think>hello<|end|>"],
         ["<think></think>it says<|end|>"],
@@ -240,7 +245,7 @@ def test_one_sample_for_each_turn(tokenizer_of: TokenizerOf) -> None:
     second = tokenizer.decode(samples[1].input_ids_L)
     assert "assistant\nhello<|end|>" in second  # the earlier turn as inference shows it
     with pytest.raises(ConfigError, match=r"template\.explode_turns"):
-        Encoder(tokenizer, Template(explode_turns=True, policy=Policy.all), max_length=9)
+        Encoder(tokenizer, Template(explode_turns=True, supervise=Supervise.all), max_length=9)
 
 
 # ------------------------------------------------------------------------------- long rows
@@ -268,7 +273,7 @@ def test_long_rows_are_dropped(tokenizer_of: TokenizerOf) -> None:
     length = len(encode(tokenizer, LONG).input_ids_L)
     for limit, kept in ((length, 1), (length - 1, 0)):
         encoder = Encoder(tokenizer, Template(), max_length=limit, long_rows=LongRows.drop)
-        assert len(encoder.encode(LONG)) == kept
+        assert len(encoder.encode(LONG).examples) == kept
 
 
 @pytest.mark.parametrize("limit", [5, 6, 7, 13])
@@ -276,7 +281,7 @@ def test_split_rows_keep_every_target_once(tokenizer_of: TokenizerOf, limit: int
     tokenizer = tokenizer_of(CHATML)
     whole = encode(tokenizer, LONG)
     encoder = Encoder(tokenizer, Template(), max_length=limit, long_rows=LongRows.split)
-    pieces = encoder.encode(LONG)
+    pieces, _ = encoder.encode(LONG)
     assert max(len(piece.input_ids_L) for piece in pieces) <= limit
     for piece in pieces:
         assert piece.weight_L[0] == 0
@@ -346,7 +351,9 @@ def test_rows_of_other_objectives_are_refused(tokenizer_of: TokenizerOf) -> None
         encode(tokenizer, record(("user", "?")))
     with pytest.raises(DataError, match=r"holds a prompt and no answer"):
         encode(
-            tokenizer, replace(record(("user", "?")), reference={"answer": 1}), policy=Policy.all
+            tokenizer,
+            replace(record(("user", "?")), reference={"answer": 1}),
+            supervise=Supervise.all,
         )
 
 
@@ -361,7 +368,7 @@ def test_many_rows_give_what_each_gives_alone(tokenizer_of: TokenizerOf) -> None
     for row, result in zip(rows, many, strict=True):
         if row is bad:
             continue
-        (together,), (alone,) = result, encoder.encode(row)
+        together, alone = one(result), one(encoder.encode(row))
         assert together.input_ids_L.tolist() == alone.input_ids_L.tolist()
         assert together.weight_L.tolist() == alone.weight_L.tolist()
         assert together.faults == alone.faults

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from posttrain_dist.data import Template
 from posttrain_dist.data.chat.checks import CHECKS
-from posttrain_dist.data.chat.encoder import Encoded, Encoder
+from posttrain_dist.data.chat.encoder import Encoder, RowExamples
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Record
+
+one = runpy.run_path(str(Path(__file__).with_name("supervised_text.py")))["one"]
 
 TokenizerOf = Callable[..., Any]
 ASK = {"role": "user", "content": "weather?"}
@@ -44,12 +48,12 @@ def template(said: str, source: str = CHATML) -> str:
 
 def encode(
     tokenizer: Any, messages: list[dict[str, Any]], tools: Any = (), **choice: Any
-) -> list[Encoded]:
+) -> RowExamples:
     row = Record(channel="c", where="rows.jsonl:7", messages=tuple(messages), tools=tuple(tools))
     return Encoder(tokenizer, Template(**choice), max_length=9999).encode(row)
 
 
-def text(tokenizer: Any, encoded: Encoded) -> str:
+def text(tokenizer: Any, encoded: Any) -> str:
     return str(tokenizer.decode(encoded.input_ids_L[encoded.weight_L > 0]))
 
 
@@ -58,8 +62,7 @@ def hidden(tokenizer: Any, messages: list[dict[str, Any]], match: str, **rest: A
     with pytest.raises(DataError, match=rf"rows\.jsonl:7: .*{match}") as caught:
         encode(tokenizer, messages, **rest)
     assert caught.value.fix == CHECKS["content_shown"].fix
-    for encoded in encode(tokenizer, messages, strict=False, **rest):
-        assert "content_shown" in encoded.faults
+    assert "content_shown" in encode(tokenizer, messages, strict=False, **rest).faults
 
 
 # ------------------------------------------------------------------------------- tool calls
@@ -74,7 +77,7 @@ def test_calls_that_are_never_written(tokenizer_of: TokenizerOf, source: str, co
         with pytest.raises(DataError, match=r"does not show messages\[1\]\.tool_calls") as caught:
             encode(tokenizer_of(template("", source)), messages, TOOLS, **choice)
         assert "template that knows tools" in caught.value.fix
-    (encoded,) = encode(tokenizer_of(template("", source)), messages, TOOLS, strict=False)
+    encoded = one(encode(tokenizer_of(template("", source)), messages, TOOLS, strict=False))
     assert encoded.faults == ("tools_shown", "content_shown")
 
 
@@ -94,10 +97,10 @@ def test_calls_as_templates_write_them(tokenizer_of: TokenizerOf, how: str) -> N
     arguments = {"city": 'Pa"ris\né', "days": 3, "real": 1.5, "on": True, "of": None}
     deep = {} if how == "python" else {"deep": [{"a": ["x", 1]}, ""]}
     calls = [call(**arguments, **deep), call(city="Rome")]
-    (encoded,) = encode(
+    _, faults = encode(
         tokenizer_of(template(said)), [ASK, say("Let me see.", tool_calls=calls)], TOOLS
     )
-    assert encoded.faults == ()
+    assert faults == []
 
 
 @pytest.mark.parametrize("source", [CHATML, UNMARKED])
@@ -122,12 +125,10 @@ def test_thoughts_that_are_never_written(
     messages = [ASK, say(content, reasoning_content="a long thought")]
     hidden(tokenizer_of(template("", source)), messages, r"messages\[1\]\.reasoning_content")
     for said in ("<t>{{ m.reasoning_content }}</t>", "{{ m.reasoning_content | trim }}"):
-        (encoded,) = encode(tokenizer_of(template(said, source)), messages)
+        encoded = one(encode(tokenizer_of(template(said, source)), messages))
         assert encoded.faults == ()
-    (encoded,) = encode(
-        tokenizer_of(template("", source)), [ASK, say("42", reasoning_content="\n")]
-    )
-    assert encoded.faults == ()
+    _, faults = encode(tokenizer_of(template("", source)), [ASK, say("42", reasoning_content="\n")])
+    assert faults == []
 
 
 @pytest.mark.parametrize("family", ["chatml", "llama3", "mistral", "phi", "zephyr"])
@@ -147,7 +148,7 @@ def test_thoughts_that_are_cut_off_even_the_last_turn(
     messages = [ASK, say("<think>\n2 and 2 is 4\n</think>\n\n4")]
     hidden(tokenizer, messages, r"messages\[1\]\.content")
     hidden(tokenizer, messages * 2, r"messages\[1\]\.content", explode_turns=True)
-    assert encode(tokenizer, [ASK, say("  4\n")], strict=False)[0].faults == ()
+    assert encode(tokenizer, [ASK, say("  4\n")], strict=False).faults == []
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_qwen_rewrites_thoughts(
 ) -> None:
     tokenizer = family_tokenizer("qwen")
     if is_shown:
-        (encoded,) = encode(tokenizer, [ASK, say(content)], name="qwen")
+        encoded = one(encode(tokenizer, [ASK, say(content)], name="qwen"))
         assert encoded.faults == ()
     else:
         hidden(tokenizer, [ASK, say(content)], r"messages\[1\]\.content", name="qwen")
@@ -179,22 +180,23 @@ def test_thoughts_of_earlier_turns_lead_to_one_sample_a_turn(
         messages = [ASK, first, ASK, say("<think>b</think>y")]
         with pytest.raises(DataError, match=r"(?s)rows\.jsonl:7: .*explode_turns=true"):
             encode(tokenizer, messages, name="qwen")
-        samples = encode(tokenizer, messages, name="qwen", explode_turns=True)
-        assert [sample.faults for sample in samples] == [(), ()]
+        samples, faults = encode(tokenizer, messages, name="qwen", explode_turns=True)
+        assert (len(samples), faults) == (2, [])
         assert text(tokenizer, samples[0]) == "<think>\na\n</think>\n\nx<|im_end|>"
 
 
 def test_words_beside_a_call(family_tokenizer: TokenizerOf) -> None:
     messages = [ASK, say(" Let me see.", tool_calls=[call(city="Paris")]), RESULT, say("sunny")]
     tokenizer = family_tokenizer("mistral")
-    (encoded,) = encode(tokenizer, messages, TOOLS, name="mistral")
+    encoded = one(encode(tokenizer, messages, TOOLS, name="mistral"))
     assert text(tokenizer, encoded) == (
         ' Let me see.[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris"}, '
         '"id": "abcdefghi"}]</s> sunny</s>'
     )
     for family in ("chatml", "qwen"):
-        samples = encode(family_tokenizer(family), messages, TOOLS, name=family, explode_turns=True)
-        assert [sample.faults for sample in samples] == [(), ()]
+        tokenizer = family_tokenizer(family)
+        samples, faults = encode(tokenizer, messages, TOOLS, name=family, explode_turns=True)
+        assert (len(samples), faults) == (2, [])
         assert "Let me see." in text(family_tokenizer(family), samples[0])
     # The model's own template has no place for them.
     llama = family_tokenizer("llama3")
@@ -214,13 +216,12 @@ def test_words_beside_a_call_that_are_as_the_call(
         with pytest.raises(DataError, match=r"does not write all of messages\[1\]\.content"):
             encode(tokenizer_of(only), messages, TOOLS, **choice)
     both = source.replace("{{ m.content }}SAID", "{{ m.content }}" + said)
-    for encoded in encode(tokenizer_of(both), messages, TOOLS):
-        assert encoded.faults == ()
+    assert encode(tokenizer_of(both), messages, TOOLS).faults == []
 
 
 def test_spaces_are_the_templates_own_affair(tokenizer_of: TokenizerOf) -> None:
     trims = CHATML.replace("{{ m.content }}SAID", "{{ m.content | trim }}")
-    (encoded,) = encode(tokenizer_of(trims), [ASK, say(" \n two  words\n")])
+    encoded = one(encode(tokenizer_of(trims), [ASK, say(" \n two  words\n")]))
     assert encoded.faults == ()
 
 
@@ -230,15 +231,15 @@ def test_spaces_are_the_templates_own_affair(tokenizer_of: TokenizerOf) -> None:
 def test_an_empty_turn_is_counted(family_tokenizer: TokenizerOf) -> None:
     tokenizer = family_tokenizer("zephyr")
     for content in ("", " "):
-        (encoded,) = encode(tokenizer, [ASK, say(content)], name="zephyr")
+        encoded = one(encode(tokenizer, [ASK, say(content)], name="zephyr"))
         assert encoded.faults == ("empty_turn",)
     assert CHECKS["empty_turn"].level == "warning"
     chatml = family_tokenizer("chatml")
     calls = [ASK, say("", tool_calls=[call(city="Paris")])]
-    assert encode(chatml, calls, TOOLS, name="chatml")[0].faults == ()
+    assert encode(chatml, calls, TOOLS, name="chatml").faults == []
     qwen = family_tokenizer("qwen")
     thought = [ASK, say("", reasoning_content="hm")]
-    assert encode(qwen, thought, name="qwen")[0].faults == ()
+    assert encode(qwen, thought, name="qwen").faults == []
 
 
 def test_fix_of_a_completion_that_merges_with_its_prompt(tokenizer_of: TokenizerOf) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import runpy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,11 @@ from posttrain_dist.data import Template
 from posttrain_dist.data.chat.conversation import Conversation
 from posttrain_dist.data.chat.encoder import Encoder
 from posttrain_dist.data.chat.template import load_template, template_names
+from posttrain_dist.data.chat.turn_spans import turn_spans
 from posttrain_dist.errors import ConfigError, DataError, ModelError
 from posttrain_dist.flow import Record
+
+one = runpy.run_path(str(Path(__file__).with_name("supervised_text.py")))["one"]
 
 TokenizerOf = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[3]
@@ -202,7 +206,8 @@ def test_tools_in_the_published_format(family: str, family_tokenizer: TokenizerO
     assert text == plain(TOOL_CHATS[family])
     choice = Template(name=family, explode_turns=True)
     last = [
-        supervised(tokenizer, e) for e in Encoder(tokenizer, choice, max_length=9999).encode(row)
+        supervised(tokenizer, e)
+        for e in Encoder(tokenizer, choice, max_length=9999).encode(row).examples
     ]
     expected = runs(TOOL_CHATS[family])
     if family == "qwen":  # the call is the last turn of its sample: its think block is empty
@@ -227,7 +232,7 @@ def test_golden_mask(family: str, family_tokenizer: TokenizerOf) -> None:
     """By hand, and by transformers' own mask."""
     tokenizer = family_tokenizer(family, source_of(family))
     choice = Template(name=family, strict=False)
-    (encoded,) = Encoder(tokenizer, choice, max_length=999).encode(record(*CHAT))
+    encoded = one(Encoder(tokenizer, choice, max_length=999).encode(record(*CHAT)))
     assert supervised(tokenizer, encoded) == runs(CHATS[family])
     theirs = tokenizer.apply_chat_template(
         CHAT, return_dict=True, return_assistant_tokens_mask=True
@@ -242,18 +247,18 @@ def test_marks_and_prefixes_agree(
     family: str, messages: list[dict[str, str]], family_tokenizer: TokenizerOf
 ) -> None:
     template = load_template(Template(name=family), family_tokenizer(family))
-    marked = Conversation(template, messages, "w").turn_spans()
+    marked = turn_spans(Conversation(template, messages, "w"))
     rewrites = family == "qwen" and len(messages) > 2
     rewrites = rewrites or (family == "mistral" and messages is CHAT)
     by_prefix = Conversation(template, messages, "w", by_marks=False)
     if rewrites:
         with pytest.raises(DataError, match=r"renders earlier turns differently.*messages\["):
-            by_prefix.turn_spans()
+            turn_spans(by_prefix)
         choice = Template(name=family)
         with pytest.raises(DataError, match=r"(?s)rows\.jsonl:7.*template\.explode_turns=true"):
             Encoder(family_tokenizer(family), choice, max_length=999).encode(record(*messages))
     else:
-        assert by_prefix.turn_spans() == marked
+        assert turn_spans(by_prefix) == marked
 
 
 def test_qwen_keeps_thoughts_behind_the_last_question_only(family_tokenizer: TokenizerOf) -> None:
@@ -268,24 +273,24 @@ def test_qwen_keeps_thoughts_behind_the_last_question_only(family_tokenizer: Tok
         "<|im_start|>assistant\n<think>\nso\n</think>\n\nBye<|im_end|>\n"
     )
     exploded = Encoder(tokenizer, Template(name="qwen", explode_turns=True), max_length=999)
-    samples = exploded.encode(record(ASK, first, MORE, last))
+    samples, faults = exploded.encode(record(ASK, first, MORE, last))
     assert [supervised(tokenizer, sample) for sample in samples] == [
         ["<think>\nwhy\n</think>\n\nHello<|im_end|>"],
         ["<think>\nso\n</think>\n\nBye<|im_end|>"],
     ]
-    assert [sample.faults for sample in samples] == [(), ()]
+    assert faults == []
 
 
 def test_conversation_that_begins_with_the_assistant(family_tokenizer: TokenizerOf) -> None:
     tokenizer = family_tokenizer("zephyr")
     row = record(SAY, ASK, END)
-    (encoded,) = Encoder(tokenizer, Template(name="zephyr"), max_length=99).encode(row)
+    encoded = one(Encoder(tokenizer, Template(name="zephyr"), max_length=99).encode(row))
     assert supervised(tokenizer, encoded) == ["Hello</s>", "Bye</s>"]
     tokenizer = family_tokenizer("deepseek", "{{ messages[0].role[:0] }}" + source_of("deepseek"))
     encoder = Encoder(tokenizer, Template(), max_length=99)
     with pytest.raises(DataError, match=r"rows\.jsonl:7: begins with the assistant"):
         encoder.encode(row)
-    (encoded,) = encoder.encode(replace(row, weights=(0.0, None, None)))
+    encoded = one(encoder.encode(replace(row, weights=(0.0, None, None))))
     assert supervised(tokenizer, encoded) == ["Bye<｜end▁of▁sentence｜>"]
 
 

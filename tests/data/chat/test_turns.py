@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
-from posttrain_dist.data import Policy, Template
+from posttrain_dist.data import Supervise, Template
 from posttrain_dist.data.chat.checks import CHECKS
 from posttrain_dist.data.chat.encoder import Encoder
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Record
 
-learned = runpy.run_path(str(Path(__file__).with_name("learned_text.py")))["learned"]
+one = runpy.run_path(str(Path(__file__).with_name("supervised_text.py")))["one"]
+
+supervised = runpy.run_path(str(Path(__file__).with_name("supervised_text.py")))["supervised"]
 
 TokenizerOf = Callable[..., Any]
 ASK = {"role": "user", "content": "q"}
@@ -58,7 +60,7 @@ def record(*messages: dict[str, Any], weights: tuple[float | None, ...] = ()) ->
 
 def faults(tokenizer: Any, row: Record, **choice: Any) -> tuple[str, ...]:
     encoder = Encoder(tokenizer, Template(strict=False, **choice), max_length=9999)
-    (encoded,) = encoder.encode(row)
+    encoded = one(encoder.encode(row))
     return encoded.faults
 
 
@@ -82,9 +84,9 @@ def test_an_answer_that_stands_in_its_own_header(
     header = "<|channel|>final<|message|>"
     before = f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant" if thought else ""
     expected = f"{before}{header}{answer}<|return|>"
-    assert learned(tokenizer, record(ASK, say(answer, **rest))) == [expected]
+    assert supervised(tokenizer, record(ASK, say(answer, **rest))) == [expected]
     two = record(ASK, say(answer, **rest), ASK, say("x"))
-    assert learned(tokenizer, two) == [expected, f"{header}x<|return|>"]
+    assert supervised(tokenizer, two) == [expected, f"{header}x<|return|>"]
 
 
 def test_end_of_the_text_is_not_the_end_of_the_turn(tokenizer_of: TokenizerOf) -> None:
@@ -93,7 +95,7 @@ def test_end_of_the_text_is_not_the_end_of_the_turn(tokenizer_of: TokenizerOf) -
     template += "{% if not add_generation_prompt %}{{ '<|return|>' }}{% endif %}"
     tokenizer = channels(tokenizer_of, template)
     row = record(ASK, say("a"), ASK, say(""))
-    assert learned(tokenizer, row) == ["a<|end|>", "<|end|>"]
+    assert supervised(tokenizer, row) == ["a<|end|>", "<|end|>"]
 
 
 def test_a_turn_whose_place_cannot_be_proved_refuses_the_row_alone(
@@ -102,7 +104,7 @@ def test_a_turn_whose_place_cannot_be_proved_refuses_the_row_alone(
     shifted = CHANNELS.replace("+ m.content +", "+ (m.content | length | string) + m.content +")
     tokenizer = channels(tokenizer_of, shifted)
     with pytest.raises(DataError, match=r"rows\.jsonl:7: .*messages\[1\].*cannot be proved"):
-        learned(tokenizer, record(ASK, say("e")), strict=False)
+        supervised(tokenizer, record(ASK, say("e")), strict=False)
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -121,7 +123,7 @@ def test_content_of_another_role_that_cannot_be_proved(tokenizer_of: TokenizerOf
     twice = "{% for m in messages %}" + OTHERS.replace("m.content", "m.content + m.content")
     encoder = Encoder(
         tokenizer_of(twice + "{% endfor %}" + PROMPT),
-        Template(policy=Policy.all, strict=False),
+        Template(supervise=Supervise.all, strict=False),
         max_length=999,
     )
     (refused,) = encoder.encode_many([record(ASK, say("4"))])
@@ -139,9 +141,9 @@ HEADER = "{% generation %}{{ '<|start|>assistant\n' + m.content + '<|end|>' }}{%
 
 def test_a_mark_that_begins_before_the_turn(tokenizer_of: TokenizerOf) -> None:
     row = record(ASK, say("yo"), ASK, say("yo"))
-    assert learned(tokenizer_of(loop(MARKED)), row) == ["yo<|end|>"] * 2
+    assert supervised(tokenizer_of(loop(MARKED)), row) == ["yo<|end|>"] * 2
     # The header is what the generation prompt adds.
-    assert learned(tokenizer_of(loop(HEADER)), row) == ["yo<|end|>"] * 2
+    assert supervised(tokenizer_of(loop(HEADER)), row) == ["yo<|end|>"] * 2
     assert faults(tokenizer_of(loop(HEADER)), row) == ()
 
 
@@ -150,7 +152,7 @@ def test_a_mark_in_a_macro_is_misplaced(tokenizer_of: TokenizerOf) -> None:
     tokenizer = tokenizer_of(macro + loop("{{ turn(m) }}"))
     row = record(ASK, say("a long answer that ends"))
     with pytest.raises(DataError, match=r"rows\.jsonl:7: .*messages\[1\] begins before") as caught:
-        learned(tokenizer, row)
+        supervised(tokenizer, row)
     assert caught.value.fix == CHECKS["generation_marks"].fix
     assert "generation_marks" in faults(tokenizer, row)
 
@@ -160,9 +162,9 @@ def test_one_mark_around_everything(tokenizer_of: TokenizerOf) -> None:
     tokenizer = tokenizer_of(everything + "{% endfor %}{% endgeneration %}" + PROMPT)
     secret = {"role": "user", "content": "secret"}
     with pytest.raises(DataError, match=r"rows\.jsonl:7: .*begins before"):
-        learned(tokenizer, record(secret, say("hi")))
+        supervised(tokenizer, record(secret, say("hi")))
     with pytest.raises(DataError, match=r"rows\.jsonl:7: .*which is whose cannot be proved"):
-        learned(tokenizer, record(secret, say("hi"), secret, say("hi")))
+        supervised(tokenizer, record(secret, say("hi"), secret, say("hi")))
 
 
 def test_a_learned_turn_without_a_mark(tokenizer_of: TokenizerOf) -> None:
@@ -171,11 +173,11 @@ def test_a_learned_turn_without_a_mark(tokenizer_of: TokenizerOf) -> None:
     tokenizer = tokenizer_of(loop(answer))
     row = (ASK, say("", tool_calls=CALLS), {"role": "tool", "content": "sun"}, say("sunny"))
     with pytest.raises(DataError, match=r"rows\.jsonl:7: .*marks nothing of messages\[1\]"):
-        learned(tokenizer, record(*row))
+        supervised(tokenizer, record(*row))
     assert faults(tokenizer, record(*row)) == ("generation_marks",)
     only_last = record(*row, weights=(None, 0.0, None, None))
-    assert learned(tokenizer, only_last) == ["sunny<|end|>"]
-    assert learned(tokenizer, record(*row), policy=Policy.last_turn) == ["sunny<|end|>"]
+    assert supervised(tokenizer, only_last) == ["sunny<|end|>"]
+    assert supervised(tokenizer, record(*row), supervise=Supervise.last_turn) == ["sunny<|end|>"]
 
 
 def test_a_turn_does_not_own_the_mark_of_a_later_one(tokenizer_of: TokenizerOf) -> None:
@@ -186,7 +188,7 @@ def test_a_turn_does_not_own_the_mark_of_a_later_one(tokenizer_of: TokenizerOf) 
     split = answer.replace("CALL fn", "CALL' }}{% endgeneration %}{% generation %}{{ ' fn", 1)
     row = record(ASK, say("first"), ASK, say("", tool_calls=CALLS), weights=(None, 1.0, None, 0.0))
     with pytest.raises(DataError, match=r"rows\.jsonl:7: .*which is whose cannot be proved"):
-        learned(tokenizer_of(loop(split)), row)
+        supervised(tokenizer_of(loop(split)), row)
 
 
 @pytest.mark.parametrize("answer", ["", "a", "<think>", "x</think>"])
@@ -201,10 +203,10 @@ def test_an_answer_ends_where_its_turn_ends(tokenizer_of: TokenizerOf, answer: s
     names = ["<think>", "</think>"]
     tokenizer.add_tokens([AddedToken(n, special=True, normalized=False) for n in names])
     expected = f"<|channel|>final<|message|>{answer}<|return|>"
-    assert learned(tokenizer, record(ASK, say(answer))) == [expected]
+    assert supervised(tokenizer, record(ASK, say(answer))) == [expected]
     unmarked = channels(tokenizer_of)
     unmarked.add_tokens([AddedToken(n, special=True, normalized=False) for n in names])
-    assert learned(unmarked, record(ASK, say(answer))) == [expected]
+    assert supervised(unmarked, record(ASK, say(answer))) == [expected]
 
 
 # ------------------------------------------------------------------------------- own tokens
@@ -218,7 +220,7 @@ def test_thoughts_are_tokens_where_the_tokenizer_calls_them_special(
         [AddedToken(n, special=True, normalized=False) for n in ("<think>", "</think>")]
     )
     row = record({"role": "user", "content": "<think>"}, say("<think>h</think>4 <|end|>"))
-    (encoded,) = Encoder(tokenizer, Template(), max_length=99).encode(row)
+    encoded = one(Encoder(tokenizer, Template(), max_length=99).encode(row))
     names = [tokenizer.convert_ids_to_tokens(int(i)) for i in encoded.input_ids_L]
     said = names[names.index("assistant") + 2 :]
     assert said[:4] == ["<think>", "h", "</think>", "4"]

@@ -236,7 +236,7 @@ BAD: list[tuple[Format, Any, str, str]] = [
     (Format.tokens, {"input_ids": [1.0]}, "input_ids[0]", "is 1.0"),
     (Format.tokens, {"input_ids": [-1]}, "input_ids[0]", "is -1"),
     (Format.tokens, {"input_ids": [2**31]}, "input_ids[0]", "is 2147483648"),
-    (Format.tokens, {"input_ids": [1], "labels": [-100]}, "labels", "nothing to learn"),
+    (Format.tokens, {"input_ids": [1], "labels": [-100]}, "labels", "nothing is supervised"),
     (Format.tokens, {"input_ids": [1, 2], "attention_mask": [0, 1]}, "attention_mask", "not 1"),
     (Format.tokens, {"input_ids": [1], "completion_mask": [1]}, "completion_mask", "not supported"),
     (Format.preference, preference(None, "a", "b"), "chosen", "has no prompt"),

@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from posttrain_dist.data import MixBy
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.data.packs.mixing import Mixture, Wish
 from posttrain_dist.data.packs.order import Order
-from posttrain_dist.data.prepared.arrays import Examples, SplitWriter
+from posttrain_dist.data.prepared.arrays import Examples, SplitWriter, flatten
 from posttrain_dist.errors import ConfigError, DataError
 from posttrain_dist.flow import Batch, Example
 from posttrain_dist.objectives.sft import Sft
@@ -42,7 +43,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Examples:
     with SplitWriter(folder / "samples") as writer:
         for i in range(SIZE):
             e = example(i)
-            writer.add(e.input_ids_L, e.weight_L, e.channel, 0, e.sample_id, e.truncated)
+            writer.append(flatten([e]))
     return Examples.open(folder, "all", channels=["a", "b", "c"])
 
 
@@ -52,8 +53,8 @@ def two_sources(tmp_path_factory: pytest.TempPathFactory) -> Examples:
     folder = tmp_path_factory.mktemp("two")
     with SplitWriter(folder / "samples") as writer:
         for i in range(120):
-            e = example(i)
-            writer.add(e.input_ids_L, e.weight_L, 0, source=int(i % 3 == 0), sample_id=i)
+            e = replace(example(i), channel=0, sample_id=i)
+            writer.append(flatten([e]), source=int(i % 3 == 0))
     return Examples.open(folder, "all", channels=["a"])
 
 
@@ -201,7 +202,8 @@ def test_a_phase_cut_short_counts_as_the_part_of_an_epoch_that_it_took(tmp_path:
     # Every pack is one sample, so an epoch has 120.
     with SplitWriter(tmp_path / "samples") as writer:
         for i in range(120):
-            writer.add(range(32), [1] * 32, 0, source=i % 2, sample_id=i)
+            e = Example(np.arange(32, dtype=np.int32), np.ones(32, np.float32), 0, sample_id=i)
+            writer.append(flatten([e]), source=i % 2)
     examples = Examples.open(tmp_path, "all", channels=["a"])
     wishes = [Wish(name="a", schedule={6: 0.0, 11: 1.0}), Wish(name="b", schedule={1: 0.0, 6: 1.0})]
     mix = mixture(examples, wishes)

@@ -7,13 +7,14 @@ import random
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain_dist.data.prepared.arrays import Examples, SplitWriter
+from posttrain_dist.data.prepared.arrays import Examples, SplitWriter, flatten
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Example
 
@@ -26,10 +27,15 @@ def example(i: int) -> Example:
     return Example(ids, weight, channel=i % 3, sample_id=i << 33, truncated=i % 5 == 0)
 
 
+def plain(ids: Any, weights: Any, sample_id: int = 0) -> Example:
+    return Example(np.asarray(ids, np.int32), np.asarray(weights, np.float32), 0, sample_id)
+
+
 def write(folder: Path, numbers: range, source: int = 0) -> Path:
     with SplitWriter(folder) as writer:
-        for e in map(example, numbers):
-            writer.add(e.input_ids_L, e.weight_L, e.channel, source, e.sample_id, e.truncated)
+        middle = len(numbers) // 3
+        for part in (numbers[:middle], numbers[middle:middle], numbers[middle:]):
+            writer.append(flatten([example(i) for i in part]), source)
     return folder
 
 
@@ -84,7 +90,7 @@ def test_any_weights_come_back(
     folder = tmp_path_factory.mktemp("weights")
     with SplitWriter(folder / "samples") as writer:
         for weights in samples:
-            writer.add(range(len(weights)), weights, channel=0)
+            writer.append(flatten([plain(range(len(weights)), weights)]))
     read = open_all(folder)
     assert [read[i].weight_L.tolist() for i in range(len(read))] == [
         np.float32(weights).tolist() for weights in samples
@@ -97,7 +103,7 @@ def test_the_writer_may_be_given_the_same_array_again(tmp_path: Path) -> None:
         for i in range(3):
             ids += 10
             weights[:] = i
-            writer.add(ids, weights, channel=0, sample_id=i)
+            writer.append(flatten([plain(ids, weights, sample_id=i)]))
         assert writer.num_samples == 3
     read = open_all(tmp_path)
     assert [read[i].input_ids_L[0] for i in range(3)] == [10, 20, 30]
@@ -110,7 +116,7 @@ def test_writing_takes_bounded_memory_and_little_disk(tmp_path: Path) -> None:
     tracemalloc.start()
     with SplitWriter(tmp_path / "samples") as writer:
         for i in range(5000):
-            writer.add(ids, weights, channel=0, sample_id=i)
+            writer.append(flatten([plain(ids, weights, sample_id=i)]))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     written = sum(file.stat().st_size for file in (tmp_path / "samples").iterdir())
@@ -120,7 +126,7 @@ def test_writing_takes_bounded_memory_and_little_disk(tmp_path: Path) -> None:
 
 def test_an_unfinished_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), SplitWriter(tmp_path / "samples") as writer:
-        writer.add([1, 2], [0, 1], channel=0)
+        writer.append(flatten([plain([1, 2], [0, 1])]))
         raise ZeroDivisionError
     with pytest.raises(DataError, match="is no prepared data folder"):
         open_all(tmp_path)

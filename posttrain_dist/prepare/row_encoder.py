@@ -1,0 +1,118 @@
+"""The rows of one unit of a file -> Chunks: Examples, and what is known of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain_dist.data import DataConfig, Template
+from posttrain_dist.data.chat.encoder import Encoder, RowExamples
+from posttrain_dist.data.chat.template import ChatTemplate
+from posttrain_dist.data.formats.records import Reader, Rejected, Unit
+from posttrain_dist.errors import PosttrainError
+from posttrain_dist.flow import Record
+from posttrain_dist.models.folder import load_tokenizer
+from posttrain_dist.prepare.chunk import BottomK, Chunk, ChunkBuilder, RowFacts
+from posttrain_dist.prepare.split import content_key, draw_one
+
+CHUNK_TOKENS = 1 << 20  # after which a chunk is handed over
+CHUNK_ROWS = 1 << 14
+_BATCH_ROWS = 256  # that the tokenizer is given at once
+_BATCH_CHARACTERS = 1 << 22  # ... of about so many characters
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every process that tokenises needs to know."""
+
+    model_folder: Path
+    template: Template
+    data: DataConfig
+    seed: int
+    text_rows: int  # rows of each channel that are kept as text
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One unit of one file set."""
+
+    reader: Reader
+    unit: Unit
+    in_order: bool  # the rows kept as text are the first ones, not those that the seed draws
+    keep_text: bool
+
+
+class RowEncoder:
+    """Encodes units, in this process.
+
+    Args:
+        job: what is the same for all units.
+        template: the loaded template; null: it is loaded with the first conversation.
+    """
+
+    def __init__(self, job: Job, template: ChatTemplate | None = None) -> None:
+        self._job = job
+        self._encoder = Encoder(
+            load_tokenizer(job.model_folder),
+            job.template,
+            max_length=job.data.max_length,
+            long_rows=job.data.long_rows,
+            template=template,
+        )
+
+    def chunks(self, task: Task) -> Iterator[Chunk]:
+        """Encode the rows of a unit, some at a time; a row that cannot be used is in its chunk.
+
+        At least one chunk, so that a file without rows is known too.
+        """
+        rows, more = task.reader.read(task.unit), True
+        while more:
+            texts = BottomK[Record](self._job.text_rows if task.keep_text else 0)
+            facts = RowFacts(task.unit.file, texts)
+            builder, num_rows = ChunkBuilder(facts), 0
+            while more and builder.num_tokens < CHUNK_TOKENS and num_rows < CHUNK_ROWS:
+                batch, more = _take(rows)
+                num_rows += len(batch)
+                for record, result in self._encoded(batch, facts):
+                    key = content_key(record)
+                    row = builder.add(record, key, result)
+                    priority = draw_one(key, self._job.seed)
+                    facts.shown.add(record.channel, priority, row, record.where)
+                    facts.texts.add(record.channel, 0 if task.in_order else priority, row, record)
+            yield builder.finish()
+
+    def _encoded(
+        self, batch: list[Record | Rejected], facts: RowFacts
+    ) -> Iterator[tuple[Record, RowExamples]]:
+        """The rows that can be used; the others are counted."""
+        results = iter(self._encoder.encode_many([r for r in batch if isinstance(r, Record)]))
+        for row in batch:
+            if isinstance(row, Rejected):
+                facts.reject(row)
+                continue
+            result = next(results)
+            if isinstance(result, PosttrainError):
+                facts.reject(_unusable(result, row))
+            else:
+                yield row, result
+
+
+def _take(rows: Iterator[Record | Rejected]) -> tuple[list[Record | Rejected], bool]:
+    """The next rows, few where they are large; whether there may be more."""
+    batch: list[Record | Rejected] = []
+    num_characters = 0
+    while len(batch) < _BATCH_ROWS and num_characters < _BATCH_CHARACTERS:
+        row = next(rows, None)
+        if row is None:
+            return batch, False
+        batch.append(row)
+        if isinstance(row, Record):
+            num_characters += len(row.text or "") + 8 * len(row.input_ids)
+            num_characters += sum(len(str(turn.get("content"))) for turn in row.messages)
+    return batch, True
+
+
+def _unusable(error: PosttrainError, record: Record) -> Rejected:
+    file, _, line = record.where.rpartition(":")
+    return Rejected(file, int(line), None, "", error.what, error.fix)
