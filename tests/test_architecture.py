@@ -32,7 +32,8 @@ FOLDERS = [
 ]
 
 LAYERS = {
-    "posttrain_launch": 6,
+    "posttrain_launch": 7,
+    "run": 6,
     **dict.fromkeys(
         (
             "train",
