@@ -10,7 +10,7 @@
 set -u
 ulimit -c 0 # a Ray process that is ended may leave a core of 300 MB
 
-say() { echo "[$(date +%T)] $*"; }
+log() { echo "[$(date +%T)] $*"; }
 
 # --- what every process of the job shares ---------------------------------------------------
 
@@ -23,7 +23,7 @@ if [ -n "$POSTTRAIN_INTERFACE" ]; then
 fi
 
 # Whoever can reach Ray's ports could run code as this user, so Ray asks for a token. All nodes
-# must be told, or the workers are refused; a file that only we can read, not a command line.
+# must have it, or the workers are refused; a file that only we can read, not a command line.
 mkdir -p "$POSTTRAIN_RUN/ray"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$POSTTRAIN_RUN/ray/token-$SLURM_JOB_ID
 unset RAY_AUTH_TOKEN
@@ -52,7 +52,7 @@ mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export POSTTRAIN_HEAD=${nodes[0]} POSTTRAIN_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export RAY_ADDRESS
 RAY_ADDRESS=$(own_address):$POSTTRAIN_PORT
-say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, nodes ${nodes[*]}, Ray at $RAY_ADDRESS"
+log "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, nodes ${nodes[*]}, Ray at $RAY_ADDRESS"
 
 # A checkpoint that is newer than this file is one of this start.
 started=$POSTTRAIN_RUN/ray/started-$SLURM_JOB_ID
@@ -86,8 +86,8 @@ driver=$!
 # USR1: the time limit is near. srun hands USR1 on to the driver, which saves and ends; of a TERM
 # it would make a KILL.
 asked_to_stop=0
-trap 'say "USR1: the time limit is near"; asked_to_stop=1; kill -USR1 $driver' USR1
-trap 'say "TERM: the job is being ended"; kill -USR1 $driver' TERM
+trap 'log "USR1: the time limit is near"; asked_to_stop=1; kill -USR1 $driver' USR1
+trap 'log "TERM: the job is being ended"; kill -USR1 $driver' TERM
 
 ended=
 while :; do # a signal that is trapped ends `wait` too
@@ -96,7 +96,7 @@ while :; do # a signal that is trapped ends `wait` too
   [ -z "${ended:-}" ] || break
 done
 if [ "$ended" = "$ray" ]; then
-  say "Ray ended first, with exit code $code: see logs/ray-$SLURM_JOB_ID-*.log"
+  log "Ray ended first, with exit code $code: see logs/ray-$SLURM_JOB_ID-*.log"
   kill -TERM "$driver" 2>/dev/null
   wait "$driver"
   code=75
@@ -114,7 +114,7 @@ srun --overlap --output=/dev/null bash -c '
 rm -f "$RAY_AUTH_TOKEN_PATH"
 
 if [ -e "$POSTTRAIN_RUN/FINISHED" ]; then
-  say "finished"
+  log "finished"
   exit 0
 fi
 if [ $asked_to_stop = 1 ]; then
@@ -122,13 +122,13 @@ if [ $asked_to_stop = 1 ]; then
   saved=$(find "$POSTTRAIN_RUN/checkpoints" -path '*/step-*[0-9]/MANIFEST.json' -newer "$started" \
     -print -quit 2>/dev/null)
   if [ -n "$saved" ]; then
-    say "not finished at the time limit, saved $saved: back into the queue"
+    log "not finished at the time limit, saved $saved: back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
   else
-    say "nothing was saved before the time limit, so not queued again: raise cluster.time, set" \
+    log "nothing was saved before the time limit, so not queued again: raise cluster.time, set" \
       "train.save_every, or ask for more time to save (--signal at the top of this script)"
   fi
 fi
-say "not finished; exit code of the driver: $code"
+log "not finished; exit code of the driver: $code"
 [ "$code" != 0 ] || code=1
 exit "$code"

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from posttrain_launch.compose.composer import Composer
-from posttrain_launch.compose.problems import check
+from posttrain_launch.compose.composer import Composed, Composer
+from posttrain_launch.compose.problems import compose_checked
 
 from posttrain_dist.config import GROUPS, RunConfig
 
@@ -33,6 +33,11 @@ def values_of(file: Path) -> dict[str, Any]:
 
 def defaults_of(owner: type) -> dict[str, Any]:
     return {f.name: getattr(owner(), f.name) for f in dataclasses.fields(owner)}
+
+
+def compose(overrides: list[str], *, contradictions: bool = True) -> Composed:
+    with Composer() as composer:
+        return compose_checked(composer, overrides, contradictions=contradictions)
 
 
 def test_every_slot_has_yaml_for_its_options_and_a_default():
@@ -59,12 +64,11 @@ def test_an_option_composes_and_differs_from_its_schema(file: Path):
 
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=name_of)
 def test_an_experiment_composes_and_holds_differences_only(file: Path):
-    composed = check([f"+experiment={file.stem}"])
-    assert composed is not None
-    base = check(
-        [f"{g}={o}" for g, o in composed.choices.items() if g != "experiment"], cross=False
+    composed = compose([f"+experiment={file.stem}"])
+    base = compose(
+        [f"{g}={o}" for g, o in composed.choices.items() if g != "experiment"],
+        contradictions=False,
     )
-    assert base is not None
 
     def compare(values: dict[str, Any], mine: Any, default: Any, path: str) -> None:
         for key, value in values.items():
@@ -74,8 +78,7 @@ def test_an_experiment_composes_and_holds_differences_only(file: Path):
                 assert getattr(mine, key) != getattr(default, key), f"{path}{key} is the default"
 
     compare(values_of(file), composed.config, base.config, "")
-    plain = check([])
-    assert plain is not None
+    plain = compose([])
     for entry in yaml.safe_load(file.read_text()).get("defaults", []):
         for group, option in entry.items():
             name = group.removeprefix("override /")
@@ -94,5 +97,4 @@ def test_the_first_comment_of_an_experiment_is_its_command(file: Path):
     word = f"+experiment={file.stem}"
     train = next((c for c in commands if c[:2] == ["posttrain", "train"]), None)
     assert train is not None and word in train, f"{file}: no `posttrain train {word}` comes first"
-    composed = check(train[2:])
-    assert composed is not None and isinstance(composed.config, RunConfig)
+    assert isinstance(compose(train[2:]).config, RunConfig)

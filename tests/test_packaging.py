@@ -99,15 +99,3 @@ def test_it_runs_away_from_the_checkout(installed: Path, tmp_path: Path):
     assert composed.returncode == 0, composed.stderr
     assert "name: demo\n" in composed.stdout
     assert str(ROOT) not in composed.stdout + composed.stderr
-
-
-def test_plain_help_imports_nothing_heavy(tmp_path: Path):
-    code = (
-        "import sys; from posttrain_launch.cli import main; main(['--help']);"
-        "print(sorted({'torch', 'ray', 'hydra', 'transformers', 'deepspeed', 'omegaconf'}"
-        " & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
-    )
-    assert done.stdout.splitlines()[-1] == "[]"

@@ -21,7 +21,9 @@ def test_the_python_example_trains(tmp_path):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 5
     assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
-    assert (folder / "export" / "model.safetensors").is_file()
+    assert json.loads((folder / "FINISHED").read_text()) == {"reason": "completed", "step": 5}
+    for name in ("export/model.safetensors", "report.html"):
+        assert (folder / name).is_file()
 
 
 def test_the_table_names_every_verb():

@@ -41,7 +41,7 @@ def runs(tmp_path: Path) -> list[Path]:
 
 TURNS = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'
 ROWS = {
-    # the second line of the file -> (what is said after `file:2 `, a part of the cure)
+    # the second line of the file -> (what is said after `file:2 `, a part of the fix)
     "not JSON": ('{"messages": [}', "(byte {14}): is not valid JSON", "one JSON object a line"),
     "no assistant": (
         '{"messages": [{"role": "user", "content": "q"}]}',
@@ -56,7 +56,7 @@ ROWS = {
 
 @pytest.mark.parametrize("case", ROWS)
 def test_a_bad_row_is_named_by_its_line(case, try_out, tmp_path):
-    line, wanted, cure = ROWS[case]
+    line, wanted, fix = ROWS[case]
     first = TURNS + "\n"
     data = tmp_path / "rows.jsonl"
     data.write_text(first + line + "\n")
@@ -64,7 +64,7 @@ def test_a_bad_row_is_named_by_its_line(case, try_out, tmp_path):
     wanted = wanted.replace("{14}", str(len(first) + 14))  # bytes from the start of the file
     place, _, rest = said.removeprefix("error: ").partition(" ")
     assert place == f"{data}:2"
-    assert wanted in rest and cure in rest
+    assert wanted in rest and fix in rest
     (folder,) = runs(tmp_path)
     assert "Traceback" in (folder.parent / "logs" / "driver.log").read_text()
 

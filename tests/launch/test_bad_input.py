@@ -1,4 +1,4 @@
-"""Each wrong word: one clear message that names the key and the cure, and no stack trace."""
+"""Each wrong word: one clear message that names the key and the fix, and no stack trace."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from posttrain_launch.cli import main
 
-# words -> (what stands before the colon, a part of the cure)
+# words -> (what stands before the colon, a part of the fix)
 CASES = {
     "misspelt key": (["train.stepz=3"], "train.stepz: unknown key", "train.steps?"),
     "new key": (["+objective.typo=1"], "objective.typo: unknown key", "--cfg job"),
@@ -57,6 +57,16 @@ CASES = {
         "--config-dir: there is no folder",
         "YAML",
     ),
+    "another file to begin with": (
+        ["--config-name", "nosuch", "seed=1"],
+        "Cannot find primary config 'nosuch'",
+        "posttrain train --help",
+    ),
+    "a pickle": (
+        ["--experimental-rerun", "config.pickle", "seed=1"],
+        "--experimental-rerun: is not supported",
+        "posttrain run",
+    ),
     "training on Slurm": (["cluster=slurm"], "cluster: slurm", "posttrain submit"),
     "an unwritable place": (["output_root=/dev/null/x"], "output_root: ", "may write to"),
 }
@@ -64,12 +74,12 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_message(case, capsys):
-    words, where, cure = CASES[case]
+    words, where, fix = CASES[case]
     assert main(["train", *words]) in (1, 2)
     shown = capsys.readouterr()
     text = "".join(shown.err.splitlines(keepends=True))
     assert text.startswith(f"error: {where}"), text
-    assert cure in text
+    assert fix in text
     assert "Traceback" not in text + shown.out
     assert shown.out == ""
 

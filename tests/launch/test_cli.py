@@ -127,12 +127,12 @@ def test_ctrl_c_saves_and_run_goes_on(words, tmp_path):
 def test_a_second_driver_is_refused(words, tmp_path, capsys):
     import fcntl
 
-    from posttrain_launch.compose.problems import check
+    from posttrain_launch.compose.composer import Composer
+    from posttrain_launch.compose.problems import compose_checked
     from posttrain_launch.run.freeze import freeze
 
-    composed = check([*words, "train.steps=1"])
-    assert composed is not None
-    folder = freeze(composed, "c")
+    with Composer() as composer:
+        folder = freeze(compose_checked(composer, [*words, "train.steps=1"]), "c")
     with (folder / "logs" / "driver.lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         assert main(["run", str(folder)]) == 1

@@ -1,4 +1,4 @@
-"""What a launch must not pay for: imports, processes and waits that the way to step 1 can spare."""
+"""What a launch must not pay for: processes, reads and waits that the way to step 1 can spare."""
 
 from __future__ import annotations
 
@@ -9,36 +9,10 @@ import sys
 import threading
 from pathlib import Path
 
-import pytest
 from posttrain_launch.ray.gate import CLOSED, OPEN, SOON_BYTES, is_soon, set_gate, wait_for_data
 
 from posttrain_dist.config import DataConfig, RunConfig, complete
 from posttrain_dist.models.folder import load_tokenizer
-
-HEAVY = ["torch", "transformers", "deepspeed", "wandb", "ray"]
-
-
-@pytest.mark.parametrize(
-    ("modules", "allowed"),
-    [
-        # The driver of any run until it reads the tokenizer, and all of it that serves Ray.
-        (["hydra_verbs", "execute", "data_report", "summary", "local", "ray_driver"], []),
-        # The Ray job, and the controller that Ray Train runs: only workers compute.
-        (["ray_job", "ray_train"], ["ray"]),
-        (["ray_worker"], []),
-    ],
-    ids=["driver", "job", "worker"],
-)
-def test_heavy_modules_wait_until_they_are_used(modules, allowed):
-    imports = ", ".join(f"posttrain_launch.{name}" for name in modules)
-    source = (
-        f"import json, sys, {imports}; print(json.dumps([m for m in {HEAVY} if m in sys.modules]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", source], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == allowed
 
 
 def test_ray_train_keeps_every_part_but_the_named_ones(tmp_path):

@@ -122,12 +122,6 @@ def test_signatures_are_the_same_in_every_process() -> None:
     assert told == [here, here]
 
 
-def test_numpy_is_all_it_needs() -> None:
-    code = "import sys, posttrain_dist.prepare.similar; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-
-
 @pytest.mark.parametrize("seed", range(40))
 def test_near_duplicates_and_leaks_are_those_of_all_pairs(seed: int) -> None:
     random = np.random.default_rng(seed)

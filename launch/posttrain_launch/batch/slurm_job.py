@@ -85,9 +85,9 @@ def render(config: RunConfig, run_folder: Path) -> str:
 
 
 def options(name: str, cluster: Slurm, run_folder: Path) -> list[str]:
-    """The options of sbatch, one an #SBATCH line."""
+    """The options of sbatch, one per #SBATCH line."""
     log = str(run_folder / "logs" / "slurm-").replace("%", "%%") + "%j.log"
-    wanted: dict[str, str | int | None] = {
+    values: dict[str, str | int | None] = {
         "job-name": name,
         "nodes": cluster.nodes,
         "ntasks-per-node": 1,
@@ -102,11 +102,13 @@ def options(name: str, cluster: Slurm, run_folder: Path) -> list[str]:
         "open-mode": "append",  # a job that is requeued keeps its log
         "signal": f"B:USR1@{SIGNAL_BEFORE_END_S}",
     }
-    set_options = [f"--{key}={_word(value)}" for key, value in wanted.items() if value is not None]
+    set_options = [
+        f"--{key}={_quoted(value)}" for key, value in values.items() if value is not None
+    ]
     return [*set_options, "--requeue", *cluster.extra]
 
 
-def _word(value: str | int) -> str:
+def _quoted(value: str | int) -> str:
     text = str(value)
     return f'"{text}"' if any(letter.isspace() for letter in text) else text
 
@@ -123,9 +125,9 @@ def _sbatch(script: Path) -> str:
         [sbatch, "--parsable", str(script)], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
-        said = (done.stderr or done.stdout).strip().replace("\n", "; ")
+        answer = (done.stderr or done.stdout).strip().replace("\n", "; ")
         raise ClusterError(
-            f"sbatch refused the job: {said}",
+            f"sbatch refused the job: {answer}",
             where=str(script),
             fix="change the cluster.* value that it names (partition, account, time, nodes …)",
         )

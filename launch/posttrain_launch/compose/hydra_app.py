@@ -62,7 +62,7 @@ class CommandLine:
     """What was typed, taken apart."""
 
     verb: str
-    words: list[str]  # overrides and flags, as given to Hydra
+    arguments: list[str]  # overrides and flags, as given to Hydra
     flags: Namespace  # Hydra's
     overrides: list[str]
     debug: bool
@@ -71,7 +71,7 @@ class CommandLine:
     @property
     def typed(self) -> str:
         """The command line, for the run's lineage."""
-        return shlex.join(["posttrain", self.verb, *self.words])
+        return shlex.join(["posttrain", self.verb, *self.arguments])
 
     @property
     def shows_only(self) -> bool:
@@ -87,20 +87,20 @@ def read_command_line(verb: str, arguments: list[str], debug: bool) -> CommandLi
         SystemExit: it is none of Hydra's flags.
     """
     dry_run = verb == "submit" and "--dry-run" in arguments
-    words = [w for w in arguments if not (dry_run and w == "--dry-run")]
+    arguments = [a for a in arguments if not (dry_run and a == "--dry-run")]
     # An experiment is no group with a default, so Hydra wants a plus; nobody need know.
-    words = [f"+{w}" if w.startswith("experiment=") else w for w in words]
+    arguments = [f"+{a}" if a.startswith("experiment=") else a for a in arguments]
     with _program_name(verb):
-        flags = get_args_parser().parse_args(words)
+        flags = get_args_parser().parse_args(arguments)
     added = []
     shows_page = flags.help or flags.hydra_help or flags.shell_completion
     if verb == "train" and not flags.overrides and not shows_page:
         added.append("+experiment=demo")
         print("no arguments: running the demo (+experiment=demo)", file=sys.stderr)
-    if verb == "submit" and not any(w.startswith("cluster=") for w in flags.overrides):
+    if verb == "submit" and not any(o.startswith("cluster=") for o in flags.overrides):
         added.append("cluster=slurm")
     flags.overrides += added
-    return CommandLine(verb, [*words, *added], flags, flags.overrides, debug, dry_run)
+    return CommandLine(verb, [*arguments, *added], flags, flags.overrides, debug, dry_run)
 
 
 def compose_command(line: CommandLine) -> Composed:
@@ -162,7 +162,7 @@ def _program_name(verb: str) -> Iterator[None]:
 
 
 def _check_flags(flags: Namespace) -> None:
-    """Refuse flags that exclude each other, in Hydra's words."""
+    """Refuse flags that exclude each other, as Hydra does."""
     if flags.resolve and flags.cfg is None and not flags.help:
         raise ValueError("The --resolve flag can only be used in conjunction with --cfg or --help")
     asked = (flags.run, flags.cfg, flags.multirun, flags.shell_completion, flags.info)

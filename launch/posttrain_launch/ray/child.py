@@ -1,4 +1,4 @@
-"""The driver's side of a Ray run: start the Ray job as a child, wait, clean up, tell its failure.
+"""The driver's side of a Ray run: start the Ray job as a child, wait, clean up, raise its failure.
 
 The driver process imports no ray and holds no connection to it, so Ray's noise and signal
 handlers stay out of the terminal. The child (`posttrain_launch.ray.job`) lives in a session of its
@@ -136,7 +136,7 @@ def _start_child(
     with log.open("ab") as out:
         return subprocess.Popen(
             command,
-            stdin=subprocess.PIPE,  # never written: its end tells the child that we died
+            stdin=subprocess.PIPE,  # never written: its end shows the child that we died
             stdout=out,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -234,7 +234,7 @@ def error_fields(error: PosttrainError, rank: int | None, trace: str) -> dict[st
 
 
 def read_error(file: Path, log: Path) -> PosttrainError:
-    """The error that `logs/error.json` tells of, as the class that it was."""
+    """The error in `logs/error.json`, as the class that it was."""
     try:
         return _rebuild(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as broken:

@@ -2,7 +2,7 @@
 
 Driver and workers share the run folder alone, so the gate is a file in it. It is there from the
 beginning and only its content changes: a network file system may remember for half a minute that
-a name was not there, but reads a file that is opened anew as it is.
+a name was not there, but reads a file that is opened again as it is.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def is_soon(config: RunConfig, run_folder: Path) -> bool:
             return False
         return sum(file.stat().st_size for each in sets for file in each.files) <= SOON_BYTES
     except (PosttrainError, OSError):
-        return False  # the driver is about to say what is wrong
+        return False  # the driver is about to print what is wrong
 
 
 def _file(run_folder: Path) -> Path:

@@ -132,7 +132,7 @@ def _nothing() -> None:
 
 
 class RefuseRetry(UserCallback):  # type: ignore[misc]
-    """Ends the run at once when a worker meets an error that the user has to mend.
+    """Ends the run at once when a worker meets an error that the user has to fix.
 
     What a callback raises is an error of the controller, and Ray Train retries only those of
     workers: training again on the same bad input would fail again.
@@ -146,7 +146,7 @@ class RefuseRetry(UserCallback):  # type: ignore[misc]
 
 
 def explain(failure: TrainingFailedError, run_folder: Path) -> WorkerError:
-    """Ray Train's failure as one line, with the rank that failed first as far as can be told."""
+    """Ray Train's failure as one line, with the rank that failed first as far as is known."""
     if isinstance(failure, ControllerError):
         cause = failure.controller_failure
         if isinstance(cause, WorkerError):

@@ -20,7 +20,7 @@ class WorkerError(Exception):
         rank: of the worker; None: Ray Train itself.
         text: one line, `ValueError: …`.
         trace: the worker's stack trace.
-        error: as the user is told; a worker sets it for what the user can mend, never retried.
+        error: for the user; a worker sets it for what the user can fix, and it is never retried.
     """
 
     def __init__(

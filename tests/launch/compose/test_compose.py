@@ -1,4 +1,4 @@
-"""Words on the command line become the RunConfig that they say."""
+"""Overrides on the command line become the RunConfig that they say."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ from pathlib import Path
 
 import pytest
 from posttrain_launch.cli import main
-from posttrain_launch.compose.problems import check
+from posttrain_launch.compose.composer import Composed, Composer
+from posttrain_launch.compose.problems import compose_checked
 
 from posttrain_dist.config import Local, Ray, RunConfig, Slurm, complete
 from posttrain_dist.engine import AdamW, DeepSpeed, Schedule, Single
 from posttrain_dist.objectives.pretrain import Pretrain
 
 
-def compose(*words: str, config_dir: str | None = None) -> RunConfig:
-    composed = check(list(words), config_dir)
-    assert composed is not None
-    return composed.config
+def composed(*overrides: str, config_dir: str | None = None) -> Composed:
+    with Composer(config_dir) as composer:
+        return compose_checked(composer, list(overrides))
+
+
+def compose(*overrides: str) -> RunConfig:
+    return composed(*overrides).config
 
 
 def test_nothing_typed_is_the_defaults_of_the_dataclasses():
@@ -61,8 +65,7 @@ def test_the_users_own_folder_of_yaml(tmp_path: Path):
     (tmp_path / "experiment" / "mine.yaml").write_text(
         "# @package _global_\ndefaults:\n  - override /cluster: ray\ncluster:\n  workers: 5\n"
     )
-    found = check(["+experiment=mine", "seed=7", "engine=zero1"], str(tmp_path))
-    assert found is not None
+    found = composed("+experiment=mine", "seed=7", "engine=zero1", config_dir=str(tmp_path))
     assert found.config.cluster == Ray(workers=5)
     assert found.config.seed == 7
     assert found.choices["experiment"] == "mine"

@@ -291,7 +291,7 @@ def test_nothing_is_left_running(ending, base, tmp_path):
     wait_until(lambda: job_of(driver.pid), 60)
     job = job_of(driver.pid)
     wait_until(ray_runs, 60)
-    if ending == "two Ctrl-C":  # the first is a wish from the moment that the data is there
+    if ending == "two Ctrl-C":  # the first is a stop request from the moment that the data is there
         gate = folder / "logs" / "data.gate"
         wait_until(lambda: gate.read_text() == OPEN, 60)
         driver.send_signal(signal.SIGINT)

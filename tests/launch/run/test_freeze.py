@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from posttrain_launch.compose.composer import Composed
-from posttrain_launch.compose.problems import check
+from posttrain_launch.compose.composer import Composed, Composer
+from posttrain_launch.compose.problems import compose_checked
 from posttrain_launch.run import freeze as freezing
 from posttrain_launch.run.freeze import freeze
 
@@ -21,10 +21,9 @@ from posttrain_dist.engine.ds_config import deepspeed_config
 from posttrain_dist.errors import ConfigError
 
 
-def composed(*words: str) -> Composed:
-    found = check(list(words))
-    assert found is not None
-    return found
+def composed(*overrides: str) -> Composed:
+    with Composer() as composer:
+        return compose_checked(composer, list(overrides))
 
 
 def test_the_frozen_config_is_read_back_with_absolute_paths(tmp_path, monkeypatch):

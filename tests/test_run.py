@@ -1,0 +1,81 @@
+"""A run from Python: no Hydra, no Ray, and the same end as that of a command."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from posttrain_dist.config import DataConfig, ModelConfig, Ray, RunConfig, TrainConfig
+from posttrain_dist.errors import ConfigError, PosttrainError
+from posttrain_dist.metrics import LoggingConfig, WandbMode
+from posttrain_dist.run import Outcome, finish, run
+
+
+@pytest.fixture
+def config(tiny_llama: Path, rows_file: Path) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(path=str(tiny_llama)),
+        data=DataConfig(train=str(rows_file), max_length=64),
+        train=TrainConfig(steps=3, batch_size=2),
+        logging=LoggingConfig(wandb=WandbMode.off),
+    )
+
+
+def leave(folder: Path, **outcome: object) -> Path:
+    """What a training leaves behind for `finish`."""
+    (folder / "logs").mkdir(parents=True)
+    (folder / "config.yaml").write_text(RunConfig().to_yaml())
+    (folder / "logs" / "outcome.json").write_text(json.dumps(outcome))
+    return folder
+
+
+def test_a_run_ends_in_its_report_and_is_then_left_alone(config, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "STOP").touch()  # of an earlier start
+    ended = Outcome(completed=True, step=3, total_steps=3)
+    assert run(config, folder) == ended
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert json.loads((folder / "FINISHED").read_text()) == {"reason": "completed", "step": 3}
+    assert "<html" in (folder / "report.html").read_text()
+
+    (folder / "report.html").unlink()
+    assert run(config, folder) == ended
+    assert not (folder / "report.html").exists()
+
+
+def test_a_cluster_is_refused_before_anything_is_made(config, tmp_path):
+    with pytest.raises(ConfigError) as failure:
+        run(replace(config, cluster=Ray()), tmp_path / "run")
+    assert failure.value.where == "cluster"
+    assert "posttrain train" in failure.value.fix
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stopped_training_is_not_finished(tmp_path):
+    folder = leave(tmp_path / "run", outcome="stopped", step=2, total_steps=9)
+    assert finish(RunConfig(), folder) == Outcome(completed=False, step=2, total_steps=9)
+    assert not (folder / "FINISHED").exists() and not (folder / "report.html").exists()
+
+
+def test_the_alarm_that_ended_a_run_is_said_and_kept(tmp_path):
+    alarm = "low_loss: too low"
+    folder = leave(tmp_path / "run", outcome="completed", step=4, total_steps=9, early_stop=alarm)
+    said: list[str] = []
+    finish(RunConfig(), folder, said.append)
+    assert said == [f"ended early at step 4: {alarm}"]
+    assert json.loads((folder / "FINISHED").read_text()) == {"reason": "early_stop", "step": 4}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"outcome": "completed"}'])
+def test_a_training_that_did_not_say_how_it_ended(text, tmp_path):
+    folder = leave(tmp_path / "run")
+    (folder / "logs" / "outcome.json").write_text(text)
+    with pytest.raises(PosttrainError, match="without saying how") as failure:
+        finish(RunConfig(), folder)
+    assert failure.value.where == str(folder / "logs" / "outcome.json")
+    assert f"posttrain run {folder}" in failure.value.fix
