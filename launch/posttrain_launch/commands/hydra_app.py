@@ -224,16 +224,18 @@ def _prepare(composed: Composed, _: _Call) -> int:
 def _evaluate(composed: Composed, _: _Call) -> int:
     from posttrain_dist.evaluation.heldout import evaluate
     from posttrain_dist.prepare import prepare_cached
+    from posttrain_dist.report.numbers import loss_of_log
+    from posttrain_dist.report.tables import text_table
     from posttrain_launch.run.prepare_progress import progress_output
-    from posttrain_launch.run.summary import align
 
     config = complete(absolute(composed.config))
     with progress_output(sys.stderr) as lines:
         prepared = prepare_cached(config, only_heldout=True, **lines)
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars of libraries
         found: dict[str, Any] = evaluate(config, prepared)
-    rows = [(name, f"{loss:.4f}") for name, loss in sorted(found["channels"].items())]
-    print(align([("channel", "held-out loss"), *rows, ("all channels", f"{found['loss']:.4f}")]))
+    losses = [*sorted(found["channels"].items()), ("all channels", found["loss"])]
+    rows = [(name, loss_of_log(loss)) for name, loss in losses]
+    print(text_table(("channel", "held-out loss"), rows))
     return 0
 
 

@@ -20,7 +20,6 @@ from posttrain_dist.errors import PosttrainError
 from posttrain_dist.files import write_whole
 from posttrain_launch.failures import FAILED, STOPPED, tell
 from posttrain_launch.run.progress import Progress
-from posttrain_launch.run.summary import summary_text
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -77,7 +76,7 @@ def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], e
     from posttrain_dist.prepare import prepare
     from posttrain_dist.prepare.data_report import write_data_report
     from posttrain_dist.report.data.data_page import write_data_page
-    from posttrain_dist.report.data.data_text import formats_line
+    from posttrain_dist.report.data.data_text import counts_text, formats_line
     from posttrain_launch.run.prepare_progress import progress_output
 
     print(f"run folder: {folder}", file=out, flush=True)
@@ -89,9 +88,9 @@ def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], e
         report = write_data_report(config, folder / "prepared", folder)
         page = write_data_page(report, folder)
         _record_hashes(folder, summary.inputs)
-        shown = [summary.table(), formats_line(report), f"data report: {page}"]
-        print("", *shown, "", sep="\n", file=out, flush=True)
-        with Progress(folder, out) as progress, _stop_on_signals(folder, progress.say):
+        found = [counts_text(report), formats_line(report), f"data report: {page}"]
+        print("", *found, "", sep="\n", file=out, flush=True)
+        with Progress(folder, out) as progress, _stop_on_signals(folder, progress.log):
             train()
 
     outcome = _outcome(folder)
@@ -120,6 +119,7 @@ def _workers(config: RunConfig, folder: Path, address: str | None) -> Iterator[C
 def _finish(config: RunConfig, folder: Path, outcome: dict[str, Any], out: IO[str]) -> None:
     """What follows a completed training: answers, report, FINISHED, and the table."""
     from posttrain_dist.report import write_report
+    from posttrain_dist.report.run.run_text import run_text
 
     has_export = (folder / "export" / "config.json").is_file()
     if config.eval.generate_rows > 0 and has_export and config.objective.rows == "messages":
@@ -133,7 +133,7 @@ def _finish(config: RunConfig, folder: Path, outcome: dict[str, Any], out: IO[st
         print(f"ended early at step {outcome['step']}: {early}", file=out, flush=True)
     finished = {"reason": "early_stop" if early else "completed", "step": outcome["step"]}
     write_whole(folder / "FINISHED", json.dumps(finished) + "\n", to_disk=True)
-    print(f"\n{summary_text(folder)}", file=out, flush=True)
+    print(f"\n{run_text(folder)}", file=out, flush=True)
 
 
 def _outcome(folder: Path) -> dict[str, Any]:
