@@ -44,7 +44,7 @@ class Verdict:
     points: list[Point]
 
 
-def channelsplural(report: dict[str, Any]) -> list[str]:
+def channels_of(report: dict[str, Any]) -> list[str]:
     """All channels that the report names, in its order."""
     names = dict.fromkeys(report.get("channels") or [])
     for split in SPLITS:
@@ -52,9 +52,9 @@ def channelsplural(report: dict[str, Any]) -> list[str]:
     return list(names)
 
 
-def verdictplural(report: dict[str, Any]) -> Verdict:
+def verdict_of(report: dict[str, Any]) -> Verdict:
     """Whether this data can be trained on."""
-    checks = checksplural(report)
+    checks = checks_of(report)
     failing = [check for check in checks if check["failed"]]
     points = [
         Point(
@@ -75,9 +75,8 @@ def verdictplural(report: dict[str, Any]) -> Verdict:
         # Where the checks are not strict, training starts all the same.
         strict = (report.get("settings") or {}).get("strict") is not False
         title = "Training does not start on this data" if strict else "This data has faults"
-        return Verdict(
-            "bad", plural(bad, "error"), f"{title}: {plural(bad, 'error')}", outcome, points
-        )
+        errors = plural(bad, "error")
+        return Verdict("bad", errors, f"{title}: {errors}", outcome, points)
     if not checks:
         text = "Nothing is known about templates and masks."
         return Verdict("warn", "unchecked", "No check was made", text, points)
@@ -108,7 +107,7 @@ def _other_points(report: dict[str, Any]) -> list[Point]:
     return found
 
 
-def checksplural(report: dict[str, Any]) -> list[dict[str, Any]]:
+def checks_of(report: dict[str, Any]) -> list[dict[str, Any]]:
     """The checks: errors that fail, warnings that fail, then those that passed."""
     checks = [
         {
@@ -131,7 +130,7 @@ def rejected_total(report: dict[str, Any]) -> int:
     return max(counted, len(report.get("rejected") or []))
 
 
-def totalsplural(report: dict[str, Any], split: str) -> dict[str, int]:
+def totals_of(report: dict[str, Any], split: str) -> dict[str, int]:
     """Each count added up over the channels of a split."""
     channels = _split(report, split).values()
     return {key: sum(int(counts.get(key) or 0) for counts in channels) for key in COUNTS}
@@ -146,10 +145,11 @@ def channel_table(
         count: a count as text.
     """
     channels = _split(report, split)
-    named = [(name, channels[name]) for name in channelsplural(report) if name in channels]
+    named = [(name, channels[name]) for name in channels_of(report) if name in channels]
     rows = [_channel_row(name, counts, count) for name, counts in named]
     if len(rows) > 1:
-        rows.append(_channel_row("all channels", totalsplural(report, split)) | {"total": True})
+        row = _channel_row("all channels", totals_of(report, split), count)
+        rows.append(row | {"total": True})
     return rows
 
 
@@ -167,9 +167,9 @@ def _channel_row(
     }
 
 
-def cardsplural(report: dict[str, Any]) -> list[Card]:
+def cards_of(report: dict[str, Any]) -> list[Card]:
     """The totals of a report."""
-    train, held = totalsplural(report, "train"), totalsplural(report, "eval")
+    train, held = totals_of(report, "train"), totals_of(report, "eval")
     both = {key: train[key] + held[key] for key in COUNTS}
 
     def split(key: str) -> str:
