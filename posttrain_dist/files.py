@@ -158,8 +158,37 @@ def digest_of(path: Path) -> FileDigest:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The whole rows of a metrics.jsonl; a torn last line, left by a kill, is passed over."""
+    return _parse(path.read_bytes()) if path.is_file() else []
+
+
+class RowFollower:
+    """Reads the rows that are appended to a growing file, such as metrics.jsonl, each once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+
+    def skip(self) -> None:
+        """Pass over what stands in the file now."""
+        self._offset = self._path.stat().st_size if self._path.is_file() else 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The rows since the last call; one that is still being written comes with the next."""
+        if not self._path.is_file():
+            return []
+        # A resumed run cuts the rows that it will write again.
+        self._offset = min(self._offset, self._path.stat().st_size)
+        with self._path.open("rb") as stream:
+            stream.seek(self._offset)
+            data = stream.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return _parse(whole)
+
+
+def _parse(data: bytes) -> list[dict[str, Any]]:
+    """The lines that are whole: JSON objects with a step."""
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in data.split(b"\n"):
         try:
             row = json.loads(line)
         except ValueError:

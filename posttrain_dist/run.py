@@ -43,6 +43,8 @@ def run(config: RunConfig, folder: Path) -> Outcome:
         PosttrainError: config, data, model or checkpoint cannot be used.
     """
     from posttrain_dist.prepare import prepare
+    from posttrain_dist.prepare.data_report import write_data_report
+    from posttrain_dist.report.data.data_page import write_data_page
     from posttrain_dist.train import train
 
     config, folder = complete(config), Path(folder).absolute()
@@ -56,6 +58,7 @@ def run(config: RunConfig, folder: Path) -> Outcome:
         return read_outcome(folder)
     discard_outcome(folder)
     prepare(config, folder / "prepared")
+    write_data_page(write_data_report(config, folder / "prepared", folder), folder)
     train(config, folder)
     return finish(config, folder)
 

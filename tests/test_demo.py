@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from posttrain_dist.files import read_rows
+
 POSTTRAIN = Path(sysconfig.get_path("scripts")) / "posttrain"
 
 
@@ -31,7 +33,7 @@ def test_one_command_trains_and_tells(tmp_path):
     (folder,) = (tmp_path / "outputs" / "demo").iterdir()
     assert json.loads((folder / "FINISHED").read_text()) == {"reason": "completed", "step": 12}
 
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(13))
     evaluated = [row for row in rows if "eval/loss" in row]
     assert [row["step"] for row in evaluated] == [0, 6, 12]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -13,6 +12,7 @@ from posttrain_dist.config import DataConfig, Dtype, ModelConfig, RunConfig, Tra
 from posttrain_dist.engine import AdamW, DeepSpeed, Single
 from posttrain_dist.errors import CheckpointError
 from posttrain_dist.export import export_checkpoint
+from posttrain_dist.files import read_rows
 from posttrain_dist.metrics import LoggingConfig, WandbMode
 from posttrain_dist.prepare import prepare
 from posttrain_dist.train import train
@@ -63,7 +63,7 @@ def runs(base, tied, tmp_path_factory, run_workers):
 
 
 def last_row(folder):
-    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return read_rows(folder / "metrics.jsonl")[-1]
 
 
 @pytest.mark.parametrize("name", ["float32-zero3", "tied"])
@@ -117,7 +117,7 @@ def test_every_engine_trains_bfloat16_like_single(runs, base, tmp_path):
     prepare(config, tmp_path / "single" / "prepared")
     train(config, tmp_path / "single")
     expected = last_row(tmp_path / "single")["eval/loss"]
-    start = json.loads((tmp_path / "single" / "metrics.jsonl").read_text().splitlines()[0])
+    start = read_rows(tmp_path / "single" / "metrics.jsonl")[0]
     moved = start["eval/loss"] - expected
     for name, folder in runs.items():
         if name.startswith("bfloat16"):

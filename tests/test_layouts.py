@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, TrainConfig, complete
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.engine import AdamW, DeepSpeed, Single
+from posttrain_dist.files import read_rows
 from posttrain_dist.metrics import LoggingConfig, WandbMode
 from posttrain_dist.prepare import prepare
 from posttrain_dist.train import train
@@ -60,7 +60,7 @@ def runs(root, tiny_llama, rows_file, run_workers):
         names += group
     return {
         name: (
-            [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()],
+            read_rows(root / name / "metrics.jsonl"),
             load_file(root / name / "export" / "model.safetensors"),
         )
         for name in names

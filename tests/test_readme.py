@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from posttrain_dist.files import read_rows
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -18,7 +20,7 @@ def test_the_python_example_trains(tmp_path):
     (tmp_path / "example.py").write_text(example)
     subprocess.run([sys.executable, "example.py"], cwd=tmp_path, check=True, timeout=300)
     folder = tmp_path / "outputs" / "from_python"
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "metrics.jsonl")
     assert rows[-1]["step"] == 5
     assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
     assert json.loads((folder / "FINISHED").read_text()) == {"reason": "completed", "step": 5}

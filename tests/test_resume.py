@@ -18,6 +18,7 @@ from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.engine import AdamW, DeepSpeed, Single
 from posttrain_dist.errors import CheckpointError, TrainingError
 from posttrain_dist.export import export_checkpoint
+from posttrain_dist.files import read_rows
 from posttrain_dist.metrics import LoggingConfig, WandbMode
 from posttrain_dist.prepare import prepare
 from posttrain_dist.train import train
@@ -47,7 +48,7 @@ def freeze(folder, config):
 
 def numbers(folder):
     """metrics.jsonl without what depends on the clock and the machine."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "metrics.jsonl")
     outside = ("time_s", "system/memory_bytes", "train/tokens_per_s")
     return [{k: v for k, v in row.items() if k not in outside} for row in rows]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from posttrain_dist.report import numbers
 from posttrain_dist.report.numbers import UNKNOWN
 
 
@@ -36,7 +37,7 @@ def _add_blocks(found: list[dict[str, Any]], title: str, values: Any) -> None:
         return
     flat = {key: value for key, value in values.items() if not isinstance(value, dict)}
     if flat:
-        pairs = [(_words(key), _cell(value)) for key, value in flat.items()]
+        pairs = [(_label(key), _cell(value)) for key, value in flat.items()]
         found.append({"title": title, "head": [], "rows": pairs})
     nested = {key: value for key, value in values.items() if isinstance(value, dict)}
     heads = [tuple(value) for value in nested.values()]
@@ -44,14 +45,14 @@ def _add_blocks(found: list[dict[str, Any]], title: str, values: Any) -> None:
     scalar = not any(isinstance(cell, dict | list) for cell in cells)
     if len(nested) > 1 and heads[0] and len(set(heads)) == 1 and scalar:
         rows = [[key, *map(_cell, value.values())] for key, value in nested.items()]
-        head = ["", *map(_words, heads[0])]
+        head = ["", *map(_label, heads[0])]
         found.append({"title": "" if flat else title, "head": head, "rows": rows})
         return
     for key, value in nested.items():
-        _add_blocks(found, f"{title} / {_words(key)}" if title else _words(key), value)
+        _add_blocks(found, f"{title} / {_label(key)}" if title else _label(key), value)
 
 
-def _words(key: Any) -> str:
+def _label(key: Any) -> str:
     return str(key).replace("_", " ")
 
 
@@ -59,9 +60,9 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: UNKNOWN}[value]
     if isinstance(value, int):
-        return f"{value:,}"
+        return numbers.whole(value)
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+        return numbers.general(value)
     if isinstance(value, list):
         return ", ".join(map(_cell, value)) or UNKNOWN
     return str(value)

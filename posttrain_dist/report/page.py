@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+from posttrain_dist.report.numbers import whole
+
 MAX_CHANNEL_CHARTS = 24  # panels of a page; more than this and nobody looks at any of them
 
 
@@ -34,4 +36,5 @@ def render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
+    environment.filters["whole"] = whole
     return environment.from_string(asset(template)).render(**values)

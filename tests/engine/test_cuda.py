@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
 from posttrain_dist.config import DataConfig, Dtype, ModelConfig, RunConfig, TrainConfig, complete
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.engine import AdamW, DeepSpeed, Single
+from posttrain_dist.files import read_rows
 from posttrain_dist.metrics import LoggingConfig, WandbMode
 from posttrain_dist.prepare import prepare
 
@@ -53,7 +52,7 @@ def test_a_gpu_run_has_the_losses_of_plain_transformers(
     prepare(config, folder / "prepared")
     (folder / "config.yaml").write_text(config.to_yaml())
     run_workers("train_runs.py", 1, folder)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "metrics.jsonl")
     examples = Examples.open(folder / "prepared", "eval")
     relative = 1e-3 if dtype is Dtype.float32 else 1e-2  # TF32 off; bf16 keeps eight bits
     for row, place in ((rows[0], tiny_llama), (rows[-1], folder / "export")):

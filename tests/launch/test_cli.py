@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from posttrain_launch.cli import VERBS, main
 
+from posttrain_dist.files import read_rows
+
 BASE = ["data.max_length=128", "train.batch_size=2", "train.dtype=float32", "optimizer.lr=1e-2"]
 BASE += ["logging.wandb=off", "data.eval_fraction=0.2"]
 
@@ -30,7 +32,7 @@ def run_folder(tmp_path: Path) -> Path:
 
 
 def rows_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_rows(folder / "metrics.jsonl")
 
 
 def test_help_shows_every_verb_with_its_example(capsys):

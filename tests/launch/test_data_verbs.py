@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from posttrain_launch.cli import main
 
+from posttrain_dist.files import read_rows
+
 # A template that loses what an earlier turn said, as reasoning templates do.
 FORGETS = (
     "{% for m in messages %}<|{{ m.role }}|>"
@@ -76,7 +78,7 @@ def test_a_run_of_two_sources_takes_what_was_asked(
     assert main(["train", *words, *more, "--config-dir", str(tmp_path / "conf")]) == 0
 
     folder = run_folder(tmp_path, "two")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "metrics.jsonl")
     trained = [row for row in rows if "train/loss" in row]
     assert all("source_share/a" in row and "source_share/b" in row for row in trained)
     last = trained[-1]
@@ -186,7 +188,7 @@ def test_an_alarm_ends_the_run_with_a_checkpoint(
     ended = json.loads((folder / "FINISHED").read_text())
     assert ended["reason"] == "early_stop"
     assert 10 <= ended["step"] < 20
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "metrics.jsonl")
     assert rows[-1]["step"] == ended["step"]
     fired = [row["step"] for row in rows if row.get("alarm/low_loss") == 1.0]
     assert fired == [ended["step"] - 1]  # found after that step; the next one was the last

@@ -11,6 +11,7 @@ import pytest
 
 from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, TrainConfig, complete
 from posttrain_dist.errors import ConfigError
+from posttrain_dist.files import read_rows
 from posttrain_dist.metrics import LoggingConfig, WandbMode
 from posttrain_dist.metrics.wandb_sink import resolve_mode
 from posttrain_dist.prepare import prepare
@@ -75,7 +76,7 @@ def test_wandb_mirrors_metrics_jsonl_and_survives_a_restart(tiny_llama, rows_fil
     (second,) = (folder / "wandb").glob("offline-run-*")
     assert second.name.endswith("abc123")
     assert (folder / "wandb" / "superseded" / first.name).is_dir()
-    expected = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    expected = read_rows(folder / "metrics.jsonl")
     assert [row["step"] for row in expected] == [0, 1, 2, 3, 4]
     deadline = time.monotonic() + 20  # W&B's own process may write on after finish() returned
     while True:

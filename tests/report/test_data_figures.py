@@ -172,7 +172,7 @@ def test_tokens_are_grouped_by_weight() -> None:
 
 def test_whitespace_that_matters_is_marked() -> None:
     space = ("space", " ")
-    # Within words it does not; at the edge of what is learned, and twice, it does.
+    # Within words it does not; at the edge of what is trained on, and twice, it does.
     pieces = [["a b", 0, False], [" c ", 0, False], [" d", 1, False], [" e  f", 1, False]]
     (_, masked), (_, learned) = marks(pieces)
     assert masked == [[("", "a b")], [("", " c"), space]]

@@ -58,7 +58,7 @@ def counts(channel: str, split: str) -> dict:
 
 
 def check(name: str, level: str, failed: int, rows: list[str]) -> dict:
-    texts = {"explain": f"explains {name}", "fix": f"mends {name}"}
+    texts = {"explain": f"explains {name}", "fix": f"fixes {name}"}
     return {"name": name, "level": level, **texts, "checked": 5023, "failed": failed, "rows": rows}
 
 
@@ -196,7 +196,7 @@ def test_tables_hold_every_count(page: Page) -> None:
 
 def test_all_other_figures_and_texts_are_there(page: Page) -> None:
     for name in ("control_tokens", "prompt_prefix"):
-        assert f"explains {name} To mend it: mends {name} " in page.text
+        assert f"explains {name} To fix it: fixes {name} " in page.text
     for row in (*REPORT["checks"][2]["rows"], "and 133 more", "153 of 5,023 fail"):
         assert f" {row} " in page.text
     assert "double_bos 5,023 checked explains double_bos" in page.text

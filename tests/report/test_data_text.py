@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from posttrain_dist.report.data.data_text import data_text
+from posttrain_dist.report.data.data_text import counts_text, data_text, formats_line
 
 HIDDEN = "\ud800\x00\x1b[31m\u202e"
 SPELLED = "<U+D800><U+0000><U+001B>[31m<U+202E>"
@@ -90,12 +90,12 @@ def test_tables_fit_and_are_whole(width: int) -> None:
     assert max(map(len, text.splitlines())) <= width
     flat = re.sub(r"\s+", " ", text)
     assert flat.startswith("✗ first: Training does not start on this data: 1 error")
-    wanted = ["1,234", "37,037,034" if width >= 110 else "37M", "28.0%", "none cut, none dup."]
+    wanted = ["1,234", "37,037,034" if width >= 110 else "37.0M", "28.0%", "none cut, none dup."]
     for word in (*wanted, "31 held-out rows", "fine 9 checked", "50.0%"):
         assert word in flat
     assert LONG in flat if width > 100 else "[bold]" in flat
     assert "prefix 153 of 5,023 fail" in flat and "and 148 more" in flat
-    assert "To mend it: template.explode_turns=true" in flat
+    assert "To fix it: template.explode_turns=true" in flat
     assert "f.jsonl:10 (byte 10,000)" in flat and "f.jsonl:11 " not in flat
     assert f"a.b w{SPELLED}; x" in flat and "and 24 more" in flat
     assert "conversations" not in flat and "E0" not in flat
@@ -121,7 +121,7 @@ def test_columns_belong_to_their_heads() -> None:
     assert lengths.split() == ["code", "64", "128", "▂█▁"]
 
 
-def test_learned_text_stands_in_brackets() -> None:
+def test_supervised_text_stands_in_brackets() -> None:
     text = data_text(REPORT, 80, False)
     assert "\x1b" not in text and "\ud800" not in text and "\x00" not in text
     head = "── code · f.jsonl:3 · training · 11 tokens · 4 supervised\n"
@@ -137,7 +137,7 @@ def test_learned_text_stands_in_brackets() -> None:
         assert f"{head}{START}user\nAsk {sample}{END}\n⟦Tell me{END}⟧\n" in text
 
 
-def test_colours_stand_on_what_is_learned() -> None:
+def test_colours_stand_on_what_is_trained_on() -> None:
     text = data_text(REPORT, 80, True)
     green, learned, masked = "\x1b[1;32m", "\x1b[1;35m", "\x1b[2;35m"
     assert f"{green}ba\x1b[0m\x1b[1;33m··\x1b[0m{green}is\x1b[0m" in text
@@ -169,3 +169,30 @@ def test_any_part_may_be_missing_or_empty() -> None:
             assert ("rejected rows: " in text) == bool(
                 report.get("rejected") or report.get("files")
             )
+
+
+def test_what_a_run_begins_with() -> None:
+    report = REPORT | {"splits": {"train": {"code": counts(1)}, "eval": {"code": counts(3)}}}
+    lines = counts_text(report | {"near_leaks": 2}).splitlines()
+    assert lines[0].split() == [
+        *("channel", "split", "rows", "tokens", "supervised", "truncated", "dropped"),
+        "duplicates",
+    ]
+    assert [line.split() for line in lines[2:4]] == [
+        ["code", "train", "1,234", "12,345,678", "3,456,789", "0", "7", "0"],
+        ["code", "held-out", "3,702", "37,037,034", "10,370,367", "0", "21", "0"],
+    ]
+    assert lines[4:] == [
+        "31 held-out rows also stood in train: left out",
+        "2 held-out rows are much like a row of train",
+        "34 rows could not be used: see data_report.html",
+    ]
+
+
+def test_the_formats_that_rows_were_read_in() -> None:
+    files = [{"source": "a", "format": "messages"}, {"source": "b", "format": "alpaca"}]
+    named, found = {"format": "messages"}, {"format": "auto"}
+    one = formats_line({"files": files[:1], "settings": named})
+    assert one == "format of the rows: messages"
+    both = formats_line({"files": files, "settings": found})
+    assert both == "format of the rows: a: messages, b: alpaca, recognised from the first rows"

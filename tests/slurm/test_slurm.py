@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from posttrain_dist.files import read_rows
+
 CLUSTER = Path(__file__).parent / "cluster.sh"
 POSTTRAIN = Path(sysconfig.get_path("scripts")) / "posttrain"
 TIMEOUT_S = 400  # of the job; on two idle cores it takes about 40 s
@@ -86,7 +88,7 @@ def cluster():
 
 
 def losses(run_folder: Path) -> dict[int, float]:
-    rows = map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
+    rows = read_rows(run_folder / "metrics.jsonl")
     return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
 
 

@@ -22,7 +22,6 @@ from posttrain_dist.run import discard_outcome, finish
 from posttrain_launch.failures import FAILED, STOPPED, print_error
 from posttrain_launch.ray.child import Job, started
 from posttrain_launch.run.progress import Progress
-from posttrain_launch.run.summary import summary_text
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -79,7 +78,8 @@ def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], e
     from posttrain_dist.prepare import prepare
     from posttrain_dist.prepare.data_report import write_data_report
     from posttrain_dist.report.data.data_page import write_data_page
-    from posttrain_dist.report.data.data_text import formats_line
+    from posttrain_dist.report.data.data_text import counts_text, formats_line
+    from posttrain_dist.report.run.run_text import run_text
     from posttrain_launch.run.prepare_progress import progress_output
 
     def log(line: str) -> None:
@@ -93,7 +93,7 @@ def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], e
         report = write_data_report(config, folder / "prepared", folder)
         page = write_data_page(report, folder)
         _record_hashes(folder, summary.inputs)
-        log("\n".join(["", summary.table(), formats_line(report), f"data report: {page}", ""]))
+        log("\n".join(["", counts_text(report), formats_line(report), f"data report: {page}", ""]))
         with Progress(folder, out) as progress, _stop_on_signals(folder, progress.log):
             if job is not None:
                 job.finish()
@@ -108,7 +108,7 @@ def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], e
         place = f"step {outcome.step} of {outcome.total_steps}"
         log(f"saved and left at {place}; go on with: posttrain run {folder}")
         return STOPPED
-    log(f"\n{summary_text(folder)}")
+    log(f"\n{run_text(folder)}")
     return 0
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from posttrain_dist.files import RowFollower
+from posttrain_dist.report.numbers import clock, loss_of_log, rounded
+
 POLL_S = 0.3
 QUIET_S = 5.0  # least time between two plain lines, the first and the last aside
 
@@ -25,8 +28,8 @@ class Progress:
         self.folder = run_folder
         self.out = out or sys.stdout  # as it is now: a run may send sys.stdout to a log
         self.began = time.monotonic()
-        self._rows = _Tail(run_folder / "metrics.jsonl")
-        self._alarms = _Tail(run_folder / "logs" / "alarms.jsonl")
+        self._rows = RowFollower(run_folder / "metrics.jsonl")
+        self._alarms = RowFollower(run_folder / "logs" / "alarms.jsonl")
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._view: _Live | _Plain = _Live(self.out) if self.out.isatty() else _Plain(self.out)
@@ -81,65 +84,18 @@ class Progress:
         return (total - last) * (now - began) / (last - first) if last > first else None
 
 
-class _Tail:
-    """The new whole lines of a growing file of JSON objects."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.offset = path, 0
-
-    def skip(self) -> None:
-        if self.path.is_file():
-            self.offset = self.path.stat().st_size
-
-    def read(self) -> list[dict[str, Any]]:
-        if not self.path.is_file():
-            return []
-        size = self.path.stat().st_size
-        if size < self.offset:  # a resumed run cuts the steps that it will do again
-            self.offset = size
-        with self.path.open("rb") as stream:
-            stream.seek(self.offset)
-            data = stream.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self.offset += len(whole)
-        rows = []
-        for line in whole.splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # we began inside a line
-            if isinstance(row, dict) and "step" in row:
-                rows.append(row)
-        return rows
-
-
 def describe(row: dict[str, Any], total: int, left_s: float | None) -> str:
     """`step 12/60  loss 1.2345  held-out 1.3456  5.1k tokens/s  0:42 left`."""
     parts = [f"step {row['step']}/{total}" if total else f"step {row['step']}"]
     if (loss := row.get("train/loss")) is not None:
-        parts.append(f"loss {loss:.4f}")
+        parts.append(f"loss {loss_of_log(loss)}")
     if (held_out := row.get("eval/loss")) is not None:
-        parts.append(f"held-out loss {held_out:.4f}")
+        parts.append(f"held-out loss {loss_of_log(held_out)}")
     if (pace := row.get("train/tokens_per_s")) is not None:
-        parts.append(f"{short(pace)} tokens/s")
+        parts.append(f"{rounded(pace)} tokens/s")
     if left_s is not None and total and row["step"] < total:
         parts.append(f"{clock(left_s)} left")
     return "  ".join(parts)
-
-
-def short(number: float) -> str:
-    """`5.1k` for 5123."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.1f}{letter}"
-    return f"{number:.0f}"
-
-
-def clock(seconds: float) -> str:
-    """`1:02:03`, or `2:03` below an hour."""
-    minutes, rest = divmod(round(max(seconds, 0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class _Plain:
@@ -207,12 +163,13 @@ class _Live:
     def row(self, row: dict[str, Any], total: int, left_s: float | None, final: bool) -> None:
         # The held-out loss stays in sight between evaluations.
         self.held_out = row.get("eval/loss", self.held_out)
-        shown = row if self.held_out is None else {**row, "eval/loss": self.held_out}
+        if self.held_out is not None:
+            row = {**row, "eval/loss": self.held_out}
         self.bar.update(
             self.task,
             total=total or None,
             completed=row["step"],
-            description=describe(shown, total, left_s),
+            description=describe(row, total, left_s),
         )
 
 

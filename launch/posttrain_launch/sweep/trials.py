@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import subprocess
 import sys
@@ -14,9 +13,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from posttrain_dist.files import read_rows
+from posttrain_dist.report.numbers import loss_of_log
+from posttrain_dist.report.tables import text_table
 from posttrain_launch.compose.composer import Composed, to_composed
 from posttrain_launch.failures import BAD_CONFIG, FAILED, STOPPED, print_error
-from posttrain_launch.run.summary import align
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +73,12 @@ class Sweep:
             (
                 " ".join(o for o in trial.overrides if o not in shared) or "-",
                 trial.state,
-                "-" if trial.held_out is None else f"{trial.held_out:.4f}",
+                loss_of_log(trial.held_out),
                 str(trial.folder or "-"),
             )
             for trial in self.trials
         ]
-        return "\n" + align([("trial", "state", "held-out loss", "run folder"), *rows])
+        return "\n" + text_table(("trial", "state", "held-out loss", "run folder"), rows)
 
     def exit_code(self) -> int:
         """0 if every trial came to its end."""
@@ -103,9 +104,6 @@ def _signals_to(child: subprocess.Popen[Any]) -> Iterator[None]:
 
 def last_held_out(folder: Path) -> float | None:
     """The last held-out loss in a run's metrics."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return None
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    rows = read_rows(folder / "metrics.jsonl")
     losses = [row["eval/loss"] for row in rows if "eval/loss" in row]
     return float(losses[-1]) if losses else None

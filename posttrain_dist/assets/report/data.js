@@ -14,8 +14,8 @@
     const weight = run.dataset.w ?? (run.classList.contains("s") ? "1" : "0");
     const kind = token.classList.contains("c") ? " · special" : "";
     const lines = [...token.childNodes].map((n) => (n.className === "n" ? "" : n.textContent));
-    const learned = weight === "0" ? "not learned" : `learned, weight ${weight}`;
-    return `token ${number.toLocaleString("en-US")}${kind} · ${learned}\n${JSON.stringify(lines.join(""))}`;
+    const use = weight === "0" ? "not trained on" : `trained on, weight ${weight}`;
+    return `token ${number.toLocaleString("en-US")}${kind} · ${use}\n${JSON.stringify(lines.join(""))}`;
   };
 
   const show = (target, event) => {

@@ -61,30 +61,3 @@ class Summary:
                 where=str(folder / "summary.json"),
                 fix=f"delete {folder}: the data is then prepared again",
             ) from error
-
-    def table(self) -> str:
-        """One line per channel and split, for the terminal."""
-        columns = ("rows", "tokens", "supervised", "truncated", "dropped", "duplicates")
-        heads = ("channel", "split", *columns)
-        sides = {"train": "train", "eval": "held-out"}
-        lines = [
-            (channel, sides[split], *(str(getattr(counts, name)) for name in columns))
-            for channel in self.channels
-            for split, channels in self.splits.items()
-            if (counts := channels.get(channel))
-        ]
-        widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
-        text = [
-            "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in (heads, *lines)
-        ]
-        if self.duplicates_moved:
-            text.append(f"{self.duplicates_moved} held-out rows also stood in train: left out")
-        if self.near_leaks:
-            text.append(f"{self.near_leaks} held-out rows are much like a row of train")
-        if self.rejected:
-            text.append(f"{self.rejected} rows could not be used: see data_report.html")
-        return "\n".join(text)

@@ -1,11 +1,13 @@
-"""What a data report says in words and numbers, the same for the page and for the terminal."""
+"""Verdict and figures of a data report, the same for the page and for the terminal."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain_dist.report.numbers import UNKNOWN
+from posttrain_dist.report import numbers
+from posttrain_dist.report.numbers import plural, whole
 from posttrain_dist.report.page import Card
 
 SPLITS = {"train": "Training", "eval": "Held-out"}
@@ -66,20 +68,21 @@ def verdict_of(report: dict[str, Any]) -> Verdict:
     bad = sum(point.tone == "bad" for point in points)
     warnings = len(points) - bad
     passed = len(checks) - len(failing)
-    said = f"{passed:,} of {_of(len(checks), 'check')} passed"
+    outcome = f"{passed:,} of {plural(len(checks), 'check')} passed"
     if warnings and bad:
-        said += f", {_of(warnings, 'warning')}"
+        outcome += f", {plural(warnings, 'warning')}"
     if bad:
         # Where the checks are not strict, training starts all the same.
         strict = (report.get("settings") or {}).get("strict") is not False
         title = "Training does not start on this data" if strict else "This data has faults"
-        return Verdict("bad", _of(bad, "error"), f"{title}: {_of(bad, 'error')}", said, points)
+        errors = plural(bad, "error")
+        return Verdict("bad", errors, f"{title}: {errors}", outcome, points)
     if not checks:
         text = "Nothing is known about templates and masks."
         return Verdict("warn", "unchecked", "No check was made", text, points)
     if warnings:
-        title = f"Fit to train on, with {_of(warnings, 'warning')}"
-        return Verdict("warn", _of(warnings, "warning"), title, said, points)
+        title = f"Fit to train on, with {plural(warnings, 'warning')}"
+        return Verdict("warn", plural(warnings, "warning"), title, outcome, points)
     title = "The one check passed" if passed == 1 else f"All {passed:,} checks passed"
     return Verdict("good", "passed", title, "Nothing stands in the way of training.", points)
 
@@ -133,23 +136,32 @@ def totals_of(report: dict[str, Any], split: str) -> dict[str, int]:
     return {key: sum(int(counts.get(key) or 0) for counts in channels) for key in COUNTS}
 
 
-def channel_table(report: dict[str, Any], split: str) -> list[dict[str, Any]]:
-    """One row a channel and, for several, their sum: name, cells, share of tokens supervised."""
+def channel_table(
+    report: dict[str, Any], split: str, count: Callable[[int | None], str] = whole
+) -> list[dict[str, Any]]:
+    """One row a channel and, for several, their sum: name, cells, share of tokens supervised.
+
+    Args:
+        count: a count as text.
+    """
     channels = _split(report, split)
     named = [(name, channels[name]) for name in channels_of(report) if name in channels]
-    rows = [_channel_row(name, counts) for name, counts in named]
+    rows = [_channel_row(name, counts, count) for name, counts in named]
     if len(rows) > 1:
-        rows.append(_channel_row("all channels", totals_of(report, split)) | {"total": True})
+        row = _channel_row("all channels", totals_of(report, split), count)
+        rows.append(row | {"total": True})
     return rows
 
 
-def _channel_row(name: str, counts: dict[str, Any]) -> dict[str, Any]:
+def _channel_row(
+    name: str, counts: dict[str, Any], count: Callable[[int | None], str]
+) -> dict[str, Any]:
     tokens, supervised = counts.get("tokens") or 0, counts.get("supervised") or 0
     return {
         "name": name,
-        "cells": [(key, whole(counts.get(key))) for key in COUNTS],
-        "share": f"{supervised / tokens:.1%}" if tokens else UNKNOWN,
-        "share_width": round(100 * supervised / tokens, 1) if tokens else 0,
+        "cells": [(key, count(counts.get(key))) for key in COUNTS],
+        "share": numbers.share_of(supervised, tokens),
+        "share_width": numbers.bar_width(supervised, tokens),
         "starved": bool(counts.get("rows")) and not supervised,
         "total": False,
     }
@@ -166,14 +178,14 @@ def cards_of(report: dict[str, Any]) -> list[Card]:
     def tone(count: int) -> str:
         return "" if count else "good"
 
-    share = f"{both['supervised'] / both['tokens']:.1%}" if both["tokens"] else UNKNOWN
+    share = numbers.share_of(both["supervised"], both["tokens"])
     limit = (report.get("settings") or {}).get("max_length")
     longer = f"rows above {limit:,} tokens" if limit else "rows above the longest allowed"
     dropped = f"{longer}; {both['dropped']:,} dropped"
     doubles = f"exact, and {both['near_duplicates']:,} near"
     moved = int(report.get("duplicates_moved") or 0)
     leaks, rejected = int(report.get("near_leaks") or 0), rejected_total(report)
-    bad = f"in {_of(len(report.get('files') or []), 'file')}"
+    bad = f"in {plural(len(report.get('files') or []), 'file')}"
     return [
         Card(label="Rows", value=f"{both['rows']:,}", sub=split("rows")),
         Card(label="Samples", value=f"{both['samples']:,}", sub=split("samples")),
@@ -201,24 +213,15 @@ def source_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
             "name": name,
             "shares": [
                 {
-                    "text": UNKNOWN if (share := source.get(key)) is None else f"{share:.1%}",
-                    "width": round(100 * (share or 0.0) / most, 1) if most else 0,
+                    "text": numbers.share(source.get(key)),
+                    "width": numbers.bar_width(source.get(key) or 0.0, most),
                 }
                 for key in keys
             ],
-            "passes": UNKNOWN if source.get("passes") is None else f"{source['passes']:.4g}",
+            "passes": numbers.times(source.get("passes")),
         }
         for name, source in sources.items()
     ]
-
-
-def whole(value: Any) -> str:
-    """A count with commas; what is missing is a dash."""
-    return UNKNOWN if value is None else f"{value:,}"
-
-
-def _of(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _split(report: dict[str, Any], split: str) -> dict[str, Any]:

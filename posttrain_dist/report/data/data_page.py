@@ -22,10 +22,10 @@ from posttrain_dist.report.data.data_figures import (
     rejected_total,
     source_rows,
     verdict_of,
-    whole,
 )
 from posttrain_dist.report.data.histogram import panels_of
 from posttrain_dist.report.data.token_runs import Mark, Piece, Run, clean, hidden_name, runs
+from posttrain_dist.report.numbers import share_of, times, whole
 from posttrain_dist.report.page import asset, render
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # Tokens that are drawn: of all conversations, and of one at least and at most. Each is an element
 # of the page, and a browser is slow from some hundred thousand on.
-SHOWN_TOKENS = 120_000
+MAX_TOKENS = 120_000
 _FEWEST, _MOST = 300, 4_000
 _TAIL = 0.4  # of a conversation that is cut, the share shown of its end: the answer stands there
 
@@ -100,7 +100,7 @@ def _examples(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Conversations by channel, those that are too long without their middle."""
     groups = {name: found for name, found in (report.get("examples") or {}).items() if found}
     count = sum(map(len, groups.values()))
-    most = min(_MOST, max(_FEWEST, SHOWN_TOKENS // max(1, count)))
+    most = min(_MOST, max(_FEWEST, MAX_TOKENS // max(1, count)))
     return [
         {
             "name": clean(str(name)),
@@ -142,7 +142,7 @@ def _batch(report: dict[str, Any]) -> dict[str, Any] | None:
     tokens = int(batch.get("tokens") or len(pieces))
     limit = (report.get("settings") or {}).get("max_length") or tokens
     whole_T = max(limit, tokens, len(pieces))
-    most = max(_FEWEST, SHOWN_TOKENS // 2 // len(bounds))
+    most = max(_FEWEST, MAX_TOKENS // 2 // len(bounds))
     samples, strip = [], []
     for start, end in zip(bounds, [*bounds[1:], len(pieces)], strict=True):
         inside = pieces[start:end]
@@ -168,7 +168,7 @@ def _batch(report: dict[str, Any]) -> dict[str, Any] | None:
         "tokens": whole(tokens),
         "num_samples": whole(batch.get("samples", len(bounds))),
         "limit": whole(limit),
-        "fill": f"{tokens / limit:.1%}",
+        "fill": share_of(tokens, limit),
         "strip": strip,
         "samples": samples,
     }
@@ -192,7 +192,7 @@ def _html(found: list[Run]) -> Markup:
     parts = []
     for run in found:
         kind = "s" if run.weight > 0 else "m"
-        note = f' data-w="{run.weight:.4g}"' if run.weight not in (0, 1) else ""
+        note = f' data-w="{times(run.weight)}"' if run.weight not in (0, 1) else ""
         tokens = "".join(
             f"<i{' class=c' if token.special else ''}>{''.join(map(_mark, token.marks))}</i>"
             for token in run.tokens

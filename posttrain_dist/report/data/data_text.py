@@ -1,9 +1,8 @@
-"""The data report for the terminal: verdict, tables, checks, conversations, one packed batch."""
+"""The data report for the terminal: verdict, tables, checks; conversations are in token_text."""
 
 from __future__ import annotations
 
 import io
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.report.data.data_figures import (
@@ -15,24 +14,23 @@ from posttrain_dist.report.data.data_figures import (
     rejected_total,
     source_rows,
     verdict_of,
-    whole,
 )
 from posttrain_dist.report.data.histogram import half_length, sparkline
-from posttrain_dist.report.data.token_runs import Mark, Piece, Run, clean, hidden_name, runs
+from posttrain_dist.report.data.token_runs import clean
+from posttrain_dist.report.data.token_text import print_batch, print_conversations
+from posttrain_dist.report.numbers import UNKNOWN, rounded, whole
+from posttrain_dist.report.tables import GAP, styled_table, text_console, text_table
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
-OPEN, CLOSE = "⟦", "⟧"  # around supervised text where there is no colour
-SHOWN_REJECTED = 10
-SHOWN_FAILING = 5  # rows of a check
+MAX_REJECTED = 10
+MAX_FAILING = 5  # rows of a check
 _SIGNS = {"good": "✓", "warn": "!", "bad": "✗"}
 _COLOURS = {"good": "green", "warn": "yellow", "bad": "red"}
 _HEADS = {"truncated": "cut", "duplicates": "dup.", "near_duplicates": "near dup."}
 _NAME = 24  # columns of a table that names have, as far as they need them
-_TIMES = "\N{MULTIPLICATION SIGN}"
+_ROUNDED_FROM = 100_000  # counts, in a narrow terminal
 _NARROW = 110  # columns of a terminal below which large counts are rounded
 
 
@@ -46,20 +44,8 @@ def data_text(
             colours; else supervised text stands between ⟦ and ⟧ and the text is plain.
         conversations: this many of each channel at most, of 0 also no batch; null: all.
     """
-    from rich.console import Console
-
     out = io.StringIO()
-    console = Console(
-        file=out,
-        width=width,
-        force_terminal=color,
-        color_system="standard" if color else None,
-        no_color=not color,
-        markup=False,
-        highlight=False,
-        emoji=False,
-        legacy_windows=False,
-    )
+    console = text_console(out, width, color=color)
     plain = clean({key: v for key, v in report.items() if key not in ("examples", "batch")})
     _verdict(console, plain)
     _channels(console, plain)
@@ -70,8 +56,8 @@ def data_text(
     out.seek(0)
     out.truncate()
     if conversations != 0:
-        _examples(console, report, color, conversations)
-        _batch(console, report, color)
+        print_conversations(console, report, color, conversations)
+        print_batch(console, report, color)
     return "\n".join(lines) + out.getvalue()
 
 
@@ -84,7 +70,32 @@ def formats_line(report: dict[str, Any]) -> str:
     return f"format of the rows: {listed}{how}"
 
 
-# ------------------------------------------------------------------------------------- numbers
+def counts_text(report: dict[str, Any]) -> str:
+    """One line a channel and split, and below them what was left out: what a run begins with."""
+    keys = ("rows", "tokens", "supervised", "truncated", "dropped", "duplicates")
+    sides = {"train": "train", "eval": "held-out"}
+    lines = [
+        text_table(
+            ("channel", "split", *keys),
+            [
+                (channel, side, *(whole(counts[key]) for key in keys))
+                for channel in report["channels"]
+                for split, side in sides.items()
+                if (counts := report["splits"][split].get(channel))
+            ],
+            names=2,
+        )
+    ]
+    if moved := report["duplicates_moved"]:
+        lines.append(f"{moved} held-out rows also stood in train: left out")
+    if leaks := report["near_leaks"]:
+        lines.append(f"{leaks} held-out rows are much like a row of train")
+    if rejected := rejected_total(report):
+        lines.append(f"{rejected} rows could not be used: see data_report.html")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------- sections
 
 
 def _verdict(console: Console, report: dict[str, Any]) -> None:
@@ -98,25 +109,26 @@ def _verdict(console: Console, report: dict[str, Any]) -> None:
 
 
 def _channels(console: Console, report: dict[str, Any]) -> None:
+    count = _short_count if console.width < _NARROW else whole
     for split, title in SPLITS.items():
-        rows = channel_table(report, split)
+        rows = channel_table(report, split, count)
         if not rows:
             continue
         columns: dict[str, list[str]] = {}
-        unused = []  # a column of nothing but zeros is said in words
+        unused = []  # columns of nothing but zeros
         for i, key in enumerate(COUNTS):
             cells = [row["cells"][i][1] for row in rows]
             head = _HEADS.get(key, key)
             if set(cells) == {"0"}:
                 unused.append(head)
                 continue
-            columns[head] = list(map(_compact, cells)) if console.width < _NARROW else cells
+            columns[head] = cells
             if key == "supervised":
                 columns["of tokens"] = [row["share"] for row in rows]
         names = [row["name"] for row in rows]
-        room = console.width - min(_NAME, max(map(len, [title, *names]))) - 2
+        room = console.width - min(_NAME, max(map(len, [title, *names]))) - GAP
         for heads in _fitting(columns, room):
-            table = _table(title.lower(), names, *heads)
+            table = styled_table(title.lower(), _name_width(names), heads)
             for i, row in enumerate(rows):
                 style = "bold" if row["total"] else "red" if row["starved"] else None
                 table.add_row(row["name"], *(columns[head][i] for head in heads), style=style)
@@ -136,7 +148,7 @@ def _fitting(columns: dict[str, list[str]], width: int) -> list[list[str]]:
     tables: list[list[str]] = [[]]
     left = width
     for head, cells in columns.items():
-        size = max(map(len, [head, *cells])) + 2
+        size = max(map(len, [head, *cells])) + GAP
         if size > left and tables[-1]:
             tables.append([])
             left = width
@@ -152,11 +164,11 @@ def _lengths(console: Console, report: dict[str, Any]) -> None:
     if not found:
         return
     heads = ("half ≤", "all ≤", "shortest to longest")
-    table = _table("lengths of training samples", list(found), *heads)
+    table = styled_table("lengths of training samples", _name_width(list(found)), heads)
     for channel, lengths in found.items():
         longest = max(int(edge) for edge, count in lengths if count)
         half = half_length(lengths)
-        table.add_row(channel, whole(half), f"{longest:,}", sparkline(lengths))
+        table.add_row(channel, whole(half), whole(longest), sparkline(lengths))
     console.print()
     console.print(table)
 
@@ -174,14 +186,14 @@ def _checks(console: Console, report: dict[str, Any]) -> None:
         console.print(_signed(tone, f"{check['name']}  {counts}", indent=2))
         if not check["failed"]:
             continue
-        for text in (check["explain"], check["fix"] and f"To mend it: {check['fix']}"):
+        for text in (check["explain"], check["fix"] and f"To fix it: {check['fix']}"):
             if text:
                 console.print(_indented(text, 4))
-        shown = check["rows"][:SHOWN_FAILING]
-        more = check["failed"] - len(shown)
-        after = f", and {more:,} more" if shown and more > 0 else ""
-        if shown:
-            console.print(_indented(f"{', '.join(shown)}{after}", 4, "cyan"))
+        first = check["rows"][:MAX_FAILING]
+        more = check["failed"] - len(first)
+        after = f", and {more:,} more" if first and more > 0 else ""
+        if first:
+            console.print(_indented(f"{', '.join(first)}{after}", 4, "cyan"))
 
 
 def _rejected(console: Console, report: dict[str, Any]) -> None:
@@ -190,15 +202,15 @@ def _rejected(console: Console, report: dict[str, Any]) -> None:
         return
     console.print()
     console.print(f"rejected rows: {total:,}", style="bold")
-    for row in rejected[:SHOWN_REJECTED]:
+    for row in rejected[:MAX_REJECTED]:
         line = "" if row.get("line") is None else f":{row['line']}"
         at = "" if row.get("byte") is None else f" (byte {row['byte']:,})"
         field = f"{row['field']} " if row.get("field") else ""
         console.print(_indented(f"{row.get('file', '')}{line}{at}", 2, "cyan"))
         fix = f"; {row['fix']}" if row.get("fix") else ""
         console.print(_indented(f"{field}{row.get('what', '')}{fix}", 4))
-    if total > len(rejected[:SHOWN_REJECTED]):
-        more = total - len(rejected[:SHOWN_REJECTED])
+    if total > len(rejected[:MAX_REJECTED]):
+        more = total - len(rejected[:MAX_REJECTED])
         console.print(f"  and {more:,} more, the first of them in data_report.html", style="dim")
 
 
@@ -206,24 +218,13 @@ def _sources(console: Console, report: dict[str, Any]) -> None:
     sources = source_rows(report)
     if not sources:
         return
-    table = _table(
-        "sources", [s["name"] for s in sources], "asked", "of rows", "of tokens", "passes"
-    )
+    heads = ("asked", "of rows", "of tokens", "passes")
+    table = styled_table("sources", _name_width([s["name"] for s in sources]), heads)
     for source in sources:
         shares = (share["text"] for share in source["shares"])
         table.add_row(source["name"], *shares, source["passes"])
     console.print()
     console.print(table)
-
-
-def _table(title: str, names: list[str], *heads: str) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(title, overflow="fold", min_width=min(_NAME, max(map(len, names))))
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
-    return table
 
 
 def _indented(text: str, indent: int, style: str = "") -> Any:
@@ -241,110 +242,12 @@ def _signed(tone: str, text: str, indent: int) -> Any:
     return Padding(line.append(f" {text}", style="default"), (0, 0, 0, indent))
 
 
-def _compact(text: str) -> str:
-    """A count of many digits, rounded: 57.8M."""
-    digits = text.replace(",", "")
-    if not digits.isdigit() or len(digits) < 6:
-        return text
-    power, unit = (9, "G") if len(digits) > 9 else (6, "M") if len(digits) > 6 else (3, "k")
-    return f"{int(digits) / 10**power:.3g}{unit}"
+def _name_width(names: list[str]) -> int:
+    return min(_NAME, max(map(len, names)))
 
 
-# ------------------------------------------------------------------------------------- tokens
-
-
-def _examples(
-    console: Console, report: dict[str, Any], color: bool, conversations: int | None
-) -> None:
-    groups = {name: found for name, found in (report.get("examples") or {}).items() if found}
-    if not groups:
-        return
-    console.print()
-    learned = "green" if color else f"between {OPEN} and {CLOSE}"
-    console.print(f"conversations: what is learned is {learned}", style="bold")
-    for name, found in groups.items():
-        for example in found[:conversations]:
-            split = str(example.get("split", ""))
-            parts = [name, example.get("where"), SPLITS.get(split, split).lower()]
-            counts = (example.get("tokens"), "tokens"), (example.get("supervised"), "supervised")
-            parts += [f"{whole(count)} {noun}" for count, noun in counts]
-            _head(console, " · ".join(clean(str(part)) for part in parts if part))
-            _print(console, example.get("pieces") or [], color)
-
-
-def _batch(console: Console, report: dict[str, Any], color: bool) -> None:
-    batch = report.get("batch") or {}
-    pieces = batch.get("pieces") or []
-    if not pieces:
-        return
-    tokens, samples = batch.get("tokens", len(pieces)), batch.get("samples")
-    limit = (report.get("settings") or {}).get("max_length")
-    fill = f" of {limit:,} ({tokens / limit:.1%})" if limit else ""
-    console.print()
-    console.print(
-        f"one packed batch: {tokens:,} tokens{fill}, {whole(samples)} samples", style="bold"
-    )
-    at = 0
-    for sample, group in groupby(pieces, key=lambda piece: piece[3]):
-        inside = list(group)
-        end = at + len(inside)
-        targets = sum(piece[1] > 0 for piece in inside)
-        _head(console, f"sample {sample} · tokens [{at:,}, {end:,}) · {targets:,} supervised")
-        _print(console, inside, color)
-        at = end
-
-
-def _head(console: Console, text: str) -> None:
-    console.print()
-    console.print(f"── {text}", style="cyan", soft_wrap=True)
-
-
-def _print(console: Console, pieces: list[Piece], color: bool) -> None:
-    found = runs(pieces)
-    if not color:
-        text = "".join(map(_bracketed, found))
-        console.file.write(text.removesuffix("\n") + "\n")  # rich would expand the tabs
-        return
-    console.print(_coloured(found), soft_wrap=True, end="")
-
-
-def _bracketed(run: Run) -> str:
-    """The text of a run as it is, in brackets if it is learned."""
-    text = "".join(
-        f"<{hidden_name(mark.text)}>" if mark.kind == "hidden" else mark.text
-        for token in run.tokens
-        for mark in token.marks
-    )
-    if run.weight <= 0:
-        return text
-    weight = "" if run.weight == 1 else f"{_TIMES}{run.weight:.4g} "
-    return f"{OPEN}{weight}{text}{CLOSE}"
-
-
-def _coloured(found: list[Run]) -> Text:
-    from rich.text import Text
-
-    styled: list[tuple[str, str]] = []
-    for run in found:
-        learned = run.weight > 0
-        if run.weight not in (0, 1):
-            styled.append(("reverse green", f"{_TIMES}{run.weight:.4g}"))
-        strength = "bold" if learned else "dim"
-        for token in run.tokens:
-            colour = " magenta" if token.special else " green" if learned else ""
-            styled += [
-                (f"{strength} yellow" if mark.kind else f"{strength}{colour}", _shown(mark))
-                for mark in token.marks
-            ]
-    text = Text()
-    for style, group in groupby(styled, key=lambda pair: pair[0]):
-        text.append("".join(part for _, part in group), style=style)
-    if not text.plain.endswith("\n"):
-        text.append("\n")
-    return text
-
-
-def _shown(mark: Mark) -> str:
-    if mark.kind == "hidden":
-        return f"<{hidden_name(mark.text)}>"
-    return {"space": "·", "tab": "→   ", "newline": "↵\n"}.get(mark.kind, mark.text)
+def _short_count(value: int | None) -> str:
+    """A count, rounded where it has many digits."""
+    if value is None:
+        return UNKNOWN
+    return rounded(value) if value >= _ROUNDED_FROM else whole(value)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from posttrain_dist.report import numbers
 from posttrain_dist.report.page import MAX_CHANNEL_CHARTS
 
 MAX_TICKS = 6
@@ -29,7 +30,7 @@ class Panel:
 
     title: str
     note: str
-    label: str  # what a screen reader says
+    label: str  # for a screen reader
     bars: list[Bar]
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
@@ -49,7 +50,10 @@ class _Axis:
     def ticks(self) -> list[tuple[float, str]]:
         first, last = math.ceil(math.log2(self.low)), math.floor(math.log2(self.high))
         step = max(1, math.ceil((last - first + 1) / MAX_TICKS))
-        return [(self.place(2**k), _short(2**k)) for k in range(max(0, first), last + 1, step)]
+        return [
+            (self.place(2**k), numbers.power_of_two(2**k))
+            for k in range(max(0, first), last + 1, step)
+        ]
 
 
 def panels_of(report: dict[str, Any], channels: list[str]) -> list[Panel]:
@@ -125,7 +129,7 @@ def _panel(
         span = f"{int(lower) + 1:,} to {int(edge):,}" if int(lower) + 1 < edge else f"{int(edge):,}"
         lines = [f"{span} {'token' if span == '1' else 'tokens'}"]
         lines += [
-            f"{name} {count:,} ({share[i]:.1%})"
+            f"{name} {count:,} ({numbers.share(share[i])})"
             for name, count, share, total in zip(
                 ("training", "held-out"), found, shares, totals, strict=True
             )
@@ -170,7 +174,3 @@ def _share_ticks(top: float) -> list[tuple[float, str]]:
     gap = next((gap for gap in gaps if top / gap < 4.5), 0.5)
     count = int(top / gap + 1e-9)
     return [(round(100 * k * gap / top, 3), f"{100 * k * gap:.0f}%") for k in range(count + 1)]
-
-
-def _short(tokens: int) -> str:
-    return f"{tokens:,}" if tokens < 10_000 else f"{tokens // 1024:,}k"

@@ -1,6 +1,6 @@
 """Tokens of a conversation as runs of one weight, with what is invisible made visible.
 
-A piece is `[text, weight, is special]`, as data_report.json holds it; one a token.
+A piece is `[text, weight, is special]`, as data_report.json holds it; one per token.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def runs(pieces: Iterable[Piece]) -> list[Run]:
     """Group tokens by weight and mark what of their whitespace a reader would miss.
 
     Spaces are marked at the edges of a run, of a line and of a special token, and where there are
-    several: there one too many or too few changes what is learned, and cannot be seen.
+    several: there one too many or too few changes what is trained on, and cannot be seen.
     """
     found = []
     for weight, group in groupby(pieces, key=lambda piece: float(piece[1])):
@@ -70,7 +70,7 @@ def clean(value: Any) -> Any:
     a right-to-left override turns the rest of the line around.
     """
     if isinstance(value, str):
-        return _NOT_PLAIN.sub(_spelled, value)
+        return _NOT_PLAIN.sub(_spell_out, value)
     if isinstance(value, dict):
         return {clean(key): clean(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -86,7 +86,7 @@ def hidden_name(char: str) -> str:
     return f"U+{ord(char):04X}"
 
 
-def _spelled(match: re.Match[str]) -> str:
+def _spell_out(match: re.Match[str]) -> str:
     name = hidden_name(match[0])
     return f"<{name}>" if name else match[0]
 

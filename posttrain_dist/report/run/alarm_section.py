@@ -11,7 +11,7 @@ MAX_ALARMS = 100  # rows of the table; the file has them all
 
 
 def alarms_of(folder: Path) -> dict[str, Any] | None:
-    """The alarms of a run folder for the page, in order of their step; None: nobody looked.
+    """The alarms of a run folder for the page, in order of their step; None: none were looked for.
 
     Returns:
         rows: step, level, tone (of the level: bad, warn, or empty), rule, subject, message, fix.
@@ -25,13 +25,13 @@ def alarms_of(folder: Path) -> dict[str, Any] | None:
     levels = [str(row.get("level")) for row in found]
     order = ("error", "warning", "info")
     return {
-        "rows": [_shown(row) for row in found[:MAX_ALARMS]],
+        "rows": [_alarm_row(row) for row in found[:MAX_ALARMS]],
         "counts": {level: levels.count(level) for level in order if level in levels},
         "hidden": max(0, len(found) - MAX_ALARMS),
     }
 
 
-def _shown(row: dict[str, Any]) -> dict[str, str]:
+def _alarm_row(row: dict[str, Any]) -> dict[str, str]:
     level = str(row.get("level") or "")
     return {
         "step": f"{row['step']:,}",

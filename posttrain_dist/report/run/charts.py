@@ -16,7 +16,7 @@ class Chart:
 
     group: str  # section of the page: loss, channel, system
     title: str
-    label: str  # what a screen reader says
+    label: str  # for a screen reader
     series: list[dict[str, Any]]
     unit: str = ""
     note: str = ""  # at the right of the title

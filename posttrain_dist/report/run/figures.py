@@ -135,8 +135,8 @@ def channel_rows(run: Run) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": name,
-                "share": None if share is None else f"{share:.1%}",
-                "share_width": round(100 * (share or 0.0) / most, 1) if most else 0,
+                "share": None if share is None else numbers.share(share),
+                "share_width": numbers.bar_width(share or 0.0, most),
                 "before": numbers.loss(held[0]) if held else None,
                 "after": numbers.loss(held[-1]) if both else None,
                 "change": numbers.change(held[0], held[-1]) if both else None,

@@ -28,6 +28,7 @@ from posttrain_dist.config import (
 )
 from posttrain_dist.engine import AdamW, DeepSpeed, Single
 from posttrain_dist.errors import ClusterError, ConfigError, DataError, ModelError, SeveralErrors
+from posttrain_dist.files import read_rows
 from posttrain_dist.metrics import LoggingConfig, WandbMode
 from posttrain_dist.prepare import prepare
 
@@ -57,7 +58,7 @@ def freeze(folder: Path, config: RunConfig) -> Path:
 
 
 def losses(folder: Path) -> list[float]:
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    rows = read_rows(folder / "metrics.jsonl")
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 

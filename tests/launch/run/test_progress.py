@@ -10,8 +10,7 @@ import pty
 import time
 from pathlib import Path
 
-from posttrain_launch.run.progress import Progress, clock, describe, short
-from posttrain_launch.run.summary import summary_text
+from posttrain_launch.run.progress import Progress, describe
 
 
 def append(folder: Path, **row: float) -> None:
@@ -24,8 +23,6 @@ def test_a_line_of_numbers():
     assert describe(row, 9, 61.4) == (
         "step 3/9  loss 1.2500  held-out loss 2.5000  5.1k tokens/s  1:01 left"
     )
-    assert [short(n) for n in (999, 1e3, 2.25e6, 3e9)] == ["999", "1.0k", "2.2M", "3.0G"]
-    assert [clock(s) for s in (0, 59.6, 3600 + 62)] == ["0:00", "1:00", "1:01:02"]
 
 
 def test_plain_lines_of_a_growing_file(tmp_path: Path):
@@ -97,28 +94,3 @@ def test_the_time_that_is_left(tmp_path: Path):
     progress = Progress(tmp_path, io.StringIO())
     progress._pace = [(10, 100.0), (14, 108.0)]  # 2 s a step
     assert progress._left_s(20) == 12.0
-
-
-def test_the_closing_table(tmp_path: Path):
-    append(tmp_path, step=0, **{"eval/loss": 3.0, "eval_channel_loss/a": 2.0})
-    append(tmp_path, step=5, **{"train/loss": 7.0})
-    append(tmp_path, step=9, **{"eval/loss": 1.5, "eval_channel_loss/a": 1.25})
-    answers = {
-        "exact_match": {
-            "before": {"a": {"right": 1, "of": 8}},
-            "after": {"a": {"right": 7, "of": 8}},
-        },
-        "samples": [
-            {"channel": "b", "prompt": "p", "reference": "r", "before": "x\x1b[2J", "after": "y"}
-        ],
-    }
-    (tmp_path / "answers.json").write_text(json.dumps(answers))
-    (tmp_path / "report.html").touch()
-    text = summary_text(tmp_path)
-    rows = [line.split() for line in text.splitlines()]
-    assert ["a", "2.0000", "1.2500"] in rows
-    assert ["all", "channels", "3.0000", "1.5000"] in rows
-    assert ["a", "1/8", "7/8"] in rows
-    assert "\x1b" not in text
-    assert str(tmp_path / "report.html") in text
-    assert "export" not in text  # there is none

@@ -11,7 +11,6 @@ from posttrain_dist.config import complete
 from posttrain_launch.compose.hydra_app import compose_command, read_command_line
 from posttrain_launch.compose.paths import with_absolute_paths
 from posttrain_launch.run.prepare_progress import progress_output
-from posttrain_launch.run.summary import align
 
 
 def command(arguments: list[str], debug: bool) -> int:
@@ -19,12 +18,15 @@ def command(arguments: list[str], debug: bool) -> int:
     composed = compose_command(read_command_line("evaluate", arguments, debug))
     from posttrain_dist.evaluation.heldout import evaluate
     from posttrain_dist.prepare import prepare_cached
+    from posttrain_dist.report.numbers import loss_of_log
+    from posttrain_dist.report.tables import text_table
 
     config = complete(with_absolute_paths(composed.config))
     with progress_output(sys.stderr) as output:
         prepared = prepare_cached(config, only_heldout=True, **output)
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars of libraries
         found: dict[str, Any] = evaluate(config, prepared)
-    rows = [(name, f"{loss:.4f}") for name, loss in sorted(found["channels"].items())]
-    print(align([("channel", "held-out loss"), *rows, ("all channels", f"{found['loss']:.4f}")]))
+    losses = [*sorted(found["channels"].items()), ("all channels", found["loss"])]
+    rows = [(name, loss_of_log(loss)) for name, loss in losses]
+    print(text_table(("channel", "held-out loss"), rows))
     return 0
