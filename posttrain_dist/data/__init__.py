@@ -1,4 +1,4 @@
-"""The data pipeline, from files to batches: one line a stage, in order. Read this file fourth.
+"""The data pipeline, from files to batches: one line per stage, in order. Read this file fourth.
 
 stage              file                      in -> out
 -----------------  ------------------------  --------------------------------------------------

@@ -73,7 +73,7 @@ def hidden(tokenizer: Any, messages: list[dict[str, Any]], match: str, **rest: A
 def test_calls_that_are_never_written(tokenizer_of: TokenizerOf, source: str, content: str) -> None:
     """The function's name stands in the description of the tools, and in what is said."""
     messages = [ASK, say(content, tool_calls=[call(city="Paris")]), RESULT, say("sunny")]
-    for choice in ({}, {"explode_turns": True}, {"policy": "last_turn"}):
+    for choice in ({}, {"explode_turns": True}, {"supervise": "last_turn"}):
         with pytest.raises(DataError, match=r"does not show messages\[1\]\.tool_calls") as caught:
             encode(tokenizer_of(template("", source)), messages, TOOLS, **choice)
         assert "template that knows tools" in caught.value.fix

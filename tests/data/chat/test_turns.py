@@ -114,7 +114,8 @@ def test_one_row_that_cannot_be_proved_does_not_end_the_others(
     encoder = Encoder(tokenizer_of(SHIFTING), Template(strict=strict), max_length=999)
     good, bad = record(ASK, say("4")), record(ASK, say("4"), ASK, say("4"))
     first, refused, last = encoder.encode_many([good, bad, good])
-    assert isinstance(first, list) and isinstance(last, list)
+    assert not isinstance(first, DataError) and not isinstance(last, DataError)
+    assert len(first.examples) == len(last.examples) == 1
     assert isinstance(refused, DataError)
     assert refused.where == "rows.jsonl:7" and "explode_turns" in refused.fix
 
