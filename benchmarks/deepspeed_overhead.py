@@ -33,7 +33,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rows import append, facts, resident_bytes, spread, take_turns
+from rows import append, facts, quantiles, resident_bytes, take_turns
 
 SIZES = {
     "10m": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "vocab": 8192},
@@ -184,13 +184,13 @@ def work(options: argparse.Namespace) -> None:
     for line in sys.stdin:
         start = time.process_time()
         steps = [step() for _ in range(int(line))]
-        told = {
+        report = {
             "cpu_s": (time.process_time() - start) / len(steps),
             "phases_cpu_s": steps[-1][1:],
             "loss": steps[-1][0],
             "peak_bytes": resident_bytes("VmHWM"),
         }
-        print(json.dumps(told), file=answers, flush=True)
+        print(json.dumps(report), file=answers, flush=True)
 
 
 # ------------------------------------------------------------------------------- conductor
@@ -201,20 +201,20 @@ class Arm:
 
     def __init__(self, processes: list[subprocess.Popen[str]], steps: int) -> None:
         self.processes, self.steps = processes, steps
-        self.told: list[list[dict[str, Any]]] = []
+        self.reports: list[list[dict[str, Any]]] = []
 
     def __call__(self) -> None:
         for process in self.processes:
             print(self.steps, file=process.stdin, flush=True)
-        self.told.append([json.loads(process.stdout.readline()) for process in self.processes])
+        self.reports.append([json.loads(process.stdout.readline()) for process in self.processes])
 
     def cpu_s(self) -> list[float]:
         """Processor seconds of a step, mean of the processes, each round after warm-up."""
-        return [statistics.mean(p["cpu_s"] for p in round_) for round_ in self.told[WARMUP:]]
+        return [statistics.mean(p["cpu_s"] for p in round_) for round_ in self.reports[WARMUP:]]
 
     def phases_cpu_s(self) -> dict[str, float]:
         """Median processor seconds of rank 0 in forward, backward and the optimizer's step."""
-        rounds = [round_[0]["phases_cpu_s"] for round_ in self.told[WARMUP:]]
+        rounds = [round_[0]["phases_cpu_s"] for round_ in self.reports[WARMUP:]]
         medians = map(statistics.median, zip(*rounds, strict=True))
         return dict(zip(("forward", "backward", "step"), medians, strict=True))
 
@@ -269,7 +269,7 @@ def compare(size: str, world: int, stage: int, options: argparse.Namespace, fold
             for name in names
         }
         taken = take_turns(arms, rounds=options.rounds, warmup=WARMUP)
-    losses = {name: sum(p["loss"] for p in arms[name].told[-1]) for name in names}
+    losses = {name: sum(p["loss"] for p in arms[name].reports[-1]) for name in names}
     if abs(losses["ours"] / losses["stock"] - 1) > 1e-5:
         raise RuntimeError(f"ours trains another model than stock: {losses}")
     made = []
@@ -286,13 +286,13 @@ def compare(size: str, world: int, stage: int, options: argparse.Namespace, fold
                 "processes": world,
                 "stage": stage,
                 "tokens": options.tokens,
-                **spread(seconds),
+                **quantiles(seconds),
                 "ratio": statistics.median(a / b for a, b in pairs),
                 "ratio_p20_p80": [round(sorted(a / b for a, b in pairs)[i], 3) for i in (1, -2)],
                 "cpu_ratio": statistics.median(cpu),
                 "cpu_s": statistics.median(arm.cpu_s()),
                 "phases_cpu_s": arm.phases_cpu_s(),
-                "peak_bytes": max(p["peak_bytes"] for p in arm.told[-1]),
+                "peak_bytes": max(p["peak_bytes"] for p in arm.reports[-1]),
                 "loss": losses[name],
             }
         )

@@ -154,7 +154,7 @@ def measure_heads(device: str, smoke: bool, until: float) -> list[dict[str, Any]
             dtype="float32" if smoke else "bfloat16",
             device=device,
             frozen=frozen,
-            # Compiling anew for every shape would take the time of everything else.
+            # Compiling again for every shape would take the time of everything else.
             arms=[a for a in head.ARMS if a != "torch.compile" or (num == 8192 and not smoke)],
             rounds=1 if smoke else 10,
             memory_masks=[] if smoke else [0.0, 0.75, 0.9],

@@ -193,7 +193,7 @@ def measure(folder: Path, sizes: Sizes, arm: str, device: str, until: float) -> 
     name = rows.machine()
     peak = next((v for n, v in PEAK_FLOPS.items() if device != "cpu" and n in name), None)
     return {
-        **rows.spread(seconds),
+        **rows.quantiles(seconds),
         "tokens_per_step": statistics.mean(tokens),
         "tokens_per_s": sum(tokens) / sum(seconds),
         "model_tflops": statistics.mean(flops) / 1e12,

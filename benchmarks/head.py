@@ -211,7 +211,7 @@ def figures(
     """Quantiles and, round by round, ratios to ours, to the floor and to the first mask."""
     own = taken[name, share]
     first = next(other for arm, other in taken if arm == name)
-    found: dict[str, Any] = rows.spread(own)
+    found: dict[str, Any] = rows.quantiles(own)
     found["rows_per_s"] = num_rows / found["p50_s"]
     found["share_of_floor"] = rows.times_faster(taken["floor", share], own)
     found["cost_of_first_mask"] = rows.times_faster(own, taken[name, first])

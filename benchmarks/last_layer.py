@@ -11,7 +11,8 @@ float32 over a pack of samples, all arms and masks in turn in one process:
 
 A gain is given as a share of the layer and of 32 such layers, which is an upper bound of that of a
 step: embedding, head and optimizer are left out. Before, the arms run a short pack, where their
-outputs and gradients are compared with those of the whole layer. One row per arm and mask goes to
+outputs and gradients are compared with those of the whole layer. Times are of the processor, so
+that one thread may be measured on a machine that is shared. One row per arm and mask goes to
 benchmarks/results/last_layer.jsonl.
 """
 
@@ -184,7 +185,9 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         if name != WHOLE or masked == first
     }
     until = time.monotonic() + arguments.seconds
-    taken = rows.take_turns(turns, rounds=arguments.rounds, warmup=0, until=until)
+    taken = rows.take_turns(
+        turns, rounds=arguments.rounds, warmup=0, until=until, clock=time.process_time
+    )
     table = []
     for (name, masked), seconds in taken.items():
         gain = 1 - statistics.median(
@@ -196,7 +199,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             "tokens": arguments.tokens,
             "computed": len(packs[masked].supervised_N),
             "threads": torch.get_num_threads(),
-            **rows.spread(seconds),
+            **rows.quantiles(seconds),
             "layer_gain": gain,
             "step_gain": gain / LAYERS,
             "error": apart[name],

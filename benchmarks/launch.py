@@ -286,7 +286,7 @@ def main() -> None:
     facts = rows.facts(["ray", "torch", "transformers", "hydra-core"])
     written = []
     for name, seconds in taken.items():
-        row = {**facts, "arm": name, **rows.spread(seconds)}
+        row = {**facts, "arm": name, **rows.quantiles(seconds)}
         if (reference := REFERENCE.get(name)) in taken:
             pairs = zip(seconds, taken[reference], strict=True)
             row |= {"over": reference, "over_s": statistics.median(a - b for a, b in pairs)}

@@ -101,7 +101,7 @@ def a_million() -> dict[str, Any]:
 
 
 def eight_ranks() -> dict[str, float]:
-    """Cost of the dearest of 8 ranks over the mean, packs of 64 a step, all steps."""
+    """Cost of the most expensive of 8 ranks over the mean, packs of 64 a step, all steps."""
     lengths = lognormal(200_000)
     share = np.random.default_rng(1).uniform(0.05, 0.95, len(lengths))  # supervised
     cost = Cost().of(lengths, (lengths * share).astype(np.int32))

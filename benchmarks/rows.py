@@ -103,29 +103,33 @@ def take_turns(
     warmup: int = 1,
     wait: Callable[[], Any] = lambda: None,
     until: float | None = None,
+    clock: Callable[[], float] | None = None,
 ) -> dict[Name, list[float]]:
     """Seconds of each call, the arms in turn: A B C A B C ...; rounds of warm-up are not kept.
 
     Args:
+        clock: `time.perf_counter` by default; `time.process_time` with one thread on a machine
+            that is shared.
         wait: called before and after each call; `torch.cuda.synchronize` on a GPU.
         until: `time.monotonic()` after which no further round begins; one is always made.
     """
+    clock = clock or time.perf_counter
     taken: dict[Name, list[float]] = {name: [] for name in arms}
     for turn in range(warmup + rounds):
         if until is not None and turn > warmup and time.monotonic() > until:
             break
         for name, run in arms.items():
             wait()
-            start = time.perf_counter()
+            start = clock()
             run()
             wait()
-            seconds = time.perf_counter() - start
+            seconds = clock() - start
             if turn >= warmup:
                 taken[name].append(seconds)
     return taken
 
 
-def spread(seconds: Sequence[float]) -> dict[str, float]:
+def quantiles(seconds: Sequence[float]) -> dict[str, float]:
     """Quantiles p20, p50 and p80 and the number of times they are of."""
     ordered = sorted(seconds)
 

@@ -162,7 +162,7 @@ def row_of(
         return row | {"failed": child.failed or "no timed step"}
     seconds = [s["seconds"] for s in child.steps]
     timed = seconds[first:]
-    row |= rows.spread(timed)
+    row |= rows.quantiles(timed)
     row["tokens_per_s"] = statistics.median(
         t / s for t, s in zip(tokens[first:], timed, strict=False)
     )
@@ -180,8 +180,8 @@ def row_of(
         ratios = [s["seconds"] / f["seconds"] for s, f in both]
         row["ours_times_less_cpu"] = statistics.median(s["cpu_s"] / f["cpu_s"] for s, f in both)
         row["ours_times_faster"] = statistics.median(ratios)
-        row["ratio_p20"] = rows.spread(ratios)["p20_s"]
-        row["ratio_p80"] = rows.spread(ratios)["p80_s"]
+        row["ratio_p20"] = rows.quantiles(ratios)["p20_s"]
+        row["ratio_p80"] = rows.quantiles(ratios)["p80_s"]
         row["ours_share_of_memory"] = own.steps[-1]["peak_bytes"] / row["peak_bytes"]
     return row
 

@@ -31,8 +31,8 @@ from posttrain_dist.objectives.sft import Sft
 BETAS, CLIP = (0.9, 0.95), 1.0
 
 
-class Alone:
-    """Waits for nobody: what an arm is given to train before it is measured."""
+class NoSync:
+    """Waits for no other arm: for training before the measurement."""
 
     def ready(self) -> None:
         """The model is there."""
@@ -41,7 +41,7 @@ class Alone:
         """A step is done."""
 
 
-class Turns(Alone):
+class Lockstep(NoSync):
     """Waits for the parent's word, and times what is done until the next."""
 
     def __init__(self, out: TextIO) -> None:
@@ -55,7 +55,7 @@ class Turns(Alone):
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        self._say({"ready": True})
+        self._send({"ready": True})
 
     def done(self, loss: float, norm: float) -> None:
         line = {
@@ -65,13 +65,13 @@ class Turns(Alone):
             "norm": norm,
             "peak_bytes": self._peak_bytes(),
         }
-        self._say(line)
+        self._send(line)
 
     def _peak_bytes(self) -> int:
         on_gpu = torch.cuda.max_memory_allocated()
         return on_gpu or rows.resident_bytes("VmHWM") - self._base_bytes
 
-    def _say(self, line: dict[str, Any]) -> None:
+    def _send(self, line: dict[str, Any]) -> None:
         print(json.dumps(line), file=self._out, flush=True)
         if not sys.stdin.readline():
             raise SystemExit(0)  # the parent has seen enough
@@ -86,7 +86,7 @@ KINDS = {
 }
 
 
-class Profile(Alone):
+class Profile(NoSync):
     """Profiles the steps after the second, and prints where their time went."""
 
     def __init__(self, out: TextIO) -> None:
@@ -99,7 +99,7 @@ class Profile(Alone):
             self._profiler.start()
             self._since = time.perf_counter()
 
-    def say(self) -> None:
+    def print_shares(self) -> None:
         """Print seconds a step by kind of operation; what no operation took is Python's."""
         seconds = time.perf_counter() - self._since
         self._profiler.stop()
@@ -155,7 +155,7 @@ class GivenSteps:
         return [collate([examples[int(i)] for i in plan[p]]) for p in range(len(plan))]
 
 
-def ours(folder: Path, turns: Alone, channels: bool = True, compiled: bool = False) -> None:
+def ours(folder: Path, sync: NoSync, channels: bool = True, compiled: bool = False) -> None:
     """posttrain_dist as `posttrain train engine=single` puts it together (train.py)."""
     from posttrain_dist.build import make_engine, pick_dtype
     from posttrain_dist.config import ModelConfig, RunConfig, complete
@@ -197,9 +197,9 @@ def ours(folder: Path, turns: Alone, channels: bool = True, compiled: bool = Fal
         )
         for info in fit.run():
             if info.step == 0:
-                turns.ready()
+                sync.ready()
             else:
-                turns.done(info.metrics["train/loss"], info.metrics["train/grad_norm"])
+                sync.done(info.metrics["train/loss"], info.metrics["train/grad_norm"])
 
 
 def attach(config: Any, engine: Any, dtype: torch.dtype, names: list[str], sizes: Sizes) -> None:
@@ -231,7 +231,7 @@ def attach(config: Any, engine: Any, dtype: torch.dtype, names: list[str], sizes
 
 
 class WithoutChannels(Sft):
-    """The same objective, its head not told of channels: what channel metrics are compared to."""
+    """The same objective, its head not given channels: what channel metrics are compared to."""
 
     def loss(self, hidden_ND: torch.Tensor, head: Any, batch: Any, denominators: Any) -> Any:
         """The loss with an empty channel table but for its sum, which the log needs."""
@@ -249,7 +249,7 @@ class WithoutChannels(Sft):
 # -------------------------------------------------------------------------- reference
 
 
-def reference(folder: Path, turns: Alone) -> None:
+def reference(folder: Path, sync: NoSync) -> None:
     """float32, one sample at a time, transformers' own logits and cross-entropy, torch's AdamW."""
     from transformers import AutoModelForCausalLM
 
@@ -257,7 +257,7 @@ def reference(folder: Path, turns: Alone) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=BETAS, weight_decay=0.0)
     model.train()
-    turns.ready()
+    sync.ready()
     for samples in step_data.read(folder):
         labels = [torch.tensor(s.labels)[1:] for s in samples]
         count = sum(int((x != IGNORED).sum()) for x in labels)
@@ -274,7 +274,7 @@ def reference(folder: Path, turns: Alone) -> None:
         norm = float(norm_64)
         optimizer.step()
         optimizer.zero_grad()
-        turns.done(total, norm)
+        sync.done(total, norm)
 
 
 # -------------------------------------------------------------------------------- TRL
@@ -323,7 +323,7 @@ TRL_GPU: dict[str, dict[str, Any]] = {
 }
 
 
-def trl(folder: Path, turns: Alone, changes: dict[str, Any]) -> None:
+def trl(folder: Path, sync: NoSync, changes: dict[str, Any]) -> None:
     """SFTTrainer 1.16 on the tokenised samples, in their order."""
     import datasets
     from transformers import TrainerCallback
@@ -337,11 +337,11 @@ def trl(folder: Path, turns: Alone, changes: dict[str, Any]) -> None:
 
     class Turn(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            turns.ready()
+            sync.ready()
 
         def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
             if "loss" in logs:
-                turns.done(logs["loss"], logs["grad_norm"])
+                sync.done(logs["loss"], logs["grad_norm"])
 
     with tempfile.TemporaryDirectory() as to:
         config = SFTConfig(
@@ -377,27 +377,27 @@ def names() -> Iterator[str]:
     yield from ("reference", "ours", "ours again", "ours, no channels", "ours, compiled", *TRL)
 
 
-def train(folder: Path, arm: str, turns: Alone) -> None:
+def train(folder: Path, arm: str, sync: NoSync) -> None:
     """Train all steps of a folder with one arm."""
     torch.manual_seed(0)
     if arm == "reference":
-        reference(folder, turns)
+        reference(folder, sync)
     elif arm.startswith("ours"):
-        ours(folder, turns, not arm.endswith("no channels"), arm.endswith("compiled"))
+        ours(folder, sync, not arm.endswith("no channels"), arm.endswith("compiled"))
     else:
-        trl(folder, turns, {**TRL, **TRL_GPU}[arm])
+        trl(folder, sync, {**TRL, **TRL_GPU}[arm])
 
 
 def main() -> None:
     folder, arm = Path(sys.argv[1]), sys.argv[2]
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not for the parent
-    train(folder / "tiny", arm, Alone())
+    train(folder / "tiny", arm, NoSync())
     if "--profile" in sys.argv:
         profile = Profile(out)
         train(folder, arm, profile)
-        profile.say()
+        profile.print_shares()
         return
-    train(folder, arm, Turns(out))
+    train(folder, arm, Lockstep(out))
 
 
 if __name__ == "__main__":

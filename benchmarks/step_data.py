@@ -77,7 +77,7 @@ def counts(steps: list[list[Sample]]) -> dict[str, float]:
     """Tokens, supervised share, and tokens that padding to the longest of a step would make."""
     lengths = [[len(s.input_ids) for s in samples] for samples in steps]
     tokens = sum(map(sum, lengths))
-    # The first token of a sample is nobody's target.
+    # The first token of a sample is no target.
     supervised = sum(sum(x != IGNORED for x in s.labels[1:]) for step in steps for s in step)
     padded = sum(len(row) * max(row) for row in lengths)
     return {

@@ -32,7 +32,7 @@ def test_no_round_begins_after_the_end_but_one_is_always_made():
 def test_quantiles_and_the_ratio_of_each_round():
     import rows
 
-    found = rows.spread([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
+    found = rows.quantiles([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
     assert found == {"p20_s": 2.0, "p50_s": 3.5, "p80_s": 5.0, "rounds": 6}
     # The ratio of medians would be 3.
     assert rows.times_faster([2.0, 30.0, 30.0], [1.0, 10.0, 60.0]) == 2.0

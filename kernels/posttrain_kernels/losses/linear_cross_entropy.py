@@ -124,16 +124,9 @@ def linear_cross_entropy(
                 entropy,
             )
         else:
-            # Read here: inside a Function's forward grad mode is always off.
-            enabled = torch.is_grad_enabled()
             kernels = get_kernels(chosen)
-            plan = ChunkPlan(
-                kernels.row_pass,
-                chunk_rows,
-                hidden=enabled and hidden_TD.requires_grad,
-                weight=enabled and weight_VD.requires_grad,
-                bias=enabled and bias is not None and bias.requires_grad,
-                entropy=entropy,
+            plan = ChunkPlan.for_inputs(
+                hidden_TD, weight_VD, bias, kernels.row_pass, chunk_rows, entropy=entropy
             )
             loss, *columns = _LinearLoss.apply(  # type: ignore[no-untyped-call]
                 hidden_TD,

@@ -115,14 +115,8 @@ def _row_losses(
     entropy: bool,
     chunk_rows: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    enabled = torch.is_grad_enabled()
-    plan = ChunkPlan(
-        kernels.row_pass,
-        chunk_rows,
-        hidden=enabled and hidden_ND.requires_grad,
-        weight=enabled and weight_VD.requires_grad,
-        bias=enabled and bias_V is not None and bias_V.requires_grad,
-        entropy=entropy,
+    plan = ChunkPlan.for_inputs(
+        hidden_ND, weight_VD, bias_V, kernels.row_pass, chunk_rows, entropy=entropy
     )
     frozen = not (plan.weight or plan.bias or entropy)
     function = _FrozenHead if frozen else _RecomputedLogits

@@ -37,6 +37,27 @@ class ChunkPlan:
     bias: bool
     entropy: bool = False  # among the statistics
 
+    @classmethod
+    def for_inputs(
+        cls,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        row_pass: RowPass,
+        chunk_rows: int | None,
+        *,
+        entropy: bool,
+    ) -> ChunkPlan:
+        """The gradients that the inputs require; call it outside of an autograd Function.
+
+        Inside a Function's forward grad mode is always off.
+        """
+        hidden, weight, bias = (
+            torch.is_grad_enabled() and x is not None and x.requires_grad
+            for x in (hidden_ND, weight_VD, bias_V)
+        )
+        return cls(row_pass, chunk_rows, hidden, weight, bias, entropy)
+
     @property
     def any_gradient(self) -> bool:
         """Whether any gradient is made."""

@@ -21,7 +21,7 @@ STRIP_ELEMENTS_GPU = 1 << 25
 
 
 def row_pass(logits_BV: torch.Tensor, targets: Targets, stats: Statistics, gradient: bool) -> None:
-    """See `posttrain_kernels.passes.targets.RowPass`. z: transformed logits, p = softmax(z):
+    """See `passes.targets.RowPass`. With z = transformed logits and p = softmax(z):
 
     nll = log(sum(exp(z - max))) - (z[label] - max)
     d nll / d z = p - onehot(label),     and p[label] - 1 = expm1(-nll)

@@ -135,16 +135,9 @@ def _row_kernel(  # type: ignore[no-untyped-def]
 
     if READ:
         max_z, sum_exp, dot, label_z = _read_row(
-            row_ptr,
-            local,
-            num_columns,
-            readable_columns,
-            logit_scale,
-            softcap,
-            CAPPED,
-            ACC_DTYPE,
-            BLOCK,
-        )
+            row_ptr, local, num_columns, readable_columns, logit_scale, softcap,
+            CAPPED, ACC_DTYPE, BLOCK,
+        )  # fmt: skip
         if PARTS:
             tl.store(max_ptr + row, max_z)
             tl.store(sum_ptr + row, sum_exp)
