@@ -243,7 +243,7 @@ class _Run:
             vocab_size=int(self.policy.config.vocab_size),
             random_weights=self.config.model.weights is Weights.random,
             token_loss=isinstance(self.config.objective, TokenLoss),
-            asked_shares=self.source.asked_shares(),
+            asked_shares=self.source.target_shares(),
         )
 
     def _refuse(self, info: StepInfo) -> None:

@@ -24,7 +24,7 @@ from posttrain_dist.models.layers import decoder_layers
 _log = logging.getLogger(__name__)
 
 
-def shorten(backbone: nn.Module) -> None:
+def select_supervised_rows(backbone: nn.Module) -> None:
     """Make `backbone(..., supervised_N=rows)` return the last hidden states of these rows only.
 
     A layer of a class that is not known here runs on all rows, and the log says so.

@@ -24,7 +24,7 @@ from posttrain_dist.models.attention import (
     FLASH,
     SDPA,
     VARLEN,
-    Needs,
+    AttentionRequirements,
     implementation,
     register,
 )
@@ -117,8 +117,10 @@ def test_head_check_passes_and_notices_a_forgotten_cap(folder):
 # ------------------------------------------------------------------- which implementation
 
 
-def needs(**changes) -> Needs:
-    return Needs(**{"head_dim": 64, "dtype": torch.bfloat16, "device": "cuda", **changes})
+def needs(**changes) -> AttentionRequirements:
+    return AttentionRequirements(
+        **{"head_dim": 64, "dtype": torch.bfloat16, "device": "cuda", **changes}
+    )
 
 
 @pytest.fixture
