@@ -43,12 +43,12 @@ class Record:
     where: str  # "file:line", for every message about this row
     messages: tuple[Message, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()  # descriptions, as the chat template takes them
-    # One a message: its weight in the loss, 0 for none, null as the mask policy says; or empty.
+    # One per message: its weight in the loss, 0 for none, null as the mask policy says; or empty.
     weights: tuple[float | None, ...] = ()
     text: str | None = None  # a row that no chat template is applied to
     supervised_from: int = 0  # characters of `text` that are the prompt
     input_ids: tuple[int, ...] = ()
-    labels: tuple[int, ...] = ()  # one a token of `input_ids`, the token itself or -100
+    labels: tuple[int, ...] = ()  # one per token of `input_ids`, the token itself or -100
     chosen: tuple[Message, ...] = ()  # of a preference: the better answer
     rejected: tuple[Message, ...] = ()  # ... and the worse one
     check: str | None = None  # "exact": the last assistant turn is the one right answer

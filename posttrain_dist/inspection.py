@@ -84,13 +84,13 @@ def _sources(config: RunConfig, examples: Examples) -> dict[str, dict[str, float
     rows = np.bincount(sources, minlength=size)
     tokens = np.bincount(sources, examples.supervised[drawn], size)
     return {
-        portion.name: {
-            "asked": portion.asked,
+        share.name: {
+            "asked": share.target,
             "rows_share": float(rows[i] / rows.sum()),
             "token_share": float(tokens[i] / tokens.sum()),
-            "passes": portion.passes,
+            "passes": share.passes,
         }
-        for i, portion in enumerate(mixture.phases[0])
+        for i, share in enumerate(mixture.phases[0])
     }
 
 

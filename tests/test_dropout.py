@@ -44,7 +44,7 @@ def test_the_mask_of_a_step_is_its_own_and_a_resumed_step_has_it_again(tmp_path,
     whole = losses(folder)
     assert len({round(loss, 4) for loss in whole}) == 3, whole
     for path in store.whole_checkpoints(folder)[1:]:
-        (path / store.MANIFEST).unlink()  # as a kill after step 1 leaves it
+        (path / store.MANIFEST).unlink()  # what a kill after the oldest leaves
     train(config, folder)
     assert losses(folder) == whole  # bit for bit
 

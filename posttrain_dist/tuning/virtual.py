@@ -17,7 +17,9 @@ def insert_virtual_tokens(batch: Batch, num: int) -> Batch:
     """
     import torch
 
-    cu_seqlens_S, shifts, places = [0], [], []
+    cu_seqlens_S = [0]
+    shifts: list[int] = []  # of each real token
+    places: list[int] = []  # of the virtual ones
     for (start, end), parent in zip(pairwise(batch.cu_seqlens_S), batch.parent_S, strict=True):
         if parent < 0:
             places += range(cu_seqlens_S[-1], cu_seqlens_S[-1] + num)
