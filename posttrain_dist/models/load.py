@@ -12,11 +12,12 @@ from torch import nn
 
 from posttrain_dist.errors import ModelError
 from posttrain_dist.models import ModelConfig, Weights
-from posttrain_dist.models.attention import AttentionRequirements, implementation, register
+from posttrain_dist.models.attention import implementation, register
 from posttrain_dist.models.compiled import compile_layers
 from posttrain_dist.models.folder import check_folder
 from posttrain_dist.models.layers import checkpoint_activations
 from posttrain_dist.models.shape import ModelShape
+from posttrain_dist.models.varlen import AttentionRequirements
 
 
 def load_model(

@@ -24,13 +24,13 @@ from posttrain_dist.models.attention import (
     FLASH,
     SDPA,
     VARLEN,
-    AttentionRequirements,
     implementation,
     register,
 )
 from posttrain_dist.models.head import Head, HeadKernels
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
+from posttrain_dist.models.varlen import AttentionRequirements
 from posttrain_dist.objectives.base import TokenCount
 from posttrain_dist.objectives.sft import Sft
 
