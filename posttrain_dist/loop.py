@@ -118,7 +118,7 @@ class Fit:
         # Each step is seeded by itself, so that a resumed run draws the same dropout.
         torch.manual_seed(hash((self.seed, step, dist.rank())) & 0x7FFFFFFF)
         for batch in batches:
-            batch.check_extra(self.objective)
+            self.objective.check_extra(batch)
         denominators, wish = self._agree([self.objective.count(batch) for batch in batches])
         if max(denominators) <= 0:
             raise DataError(f"step {step} has no supervised token", where="data.train")
@@ -156,7 +156,7 @@ def evaluate(engine: Any, batches: Iterable[Batch], objective: Any, meter: Meter
     with torch.no_grad():
         for batch in batches:
             batch = batch.to(engine.device)
-            batch.check_extra(objective)
+            objective.check_extra(batch)
             counts = objective.count(batch)
             loss = engine.forward(batch, objective, counts._make([1.0] * len(counts)))
             meter.add(loss, batch)

@@ -70,7 +70,7 @@ class Policy(nn.Module):
         Raises:
             DataError: the batch lacks what the objective declares.
         """
-        batch.check_extra(objective)
+        objective.check_extra(batch)
         loss: Loss = objective.loss(self.hidden(batch), self.head, batch, denominators)
         return loss
 

@@ -287,7 +287,7 @@ def test_rows_come_in_passes_over_a_whole_run(
         amounts = np.array([share.amount for share in mix.phases[phase]])
         epoch = 0
         while packs:
-            plan = order.line(phase).plan(epoch)
+            plan = order.phase_plan(phase).plan(epoch)
             taken, packs = packs[: len(plan)], packs[len(plan) :]
             assert [pack.tolist() for pack in taken] == [
                 plan[i].tolist() for i in range(len(taken))
