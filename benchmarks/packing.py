@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import rows
 
-from posttrain_dist.data.packs.balance import Cost, deal
+from posttrain_dist.data.packs.balance import Cost, assign_packs
 from posttrain_dist.data.packs.packing import plan_epoch
 
 MAX_LENGTH, WINDOW = 2048, 4096
@@ -108,10 +108,10 @@ def eight_ranks() -> dict[str, float]:
     plan = plan_epoch(lengths, MAX_LENGTH, WINDOW, 0, 0)
     packs = np.add.reduceat(cost[plan.order], plan.offsets[:-1])
     steps = packs[: len(packs) // 64 * 64].reshape(-1, 64)
-    dealt = [np.array([step[rank].sum() for rank in deal(step, 8)]) for step in steps]
+    assigned = [np.array([step[rank].sum() for rank in assign_packs(step, 8)]) for step in steps]
     in_turn = [step.reshape(8, 8).sum(axis=0) for step in steps]
     result: dict[str, float] = {}
-    for name, totals in (("dealt", dealt), ("in_turn", in_turn)):
+    for name, totals in (("dealt", assigned), ("in_turn", in_turn)):
         ratios = [total.max() / total.mean() for total in totals]
         result |= {f"{name}_mean": float(np.mean(ratios)), f"{name}_worst": max(map(float, ratios))}
     return result

@@ -235,13 +235,9 @@ class WithoutChannels(Sft):
 
     def loss(self, hidden_ND: torch.Tensor, head: Any, batch: Any, denominators: Any) -> Any:
         """The loss with an empty channel table but for its sum, which the log needs."""
-        result = head.loss(
-            hidden_ND,
-            batch.labels_N,
-            token_weight=batch.weight_N,
-            denominator=denominators.tokens,
-        )
-        loss_sum = float(result.loss.detach()) * denominators.tokens
+        tokens, weight_N = denominators.tokens, batch.weight_N
+        result = head.loss(hidden_ND, batch.labels_N, token_weight=weight_N, denominator=tokens)
+        loss_sum = float(result.loss.detach()) * tokens
         table_CK = torch.tensor([[loss_sum, batch.weight_sum, 0.0, 0.0]])
         return Loss(result.loss, table_CK, result.nll_N, result.correct_N)
 

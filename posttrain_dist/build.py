@@ -17,7 +17,7 @@ from posttrain_dist.config import Dtype, RunConfig, single_process_rule
 from posttrain_dist.data.packs.balance import Cost
 from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.data.packs.loader import PackedSource
-from posttrain_dist.data.packs.mixing import Mixture, Wish
+from posttrain_dist.data.packs.mixing import Mixture, SourceSpec
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.diagnosis.facts import ModelFacts
@@ -113,16 +113,17 @@ def make_engine(config: RunConfig, process: Process, dtype: torch.dtype) -> Trai
 def build_policy(
     config: RunConfig, engine: TrainEngine, dtype: torch.dtype, channels: list[str]
 ) -> Policy:
-    """Load the model inside the engine's context and hand it to the engine."""
+    """Load and tune the model inside the engine's context and hand it to the engine."""
     model = load_model(
         config.model,
         resolve(config.model.path),
         dtype=dtype,
         seed=config.seed,
         materialise=engine.materialise(),
+        attach=config.tuning.attach,
     )
     kernels = HeadKernels(linear_cross_entropy, linear_logprob)
-    policy = Policy(model, kernels, len(channels))
+    policy = Policy(model, kernels, len(channels), config.tuning)
     engine.attach(policy)
     return policy
 
@@ -135,8 +136,8 @@ def make_mixture(config: RunConfig, examples: Examples) -> Mixture | None:
     """
     if not config.data.sources:
         return None
-    wishes = [
-        Wish(
+    specs = [
+        SourceSpec(
             name=name,
             weight=source.weight,
             max_passes=source.max_passes,
@@ -145,7 +146,7 @@ def make_mixture(config: RunConfig, examples: Examples) -> Mixture | None:
         for name, source in config.data.sources.items()
     ]
     by = config.data.mix_by
-    return Mixture(examples.sources, examples.supervised, wishes, by, config.seed)
+    return Mixture(examples.sources, examples.supervised, specs, by, config.seed)
 
 
 def make_source(
@@ -197,7 +198,7 @@ def model_facts(config: RunConfig, policy: Policy, source: PackedSource) -> Mode
         vocab_size=int(policy.config.vocab_size),
         random_weights=config.model.weights is Weights.random,
         token_loss=isinstance(config.objective, TokenLoss),
-        target_shares=source.asked_shares(),
+        target_shares=source.target_shares(),
     )
 
 

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from posttrain_dist.errors import DataError
-
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -43,12 +41,12 @@ class Record:
     where: str  # "file:line", for every message about this row
     messages: tuple[Message, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()  # descriptions, as the chat template takes them
-    # One a message: its weight in the loss, 0 for none, null as the mask policy says; or empty.
+    # One per message: its weight in the loss, 0 for none, null as the mask policy says; or empty.
     weights: tuple[float | None, ...] = ()
     text: str | None = None  # a row that no chat template is applied to
     supervised_from: int = 0  # characters of `text` that are the prompt
     input_ids: tuple[int, ...] = ()
-    labels: tuple[int, ...] = ()  # one a token of `input_ids`, the token itself or -100
+    labels: tuple[int, ...] = ()  # one per token of `input_ids`, the token itself or -100
     chosen: tuple[Message, ...] = ()  # of a preference: the better answer
     rejected: tuple[Message, ...] = ()  # ... and the worse one
     check: str | None = None  # "exact": the last assistant turn is the one right answer
@@ -124,25 +122,6 @@ class Batch:
     def has_parents(self) -> bool:
         """Whether some sample follows another."""
         return any(parent >= 0 for parent in self.parent_S)
-
-    def check_extra(self, objective: Any) -> None:
-        """Compare `extra` with what an objective declares.
-
-        Raises:
-            DataError: a declared field is missing, or not one number per token or sample.
-        """
-        for declared in objective.extra:
-            values = self.extra.get(declared.name)
-            size = len(self.labels_N if declared.name.endswith("_N") else self.sample_id_S)
-            if values is not None and len(values) == size:
-                continue
-            found = "is not there" if values is None else f"has {len(values)} numbers, not {size}"
-            raise DataError(
-                f"the objective {objective.name} needs {declared.name} in every batch, and it "
-                f"{found}",
-                where=f"samples {self.sample_id_S[:4]}",
-                fix=f"use data that is prepared for objective={objective.name}",
-            )
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`; the host does not wait for the copy."""

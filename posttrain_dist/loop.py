@@ -74,7 +74,7 @@ def fit(
             # Each step is seeded by itself, so that a resumed run draws the same dropout.
             torch.manual_seed(hash((seed, step, dist.rank())) & 0x7FFFFFFF)
             for batch in batches:
-                batch.check_extra(objective)
+                objective.check_extra(batch)
             counts = [objective.count(batch) for batch in batches]
             denominators, stop = _reduce(counts, stop_requested)
             if not any(value > 0 for value in denominators):
@@ -133,7 +133,7 @@ def evaluate(engine: Any, batches: Iterable[Batch], objective: Any, meter: Meter
     with torch.no_grad():
         for batch in batches:
             batch = batch.to(engine.device)
-            batch.check_extra(objective)
+            objective.check_extra(batch)
             count = objective.count(batch)
             ones = count._make([1.0] * len(count))  # sums are wanted, not a normalised total
             meter.add(engine.forward(batch, objective, ones), batch)

@@ -11,7 +11,7 @@ from posttrain_dist.metrics import LoggingConfig
 from posttrain_dist.models import ModelConfig
 from posttrain_dist.objectives.pretrain import Pretrain
 from posttrain_dist.objectives.sft import Sft
-from posttrain_dist.tuning.base import Full
+from posttrain_dist.tuning.full import Full
 
 __all__ = [
     "GROUPS",

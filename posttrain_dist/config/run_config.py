@@ -25,7 +25,8 @@ from posttrain_dist.models import ModelConfig
 from posttrain_dist.objectives.base import Objective
 from posttrain_dist.objectives.pretrain import Pretrain
 from posttrain_dist.objectives.sft import Sft
-from posttrain_dist.tuning.base import Full, Tuning
+from posttrain_dist.tuning.base import Tuning
+from posttrain_dist.tuning.full import Full
 
 
 @dataclass(kw_only=True, slots=True)

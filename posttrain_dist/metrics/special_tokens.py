@@ -177,7 +177,7 @@ class TokenMeter:
 def special_token_metrics(
     table_K4: torch.Tensor, names: list[str], prefix: str = ""
 ) -> dict[str, float]:
-    """`special_token_loss/<token>` and `special_token_accuracy/<token>` of those that came up."""
+    """`special_token_loss/<token>` and `special_token_accuracy/<token>` of those that occurred."""
     metrics = {}
     for name, row in zip(names, table_K4.tolist(), strict=True):
         if row[WEIGHT] > 0:

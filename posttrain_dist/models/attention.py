@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -21,9 +20,9 @@ from transformers import AttentionInterface
 
 from posttrain_dist.errors import ModelError
 from posttrain_dist.models import Attention
-from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.models.varlen import (
-    Asked,
+    AttentionArgs,
+    AttentionRequirements,
     flash_attention,
     flash_missing,
     varlen,
@@ -36,28 +35,6 @@ VARLEN, FLASH = "posttrain_varlen", "posttrain_flash"
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """What a model asks of its attention."""
-
-    head_dim: int
-    softcap: float | None = None  # of the attention logits
-    dropout: float = 0.0
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-
-    @classmethod
-    def of(cls, shape: ModelShape, dtype: torch.dtype) -> Needs:
-        """Of a model in `dtype`, on the device that is here."""
-        return cls(
-            head_dim=shape.head_dim,
-            softcap=shape.attention_softcap,
-            dropout=shape.attention_dropout,
-            dtype=dtype,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-        )
-
-
 def register() -> None:
     """Make all implementations known to transformers; may be called again."""
     AttentionInterface.register(SDPA, _for_transformers(_sample_by_sample(_sdpa)))
@@ -67,7 +44,7 @@ def register() -> None:
 
 
 def _for_transformers(attend: Callable[..., torch.Tensor]) -> Callable[..., Any]:
-    """`attend(query, key, value, asked)` as the layers of transformers call it."""
+    """`attend(query, key, value, args)` as the layers of transformers call it."""
 
     def attention(
         module: torch.nn.Module,
@@ -82,7 +59,7 @@ def _for_transformers(attend: Callable[..., torch.Tensor]) -> Callable[..., Any]
         softcap: float | None = None,
         **row: Any,
     ) -> tuple[torch.Tensor, None]:
-        asked = Asked(
+        args = AttentionArgs(
             scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
             dropout=dropout,
             window=sliding_window,
@@ -92,28 +69,28 @@ def _for_transformers(attend: Callable[..., torch.Tensor]) -> Callable[..., Any]
             max_seqlen=row.get("max_seqlen"),
             parent_S=row.get("parent_S"),
         )
-        return attend(query, key, value, asked), None
+        return attend(query, key, value, args), None
 
     return attention
 
 
-def implementation(choice: Attention, needs: Needs) -> str:
+def implementation(choice: Attention, requirements: AttentionRequirements) -> str:
     """The registered name for a config value; the log says which and why.
 
     Raises:
         ModelError: what was asked for cannot serve this model here.
     """
-    name, reason = _choose(choice, needs)
+    name, reason = _choose(choice, requirements)
     _log.info("attention: %s, %s", name.removeprefix("posttrain_"), reason)
     return name
 
 
-def _choose(choice: Attention, needs: Needs) -> tuple[str, str]:
-    capped = f"the model caps its attention logits at {needs.softcap}"
-    no_varlen = varlen_missing(needs)
+def _choose(choice: Attention, requirements: AttentionRequirements) -> tuple[str, str]:
+    capped = f"the model caps its attention logits at {requirements.softcap}"
+    no_varlen = varlen_missing(requirements)
     if choice is Attention.varlen and no_varlen:
         raise ModelError(no_varlen, where="model.attention", fix="use model.attention=auto")
-    if choice is Attention.sdpa and needs.softcap:
+    if choice is Attention.sdpa and requirements.softcap:
         what = f"{capped}, which sdpa cannot do"
         raise ModelError(what, where="model.attention", fix="use model.attention=auto")
     if choice is not Attention.auto:
@@ -121,9 +98,9 @@ def _choose(choice: Attention, needs: Needs) -> tuple[str, str]:
         return names[choice], "as model.attention says"
     if not no_varlen:
         return VARLEN, "one kernel for the whole row"
-    if not flash_missing(needs):
+    if not flash_missing(requirements):
         return FLASH, f"flash-attn is installed, and of torch's own: {no_varlen}"
-    return (EAGER, capped) if needs.softcap else (SDPA, f"sample by sample: {no_varlen}")
+    return (EAGER, capped) if requirements.softcap else (SDPA, f"sample by sample: {no_varlen}")
 
 
 # --------------------------------------------------------------------------- sample by sample
@@ -139,19 +116,19 @@ def _sample_by_sample(attend: Any) -> Callable[..., torch.Tensor]:
     """
 
     def row(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, asked: Asked
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: AttentionArgs
     ) -> torch.Tensor:
-        lengths = [end - start for start, end in pairwise(asked.cu_seqlens)]
+        lengths = [end - start for start, end in pairwise(args.cu_seqlens)]
         queries, keys, values = (list(torch.split(x, lengths, dim=2)) for x in (query, key, value))
-        parent_S = asked.parent_S or [-1] * len(lengths)
+        parent_S = args.parent_S or [-1] * len(lengths)
         outputs = []
         for sample, parent in enumerate(parent_S):
             if parent >= 0:  # an earlier sample: its own already stand behind its parent's
                 keys[sample] = torch.cat([keys[parent], keys[sample]], dim=2)
                 values[sample] = torch.cat([values[parent], values[sample]], dim=2)
             q, k, v = queries[sample], keys[sample], values[sample]
-            mask = _mask(q.shape[2], k.shape[2], asked.window, query.device)
-            outputs.append(attend(q, k, v, mask, asked).transpose(1, 2))
+            mask = _mask(q.shape[2], k.shape[2], args.window, query.device)
+            outputs.append(attend(q, k, v, mask, args).transpose(1, 2))
         return torch.cat(outputs, dim=1)
 
     return row
@@ -172,15 +149,19 @@ def _mask(
 
 
 def _sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, asked: Asked
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    args: AttentionArgs,
 ) -> torch.Tensor:
-    if asked.softcap:
+    if args.softcap:
         raise ModelError("a layer caps its attention logits, which sdpa cannot do")
     options = {
         "attn_mask": mask,
         "is_causal": mask is None,
-        "dropout_p": asked.dropout,
-        "scale": asked.scaling,
+        "dropout_p": args.dropout,
+        "scale": args.scaling,
     }
     if q.is_cuda:  # shared heads there leave only the slow backend in float32 or with a mask
         k, v = _shared(k, q), _shared(v, q)
@@ -189,19 +170,23 @@ def _sdpa(
 
 
 def _eager(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, asked: Asked
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    args: AttentionArgs,
 ) -> torch.Tensor:
     """softmax(softcap · tanh(q kᵀ · scaling / softcap) + causal) v, softmax in float32."""
     k, v = _shared(k, q), _shared(v, q)
-    scores = torch.matmul(q, k.transpose(-1, -2)) * asked.scaling
-    if asked.softcap:
-        scores = asked.softcap * torch.tanh(scores / asked.softcap)
+    scores = torch.matmul(q, k.transpose(-1, -2)) * args.scaling
+    if args.softcap:
+        scores = args.softcap * torch.tanh(scores / args.softcap)
     if mask is None:
         length = q.shape[2]
         mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     scores = scores.masked_fill(~mask, float("-inf"))
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
-    weights = torch.nn.functional.dropout(weights, p=asked.dropout, training=asked.dropout > 0)
+    weights = torch.nn.functional.dropout(weights, p=args.dropout, training=args.dropout > 0)
     return torch.matmul(weights, v)
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from posttrain_dist.errors import ModelError
 from posttrain_dist.models import parity
 from posttrain_dist.models.shape import ModelShape
 
@@ -73,7 +74,17 @@ class Head:
         Args:
             temperature: what the logits are divided by.
             options: `entropy` of `posttrain_kernels.linear_logprob`.
+
+        Raises:
+            ModelError: a temperature other than 1 of a head that caps its logits: the operation
+                divides them before the cap, and they are to be divided behind it.
         """
+        if temperature != 1.0 and self._softcap["softcap"]:
+            raise ModelError(
+                f"the head caps its logits, so they cannot be divided by {temperature}",
+                where="temperature",
+                fix="use a temperature of 1",
+            )
         scale = self._scale / temperature
         return self._call(self._kernels.linear_logprob, hidden_ND, labels_N, scale, options)
 

@@ -47,16 +47,16 @@ def checkpoint_activations(model: nn.Module, config: ModelConfig) -> None:
 
 
 def _num_recomputed(config: ModelConfig, num_layers: int) -> int:
-    wish, number = config.activation_checkpointing, config.checkpoint_layers
+    choice, number = config.activation_checkpointing, config.checkpoint_layers
     where = "model.checkpoint_layers"
-    if wish is not Checkpointing.selective:
+    if choice is not Checkpointing.selective:
         if number is not None:
             raise ConfigError(
-                f"is {number}, but model.activation_checkpointing is {wish.name}",
+                f"is {number}, but model.activation_checkpointing is {choice.name}",
                 where=where,
                 fix="set model.activation_checkpointing=selective",
             )
-        return num_layers if wish is Checkpointing.full else 0
+        return num_layers if choice is Checkpointing.full else 0
     if number is None or not 0 < number <= num_layers:
         raise ConfigError(
             f"is {number}, and the model has {num_layers} layers",

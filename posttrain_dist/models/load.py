@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from torch import nn
 
 from posttrain_dist.errors import ModelError
 from posttrain_dist.models import ModelConfig, Weights
-from posttrain_dist.models.attention import Needs, implementation, register
+from posttrain_dist.models.attention import implementation, register
 from posttrain_dist.models.compiled import compile_layers
 from posttrain_dist.models.folder import check_folder
 from posttrain_dist.models.layers import checkpoint_activations
 from posttrain_dist.models.shape import ModelShape
+from posttrain_dist.models.varlen import AttentionRequirements
 
 
 def load_model(
@@ -25,6 +27,7 @@ def load_model(
     dtype: torch.dtype,
     seed: int,
     materialise: AbstractContextManager[Any],
+    attach: Callable[[nn.Module], None] = lambda model: None,
 ) -> nn.Module:
     """The causal LM of `folder` for packed training.
 
@@ -32,6 +35,7 @@ def load_model(
         materialise: the engine's context: under ZeRO-3 every rank keeps its shard only.
         dtype: of the weights.
         seed: for `weights=random`, where no file is read.
+        attach: of the tuning: freezes and inserts, in the same context.
 
     Raises:
         ModelError: the folder cannot be used, or weights are missing from it.
@@ -46,7 +50,7 @@ def load_model(
         folder, local_files_only=True, trust_remote_code=False
     )
     shape = ModelShape.of(hf_config.to_dict(), str(folder / "config.json"))
-    attention = implementation(config.attention, Needs.of(shape, dtype))
+    attention = implementation(config.attention, AttentionRequirements.of(shape, dtype))
     with materialise:
         if fresh:
             torch.manual_seed(seed)
@@ -64,6 +68,7 @@ def load_model(
                 output_loading_info=True,
             )
             _refuse_incomplete(report, folder)
+        attach(model)
     model.config.use_cache = False
     checkpoint_activations(model, config)
     if config.compile:

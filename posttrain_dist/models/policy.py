@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,6 +15,16 @@ from posttrain_dist.models.last_layer import select_supervised_rows
 from posttrain_dist.models.shape import ModelShape
 
 
+class Extends(Protocol):
+    """A tuning, as far as the forward is concerned; see `tuning/base.py`."""
+
+    def extend(self, batch: Batch) -> Batch:
+        """The row that the model runs on."""
+
+    def embed(self, model: nn.Module, batch: Batch) -> torch.Tensor | None:
+        """Its embeddings [T, D]; None: the model's own."""
+
+
 class Policy(nn.Module):
     """A causal LM as `forward(batch, objective, denominators) -> Loss`.
 
@@ -22,11 +32,19 @@ class Policy(nn.Module):
         causal_lm: a transformers `…ForCausalLM` with a backbone and an output embedding.
         kernels: the fused operations of the head, handed over by the assembly.
         num_channels: C, rows of the channel table.
+        tuning: what extends the rows, and embeds them; None: nothing does.
     """
 
-    def __init__(self, causal_lm: nn.Module, kernels: HeadKernels, num_channels: int) -> None:
+    def __init__(
+        self,
+        causal_lm: nn.Module,
+        kernels: HeadKernels,
+        num_channels: int,
+        tuning: Extends | None = None,
+    ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
+        self._tuning = tuning
         config: Any = causal_lm.config
         self.config = config
         self.shape = ModelShape.of(config.to_dict(), where="model.path")
@@ -41,7 +59,8 @@ class Policy(nn.Module):
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Last hidden states [N, D], after the final norm, of the rows `batch.supervised_N`."""
-        output = self._backbone(**_inputs(batch), supervised_N=batch.supervised_N)
+        batch = self._extended(batch)
+        output = self._backbone(**self._inputs(batch), supervised_N=batch.supervised_N)
         hidden_ND: torch.Tensor = output.last_hidden_state[0]
         return hidden_ND
 
@@ -51,7 +70,7 @@ class Policy(nn.Module):
         Raises:
             DataError: the batch lacks what the objective declares.
         """
-        batch.check_extra(objective)
+        objective.check_extra(batch)
         loss: Loss = objective.loss(self.hidden(batch), self.head, batch, denominators)
         return loss
 
@@ -66,7 +85,8 @@ class Policy(nn.Module):
             ModelError: a token's loss differs by more than rounding.
         """
         fused = self.head.loss(self.hidden(batch), batch.labels_N, denominator=1.0).nll_N
-        logits_TV = self.causal_lm(**_inputs(batch)).logits[0]  # of all rows, by no path of ours
+        batch = self._extended(batch)
+        logits_TV = self.causal_lm(**self._inputs(batch)).logits[0]  # by no path of ours
         logits_NV = logits_TV[batch.supervised_N].float()
         own = nn.functional.cross_entropy(logits_NV, batch.labels_N, reduction="none")
         difference = float((fused - own).abs().max()) if len(own) else 0.0
@@ -103,15 +123,21 @@ class Policy(nn.Module):
         )
         return parity.check(found, dtype)
 
+    def _extended(self, batch: Batch) -> Batch:
+        return batch if self._tuning is None else self._tuning.extend(batch)
 
-def _inputs(batch: Batch) -> dict[str, Any]:
-    """Keywords of a backbone; those it does not know travel through it to the attention."""
-    return {
-        "input_ids": batch.input_ids_T[None],
-        "position_ids": batch.position_ids_T[None],
-        "cu_seqlens": batch.cu_seqlens_S,
-        "bounds_S": batch.bounds_S,
-        "max_seqlen": batch.max_seqlen,
-        "parent_S": batch.parent_S,
-        "use_cache": False,
-    }
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """Keywords of a backbone; those it does not know travel through it to the attention."""
+        embeds_TD = None if self._tuning is None else self._tuning.embed(self.causal_lm, batch)
+        tokens = {"input_ids": batch.input_ids_T[None]}
+        if embeds_TD is not None:
+            tokens = {"inputs_embeds": embeds_TD[None]}
+        return {
+            **tokens,
+            "position_ids": batch.position_ids_T[None],
+            "cu_seqlens": batch.cu_seqlens_S,
+            "bounds_S": batch.bounds_S,
+            "max_seqlen": batch.max_seqlen,
+            "parent_S": batch.parent_S,
+            "use_cache": False,
+        }

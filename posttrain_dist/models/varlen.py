@@ -9,44 +9,67 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from posttrain_dist.errors import ModelError
-
-if TYPE_CHECKING:
-    from posttrain_dist.models.attention import Needs
+from posttrain_dist.models.shape import ModelShape
 
 MAX_HEAD_DIM = 256  # of the flash kernels
 CAPABILITY = (8, 0)  # ... and the oldest device that they run on
 
 
-def varlen_missing(needs: Needs) -> str:
+@dataclass(frozen=True, slots=True)
+class AttentionRequirements:
+    """What a model requires of its attention."""
+
+    head_dim: int
+    softcap: float | None = None  # of the attention logits
+    dropout: float = 0.0
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    @classmethod
+    def of(cls, shape: ModelShape, dtype: torch.dtype) -> AttentionRequirements:
+        """Of a model in `dtype`, on the device that is here."""
+        return cls(
+            head_dim=shape.head_dim,
+            softcap=shape.attention_softcap,
+            dropout=shape.attention_dropout,
+            dtype=dtype,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+
+
+def varlen_missing(requirements: AttentionRequirements) -> str:
     """Why torch's kernel cannot serve; empty where it can."""
-    if needs.softcap:
-        return f"the model caps its attention logits at {needs.softcap}, which varlen cannot do"
-    if needs.dropout:
+    if requirements.softcap:
+        return (
+            f"the model caps its attention logits at {requirements.softcap}, which varlen cannot do"
+        )
+    if requirements.dropout:
         return "the model drops attention weights out, which varlen cannot do"
-    return _kernel_missing(needs) or (
+    return _kernel_missing(requirements) or (
         "" if _varlen_parameters() >= {"scale", "window_size"} else "torch is older than 2.11"
     )
 
 
-def flash_missing(needs: Needs) -> str:
+def flash_missing(requirements: AttentionRequirements) -> str:
     """Why the package flash-attn cannot serve; empty where it can."""
     installed = importlib.util.find_spec("flash_attn") is not None
-    return _kernel_missing(needs) or ("" if installed else "flash-attn is not installed")
+    return _kernel_missing(requirements) or ("" if installed else "flash-attn is not installed")
 
 
-def _kernel_missing(needs: Needs) -> str:
-    if needs.device != "cuda":
-        return f"there is no kernel for packed rows on {needs.device}"
-    if needs.dtype not in (torch.bfloat16, torch.float16):
-        return f"the kernels for packed rows do not compute in {needs.dtype}"
-    if needs.head_dim > MAX_HEAD_DIM:
-        return f"heads of {needs.head_dim} are wider than {MAX_HEAD_DIM}"
+def _kernel_missing(requirements: AttentionRequirements) -> str:
+    if requirements.device != "cuda":
+        return f"there is no kernel for packed rows on {requirements.device}"
+    if requirements.dtype not in (torch.bfloat16, torch.float16):
+        return f"the kernels for packed rows do not compute in {requirements.dtype}"
+    if requirements.head_dim > MAX_HEAD_DIM:
+        return f"heads of {requirements.head_dim} are wider than {MAX_HEAD_DIM}"
     if torch.cuda.get_device_capability() < CAPABILITY:
         return "the device is older than compute capability 8.0"
     return ""
@@ -61,8 +84,8 @@ def _varlen_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-class Asked(NamedTuple):
-    """What a layer asks of its attention over one packed row, and the bounds of its samples."""
+class AttentionArgs(NamedTuple):
+    """What a layer hands to its attention over one packed row, and the bounds of its samples."""
 
     scaling: float
     dropout: float
@@ -95,15 +118,15 @@ class Asked(NamedTuple):
         return (-1 if self.window is None else self.window - 1), 0
 
 
-def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked) -> torch.Tensor:
+def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
     """`torch.nn.attention.varlen.varlen_attn`; [1, H, T, d] in, [1, T, H, d] out."""
-    bounds_S, longest = asked.bounds
+    bounds_S, longest = args.bounds
     from torch.nn.attention.varlen import varlen_attn
 
-    assert not asked.softcap and not asked.dropout, "such a model is refused by varlen_missing"
+    assert not args.softcap and not args.dropout, "such a model is refused by varlen_missing"
     # torch 2.11 has no such parameter, and shares heads unasked.
     shared = {"enable_gqa": True} if "enable_gqa" in _varlen_parameters() else {}
-    options: dict[str, Any] = {"scale": asked.scaling, "window_size": asked.reach, **shared}
+    options: dict[str, Any] = {"scale": args.scaling, "window_size": args.reach, **shared}
     q, k, v = _tokens_first(q, k, v)
     output = varlen_attn(q, k, v, bounds_S, bounds_S, longest, longest, **options)
     assert isinstance(output, torch.Tensor)
@@ -111,10 +134,10 @@ def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked) -> t
 
 
 def flash_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttentionArgs
 ) -> torch.Tensor:
     """`flash_attn.flash_attn_varlen_func`; [1, H, T, d] in, [1, T, H, d] out."""
-    bounds_S, longest = asked.bounds
+    bounds_S, longest = args.bounds
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
     q, k, v = _tokens_first(q, k, v)
@@ -126,11 +149,11 @@ def flash_attention(
         bounds_S,
         longest,
         longest,
-        dropout_p=asked.dropout,
-        softmax_scale=asked.scaling,
+        dropout_p=args.dropout,
+        softmax_scale=args.scaling,
         causal=True,
-        window_size=asked.reach,
-        softcap=asked.softcap or 0.0,
+        window_size=args.reach,
+        softcap=args.softcap or 0.0,
     )
     return output[None]
 

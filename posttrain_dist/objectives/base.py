@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Column, Extra, Loss
 
 if TYPE_CHECKING:
@@ -37,6 +38,24 @@ class Objective:
     def name(self) -> str:
         """What its metrics stand below."""
         return type(self).__name__.lower()
+
+    def check_extra(self, batch: Batch) -> None:
+        """Compare `batch.extra` with what the objective declares.
+
+        Raises:
+            DataError: a declared field is missing, or not one number per token or sample.
+        """
+        for declared in self.extra:
+            values = batch.extra.get(declared.name)
+            size = len(batch.labels_N if declared.name.endswith("_N") else batch.sample_id_S)
+            if values is not None and len(values) == size:
+                continue
+            found = "is not there" if values is None else f"has {len(values)} numbers, not {size}"
+            raise DataError(
+                f"the objective {self.name} needs {declared.name} in every batch, and it {found}",
+                where=f"samples {batch.sample_id_S[:4]}",
+                fix=f"use data that is prepared for objective={self.name}",
+            )
 
     def count(self, batch: Batch) -> NamedTuple:
         """The share of this micro-batch in each of the step's denominators.

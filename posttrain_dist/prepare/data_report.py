@@ -154,13 +154,13 @@ def _source_shares(config: RunConfig, examples: Examples) -> dict[str, dict[str,
     rows = np.bincount(sources, minlength=size)
     tokens = np.bincount(sources, examples.supervised[drawn], size)
     return {
-        portion.name: {
-            "asked": portion.asked,
+        share.name: {
+            "asked": share.target,
             "rows_share": float(rows[i] / rows.sum()),
             "token_share": float(tokens[i] / tokens.sum()),
-            "passes": portion.passes,
+            "passes": share.passes,
         }
-        for i, portion in enumerate(mixture.phases[0])
+        for i, share in enumerate(mixture.phases[0])
     }
 
 

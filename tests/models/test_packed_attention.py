@@ -24,13 +24,13 @@ from posttrain_dist.models.attention import (
     FLASH,
     SDPA,
     VARLEN,
-    Needs,
     implementation,
     register,
 )
 from posttrain_dist.models.head import Head, HeadKernels
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
+from posttrain_dist.models.varlen import AttentionRequirements
 from posttrain_dist.objectives.base import TokenCount
 from posttrain_dist.objectives.sft import Sft
 
@@ -117,8 +117,10 @@ def test_head_check_passes_and_notices_a_forgotten_cap(folder):
 # ------------------------------------------------------------------- which implementation
 
 
-def needs(**changes) -> Needs:
-    return Needs(**{"head_dim": 64, "dtype": torch.bfloat16, "device": "cuda", **changes})
+def needs(**changes) -> AttentionRequirements:
+    return AttentionRequirements(
+        **{"head_dim": 64, "dtype": torch.bfloat16, "device": "cuda", **changes}
+    )
 
 
 @pytest.fixture

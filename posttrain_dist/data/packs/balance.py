@@ -41,13 +41,13 @@ _SWAPS = 100  # at most, after which ranks are as near as they come
 _NEAR = 1e-3  # ranks this near to each other, in parts of their mean, are left alone
 
 
-def deal(costs: npt.NDArray[np.float64], world: int) -> list[list[int]]:
-    """The packs of each rank, dearest first; numbers of packs differ by one at most.
+def assign_packs(costs: npt.NDArray[np.float64], world: int) -> list[list[int]]:
+    """The packs of each rank, most expensive first; numbers of packs differ by one at most.
 
     Longest processing time first (Graham 1969) with equal counts: each next `world` packs are
-    given out one a rank, the dearest to the rank that has least so far. So the packs that ranks
-    run at the same time, and wait for each other after, also cost about the same. Then, as long as
-    it helps, the dearest rank changes one pack with the cheapest.
+    given out one per rank, the most expensive to the rank that has least so far. So the packs that
+    ranks run at the same time, and wait for each other after, also cost about the same. Then, as
+    long as it helps, the most expensive rank exchanges one pack with the cheapest.
     """
     order = np.argsort(-costs, kind="stable")
     packs: list[list[int]] = [[] for _ in range(world)]
@@ -67,7 +67,7 @@ def deal(costs: npt.NDArray[np.float64], world: int) -> list[list[int]]:
 def _swap(
     packs: list[list[int]], total: npt.NDArray[np.float64], costs: npt.NDArray[np.float64]
 ) -> bool:
-    """Bring the dearest and the cheapest rank together by one exchange; whether there was one."""
+    """Bring the most expensive and the cheapest rank together by one exchange, if there is one."""
     high, low = int(total.argmax()), int(total.argmin())
     gap = total[high] - total[low]
     if gap <= _NEAR * total.mean() or not packs[low]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from posttrain_dist.data.packs.balance import Cost, deal
+from posttrain_dist.data.packs.balance import Cost, assign_packs
 from posttrain_dist.data.packs.collate import Declares, collate, filler
 from posttrain_dist.data.packs.mixing import Mixture
 from posttrain_dist.data.packs.order import Order
@@ -90,7 +90,7 @@ class PackedSource:
 
     def step(self, k: int) -> list[Batch]:
         """This rank's micro-batches of step k, from 1; as many on every rank."""
-        return list(self._deal(self._order.packs(k)))
+        return list(self._assigned(self._order.packs(k)))
 
     def sample_ids(self, k: int) -> list[int]:
         """Ids of the samples of step k over all ranks, in the order of its packs."""
@@ -104,7 +104,7 @@ class PackedSource:
         amounts = self._mixture.amounts(np.concatenate(self._order.packs(k)))
         return dict(zip(self._mixture.names(), amounts.tolist(), strict=True))
 
-    def asked_shares(self) -> dict[int, dict[str, float]]:
+    def target_shares(self) -> dict[int, dict[str, float]]:
         """From a step on: channel -> the share of supervised tokens that the mixture asks for."""
         if self._mixture is None:
             return {}
@@ -125,11 +125,11 @@ class PackedSource:
         the same number of batches on every rank. One batch is made at a time.
         """
         plan = plan_in_order(self._examples.lengths, self._max_length, self._window)
-        return self._deal([plan[pack] for pack in range(len(plan))])
+        return self._assigned([plan[pack] for pack in range(len(plan))])
 
-    def _deal(self, packs: Sequence[Ints]) -> Iterator[Batch]:
+    def _assigned(self, packs: Sequence[Ints]) -> Iterator[Batch]:
         costs = np.array([self._costs[pack].sum() for pack in packs])
-        shares = deal(costs, self._world)
+        shares = assign_packs(costs, self._world)
         mine, size = shares[self._rank], self._micro_batch_size
         most = max(map(len, shares))
         for start in range(0, most, size):

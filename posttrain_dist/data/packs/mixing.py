@@ -1,4 +1,4 @@
-"""Which samples an epoch draws from which source, from (seed, phase, epoch, what came before).
+"""Which samples an epoch draws from which source, from (seed, phase, epoch, draws before).
 
     weights -> shares -> amount of each source in an epoch -> passes over its rows
 
@@ -34,7 +34,7 @@ _PASS = 1  # keeps the shuffles of passes apart from those of epochs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class SourceSpec:
     """What is asked of one source."""
 
     name: str
@@ -49,26 +49,27 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
-class Past:
+class MixtureState:
     """What a run took before a phase."""
 
     epochs: float = 0.0  # the last one in part, if a phase was cut short
     tokens: int = 0  # that the model read
-    came: Ints = field(default_factory=lambda: np.zeros(0, np.int32))  # times, of each sample
+    # Times that each sample was drawn.
+    draw_counts: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
     # Rows, or supervised tokens, of each source that were asked for and did not come.
-    owed: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    deficit: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True, slots=True)
-class Portion:
+class SourceShare:
     """One source in the epochs of one phase."""
 
     name: str
     size: int  # rows, or supervised tokens, that it has
-    asked: float  # share of an epoch
+    target: float  # share of an epoch that its weight asks for
     amount: float  # rows, or supervised tokens, of an epoch
     share: float  # amount / sum of amounts
-    capped: bool  # `max_passes` keeps it below what was asked
+    capped: bool  # `max_passes` keeps it below the target
 
     @property
     def passes(self) -> float:
@@ -83,9 +84,9 @@ class Mixture:
     take their share, it is smaller.
 
     Args:
-        sources: source of each sample, an index into `wishes`.
+        sources: source of each sample, an index into `specs`.
         supervised: supervised tokens of each sample.
-        wishes: one a source.
+        specs: one per source.
         by: what weights are shares of.
         seed: of the run.
 
@@ -95,11 +96,11 @@ class Mixture:
     """
 
     def __init__(
-        self, sources: Ints, supervised: Ints, wishes: Sequence[Wish], by: MixBy, seed: int
+        self, sources: Ints, supervised: Ints, specs: Sequence[SourceSpec], by: MixBy, seed: int
     ) -> None:
-        _check(wishes)
+        _check(specs)
         self._seed, self._sources = seed, sources
-        self._rows = [np.flatnonzero(sources == s).astype(np.int32) for s in range(len(wishes))]
+        self._rows = [np.flatnonzero(sources == s).astype(np.int32) for s in range(len(specs))]
         # A row without a target still takes a place in the line.
         measure = np.maximum(supervised, 1) if by is MixBy.tokens else None
         self._measure = None if measure is None else measure.astype(np.int64)
@@ -107,31 +108,31 @@ class Mixture:
             len(rows) if self._measure is None else int(self._measure[rows].sum())
             for rows in self._rows
         ]
-        starts = sorted({1} | {max(1, step) for wish in wishes for step in wish.schedule})
+        starts = sorted({1} | {max(1, step) for spec in specs for step in spec.schedule})
         self.phase_starts = starts  # first step of each phase
-        self.phases = [_portions(wishes, sizes, step) for step in starts]
-        self.start = Past(0.0, 0, np.zeros(len(sources), np.int32), np.zeros(len(wishes)))
+        self.phases = [_source_shares(specs, sizes, step) for step in starts]
+        self.start = MixtureState(0.0, 0, np.zeros(len(sources), np.int32), np.zeros(len(specs)))
 
-    def draw(self, phase: int, epoch: int, past: Past | None = None) -> Ints:
+    def draw(self, phase: int, epoch: int, before: MixtureState | None = None) -> Ints:
         """Samples of one epoch of one phase, in no order that matters.
 
         Args:
             phase: from 0.
-            epoch: of the phase, from 0, which is the rest of one where `past` ends inside it.
-            past: what came before the phase; None: nothing.
+            epoch: of the phase, from 0, which is the rest of one where `before` ends inside it.
+            before: what was drawn before the phase; None: nothing.
         """
-        past = past or self.start
+        before = before or self.start
         drawn: list[Ints] = [np.zeros(0, np.int32)]
-        for s, portion in enumerate(self.phases[phase]):
-            if portion.amount:
-                begin, end = _bounds(portion.amount, float(past.owed[s]), past.epochs, epoch)
-                drawn += self._draw(s, begin, end, past.came)
+        for s, share in enumerate(self.phases[phase]):
+            if share.amount:
+                begin, end = _bounds(share.amount, float(before.deficit[s]), before.epochs, epoch)
+                drawn += self._draw(s, begin, end, before.draw_counts)
         result: Ints = np.concatenate(drawn)
         return result
 
     def names(self) -> list[str]:
         """The sources, by number."""
-        return [portion.name for portion in self.phases[0]]
+        return [share.name for share in self.phases[0]]
 
     def amounts(self, drawn: Ints) -> npt.NDArray[np.float64]:
         """Rows, or supervised tokens, of each source in some samples."""
@@ -149,23 +150,23 @@ class Mixture:
             supervised: supervised tokens of each sample.
         """
         totals = np.zeros(int(group.max(initial=-1)) + 1)
-        for rows, portion in zip(self._rows, self.phases[phase], strict=True):
+        for rows, share in zip(self._rows, self.phases[phase], strict=True):
             counts = np.bincount(group[rows], supervised[rows], len(totals))
-            totals += portion.passes * counts
+            totals += share.passes * counts
         shares: list[float] = (totals / max(totals.sum(), 1)).tolist()
         return shares
 
-    def _draw(self, source: int, begin: int, end: int, came: Ints) -> list[Ints]:
-        """The amounts [begin, end) of a source's line, less the places of rows that came."""
-        rows, came_rows = self._rows[source], came[self._rows[source]]
+    def _draw(self, source: int, begin: int, end: int, draw_counts: Ints) -> list[Ints]:
+        """The amounts [begin, end) of a source's line, less the places already drawn."""
+        rows, counts = self._rows[source], draw_counts[self._rows[source]]
         number, last = (
-            int(came_rows.min()),
-            int(came_rows.max()),
+            int(counts.min()),
+            int(counts.max()),
         )  # pass; from `last` on: whole ones
         parts: list[Ints] = []
         at = 0  # amount before the pass
         while at < end:
-            left = rows if number >= last else rows[came_rows <= number]
+            left = rows if number >= last else rows[counts <= number]
             size = len(left) if self._measure is None else int(self._measure[left].sum())
             if number >= last and at + size <= begin:  # on to the pass that holds `begin`
                 number, at = number + (begin - at) // size, begin - (begin - at) % size
@@ -176,7 +177,7 @@ class Mixture:
                 key = np.random.SeedSequence([self._seed, source, number, _PASS])
                 shuffled = np.random.Generator(np.random.Philox(key)).permutation(rows)
                 if number < last:
-                    shuffled = shuffled[came[shuffled] <= number]
+                    shuffled = shuffled[draw_counts[shuffled] <= number]
                 if self._measure is not None:  # amounts -> places, by where each row begins
                     measure = self._measure[shuffled]
                     place = np.searchsorted(np.cumsum(measure) - measure, [first, stop])
@@ -186,45 +187,45 @@ class Mixture:
         return parts
 
 
-def _bounds(amount: float, owed: float, before: float, epoch: int) -> tuple[int, int]:
+def _bounds(amount: float, deficit: float, before: float, epoch: int) -> tuple[int, int]:
     """What a phase that begins after `before` epochs takes of a source until an epoch and after."""
     until = (int(before) + e - before for e in (epoch, epoch + 1))
-    begin, end = (max(round(owed + epochs * amount), 0) for epochs in until)
+    begin, end = (max(round(deficit + epochs * amount), 0) for epochs in until)
     return begin if epoch else 0, end
 
 
-def _portions(wishes: Sequence[Wish], sizes: list[int], step: int) -> list[Portion]:
-    weights = [wish.weight_at(step) for wish in wishes]
+def _source_shares(specs: Sequence[SourceSpec], sizes: list[int], step: int) -> list[SourceShare]:
+    weights = [spec.weight_at(step) for spec in specs]
     if not sum(weights):
         raise ConfigError(
             f"every weight is 0 from step {step} on",
             where="data.sources",
             fix="give one source a weight above 0",
         )
-    for wish, weight, size in zip(wishes, weights, sizes, strict=True):
+    for spec, weight, size in zip(specs, weights, sizes, strict=True):
         if weight and not size:
             raise DataError(
                 "has a weight and no row to train on",
-                where=f"data.sources.{wish.name}",
+                where=f"data.sources.{spec.name}",
                 fix="add rows to it, or leave the source out",
             )
     caps = [
-        math.inf if wish.max_passes is None else wish.max_passes * size
-        for wish, size in zip(wishes, sizes, strict=True)
+        math.inf if spec.max_passes is None else spec.max_passes * size
+        for spec, size in zip(specs, sizes, strict=True)
     ]
-    amounts = _fill(weights, caps, sum(sizes))
-    total, asked = sum(amounts), sum(weights)
+    amounts = _split_by_weight(weights, caps, sum(sizes))
+    total, all_weights = sum(amounts), sum(weights)
     if not any(map(round, amounts)):
         raise ConfigError("lets no row through", where="data.sources.*.max_passes", fix="raise it")
-    portions = []
-    for wish, weight, size, amount in zip(wishes, weights, sizes, amounts, strict=True):
-        capped = amount < (1 - 1e-9) * weight / asked * sum(sizes)
-        share = Portion(wish.name, size, weight / asked, amount, amount / total, capped)
-        portions.append(share)
-    return portions
+    shares = []
+    for spec, weight, size, amount in zip(specs, weights, sizes, amounts, strict=True):
+        capped = amount < (1 - 1e-9) * weight / all_weights * sum(sizes)
+        share = SourceShare(spec.name, size, weight / all_weights, amount, amount / total, capped)
+        shares.append(share)
+    return shares
 
 
-def _fill(weights: list[float], caps: list[float], total: float) -> list[float]:
+def _split_by_weight(weights: list[float], caps: list[float], total: float) -> list[float]:
     """Share `total` out by weight; what a cap keeps off goes to the others, by their weights."""
     amounts = [0.0] * len(weights)
     open_ = [s for s, weight in enumerate(weights) if weight]
@@ -241,15 +242,15 @@ def _fill(weights: list[float], caps: list[float], total: float) -> list[float]:
     return amounts
 
 
-def _check(wishes: Sequence[Wish]) -> None:
-    for wish in wishes:
-        where = f"data.sources.{wish.name}"
-        for weight in (wish.weight, *wish.schedule.values()):
+def _check(specs: Sequence[SourceSpec]) -> None:
+    for spec in specs:
+        where = f"data.sources.{spec.name}"
+        for weight in (spec.weight, *spec.schedule.values()):
             if not (math.isfinite(weight) and weight >= 0):
                 raise ConfigError(f"a weight is {weight}", where=where, fix="use 0 or more")
-        if wish.max_passes is not None and not wish.max_passes > 0:
+        if spec.max_passes is not None and not spec.max_passes > 0:
             raise ConfigError(
-                f"is {wish.max_passes}",
+                f"is {spec.max_passes}",
                 where=f"{where}.max_passes",
                 fix="use more than 0, or null for no limit",
             )

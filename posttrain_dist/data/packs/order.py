@@ -15,7 +15,7 @@ from itertools import chain
 
 import numpy as np
 
-from posttrain_dist.data.packs.mixing import Mixture, Past
+from posttrain_dist.data.packs.mixing import Mixture, MixtureState
 from posttrain_dist.data.packs.packing import Ints, Plan, plan_epoch
 from posttrain_dist.errors import ConfigError
 
@@ -50,9 +50,9 @@ class Order:
         self._batch_size = batch_size
         starts = [1] if mixture is None else mixture.phase_starts
         self._first = [(step - 1) * batch_size for step in starts]  # pack of each phase
-        self._begin = partial(Line, lengths, max_length, window, seed, mixture)
-        start = Past() if mixture is None else mixture.start
-        self._lines = [self._begin(0, start)]  # of the phases known so far
+        self._begin = partial(PhasePlan, lengths, max_length, window, seed, mixture)
+        start = MixtureState() if mixture is None else mixture.start
+        self._plans_by_phase = [self._begin(0, start)]  # of the phases known so far
         self._end: int | None = None  # packs of the whole run; None: no end
         self._planning = threading.Lock()  # the next step is made in a thread
 
@@ -86,12 +86,12 @@ class Order:
         whole = 1.0 if epochs is None else epochs
         phase = 0
         while phase + 1 < len(self._first):
-            before = self.line(phase + 1).before
+            before = self.phase_plan(phase + 1).before
             if (before.epochs >= whole) if tokens is None else (before.tokens >= tokens):
                 break
             phase += 1
-        line = self.line(phase)
-        packs = line.after_epochs(whole) if tokens is None else line.after_tokens(tokens)
+        plan = self.phase_plan(phase)
+        packs = plan.after_epochs(whole) if tokens is None else plan.after_tokens(tokens)
         self._end = self._first[phase] + packs
         return math.ceil(self._end / self._batch_size)
 
@@ -103,19 +103,21 @@ class Order:
         # A phase begins with a step, so a step lies in one phase.
         phase = bisect_right(self._first, start) - 1
         with self._planning:
-            line, first = self.line(phase), self._first[phase]
-            return [line.pack(index - first) for index in range(start, end)]
+            plan, first = self.phase_plan(phase), self._first[phase]
+            return [plan.pack(index - first) for index in range(start, end)]
 
-    def line(self, phase: int) -> Line:
+    def phase_plan(self, phase: int) -> PhasePlan:
         """The packs of one phase, from 0; it begins with what the phases before left."""
-        while len(self._lines) <= phase:
-            number = len(self._lines)
-            past = self._lines[-1].past(self._first[number] - self._first[number - 1])
-            self._lines.append(self._begin(number, past))
-        return self._lines[phase]
+        while len(self._plans_by_phase) <= phase:
+            number = len(self._plans_by_phase)
+            state = self._plans_by_phase[-1].state_after(
+                self._first[number] - self._first[number - 1]
+            )
+            self._plans_by_phase.append(self._begin(number, state))
+        return self._plans_by_phase[phase]
 
 
-class Line:
+class PhasePlan:
     """The packs of all epochs of one phase, end to end; plans them as they are asked for."""
 
     def __init__(
@@ -126,7 +128,7 @@ class Line:
         seed: int,
         mixture: Mixture | None,
         phase: int,
-        before: Past,
+        before: MixtureState,
     ) -> None:
         self._lengths = lengths
         self._max_length, self._window = max_length, window
@@ -160,7 +162,7 @@ class Line:
             )
         return self._plans[epoch]
 
-    def past(self, packs: int) -> Past:
+    def state_after(self, packs: int) -> MixtureState:
         """What the run has taken after the first `packs` packs of the phase."""
         assert self._mixture is not None, "one source has one phase"
         epoch = self._epoch_of(packs)
@@ -169,14 +171,14 @@ class Line:
         epochs = begin + (end - begin) * inside / len(plan)
         taken = plan.order[: plan.offsets[inside]]
         tokens = self._tokens[epoch] + int(self._lengths[taken].sum(dtype=int))
-        amounts = np.array([portion.amount for portion in self._mixture.phases[self._phase]])
-        owed = self.before.owed + (epochs - self.before.epochs) * amounts
-        came = self.before.came.copy()
+        amounts = np.array([share.amount for share in self._mixture.phases[self._phase]])
+        deficit = self.before.deficit + (epochs - self.before.epochs) * amounts
+        draw_counts = self.before.draw_counts.copy()
         whole = (self._mixture.draw(self._phase, e, self.before) for e in range(epoch))
         for drawn in chain([taken], whole):
-            owed -= self._mixture.amounts(drawn)
-            came += np.bincount(drawn, minlength=len(came)).astype(came.dtype)
-        return Past(epochs, tokens, came, owed)
+            deficit -= self._mixture.amounts(drawn)
+            draw_counts += np.bincount(drawn, minlength=len(draw_counts)).astype(draw_counts.dtype)
+        return MixtureState(epochs, tokens, draw_counts, deficit)
 
     def after_epochs(self, epochs: float) -> int:
         """Packs until the run has `epochs`; of a part of an epoch, that part of its packs."""

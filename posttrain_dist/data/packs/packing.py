@@ -33,7 +33,7 @@ class Plan:
         return self.order[self.offsets[pack] : self.offsets[pack + 1]]
 
     def sums(self, values: Ints) -> Ints:
-        """The sum of `values` (one a sample) over each pack."""
+        """The sum of `values` (one per sample) over each pack."""
         total = np.concatenate([[0], np.cumsum(values[self.order], dtype=np.int64)])
         sums: Ints = np.diff(total[self.offsets])
         return sums

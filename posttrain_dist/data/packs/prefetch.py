@@ -13,15 +13,14 @@ if TYPE_CHECKING:
 
 
 class Source(Protocol):
-    """The batches of this rank, step by step.
-
-    Attributes:
-        prefetchable: whether a step may be made before the steps before it are taken. A source
-            that needs the current weights, as rollouts do, says no.
-    """
+    """The batches of this rank, step by step."""
 
     @property
-    def prefetchable(self) -> bool: ...
+    def prefetchable(self) -> bool:
+        """Whether a step may be made before the steps before it are taken.
+
+        A source that needs the current weights, as rollouts do, says no.
+        """
 
     def step(self, k: int) -> list[Batch]:
         """The micro-batches of update `k`, from 1; as many on every rank."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain_dist.data.packs.balance import Cost, deal
+from posttrain_dist.data.packs.balance import Cost, assign_packs
 from posttrain_dist.data.packs.packing import plan_epoch
 
 
@@ -35,7 +35,7 @@ def test_cost_of_a_model_is_its_operations() -> None:
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.integers(1, 1000), max_size=40), st.integers(1, 9))
 def test_every_pack_once_and_counts_are_equal(costs: list[int], world: int) -> None:
-    shares = deal(np.array(costs, float), world)
+    shares = assign_packs(np.array(costs, float), world)
     assert sorted(itertools.chain(*shares)) == list(range(len(costs)))
     counts = [len(share) for share in shares]
     assert max(counts) - min(counts) <= 1
@@ -46,7 +46,7 @@ def test_every_pack_once_and_counts_are_equal(costs: list[int], world: int) -> N
 
 def test_two_packs_a_rank_are_dealt_best() -> None:
     costs = np.array([9.0, 1.0, 5.0, 6.0, 2.0, 8.0])
-    totals = sorted(sum(costs[share]) for share in deal(costs, 3))
+    totals = sorted(sum(costs[share]) for share in assign_packs(costs, 3))
     best = min(
         max(costs[list(p[0:2])].sum(), costs[list(p[2:4])].sum(), costs[list(p[4:6])].sum())
         for p in itertools.permutations(range(6))
@@ -65,7 +65,7 @@ def test_eight_ranks_have_the_same_work(max_length: int, mean: float) -> None:
     in_turn, dealt = [], []
     for start in range(0, len(plan) - 63, 64):  # 8 packs a rank
         step = costs[start : start + 64]
-        totals = np.array([step[share].sum() for share in deal(step, 8)])
+        totals = np.array([step[share].sum() for share in assign_packs(step, 8)])
         dealt.append(totals.max() / totals.mean())
         totals = step.reshape(8, 8).sum(axis=0)
         in_turn.append(totals.max() / totals.mean())
@@ -75,9 +75,9 @@ def test_eight_ranks_have_the_same_work(max_length: int, mean: float) -> None:
 
 
 def test_packs_run_at_the_same_time_cost_the_same() -> None:
-    # Under sharding every turn takes as long as its dearest pack.
+    # Under sharding every turn takes as long as its most expensive pack.
     costs = np.random.default_rng(0).uniform(1, 2, 64)
-    turns = np.array([costs[share] for share in deal(costs, 8)]).T
+    turns = np.array([costs[share] for share in assign_packs(costs, 8)]).T
     least = np.sort(costs)[::-1][::8].sum()  # each next 8 packs together
     assert turns.max(axis=1).sum() <= 1.03 * least
     assert costs.reshape(8, 8).max(axis=1).sum() > 1.2 * least

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from posttrain_dist.data import MixBy
 from posttrain_dist.data.packs.loader import PackedSource
-from posttrain_dist.data.packs.mixing import Mixture, Wish
+from posttrain_dist.data.packs.mixing import Mixture, SourceSpec
 from posttrain_dist.data.packs.order import Order
 from posttrain_dist.data.prepared.arrays import Examples, SplitWriter, flatten
 from posttrain_dist.errors import ConfigError, DataError
@@ -58,8 +58,8 @@ def two_sources(tmp_path_factory: pytest.TempPathFactory) -> Examples:
     return Examples.open(folder, "all", channels=["a"])
 
 
-def mixture(examples: Examples, wishes: list[Wish], by: MixBy = MixBy.rows) -> Mixture:
-    return Mixture(examples.sources, examples.supervised, wishes, by, seed=3)
+def mixture(examples: Examples, specs: list[SourceSpec], by: MixBy = MixBy.rows) -> Mixture:
+    return Mixture(examples.sources, examples.supervised, specs, by, seed=3)
 
 
 def source(
@@ -165,8 +165,11 @@ def test_evaluation_sees_every_sample_once(prepared: Examples, world: int) -> No
 
 def test_the_cursor_is_the_only_state(two_sources: Examples) -> None:
     # Packs of an epoch vary with the draw, so a resumed run must find its epoch by itself.
-    wishes = [Wish(name="a", weight=0.3), Wish(name="b", weight=0.7, schedule={3: 0.3, 20: 0.6})]
-    mix = mixture(two_sources, wishes)
+    specs = [
+        SourceSpec(name="a", weight=0.3),
+        SourceSpec(name="b", weight=0.7, schedule={3: 0.3, 20: 0.6}),
+    ]
+    mix = mixture(two_sources, specs)
     run = source(two_sources, mix=mix)
     in_turn = [run.sample_ids(k) for k in range(1, 60)]
     assert sum(map(len, in_turn)) > 4 * 120
@@ -178,7 +181,7 @@ def test_the_cursor_is_the_only_state(two_sources: Examples) -> None:
 
 @pytest.mark.parametrize("by", [MixBy.rows, MixBy.tokens])
 def test_an_epoch_of_a_mixture_has_the_asked_shares(two_sources: Examples, by: MixBy) -> None:
-    mix = mixture(two_sources, [Wish(name="a", weight=1), Wish(name="b", weight=3)], by)
+    mix = mixture(two_sources, [SourceSpec(name="a", weight=1), SourceSpec(name="b", weight=3)], by)
     run = source(two_sources, mix=mix)
     amounts = [0, 0]
     for k in range(1, run.total_steps(epochs=4) + 1):
@@ -190,8 +193,11 @@ def test_an_epoch_of_a_mixture_has_the_asked_shares(two_sources: Examples, by: M
 
 
 def test_weights_change_at_their_step(two_sources: Examples) -> None:
-    wishes = [Wish(name="a", schedule={6: 0.0, 11: 1.0}), Wish(name="b", schedule={1: 0.0, 6: 1.0})]
-    mix = mixture(two_sources, wishes)
+    specs = [
+        SourceSpec(name="a", schedule={6: 0.0, 11: 1.0}),
+        SourceSpec(name="b", schedule={1: 0.0, 6: 1.0}),
+    ]
+    mix = mixture(two_sources, specs)
     run = source(two_sources, mix=mix)
     for k in range(1, 30):
         seen = {int(i % 3 == 0) for i in run.sample_ids(k)}
@@ -205,8 +211,11 @@ def test_a_phase_cut_short_counts_as_the_part_of_an_epoch_that_it_took(tmp_path:
             e = Example(np.arange(32, dtype=np.int32), np.ones(32, np.float32), 0, sample_id=i)
             writer.append(flatten([e]), source=i % 2)
     examples = Examples.open(tmp_path, "all", channels=["a"])
-    wishes = [Wish(name="a", schedule={6: 0.0, 11: 1.0}), Wish(name="b", schedule={1: 0.0, 6: 1.0})]
-    mix = mixture(examples, wishes)
+    specs = [
+        SourceSpec(name="a", schedule={6: 0.0, 11: 1.0}),
+        SourceSpec(name="b", schedule={1: 0.0, 6: 1.0}),
+    ]
+    mix = mixture(examples, specs)
 
     def steps(**end: float) -> int:
         return source(examples, mix=mix).total_steps(**end)
@@ -229,12 +238,12 @@ def test_a_schedule_that_changes_nothing_leaves_out_no_row(
     # Weights as the sources are large: an epoch is every row once, and phases cut epochs short.
     amounts = two_sources.supervised if by is MixBy.tokens else np.ones(120)
     sizes = np.bincount(two_sources.sources, amounts).tolist()
-    wishes = [
-        Wish(name=str(i), weight=size, schedule=dict.fromkeys(steps, size))
+    specs = [
+        SourceSpec(name=str(i), weight=size, schedule=dict.fromkeys(steps, size))
         for i, size in enumerate(sizes)
     ]
     for epochs in (1, 3):
-        run = source(two_sources, mix=mixture(two_sources, wishes, by))
+        run = source(two_sources, mix=mixture(two_sources, specs, by))
         total = run.total_steps(epochs=epochs)
         seen = Counter(i for k in range(1, total + 1) for i in run.sample_ids(k))
         assert total >= max(steps, default=0)  # all phases begin
@@ -267,20 +276,20 @@ def test_rows_come_in_passes_over_a_whole_run(
     weights = {
         k: w[: len(sizes)] if any(w[: len(sizes)]) else [1.0] * 3 for k, w in schedule.items()
     }
-    wishes = [
-        Wish(name=str(s), schedule={step: w[s] for step, w in weights.items()})
+    specs = [
+        SourceSpec(name=str(s), schedule={step: w[s] for step, w in weights.items()})
         for s in range(len(sizes))
     ]
-    mix = Mixture(sources, supervised, wishes, by, seed)
+    mix = Mixture(sources, supervised, specs, by, seed)
     order = Order(lengths, max_length=32, window=8, seed=seed, batch_size=batch_size, mixture=mix)
     came, asked, at = np.zeros(len(sources), int), np.zeros(len(sizes)), 0.0
     bounds = [*mix.phase_starts, 60]
     for phase, (start, end) in enumerate(pairwise(bounds)):
         packs = [pack for k in range(start, end) for pack in order.packs(k)]
-        amounts = np.array([portion.amount for portion in mix.phases[phase]])
+        amounts = np.array([share.amount for share in mix.phases[phase]])
         epoch = 0
         while packs:
-            plan = order.line(phase).plan(epoch)
+            plan = order.phase_plan(phase).plan(epoch)
             taken, packs = packs[: len(plan)], packs[len(plan) :]
             assert [pack.tolist() for pack in taken] == [
                 plan[i].tolist() for i in range(len(taken))

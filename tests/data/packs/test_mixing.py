@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain_dist.data import MixBy
-from posttrain_dist.data.packs.mixing import Mixture, Past, Wish
+from posttrain_dist.data.packs.mixing import Mixture, MixtureState, SourceSpec
 from posttrain_dist.errors import ConfigError, DataError
 
 
@@ -28,11 +28,11 @@ def mixture(
     sources = random.permutation(np.repeat(np.arange(len(sizes)), sizes)).astype(np.int16)
     # Each source has answers of its own typical length.
     supervised = random.integers(1, 40 * (1 + sources.astype(np.int64)) ** 2)
-    wishes = [
-        Wish(name=f"s{i}", weight=weight, max_passes=cap)
+    specs = [
+        SourceSpec(name=f"s{i}", weight=weight, max_passes=cap)
         for i, (weight, cap) in enumerate(zip(weights, caps or [None] * len(sizes), strict=True))
     ]
-    return Mixture(sources, supervised, wishes, by, seed), sources, supervised
+    return Mixture(sources, supervised, specs, by, seed), sources, supervised
 
 
 @pytest.mark.parametrize("by", [MixBy.rows, MixBy.tokens])
@@ -112,9 +112,9 @@ def test_a_phase_takes_first_the_rows_that_came_least_often() -> None:
     came = np.zeros(16, np.int32)
     came[few] = [3, 3, 1, 3, 4, 3, 3, 1]
 
-    def drawn(epoch: int, owed: int = 0) -> list[int]:
+    def drawn(epoch: int, deficit: int = 0) -> list[int]:
         """How often each row of the first source is in a draw, 2.75 epochs into the run."""
-        draw = mix.draw(0, epoch, Past(2.75, 0, came, np.array([owed, 0.0])))
+        draw = mix.draw(0, epoch, MixtureState(2.75, 0, came, np.array([deficit, 0.0])))
         return np.bincount(draw, minlength=16)[few].tolist()
 
     # A quarter of an epoch is left, two rows; then eight: again those two, and six of seven.
@@ -122,11 +122,13 @@ def test_a_phase_takes_first_the_rows_that_came_least_often() -> None:
     after = came[few] + drawn(0) + drawn(1)
     assert after[4] == 4 and sorted(after) == [3] + 7 * [4]
     # What the phases before gave too little or too much of comes on top, or is kept back.
-    more = drawn(0, owed=3)
+    more = drawn(0, deficit=3)
     assert (more[2], more[7], more[4], sum(more)) == (2, 2, 0, 5)
-    assert [drawn(epoch, owed=-6) for epoch in (0, 1)] == [[0] * 8, [0, 0, 2, 0, 0, 0, 0, 2]]
-    without = mixture([8, 8], [1, 0])[0].draw(0, 0, Past(2.75, 0, came, np.array([0.0, 9.0])))
-    assert set(sources[without]) == {0}  # not even what is owed
+    assert [drawn(epoch, deficit=-6) for epoch in (0, 1)] == [[0] * 8, [0, 0, 2, 0, 0, 0, 0, 2]]
+    without = mixture([8, 8], [1, 0])[0].draw(
+        0, 0, MixtureState(2.75, 0, came, np.array([0.0, 9.0]))
+    )
+    assert set(sources[without]) == {0}  # not even to make up a deficit
 
 
 def test_what_a_cap_keeps_off_goes_to_the_others() -> None:
@@ -134,12 +136,12 @@ def test_what_a_cap_keeps_off_goes_to_the_others() -> None:
     # 1000 rows: a third each would draw the first source 3.3 times; at most once leaves 900.
     counts = Counter(sources[mix.draw(0, 0)].tolist())
     assert counts == {0: 100, 1: 450, 2: 450}
-    portions = mix.phases[0]
-    assert [p.capped for p in portions] == [True, False, False]
-    assert [p.amount for p in portions] == pytest.approx([100, 450, 450])
-    assert [p.passes for p in portions] == pytest.approx([1.0, 4.5, 0.5625])
-    assert [p.asked for p in portions] == pytest.approx([1 / 3] * 3)
-    assert [p.share for p in portions] == pytest.approx([0.1, 0.45, 0.45])
+    shares = mix.phases[0]
+    assert [p.capped for p in shares] == [True, False, False]
+    assert [p.amount for p in shares] == pytest.approx([100, 450, 450])
+    assert [p.passes for p in shares] == pytest.approx([1.0, 4.5, 0.5625])
+    assert [p.target for p in shares] == pytest.approx([1 / 3] * 3)
+    assert [p.share for p in shares] == pytest.approx([0.1, 0.45, 0.45])
     # The rest can push another one over its cap; where all are capped the epoch is smaller.
     again = mixture([100, 100, 800], [1, 1, 1], caps=[1.0, 4.0, None])[0]
     assert [p.amount for p in again.phases[0]] == pytest.approx([100, 400, 500])
@@ -179,21 +181,21 @@ def test_amounts_fill_an_epoch_in_proportion(
 
 def test_a_schedule_makes_phases() -> None:
     sources = np.repeat([0, 1], 100).astype(np.int16)
-    wishes = [
-        Wish(name="easy", weight=3.0, schedule={500: 1.0, 900: 0.0}),
-        Wish(name="hard", schedule={0: 1.0, 900: 2.0}),
+    specs = [
+        SourceSpec(name="easy", weight=3.0, schedule={500: 1.0, 900: 0.0}),
+        SourceSpec(name="hard", schedule={0: 1.0, 900: 2.0}),
     ]
-    mix = Mixture(sources, np.ones(200, np.int32), wishes, MixBy.rows, 0)
+    mix = Mixture(sources, np.ones(200, np.int32), specs, MixBy.rows, 0)
     assert mix.phase_starts == [1, 500, 900]
     assert [[p.share for p in phase] for phase in mix.phases] == [[0.75, 0.25], [0.5, 0.5], [0, 1]]
     drawn = [np.bincount(sources[mix.draw(phase, 0)], minlength=2).tolist() for phase in range(3)]
     assert drawn == [[150, 50], [100, 100], [0, 200]]
-    assert [wishes[0].weight_at(step) for step in (1, 499, 500, 899, 900)] == [3, 3, 1, 1, 0]
+    assert [specs[0].weight_at(step) for step in (1, 499, 500, 899, 900)] == [3, 3, 1, 1, 0]
 
 
 def test_rows_without_a_target_are_drawn_too() -> None:
     supervised = np.array([0, 0, 5, 5], np.int32)
-    mix = Mixture(np.zeros(4, np.int16), supervised, [Wish(name="a")], MixBy.tokens, 0)
+    mix = Mixture(np.zeros(4, np.int16), supervised, [SourceSpec(name="a")], MixBy.tokens, 0)
     assert sorted(mix.draw(0, 3).tolist()) == [0, 1, 2, 3]
 
 
@@ -211,6 +213,6 @@ def test_wishes_that_mean_nothing_are_refused() -> None:
     with pytest.raises(DataError, match=r"data\.sources\.s1: has a weight and no row"):
         mixture([5, 0], [1, 1])
     assert mixture([5, 0], [1, 0])[0].phases[0][1].passes == 0
-    wishes = [Wish(name="a", schedule={10: 0.0})]
+    specs = [SourceSpec(name="a", schedule={10: 0.0})]
     with pytest.raises(ConfigError, match="every weight is 0 from step 10 on"):
-        Mixture(np.zeros(3, np.int16), np.ones(3, np.int32), wishes, MixBy.rows, 0)
+        Mixture(np.zeros(3, np.int16), np.ones(3, np.int32), specs, MixBy.rows, 0)
