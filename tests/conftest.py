@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,29 +143,34 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def run_workers() -> Callable[..., list[str]]:
-    """Run tests/workers/<name>.py in `world` processes; returns their outputs."""
+def run_workers(tmp_path_factory) -> Callable[..., list[str]]:
+    """Run tests/workers/<name>.py in `world` processes; returns their outputs.
 
-    def run(name: str, world: int, *args: str, timeout_s: float = 300) -> list[str]:
+    They are forks with everything imported; with `fresh` each is an interpreter of its own.
+    """
+    import forkserver
+
+    def run(
+        name: str, world: int, *args: object, timeout_s: float = 300, fresh: bool = False
+    ) -> list[str]:
         script = Path(__file__).parent / "workers" / name
         port = free_port()
+        folder = tmp_path_factory.mktemp("ranks")
+        outputs = [folder / f"{rank}.log" for rank in range(world)]
+        launch = forkserver.start_fresh if fresh else forkserver.start
         started = [
-            subprocess.Popen(
-                [sys.executable, str(script), str(rank), str(world), str(port), *map(str, args)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(world)
+            launch(script, *map(str, (rank, world, port, *args)), output=output)
+            for rank, output in enumerate(outputs)
         ]
         try:
-            outputs = [process.communicate(timeout=timeout_s)[0] for process in started]
+            end = time.monotonic() + timeout_s
+            codes = [process.wait(end - time.monotonic()) for process in started]
         finally:
             for process in started:
                 process.kill()
-        codes = [process.returncode for process in started]
-        assert codes == [0] * world, "\n".join(output[-3000:] for output in outputs)
-        return outputs
+        texts = [output.read_text() for output in outputs]
+        assert codes == [0] * world, "\n".join(text[-3000:] for text in texts)
+        return texts
 
     return run
 
