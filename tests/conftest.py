@@ -9,13 +9,14 @@ import random
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forkserver
 import pytest
+import schedule
 
 # Two cores: one thread a process keeps several ranks from fighting for them.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -43,6 +44,28 @@ SIZE = {
     "head_dim": 8,
     "max_position_embeddings": 256,
 }
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None):  # pytest -n 2
+        config.option.dist, config.option.loadscopereorder = "loadgroup", False
+
+
+def pytest_report_header() -> list[str]:
+    return schedule.report(user=os.geteuid())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not hasattr(config, "workerinput"):
+        return
+    groups = {}
+    for item in items:
+        marks = [mark.name for mark in item.iter_markers()]
+        groups[item] = schedule.group_of(item.path, marks, getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group(groups[item][1]))
+    items.sort(key=lambda item: groups[item][0])
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -148,7 +171,6 @@ def run_workers(tmp_path_factory) -> Callable[..., list[str]]:
 
     They are forks with everything imported; with `fresh` each is an interpreter of its own.
     """
-    import forkserver
 
     def run(
         name: str, world: int, *args: object, timeout_s: float = 300, fresh: bool = False

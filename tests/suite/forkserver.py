@@ -19,7 +19,7 @@ IMPORTED = [
     "posttrain_dist.export",
     "posttrain_kernels",
     "deepspeed",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # ZeRO looks at it, and it brings torch's compiler
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # ZeRO reads it: it brings torch's compiler
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.tokenization_auto",
 ]
