@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 import time
+from itertools import combinations, product
 from pathlib import Path
 
 import forkserver
 import pytest
 import schedule
 import slowest_tests
+from grids import grid
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,6 +63,19 @@ def test_what_waits_goes_first_and_to_one_process() -> None:
     kernels = group_of(ROOT / "tests/kernels/test_b.py", [], [])
     assert kernels[1] != group_of(ROOT / "tests/data/test_b.py", [], [])[1]
     assert group_of(ray, ["ray"], [])[0] < ranks[0] < kernels[0]
+
+
+def test_by_default_any_two_values_of_a_grid_meet_and_slow_has_the_rest() -> None:
+    axes = {"a": [1, 2, 3], "b": "pqrst", "c": [None, 1.5], "d": [0, 7, 8, 9]}
+    mark = grid(**axes)
+    names, cases = mark.args
+    assert names == ("a", "b", "c", "d")
+    assert [case.values for case in cases] == list(product(*axes.values()))  # each case once
+    default = [case.values for case in cases if not case.marks]
+    for (i, one), (j, other) in combinations(enumerate(axes.values()), 2):
+        assert {(case[i], case[j]) for case in default} == set(product(one, other))
+    assert len(default) <= 24  # of 120; 20 is the least
+    assert {mark.name for case in cases for mark in case.marks} == {"slow"}
 
 
 # -------------------------------------------------------------------------------- scripts
