@@ -22,7 +22,7 @@ import schedule
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 # Ray's workers are started nice 15, and would hardly run beside tests that compute.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  its name in Ray
 # Triton looks at this when it is first imported, by whichever test: its kernels run on the CPU.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
