@@ -1,9 +1,11 @@
 # make demo: install into .venv and fine-tune a small model on two Ray workers with ZeRO-3
 # make test: install and run the tests      make lint: ruff and mypy
+# make test PYTEST_ARGS='tests/data -x': a part of them, in one process
 # Nothing is installed again until pyproject.toml or constraints.txt changes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST_ARGS ?= -n 2
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test lint install clean

@@ -9,16 +9,20 @@ import random
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forkserver
 import pytest
+import schedule
 
 # Two cores: one thread a process keeps several ranks from fighting for them.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+# Ray's workers are started nice 15, and would hardly run beside tests that compute.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  its name in Ray
 # Triton looks at this when it is first imported, by whichever test: its kernels run on the CPU.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -42,6 +46,28 @@ SIZE = {
     "head_dim": 8,
     "max_position_embeddings": 256,
 }
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None):  # pytest -n 2
+        config.option.dist, config.option.loadscopereorder = "loadgroup", False
+
+
+def pytest_report_header() -> list[str]:
+    return schedule.report(user=os.geteuid())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not hasattr(config, "workerinput"):
+        return
+    groups = {}
+    for item in items:
+        marks = [mark.name for mark in item.iter_markers()]
+        groups[item] = schedule.group_of(item.path, marks, getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group(groups[item][1]))
+    items.sort(key=lambda item: groups[item][0])
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -142,29 +168,33 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def run_workers() -> Callable[..., list[str]]:
-    """Run tests/workers/<name>.py in `world` processes; returns their outputs."""
+def run_workers(tmp_path_factory) -> Callable[..., list[str]]:
+    """Run tests/workers/<name>.py in `world` processes; returns their outputs.
 
-    def run(name: str, world: int, *args: str, timeout_s: float = 300) -> list[str]:
+    They are forks with everything imported; with `fresh` each is an interpreter of its own.
+    """
+
+    def run(
+        name: str, world: int, *args: object, timeout_s: float = 300, fresh: bool = False
+    ) -> list[str]:
         script = Path(__file__).parent / "workers" / name
         port = free_port()
+        folder = tmp_path_factory.mktemp("ranks")
+        outputs = [folder / f"{rank}.log" for rank in range(world)]
+        launch = forkserver.start_fresh if fresh else forkserver.start
         started = [
-            subprocess.Popen(
-                [sys.executable, str(script), str(rank), str(world), str(port), *map(str, args)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(world)
+            launch(script, *map(str, (rank, world, port, *args)), output=output)
+            for rank, output in enumerate(outputs)
         ]
         try:
-            outputs = [process.communicate(timeout=timeout_s)[0] for process in started]
+            end = time.monotonic() + timeout_s
+            codes = [process.wait(end - time.monotonic()) for process in started]
         finally:
             for process in started:
                 process.kill()
-        codes = [process.returncode for process in started]
-        assert codes == [0] * world, "\n".join(output[-3000:] for output in outputs)
-        return outputs
+        texts = [output.read_text() for output in outputs]
+        assert codes == [0] * world, "\n".join(text[-3000:] for text in texts)
+        return texts
 
     return run
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -197,15 +195,9 @@ def test_a_stop_in_the_last_step_is_a_finished_run(base, tmp_path):
 
 def test_deepspeed_trains_twice_in_one_process(base, tmp_path, run_workers):
     """The process group stays: DeepSpeed would go on asking for the first one."""
-    script = (
-        "import sys; from pathlib import Path; from posttrain_dist.train import train\n"
-        "from posttrain_dist.config import RunConfig\n"
-        "for folder in map(Path, sys.argv[1:]):\n"
-        "    train(RunConfig.from_yaml((folder / 'config.yaml').read_text()), folder)\n"
-    )
     config = replace(base, engine=DeepSpeed(stage=1))
     folders = [freeze(tmp_path / name, config) for name in ("first", "second")]
-    subprocess.run([sys.executable, "-c", script, *map(str, folders)], check=True, timeout=120)
+    run_workers("train_alone.py", 1, *folders)
     assert numbers(folders[0]) == numbers(folders[1])
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from grids import grid
 from posttrain_kernels import linear_cross_entropy
 
 cases = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("head_cases.py"))))
@@ -21,10 +22,7 @@ FUSED = ["torch", "triton"]
 NUM_ROWS = {"torch": 61, "triton": 12, "reference": 61}  # Triton's interpreter takes 10 ms a row
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("masked", [0, 0.5, 0.75, 0.9, 1])
-@pytest.mark.parametrize("chunk_rows", [None, 1, 7, 64])
-@pytest.mark.parametrize("impl", FUSED)
+@grid(dtype=DTYPES, masked=[0, 0.5, 0.75, 0.9, 1], chunk_rows=[None, 1, 7, 64], impl=FUSED)
 def test_error_is_at_most_that_of_eager(
     dtype: torch.dtype, masked: float, chunk_rows: int | None, impl: str
 ) -> None:
@@ -32,11 +30,13 @@ def test_error_is_at_most_that_of_eager(
     assert_as_good_as_eager(case, dtype, chunk_rows=chunk_rows, impl=impl)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("logit_scale", [1.0, 0.0625, 1.5])
-@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+@grid(
+    dtype=DTYPES,
+    bias=[False, True],
+    softcap=[None, 3.0],
+    logit_scale=[1.0, 0.0625, 1.5],
+    impl=["torch", "triton", "reference"],
+)
 def test_shaped_logits(
     dtype: torch.dtype, bias: bool, softcap: float | None, logit_scale: float, impl: str
 ) -> None:
@@ -158,9 +158,7 @@ def test_nothing_supervised_is_exactly_zero(weighting: str, impl: str) -> None:
             assert torch.equal(value, torch.zeros_like(value)), name
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("chunk_rows", [2, None])
-@pytest.mark.parametrize("impl", FUSED)
+@grid(softcap=[None, 2.0], chunk_rows=[2, None], impl=FUSED)
 def test_gradcheck(softcap: float | None, chunk_rows: int | None, impl: str) -> None:
     case = make_case(
         0.4, rows=5, width=2, vocabulary=3, bias=True, softcap=softcap, logit_scale=0.7, z_loss=0.1

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from grids import grid
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -46,10 +47,12 @@ def plain(entropy: bool):
     return eager
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("impl", FUSED)
-@pytest.mark.parametrize("masked", [0, 0.75])
-@pytest.mark.parametrize("entropy", [False, True])
+@grid(
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+    impl=FUSED,
+    masked=[0, 0.75],
+    entropy=[False, True],
+)
 def test_error_is_at_most_that_of_eager(
     dtype: torch.dtype, impl: str, masked: float, entropy: bool
 ) -> None:

@@ -22,7 +22,7 @@ def test_no_rank_holds_the_whole_model_in_private_memory(tmp_path, builders, run
     folder = builders.model(tmp_path / "model", **size)
     whole = sum(t.nbytes for t in load_file(folder / "model.safetensors").values())
     assert whole > 350e6
-    for output in run_workers("load_sharded.py", 2, folder):
+    for output in run_workers("load_sharded.py", 2, folder, fresh=True):
         seen = json.loads(re.search(r"MEMORY (.*)", output).group(1))
         assert seen["held"] == pytest.approx(whole / 2, rel=0.01)
         assert seen["peak"] < 0.8 * whole, (seen, whole)

@@ -8,13 +8,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import textwrap
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import forkserver
 import pytest
 
 from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, complete
@@ -138,15 +138,14 @@ def test_two_runs_at_once_prepare_once(builders: Any, tiny_llama: Path, tmp_path
         from pathlib import Path
         prepare(config, Path(sys.argv[1]))
     """)
+    (tmp_path / "script.py").write_text(script)
+    logs = [tmp_path / "one.log", tmp_path / "two.log"]
     running = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, tmp_path / name], stdout=subprocess.PIPE, text=True
-        )
-        for name in ("one", "two")
+        forkserver.start(tmp_path / "script.py", str(tmp_path / log.stem), output=log)
+        for log in logs
     ]
-    said = [child.communicate(timeout=120)[0] for child in running]
-    assert [child.returncode for child in running] == [0, 0]
-    assert sorted(said) == ["", "built\n"]
+    assert [child.wait(120) for child in running] == [0, 0]
+    assert sorted(log.read_text().count("built\n") for log in logs) == [0, 1]
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
@@ -165,8 +164,9 @@ def test_a_killed_preparation_leaves_no_half_cache(
         config = complete(RunConfig(model=ModelConfig(path={str(tiny_llama)!r}), data=data))
         prepare(config, Path({str(tmp_path / "p")!r}))
     """)
-    died = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert died.returncode == -signal.SIGKILL, died.stderr
+    (tmp_path / "script.py").write_text(script)
+    died = forkserver.start(tmp_path / "script.py", output=tmp_path / "log")
+    assert died.wait(120) == -signal.SIGKILL, (tmp_path / "log").read_text()
     assert not (tmp_path / "p").exists()
     assert [path.suffix for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [".partial"]
     config = config_of(tiny_llama, tmp_path, train=str(data))

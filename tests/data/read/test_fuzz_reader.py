@@ -234,7 +234,7 @@ def run_fuzz(folder: Path, plain: int, packed: int) -> None:
 
 
 def test_any_jsonl_is_read_or_rejected_at_its_place(tmp_path: Path) -> None:
-    run_fuzz(tmp_path, 4700, 300)
+    run_fuzz(tmp_path, 1400, 100)
 
 
 @pytest.mark.slow

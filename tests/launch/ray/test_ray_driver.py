@@ -280,7 +280,8 @@ def test_one_ctrl_c_saves_and_run_goes_on_to_the_end(base, tmp_path):
 @pytest.mark.ray
 @pytest.mark.parametrize("ending", ["two Ctrl-C", "a killed driver"])
 def test_nothing_is_left_running(ending, base, tmp_path):
-    folder = freeze(tmp_path / "run", base)
+    one = replace(base, engine=Single(), cluster=Ray(workers=1))
+    folder = freeze(tmp_path / "run", base if ending == "a killed driver" else one)
     driver = subprocess.Popen([POSTTRAIN, "run", folder], stdout=subprocess.PIPE, text=True)
 
     def ray_runs():
