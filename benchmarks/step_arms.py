@@ -161,7 +161,7 @@ def ours(folder: Path, sync: NoSync, channels: bool = True, compiled: bool = Fal
     from posttrain_dist.config import ModelConfig, RunConfig, complete
     from posttrain_dist.dist import Process
     from posttrain_dist.engine import AdamW, Single
-    from posttrain_dist.loop import Fit, Hook
+    from posttrain_dist.loop import fit
     from posttrain_dist.metrics.sinks import JsonlSink
     from posttrain_dist.metrics.special_tokens import TokenMeter, special_tokens
     from posttrain_dist.models import Checkpointing
@@ -185,7 +185,7 @@ def ours(folder: Path, sync: NoSync, channels: bool = True, compiled: bool = Fal
     watched = special_tokens(load_tokenizer(folder / "model"))
     meter = TokenMeter(names, watched, objective, engine.device)
     with tempfile.TemporaryDirectory() as to:
-        fit = Fit(
+        infos = fit(
             engine=engine,
             source=source,
             objective=objective,
@@ -193,9 +193,9 @@ def ours(folder: Path, sync: NoSync, channels: bool = True, compiled: bool = Fal
             describe=meter.train_metrics,
             learning_rate=lambda _: sizes.learning_rate,
             steps=len(source.steps),
-            hooks=(Hook(JsonlSink(Path(to) / "metrics.jsonl", 0).write, every=1),),
+            hooks=(JsonlSink(Path(to) / "metrics.jsonl", 0).write,),
         )
-        for info in fit.run():
+        for info in infos:
             if info.step == 0:
                 sync.ready()
             else:

@@ -19,7 +19,7 @@ from posttrain_dist.engine import AdamW
 from posttrain_dist.engine.single import SingleEngine
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Extra
-from posttrain_dist.loop import Fit, evaluate
+from posttrain_dist.loop import evaluate, fit
 from posttrain_dist.metrics.channels import ChannelMeter, eval_metrics, train_metrics
 from posttrain_dist.models import ModelConfig
 from posttrain_dist.models.head import HeadKernels
@@ -97,7 +97,7 @@ def test_two_components_are_summed_in_one_call_and_divide_the_loss(engine, tiny_
     monkeypatch.setattr(engine, "forward", watched)
     monkeypatch.setattr(dist, "all_sum", summed)
     meter = ChannelMeter(CHANNELS, Ratio(), CPU)
-    fit = Fit(
+    infos = fit(
         engine=engine,
         source=Units(),
         objective=Ratio(),
@@ -108,7 +108,6 @@ def test_two_components_are_summed_in_one_call_and_divide_the_loss(engine, tiny_
     )
     wanted = expected(tiny_llama, Units().units(1))
     total = wanted.pop("total")
-    infos = fit.run()
     next(infos)
     reduced.clear()
     metrics = next(infos).metrics
@@ -165,7 +164,7 @@ def test_a_batch_without_a_declared_field_is_refused(engine, name):
         engine.forward(wrong, Needy(), Needy().count(wrong))
     source = Units()
     meter = ChannelMeter(CHANNELS, Needy(), CPU)
-    fit = Fit(
+    infos = fit(
         engine=engine,
         source=source,
         objective=Needy(),
@@ -176,7 +175,7 @@ def test_a_batch_without_a_declared_field_is_refused(engine, name):
         start=0,
     )
     with pytest.raises(DataError, match=rf"needy needs {name}"):
-        list(fit.run())
+        list(infos)
 
 
 def test_padding_and_fillers_are_finite(engine):
@@ -216,7 +215,7 @@ def test_extra_fields_reach_targets_samples_and_devices():
 def test_sharded_with_fillers_it_trains_as_in_one_process(engine, tiny_llama, run_workers, world):
     """Prefetched, under ZeRO-3; with two ranks one of them has a filler in each step."""
     meter = ChannelMeter(CHANNELS, Ratio(), CPU)
-    fit = Fit(
+    infos = fit(
         engine=engine,
         source=Units(),
         objective=Ratio(),
@@ -225,7 +224,7 @@ def test_sharded_with_fillers_it_trains_as_in_one_process(engine, tiny_llama, ru
         learning_rate=lambda step: 1e-2,
         steps=3,
     )
-    wanted = [info.metrics for info in fit.run()][1:]
+    wanted = [info.metrics for info in infos][1:]
     (output, *_) = run_workers("train_ratio.py", world, tiny_llama)
     found = json.loads(output.split("METRICS ")[1].splitlines()[0])
     for ours, reference in zip(found, wanted, strict=True):

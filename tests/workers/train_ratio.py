@@ -10,7 +10,7 @@ from posttrain_kernels import linear_cross_entropy, linear_logprob
 from posttrain_dist import dist
 from posttrain_dist.engine import AdamW, DeepSpeed
 from posttrain_dist.engine.deepspeed import DeepSpeedEngine
-from posttrain_dist.loop import Fit
+from posttrain_dist.loop import fit
 from posttrain_dist.metrics.channels import ChannelMeter
 from posttrain_dist.models import ModelConfig
 from posttrain_dist.models.head import HeadKernels
@@ -29,7 +29,7 @@ materialise, config = engine.materialise(), ModelConfig(path=str(folder))
 model = load_model(config, folder, dtype=torch.float32, seed=0, materialise=materialise)
 engine.attach(Policy(model, HeadKernels(linear_cross_entropy, linear_logprob), 2))
 meter = ChannelMeter(["even", "odd"], Ratio(), engine.device)
-fit = Fit(
+infos = fit(
     engine=engine,
     source=Units(rank, world),
     objective=Ratio(),
@@ -38,6 +38,6 @@ fit = Fit(
     learning_rate=lambda step: 1e-2,
     steps=3,
 )
-print("METRICS " + json.dumps([info.metrics for info in fit.run()][1:]))
+print("METRICS " + json.dumps([info.metrics for info in infos][1:]))
 dist.barrier()
 dist.stop()
