@@ -1,4 +1,4 @@
-"""The errors a user can mend: each says what is wrong, where, and what to do."""
+"""The errors a user can fix: each says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
