@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
-from itertools import groupby, pairwise
+from itertools import groupby, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,20 @@ def rows(split: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-@cache
 def pretraining(library_part: int = 6) -> list[dict[str, str]]:
-    """A sixth of the library text, or all of it; and a fiftieth of the generated text."""
-    every_row = make_tiny_base.rows
+    """Every sixth module of the library, or all of it; and a fiftieth of the generated text."""
+    return clean_rows(library_part)
 
-    def sampled(seed: int, share: float) -> Iterator[dict[str, str]]:
-        for i, row in enumerate(every_row(seed, share)):
-            if row["task_type"] != "library" or i % library_part == 0:
-                yield row
+
+@cache
+def clean_rows(library_part: int) -> list[dict[str, str]]:
+    every_module = make_tiny_base.stdlib_text.modules
+
+    def sampled() -> Iterator[Any]:
+        return islice(every_module(), 0, None, library_part)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(make_tiny_base, "rows", sampled)
+        patch.setattr(make_tiny_base.stdlib_text, "modules", sampled)
         return make_tiny_base.clean_rows(share=0.02)
 
 
