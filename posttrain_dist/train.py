@@ -109,7 +109,9 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
             completed = last.last and not last.stopped
             if completed and config.checkpoint.export:
                 path = resolve(config.model.path)
-                tensors, end = engine.full_tensors(), data.end_token_id
+                end = data.end_token_id
+                whole = engine.full_tensors()
+                tensors = (each for each in whole if config.tuning.exported(each[0]))
                 write_hf_folder(tensors, path, run_folder / "export", dtype=dtype, end_token_id=end)
         outcome = _outcome(last.step, steps, completed, log)
         _write_main(run_folder / "logs" / "outcome.json", **outcome)

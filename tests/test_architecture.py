@@ -16,8 +16,9 @@ import pytest
 from source_tree import LIBRARY, LIBRARY_FILES, module_of, name_of
 
 LAYERS = {
-    "posttrain_launch": 7,
-    **dict.fromkeys(("train", "run"), 6),
+    "posttrain_launch": 8,
+    "run": 7,
+    "train": 6,
     **dict.fromkeys(
         (
             "hooks",

@@ -97,7 +97,7 @@ class Policy(nn.Module):
             raise ModelError(
                 f"the fused loss differs from the logits of {name} by {difference:.2e} "
                 f"(tolerance {tolerance:.0e}): its head does more than softcap and logit scale, or "
-                "its last layer is not built as in the transformers release that is known here",
+                "the MLP of its last layer mixes rows",
                 where="model.path",
                 fix="this architecture is not supported yet",
             )

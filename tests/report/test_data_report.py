@@ -108,7 +108,7 @@ def test_every_part_of_the_report(
         "long_rows": "truncate",
         "template": "tokenizer",
         "template_sha256": made.inputs["template"],
-        "policy": "assistant",
+        "supervise": "assistant",
         "explode_turns": False,
         "strict": False,
         "tokenizer": made.config.model.path,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from posttrain_dist.report import numbers
-from posttrain_dist.report.tables import text_table
+from posttrain_dist.report.text_tables import text_table
 
 
 @pytest.mark.parametrize(

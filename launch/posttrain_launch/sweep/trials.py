@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from posttrain_dist.files import read_rows
 from posttrain_dist.report.numbers import loss_of_log
-from posttrain_dist.report.tables import text_table
+from posttrain_dist.report.text_tables import text_table
 from posttrain_launch.compose.composer import Composed, to_composed
 from posttrain_launch.failures import BAD_CONFIG, FAILED, STOPPED, print_error
 

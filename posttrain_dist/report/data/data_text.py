@@ -19,7 +19,7 @@ from posttrain_dist.report.data.histogram import half_length, sparkline
 from posttrain_dist.report.data.token_runs import clean
 from posttrain_dist.report.data.token_text import print_batch, print_conversations
 from posttrain_dist.report.numbers import UNKNOWN, rounded, whole
-from posttrain_dist.report.tables import GAP, styled_table, text_console, text_table
+from posttrain_dist.report.text_tables import GAP, styled_table, text_console, text_table
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,7 +7,7 @@ from typing import Any
 
 from posttrain_dist.report.numbers import loss_of_log
 from posttrain_dist.report.run.read import read_run
-from posttrain_dist.report.tables import text_table
+from posttrain_dist.report.text_tables import text_table
 
 MAX_CHARACTERS = 300  # of each sample answer
 

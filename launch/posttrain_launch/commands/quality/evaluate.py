@@ -19,7 +19,7 @@ def command(arguments: list[str], debug: bool) -> int:
     from posttrain_dist.evaluation.heldout import evaluate
     from posttrain_dist.prepare import prepare_cached
     from posttrain_dist.report.numbers import loss_of_log
-    from posttrain_dist.report.tables import text_table
+    from posttrain_dist.report.text_tables import text_table
 
     config = complete(with_absolute_paths(composed.config))
     with progress_output(sys.stderr) as output:
