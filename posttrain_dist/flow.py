@@ -94,7 +94,7 @@ class Batch:
     """
 
     input_ids_T: torch.Tensor  # int64
-    position_ids_T: torch.Tensor  # int64, restarts at 0 with every sample
+    position_ids_T: torch.Tensor  # int64, restarts at 0 with every root, goes on in its children
     cu_seqlens_S: list[int]  # S + 1 host integers: sample s is [cu[s], cu[s + 1])
     bounds_S: torch.Tensor  # int32, the same on the device, for kernels
     max_seqlen: int  # tokens of the longest sample
@@ -117,11 +117,6 @@ class Batch:
         """Real tokens of the row: those of fillers are not counted."""
         bounds = zip(pairwise(self.cu_seqlens_S), self.sample_id_S, strict=True)
         return sum(end - start for (start, end), sample_id in bounds if sample_id >= 0)
-
-    @property
-    def has_parents(self) -> bool:
-        """Whether some sample follows another."""
-        return any(parent >= 0 for parent in self.parent_S)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`; the host does not wait for the copy."""
