@@ -49,8 +49,9 @@ def export_checkpoint(
         from posttrain_dist.engine.single import read_full_tensors
     else:
         from posttrain_dist.engine.deepspeed import read_full_tensors
+    tensors = read_full_tensors(source / store.STATE)
     return write_hf_folder(
-        read_full_tensors(source / store.STATE),
+        (each for each in tensors if config.tuning.exported(each[0])),
         resolve(config.model.path),
         target,
         dtype=getattr(torch, dtype or manifest.layout.dtype),
@@ -61,6 +62,13 @@ def export_checkpoint(
 def _choose(run_folder: Path, step: int | None) -> Path:
     whole = store.whole_checkpoints(run_folder)
     if step is None and whole:
+        newer = store.damaged_since(run_folder, whole[-1])
+        if newer:
+            raise CheckpointError(
+                "is newer than every whole checkpoint, and a file of it is missing or cut",
+                where=str(newer[-1]),
+                fix=f"export an older one: --step {read_manifest(whole[-1]).step}",
+            )
         return whole[-1]
     named = store.folder_of(run_folder, step or 0)
     if named in whole:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from posttrain_dist.checkpoint.manifest import Layout, Manifest, Recipe, read_manifest
-from posttrain_dist.checkpoint.store import whole_checkpoints
+from posttrain_dist.checkpoint.store import damaged_since, whole_checkpoints
 from posttrain_dist.errors import CheckpointError
+
+_log = logging.getLogger(__name__)
 
 
 def find(resume: str, run_folder: Path) -> Path | None:
@@ -23,7 +26,10 @@ def find(resume: str, run_folder: Path) -> Path | None:
     if resume == "never":
         return None
     own = whole_checkpoints(run_folder)
+    for damaged in damaged_since(run_folder, own[-1] if own else None):
+        _log.warning("%s is passed over: a file of it is missing or cut", damaged)
     if own:
+        _log.info("going on from %s", own[-1])
         return own[-1]
     if resume == "auto":
         return None

@@ -106,6 +106,13 @@ def whole_checkpoints(run_folder: Path) -> list[Path]:
     return sorted((path for path in found if is_whole(path)), key=_step_of)
 
 
+def damaged_since(run_folder: Path, whole: Path | None) -> list[Path]:
+    """Checkpoints newer than `whole` that are not whole, oldest first: they are passed over."""
+    found = (run_folder / "checkpoints").glob("step-*[0-9]")
+    least = _step_of(whole) if whole is not None else -1
+    return sorted((path for path in found if _step_of(path) > least), key=_step_of)
+
+
 def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 

@@ -106,6 +106,15 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
             "use engine=zero2, or make the weights once with engine=single and load them",
         ),
     ]
+    needed = ", ".join(extra.name for extra in config.objective.extra)
+    rules.append(
+        Rule(
+            not needed,
+            "objective",
+            f"needs {needed} with every sample, and data files have no such field",
+            "train it from a source that fills Example.extra",
+        )
+    )
     if isinstance(engine, Single) and isinstance(cluster, Ray):
         workers = f"cluster.workers is {cluster.workers}"
         rules.append(single_process_rule(cluster.workers, workers))

@@ -54,7 +54,7 @@ class Objective:
             raise DataError(
                 f"the objective {self.name} needs {declared.name} in every batch, and it {found}",
                 where=f"samples {batch.sample_id_S[:4]}",
-                fix=f"use data that is prepared for objective={self.name}",
+                fix="the source of the batches must fill Example.extra; data files do not",
             )
 
     def count(self, batch: Batch) -> NamedTuple:

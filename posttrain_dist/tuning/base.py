@@ -30,12 +30,15 @@ class Tuning:
         return not self.unmergeable
 
     def trained(self, name: str) -> bool:
-        """Whether the parameter `name` is trained, and so saved in a checkpoint."""
+        """Whether the parameter `name` is trained. Checkpoints hold the frozen ones too."""
         return True
 
     def exported(self, name: str) -> bool:
-        """Whether the parameter `name` is part of an export."""
-        return self.trained(name)
+        """Whether the parameter `name` is part of an export.
+
+        Of a mergeable tuning that is the whole model; of another one what was trained beside it.
+        """
+        return self.mergeable or self.trained(name)
 
     def attach(self, model: nn.Module) -> None:
         """Insert modules, if any, and freeze what is not trained.

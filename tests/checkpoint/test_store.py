@@ -19,7 +19,9 @@ from posttrain_dist.checkpoint.manifest import (
     is_whole,
     read_manifest,
 )
+from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import CheckpointError
+from posttrain_dist.export import export_checkpoint
 from posttrain_dist.files import FileDigest
 
 LAYOUT = Layout("single", 1, "float32")
@@ -135,6 +137,18 @@ def test_a_file_of_another_size_makes_it_no_checkpoint(tmp_path, size):
     assert store.whole_checkpoints(tmp_path) == [before]
     with pytest.raises(CheckpointError, match="is no whole checkpoint"):
         read_manifest(final)
+
+
+def test_a_damaged_newest_is_passed_over_aloud_and_never_exported_around(tmp_path, caplog):
+    before, final = write(tmp_path, 1), write(tmp_path, 2)
+    (tmp_path / "config.yaml").write_text(RunConfig().to_yaml())
+    os.truncate(final / "state" / "x", 1)
+    with caplog.at_level("INFO", "posttrain_dist"):
+        assert resume.find("auto", tmp_path) == before
+    assert f"{final} is passed over" in caplog.text
+    assert f"going on from {before}" in caplog.text
+    with pytest.raises(CheckpointError, match=r"step-000002: is newer(.|\n)*--step 1"):
+        export_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"files": {"state/x": {}}}'])

@@ -22,6 +22,7 @@ CASES = {
     "accumulation": (["gradient_accumulation_steps=4"], "gradient_", "train.batch_size"),
     "adapters": (["lora_r=8"], "lora_r: ", "every parameter"),
     "foreign inside a group": (["train.num_train_epochs=1"], "train.num_", "train.epochs"),
+    "a threshold of old": (["diagnose.rise=2"], "diagnose.rise: unknown key", "a constant of its"),
     "renamed": (["template.policy=all"], "template.policy: unknown key", "template.supervise"),
     "text for a number": (["train.steps=abc"], "train.steps: 'abc'", "whole number or null"),
     "fraction for a number": (["train.batch_size=1.5"], "train.batch_size: 1.5", "whole number"),

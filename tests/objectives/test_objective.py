@@ -14,10 +14,11 @@ import torch
 from posttrain_kernels import linear_cross_entropy, linear_logprob
 
 from posttrain_dist import dist
+from posttrain_dist.config import SLOTS, RunConfig, complete
 from posttrain_dist.data.packs.collate import collate, filler
 from posttrain_dist.engine import AdamW
 from posttrain_dist.engine.single import SingleEngine
-from posttrain_dist.errors import DataError
+from posttrain_dist.errors import ConfigError, DataError
 from posttrain_dist.flow import Extra
 from posttrain_dist.loop import evaluate, fit
 from posttrain_dist.metrics.channels import ChannelMeter, eval_metrics, train_metrics
@@ -232,3 +233,9 @@ def test_sharded_with_fillers_it_trains_as_in_one_process(engine, tiny_llama, ru
             del metrics["train/tokens_per_s"]
         assert ours == pytest.approx(reference, rel=2e-5)
     assert found[2]["train/loss"] < found[0]["train/loss"]
+
+
+def test_an_objective_that_data_files_cannot_feed_is_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setitem(SLOTS["objective"], "ratio", Ratio)
+    with pytest.raises(ConfigError, match=f"objective: needs .*{Ratio.extra[0].name}"):
+        complete(RunConfig(objective=Ratio()))

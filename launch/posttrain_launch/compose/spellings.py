@@ -30,6 +30,9 @@ KEYS: dict[str, str] = {
     "logging_steps": "train.log_every",
     "eval_steps": "train.eval_every",
     "save_steps": "train.save_every",
+    "save_interval": "train.save_every",
+    "every_steps": "train.save_every",
+    "every": "train.save_every",
     "resume_from_checkpoint": "train.resume",
     "auto_resume_from_checkpoints": "train.resume",
     "torch_dtype": "train.dtype",
@@ -142,6 +145,32 @@ EXPLAINED: dict[str, str] = {
 }
 
 
+# Thresholds of the diagnosis that were keys of an earlier version.
+_THRESHOLDS = {
+    "quiet_rows",
+    "medium_low",
+    "medium_high",
+    "large_low",
+    "large_high",
+    "random_band",
+    "rise",
+    "rise_sigmas",
+    "overfit_rise",
+    "overfit_least",
+    "overfit_sigmas",
+    "dominating_share",
+    "asked_ratio",
+    "spike_rise",
+    "spike_sigmas",
+    "stall_rows",
+    "stall_fall",
+    "stall_eval_fall",
+    "special_rows",
+    "special_loss",
+    "special_fall",
+}
+
+
 def foreign(key: str) -> str | None:
     """What to do about a key in the spelling of another program; None if we do not know it."""
     if key in RENAMED:
@@ -149,4 +178,6 @@ def foreign(key: str) -> str | None:
     leaf = key.rsplit(".", 1)[-1].lower().replace("-", "_")
     if leaf in KEYS and KEYS[leaf] != key:
         return f"write {KEYS[leaf]} (that is the name here)"
+    if key.startswith("diagnose.") and leaf in _THRESHOLDS:
+        return "leave it out: it is a constant of its rule now; diagnose.off leaves a rule out"
     return EXPLAINED.get(leaf)
