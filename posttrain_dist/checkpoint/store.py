@@ -102,15 +102,19 @@ def _prune(run_folder: Path, keep: int, newest: Path, best: int | None) -> None:
 
 def whole_checkpoints(run_folder: Path) -> list[Path]:
     """Every whole checkpoint of a run, oldest first."""
-    found = (run_folder / "checkpoints").glob("step-*[0-9]")
-    return sorted((path for path in found if is_whole(path)), key=_step_of)
+    return [path for path in _checkpoints(run_folder) if is_whole(path)]
 
 
 def damaged_since(run_folder: Path, whole: Path | None) -> list[Path]:
     """Checkpoints newer than `whole` that are not whole, oldest first: they are passed over."""
-    found = (run_folder / "checkpoints").glob("step-*[0-9]")
     least = _step_of(whole) if whole is not None else -1
-    return sorted((path for path in found if _step_of(path) > least), key=_step_of)
+    return [path for path in _checkpoints(run_folder) if _step_of(path) > least]
+
+
+def _checkpoints(run_folder: Path) -> list[Path]:
+    """Folders that are named as checkpoints, whole or not, oldest first."""
+    found = (run_folder / "checkpoints").glob("step-*")
+    return sorted((p for p in found if p.name.removeprefix("step-").isdigit()), key=_step_of)
 
 
 def _step_of(folder: Path) -> int:

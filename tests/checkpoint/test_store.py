@@ -143,6 +143,7 @@ def test_a_damaged_newest_is_passed_over_aloud_and_never_exported_around(tmp_pat
     before, final = write(tmp_path, 1), write(tmp_path, 2)
     (tmp_path / "config.yaml").write_text(RunConfig().to_yaml())
     os.truncate(final / "state" / "x", 1)
+    (tmp_path / "checkpoints" / "step-old3").mkdir()  # somebody's own, and none of ours
     with caplog.at_level("INFO", "posttrain_dist"):
         assert resume.find("auto", tmp_path) == before
     assert f"{final} is passed over" in caplog.text
