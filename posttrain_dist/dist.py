@@ -122,6 +122,15 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
+def is_connection_error(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone; gloo has no type for it."""
+    import torch
+
+    if isinstance(error, ConnectionError | torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo/" in str(error)
+
+
 def on_all(work: Callable[[], T]) -> T:
     """Run `work` on every rank; if it fails on one, every rank raises, so that none waits.
 

@@ -65,6 +65,8 @@ def save(
         shares = dist.gather(dist.on_all(lambda: write_state(partial / STATE)))
         dist.on_main(commit)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError where a disk is full
+        if dist.is_connection_error(error):
+            raise  # no fault of the disk: the worker is replaced and the run goes on
         raise CheckpointError(
             f"step {manifest.step} cannot be written: {error}",
             where=str(partial),

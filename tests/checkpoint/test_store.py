@@ -7,6 +7,7 @@ import os
 import shutil
 
 import pytest
+import torch
 import xxhash
 
 from posttrain_dist.checkpoint import resume, store
@@ -137,6 +138,28 @@ def test_a_file_of_another_size_makes_it_no_checkpoint(tmp_path, size):
     assert store.whole_checkpoints(tmp_path) == [before]
     with pytest.raises(CheckpointError, match="is no whole checkpoint"):
         read_manifest(final)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[/gloo/transport/tcp/pair.cc:537] Read error: reset by peer"
+        ),
+        ConnectionResetError("reset by peer"),
+        torch.distributed.DistBackendError("NCCL error: remote process exited"),
+    ],
+)
+def test_a_rank_that_is_gone_is_no_fault_of_the_disk(tmp_path, error):
+    """A user's error ends the run; this one must reach the launcher, which replaces the worker."""
+
+    def fail(_):
+        raise error
+
+    with pytest.raises(type(error), match=r"reset by peer|remote process"):
+        write(tmp_path, 1, write_state=fail)
+    with pytest.raises(CheckpointError, match="No space left"):
+        write(tmp_path, 1, write_state=lambda _: (_ for _ in ()).throw(OSError("No space left")))
 
 
 def test_a_damaged_newest_is_passed_over_aloud_and_never_exported_around(tmp_path, caplog):
