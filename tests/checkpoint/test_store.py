@@ -143,9 +143,7 @@ def test_a_file_of_another_size_makes_it_no_checkpoint(tmp_path, size):
 @pytest.mark.parametrize(
     "error",
     [
-        RuntimeError(
-            "[/gloo/transport/tcp/pair.cc:537] Read error: reset by peer"
-        ),
+        RuntimeError("[/gloo/transport/tcp/pair.cc:537] Read error: reset by peer"),
         ConnectionResetError("reset by peer"),
         torch.distributed.DistBackendError("NCCL error: remote process exited"),
     ],
