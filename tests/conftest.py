@@ -9,6 +9,7 @@ import random
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,12 +18,16 @@ from pathlib import Path
 import forkserver
 import pytest
 import schedule
+from xdist.remote import Producer
 
 # Two cores: one thread a process keeps several ranks from fighting for them.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 # Ray's workers are started nice 15, and would hardly run beside tests that compute.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  its name in Ray
+# Some images forbid it; here hundreds of processes read the same sources, which are compiled once.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Triton looks at this when it is first imported, by whichever test: its kernels run on the CPU.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -48,10 +53,8 @@ SIZE = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config: pytest.Config) -> None:
-    if getattr(config.option, "numprocesses", None):  # pytest -n 2
-        config.option.dist, config.option.loadscopereorder = "loadgroup", False
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> schedule.Groups:
+    return schedule.Groups(config, log)
 
 
 def pytest_report_header() -> list[str]:
@@ -60,14 +63,9 @@ def pytest_report_header() -> list[str]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not hasattr(config, "workerinput"):
-        return
-    groups = {}
-    for item in items:
-        marks = [mark.name for mark in item.iter_markers()]
-        groups[item] = schedule.group_of(item.path, marks, getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group(groups[item][1]))
-    items.sort(key=lambda item: groups[item][0])
+    if hasattr(config, "workerinput"):
+        place = {file: schedule.group_of(file)[0] for file in {item.path for item in items}}
+        items.sort(key=lambda item: place[item.path])
 
 
 def make_tokenizer(folder: Path) -> None:

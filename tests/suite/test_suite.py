@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -55,14 +56,35 @@ def test_ci_installs_what_is_looked_for() -> None:
 
 
 def test_what_waits_goes_first_and_to_one_process() -> None:
-    ray, layouts = ROOT / "tests/launch/ray/test_a.py", ROOT / "tests/test_layouts.py"
     group_of = schedule.group_of
-    assert group_of(ray, ["ray"], []) == group_of(layouts, ["slurm", "ray"], ["run_workers"])
-    ranks = group_of(layouts, ["parametrize"], ["tmp_path", "run_workers"])
-    assert group_of(ray, [], []) != ranks == group_of(ray, [], ["run_workers"])
-    kernels = group_of(ROOT / "tests/kernels/test_b.py", [], [])
-    assert kernels[1] != group_of(ROOT / "tests/data/test_b.py", [], [])[1]
-    assert group_of(ray, ["ray"], [])[0] < ranks[0] < kernels[0]
+    assert group_of(ROOT / "tests/test_demo.py") == group_of(ROOT / "tests/slurm/test_slurm.py")
+    demo, layouts, kernels = (
+        group_of(ROOT / "tests" / file)
+        for file in ("test_demo.py", "test_layouts.py", "kernels/test_cross_entropy.py")
+    )
+    assert demo[0] < layouts[0] < kernels[0]
+    assert len({demo[1], layouts[1], kernels[1]}) == 3
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_group_stays_in_one_process(processes: int, tmp_path: Path) -> None:
+    """Read from a real run: a wrapper of pytest-xdist that does nothing would not be seen else."""
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path)
+    mark = "@pytest.mark.ray\n"
+    for name, head in {"a": mark, "b": "", "c": mark, "d": ""}.items():
+        (tmp_path / f"test_{name}.py").write_text(
+            f"import os, pathlib, pytest\n{head}@pytest.mark.parametrize('i', range(6))\n"
+            f"def test_it(i):\n    with open({str(tmp_path / 'seen')!r}, 'a') as file:\n"
+            f"        file.write(f'{name} {{os.getpid()}}\\n')\n"
+        )
+    command = [sys.executable, "-m", "pytest", "-q", "-n", str(processes), "-c"]
+    command += [ROOT / "pyproject.toml", f"--rootdir={tmp_path}", tmp_path]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tools'}:{ROOT / 'tests/suite'}"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=120)
+    seen = [line.split() for line in (tmp_path / "seen").read_text().splitlines()]
+    of = {name: {pid for file, pid in seen if file == name} for name in "abcd"}
+    assert len(seen) == 24 and all(len(pids) == 1 for pids in of.values())
+    assert of["a"] == of["c"] and len(set.union(*of.values())) == processes
 
 
 def test_by_default_any_two_values_of_a_grid_meet_and_slow_has_the_rest() -> None:
