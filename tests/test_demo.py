@@ -1,36 +1,67 @@
-"""The demo, shortened: one command, two Ray workers, ZeRO-3, and everything that it promises."""
+"""The demo, shortened: one command, two Ray workers, ZeRO-3, and everything that it promises.
+
+On the way one of its workers is killed: it is replaced, and the numbers are those without Ray.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sysconfig
 from pathlib import Path
 
 import pytest
+from ray_runs import (
+    actors_of,
+    is_worker,
+    losses,
+    processes_of,
+    wait_until,
+    worker_groups_started,
+)
 
 from posttrain_dist.files import read_rows
 
 POSTTRAIN = Path(sysconfig.get_path("scripts")) / "posttrain"
+SHORT = ["train.steps=12", "train.eval_every=6", "train.save_every=3"]
+SHORT += ["eval.generate_rows=2", "eval.samples=3"]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[Path, str]:
+    """(run folder, what was printed) of the demo with a worker killed after its first save."""
+    root = tmp_path_factory.mktemp("demo")
+    command = [str(POSTTRAIN), "train", "+experiment=demo", *SHORT]
+    with (root / "said").open("w") as said, (root / "errors").open("w") as errors:
+        driver = subprocess.Popen(command, cwd=root, stdout=said, stderr=errors)
+    try:
+        saved = "outputs/demo/*/checkpoints/step-*/MANIFEST.json"
+        wait_until(lambda: list(root.glob(saved)) or driver.poll() is not None, 240)
+        workers = [pid for pid in processes_of(root) if is_worker(pid)]
+        if len(workers) == 2:
+            os.kill(max(workers), signal.SIGKILL)
+        code = driver.wait(timeout=240)
+    finally:
+        driver.kill()
+    text = (root / "said").read_text()
+    assert code == 0, text[-3000:] + (root / "errors").read_text()[-3000:]
+    assert len(workers) == 2
+    assert processes_of(root) == []
+    (folder,) = (root / "outputs" / "demo").iterdir()
+    return folder, text
 
 
 @pytest.mark.ray
-def test_one_command_trains_and_tells(tmp_path):
+def test_one_command_trains_and_tells(demo):
     import transformers
 
     from posttrain_dist.data.embedded import CHANNELS, FIXED_CHANNELS
 
-    short = ["train.steps=12", "train.eval_every=6", "eval.generate_rows=2", "eval.samples=3"]
-    done = subprocess.run(
-        [str(POSTTRAIN), "train", "+experiment=demo", *short],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (folder,) = (tmp_path / "outputs" / "demo").iterdir()
+    folder, said = demo
     assert json.loads((folder / "FINISHED").read_text()) == {"reason": "completed", "step": 12}
 
     rows = read_rows(folder / "metrics.jsonl")
@@ -42,14 +73,13 @@ def test_one_command_trains_and_tells(tmp_path):
         assert f"eval_channel_loss/{channel}" in evaluated[0]
 
     # It was ZeRO-3 on two ranks, truly sharded: each rank saved its part of the parameters.
-    (checkpoint,) = (folder / "checkpoints").glob("step-*")
+    *_, checkpoint = sorted((folder / "checkpoints").glob("step-*"))
     manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
     assert manifest["layout"]["engine"] == "zero3" and manifest["layout"]["workers"] == 2
     shards = [name for name in manifest["files"] if name.endswith("optim_states.pt")]
     assert len(shards) == 2
 
     # What is printed last: the tables, three samples, the paths.
-    said = done.stdout
     for channel in CHANNELS:
         assert re.search(rf"^{channel}\s+\d+\.\d+\s+\d+\.\d+", said, re.MULTILINE), channel
     for channel in FIXED_CHANNELS:
@@ -61,3 +91,18 @@ def test_one_command_trains_and_tells(tmp_path):
     assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "export")
     assert model.num_parameters() > 1e6
+
+
+@pytest.mark.ray
+def test_a_killed_worker_is_replaced_and_the_numbers_are_those_without_ray(
+    demo, tmp_path, run_workers
+):
+    folder, _ = demo
+    assert worker_groups_started(folder, size=2) == 2
+    assert actors_of(folder) == {"TrainController", "RayTrainWorker", "SynchronizationActor"}
+    assert json.loads((folder / "logs" / "outcome.json").read_text())["outcome"] == "completed"
+    shutil.copy(folder / "config.yaml", tmp_path)
+    shutil.copytree(folder / "prepared", tmp_path / "prepared")
+    run_workers("train_runs.py", 2, tmp_path)
+    assert losses(folder) == pytest.approx(losses(tmp_path), rel=1e-6)
+    assert len(losses(folder)) == 12

@@ -190,11 +190,3 @@ def test_a_checkpoint_to_start_from_may_be_named_by_its_run(builders, tmp_path):
     for named in (tmp_path / "run", step):
         config.train.resume = str(named)
         assert [problem.where for problem in input_problems(config)] == [str(named)]
-
-
-@pytest.mark.ray
-def test_more_workers_than_there_is_room_for(try_out, tmp_path):
-    said = try_out("cluster=ray", "cluster.workers=999", "engine=zero1")
-    assert "error: cluster.workers: is 999, each with 1 CPUs" in said
-    assert f"there are {os.cpu_count()} CPUs" in said
-    assert "set cluster.workers to at most" in said

@@ -1,0 +1,58 @@
+"""A run that Ray drives, looked at from outside: its processes, its logs, its losses."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from posttrain_dist.files import read_rows
+
+
+def losses(folder: Path) -> list[float]:
+    """Of its steps."""
+    rows = read_rows(folder / "metrics.jsonl")
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Everything that was started for the run: its folder is in the command line or the cwd."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (entry / "cmdline").read_bytes()
+            cwd = str((entry / "cwd").readlink())
+            if str(folder).encode() in command or cwd.startswith(str(folder)):
+                found.append(int(entry.name))
+    return found
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float) -> Any:
+    """What the condition gives as soon as that is true."""
+    end = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return value
+
+
+def worker_groups_started(folder: Path, size: int) -> int:
+    """As Ray Train's controller logged it."""
+    [log] = (folder / "ray" / "logs" / "train").glob("ray-train-sys-controller-*.log")
+    return log.read_text().count(f"Started training worker group of size {size}")
+
+
+def actors_of(folder: Path) -> set[str]:
+    """Kinds of the actors that the run's own Ray had, each a process of its own."""
+    logs = (folder / "ray" / "logs").glob("worker-*.err")
+    lines = [line for log in logs for line in log.read_text().splitlines()]
+    return {line.removeprefix(":actor_name:") for line in lines if line.startswith(":actor_name:")}
+
+
+def is_worker(pid: int) -> bool:
+    """Whether it is a process of Ray Train that trains."""
+    with contextlib.suppress(OSError):
+        return b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
