@@ -155,6 +155,7 @@ def builders():
         rows = staticmethod(make_rows)
         write = staticmethod(write_rows)
         chat = staticmethod(chat)
+        size = SIZE
 
     return Builders
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
+
+import forkserver
 
 from posttrain_dist.files import read_rows
 
@@ -18,7 +18,9 @@ README = (ROOT / "README.md").read_text()
 def test_the_python_example_trains(tmp_path):
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (tmp_path / "example.py").write_text(example)
-    subprocess.run([sys.executable, "example.py"], cwd=tmp_path, check=True, timeout=300)
+    script, output = tmp_path / "example.py", tmp_path / "output"
+    process = forkserver.start(script, output=output, cwd=tmp_path)
+    assert process.wait(300) == 0, output.read_text()
     folder = tmp_path / "outputs" / "from_python"
     rows = read_rows(folder / "metrics.jsonl")
     assert rows[-1]["step"] == 5

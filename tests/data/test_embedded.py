@@ -30,8 +30,8 @@ def rows(split: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def pretraining(library_part: int = 6) -> list[dict[str, str]]:
-    """Every sixth module of the library, or all of it; and a fiftieth of the generated text."""
+def pretraining(library_part: int = 12) -> list[dict[str, str]]:
+    """Every twelfth module of the library, or all of it; and a fiftieth of the generated text."""
     return clean_rows(library_part)
 
 
@@ -188,7 +188,7 @@ def fixed_inputs(text: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("library_part", [6, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("library_part", [12, pytest.param(1, marks=pytest.mark.slow)])
 def test_pretraining_text_holds_no_heldout_row(library_part: int) -> None:
     found = pretraining(library_part)
     names = Counter(row["task_type"] for row in found)

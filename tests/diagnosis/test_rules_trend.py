@@ -91,12 +91,12 @@ def test_stall_says_that_nothing_is_trained() -> None:
 
 def test_a_slow_and_steady_fall_is_no_stall() -> None:
     def stalled(loss: Callable[[int], float], noise: float) -> int:
-        runs = [training(loss, 300, noise=noise, seed=seed) for seed in range(40)]
+        runs = [training(loss, 300, noise=noise, seed=seed) for seed in range(16)]
         return sum(bool(only("stall", diagnose(rows))) for rows in runs)
 
     # 0.2 nats in 300 steps, noise of 0.05 nats: 0.05 nats after 100, less than 5 %.
-    assert stalled(lambda step: 1.5 - 0.2 * step / 300, 0.05 / 1.5) <= 2
-    assert stalled(flat(1.5), 0.05 / 1.5) >= 38
+    assert stalled(lambda step: 1.5 - 0.2 * step / 300, 0.05 / 1.5) <= 1
+    assert stalled(flat(1.5), 0.05 / 1.5) >= 15
     (alarm,) = diagnose(training(lambda step: 1.5 - 1e-5 * step, 200, noise=0.02))
     assert "and is 1.5" in alarm.message
     assert "come no lower" not in alarm.message  # a median is no lowest value

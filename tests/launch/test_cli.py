@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forkserver
 import pytest
 from posttrain_launch.cli import VERBS, main
 
@@ -92,8 +93,9 @@ def test_a_run_from_command_to_report(words, tmp_path, capsys):
 
 
 def test_ctrl_c_saves_and_run_goes_on(words, tmp_path):
-    command = [sys.executable, "-m", "posttrain_launch.cli", "train", *words, "train.steps=2000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command, output = tmp_path / "command.py", tmp_path / "output"
+    command.write_text("import sys\nfrom posttrain_launch.cli import main\nsys.exit(main())\n")
+    process = forkserver.start(command, "train", *words, "train.steps=2000", output=output)
     try:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
@@ -101,13 +103,12 @@ def test_ctrl_c_saves_and_run_goes_on(words, tmp_path):
             if found and found[0].read_text().count("\n") > 3:
                 break
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=120)
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(120) == 130
     finally:
         process.kill()
-    assert process.returncode == 130
     folder = run_folder(tmp_path)
-    assert f"posttrain run {folder}" in output
+    assert f"posttrain run {folder}" in output.read_text()
     assert not (folder / "FINISHED").exists()
     stopped = json.loads((folder / "logs" / "outcome.json").read_text())
     assert stopped["outcome"] == "stopped"

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from posttrain_dist.errors import ModelError
@@ -19,10 +20,17 @@ def test_no_rank_holds_the_whole_model_in_private_memory(tmp_path, builders, run
     # Matrices above 32 MiB, as real models have: glibc keeps smaller freed pieces to itself.
     # At its peak a rank holds its half, and three matrices on their way.
     size = {"hidden_size": 1024, "intermediate_size": 8448, "num_hidden_layers": 6, "head_dim": 64}
-    folder = builders.model(tmp_path / "model", **size)
-    whole = sum(t.nbytes for t in load_file(folder / "model.safetensors").values())
+    config = transformers.LlamaConfig(**builders.size | size, vocab_size=300)
+    with torch.device("meta"):
+        shapes = transformers.LlamaForCausalLM(config).state_dict()
+    folder = tmp_path / "model"
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    weights = {name: torch.zeros(t.shape) for name, t in shapes.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    whole = sum(weight.nbytes for weight in weights.values())
     assert whole > 350e6
-    for output in run_workers("load_sharded.py", 2, folder, fresh=True):
+    for output in run_workers("load_sharded.py", 2, folder):
         seen = json.loads(re.search(r"MEMORY (.*)", output).group(1))
         assert seen["held"] == pytest.approx(whole / 2, rel=0.01)
         assert seen["peak"] < 0.8 * whole, (seen, whole)

@@ -141,35 +141,35 @@ def test_a_changed_version_of_what_is_written_makes_another_entry(
 
 
 def test_a_comment_in_the_code_changes_no_key(builders: Any, tmp_path: Path) -> None:
-    """Two copies of the program that differ in a comment share the entries of the cache."""
+    """A copy of the program that differs in a comment shares the entries of the cache."""
     rows = of_task(builders, tmp_path / "rows.jsonl", "t", 20)
-    script = textwrap.dedent(f"""
-        from posttrain_dist.config import *
+    data = DataConfig(train=str(rows), cache=str(tmp_path / "c"))
+    config = complete(RunConfig(model=ModelConfig(path="tiny_base"), data=data))
+    script = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from posttrain_dist.config import RunConfig
         from posttrain_dist.prepare import fingerprint
-        data = DataConfig(train={str(rows)!r}, cache={str(tmp_path / "c")!r})
-        config = complete(RunConfig(model=ModelConfig(path="tiny_base"), data=data))
-        print(fingerprint.fingerprint(config, only_heldout=False).key)
-        print(fingerprint.__file__)
+        config = RunConfig.from_yaml(Path(sys.argv[1]).read_text())
+        print(fingerprint.fingerprint(config, only_heldout=False).key, fingerprint.__file__)
     """)
-    keys = []
-    for name, comment in (("one", ""), ("two", "# a comment\n")):
-        package = tmp_path / name / "posttrain_dist"
-        shutil.copytree(Path(posttrain_dist.__file__).parent, package)
-        for file in ("data/chat/encoder.py", "prepare/split.py"):
-            with (package / file).open("a") as stream:
-                stream.write(comment)
-        found = subprocess.run(
-            [sys.executable, "-c", script],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(package.parent)},
-            cwd=tmp_path,
-        )
-        assert found.returncode == 0, found.stderr
-        key, file = found.stdout.split()
-        assert file == str(package / "prepare" / "fingerprint.py")
-        keys.append(key)
-    assert keys[0] == keys[1]
+    package = tmp_path / "copy" / "posttrain_dist"
+    shutil.copytree(Path(posttrain_dist.__file__).parent, package)
+    for file in ("data/chat/encoder.py", "prepare/split.py"):
+        with (package / file).open("a") as stream:
+            stream.write("# a comment\n")
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    found = subprocess.run(
+        [sys.executable, "-c", script, "config.yaml"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(package.parent)},
+        cwd=tmp_path,
+    )
+    assert found.returncode == 0, found.stderr
+    key, file = found.stdout.split()
+    assert file == str(package / "prepare" / "fingerprint.py")
+    assert key == fingerprint.fingerprint(config, only_heldout=False).key
 
 
 # --------------------------------------------------------------------------- lost, left, old

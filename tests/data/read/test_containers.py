@@ -307,7 +307,7 @@ SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("array", "gz")]
 def write_large(kind: str, folder: Path) -> tuple[Path | str, int]:
     """(path, number of rows)."""
     line = json.dumps({"text": "a colon: and \\u00e9 " * 50}).encode()
-    count = 300_000_000 // len(line)
+    count = 150_000_000 // len(line)
     path = folder / "a.jsonl"
     if kind == "lines":
         path.write_bytes((line + b"\n") * count)
