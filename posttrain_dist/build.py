@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from posttrain_kernels import linear_cross_entropy, linear_logprob, multiplies_fast
+from posttrain_kernels import (
+    linear_cross_entropy,
+    linear_logprob,
+    multiplies_fast,
+    product_speedup,
+)
 
 from posttrain_dist import dist
 from posttrain_dist.checkpoint.manifest import Layout, Manifest, Recipe
@@ -24,6 +30,7 @@ from posttrain_dist.diagnosis.facts import ModelFacts
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import DeepSpeed, Single
 from posttrain_dist.engine.base import TrainEngine
+from posttrain_dist.files import read_object, write_atomic
 from posttrain_dist.flow import Batch
 from posttrain_dist.models import Weights
 from posttrain_dist.models.folder import check_folder, resolve
@@ -32,6 +39,10 @@ from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
 from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.objectives.base import TokenLoss
+
+_log = logging.getLogger(__name__)
+# Below this ratio a measurement of products decides nothing: the machine may be busy.
+_CLEARLY = 1.2
 
 # ------------------------------------------------------------------------------------- data
 
@@ -79,16 +90,47 @@ def make_probe(examples: Examples) -> Batch:
 # -------------------------------------------------------------------------- engine and model
 
 
-def pick_dtype(choice: Dtype) -> torch.dtype:
-    """`auto`: bfloat16 on GPUs that have it and on CPUs with AMX, else float32.
+def pick_dtype(choice: Dtype, config: RunConfig | None = None) -> torch.dtype:
+    """`auto`: bfloat16 where the hardware multiplies it fast, else float32.
 
-    Without AMX a CPU multiplies bfloat16 many times slower than float32.
+    GPUs say so; of a CPU the instructions are asked for, and with a config, products are timed at
+    the shape of its model's MLP: a dtype that is faster by more than a fifth is taken.
     """
     if choice is not Dtype.auto:
         return torch.bfloat16 if choice is Dtype.bfloat16 else torch.float32
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if multiplies_fast(torch.bfloat16) else torch.float32
+    speedup = 1.0
+    if config is not None:
+        shape = ModelShape.of(check_folder(resolve(config.model.path), need_weights=False))
+        speedup = product_speedup(
+            torch.bfloat16,
+            shape.hidden_size,
+            shape.intermediate_size,
+            rows=config.data.max_length,
+        )
+        _log.info("products in bfloat16 run at %.3g times the speed of float32", speedup)
+    if 1 / _CLEARLY <= speedup <= _CLEARLY:
+        return torch.bfloat16 if multiplies_fast(torch.bfloat16) else torch.float32
+    return torch.bfloat16 if speedup > 1 else torch.float32
+
+
+def frozen_dtype(config: RunConfig, run_folder: Path) -> torch.dtype:
+    """The dtype of a run, chosen once: a run that goes on, also elsewhere, keeps its own.
+
+    Rank 0 chooses, on a machine that trains: the one that types the command may be another.
+    """
+    file = run_folder / "logs" / "dtype.json"
+
+    def choose() -> str:
+        kept = read_object(file).get("dtype")
+        if config.train.dtype is Dtype.auto and kept in (Dtype.bfloat16.name, Dtype.float32.name):
+            return str(kept)
+        name = str(pick_dtype(config.train.dtype, config)).removeprefix("torch.")
+        write_atomic(file, json.dumps({"dtype": name}))
+        return name
+
+    return torch.bfloat16 if dist.from_main(choose) == Dtype.bfloat16.name else torch.float32
 
 
 def make_engine(config: RunConfig, process: Process, dtype: torch.dtype) -> TrainEngine:

@@ -14,12 +14,12 @@ import torch
 from posttrain_dist import dist
 from posttrain_dist.build import (
     build_policy,
+    frozen_dtype,
     make_engine,
     make_probe,
     make_source,
     model_facts,
     open_prepared,
-    pick_dtype,
     run_manifest,
 )
 from posttrain_dist.checkpoint import resume, store
@@ -59,7 +59,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
     with log_to_file(run_folder / "logs" / f"rank-{process.rank}.log"):
         # Data, model and engine.
         data = open_prepared(run_folder / "prepared")
-        dtype = pick_dtype(config.train.dtype)
+        dtype = frozen_dtype(config, run_folder)
         engine = make_engine(config, process, dtype)
         policy = build_policy(config, engine, dtype, data.channels)
         source = make_source(config, data.train, process)

@@ -23,7 +23,7 @@ from posttrain_kernels.losses.cross_entropy import cross_entropy
 from posttrain_kernels.losses.linear_cross_entropy import linear_cross_entropy
 from posttrain_kernels.losses.linear_logprob import LogProb, linear_logprob
 from posttrain_kernels.losses.results import HeadLoss
-from posttrain_kernels.passes.matmuls import multiplies_fast
+from posttrain_kernels.passes.matmuls import multiplies_fast, product_speedup
 from posttrain_kernels.passes.vocab_shard import VocabShard
 
 __all__ = [
@@ -34,4 +34,5 @@ __all__ = [
     "linear_cross_entropy",
     "linear_logprob",
     "multiplies_fast",
+    "product_speedup",
 ]

@@ -11,6 +11,7 @@ float32 block by block, so that no float32 copy of it exists.
 
 from __future__ import annotations
 
+import time
 from functools import cache
 from pathlib import Path
 
@@ -22,12 +23,61 @@ from posttrain_kernels.passes.targets import statistics_dtype
 BLOCK_ELEMENTS = 1 << 21
 
 
+# What /proc/cpuinfo calls the instructions for products of a dtype: of AMX, AVX-512 and Arm.
+_FLAGS = {
+    torch.bfloat16: {"amx_bf16", "avx512_bf16", "bf16"},
+    torch.float16: {"amx_fp16", "avx512_fp16"},
+}
+
+_TIMED_PRODUCTS = 1 << 28  # multiplications of one timed product: some milliseconds
+
+
 @cache
 def multiplies_fast(dtype: torch.dtype) -> bool:
-    """Whether this machine's CPU has instructions for products of `dtype`: for 16 bits, AMX."""
-    flag = {torch.bfloat16: " amx_bf16", torch.float16: " amx_fp16"}.get(dtype)
-    cpuinfo = Path("/proc/cpuinfo")
-    return flag is None or (cpuinfo.is_file() and flag in cpuinfo.read_text())
+    """Whether this machine's CPU has instructions for products of `dtype`."""
+    if dtype not in _FLAGS:
+        return True
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return not _FLAGS[dtype].isdisjoint(flags.partition(":")[2].split())
+
+
+def product_speedup(
+    dtype: torch.dtype, width_in: int, width_out: int, rows: int = 1024, budget_s: float = 0.05
+) -> float:
+    """How many times as fast as in float32 this CPU multiplies in `dtype`, at one shape.
+
+    The products take turns, for about `budget_s` in all, with as few rows as that needs. A CPU
+    without the instructions can be hundreds of times slower: a tiny product then says enough.
+    """
+    affordable = int(_TIMED_PRODUCTS / (width_in * width_out))
+    found = _speedup(dtype, 16, 256, 256, budget_s / 5)
+    if found > 0.25:
+        found = _speedup(dtype, max(16, min(rows, affordable)), width_in, width_out, budget_s)
+    return found
+
+
+def _speedup(
+    dtype: torch.dtype, rows: int, width_in: int, width_out: int, budget_s: float
+) -> float:
+    left_RI, right_IO = torch.ones(rows, width_in), torch.ones(width_in, width_out)
+    pairs = [(left_RI, right_IO), (left_RI.to(dtype), right_IO.to(dtype))]
+    for left, right in pairs:  # the first product of a shape also prepares it
+        torch.mm(left, right)
+    best = [_seconds(*pair) for pair in pairs]
+    end = time.perf_counter() + budget_s - sum(best)
+    while time.perf_counter() < end:
+        best = [min(b, _seconds(*pair)) for b, pair in zip(best, pairs, strict=True)]
+    return best[0] / best[1]
+
+
+def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
+    start = time.perf_counter()
+    torch.mm(left, right)
+    return time.perf_counter() - start
 
 
 def make_matmuls(
