@@ -14,6 +14,7 @@ benchmarks/results/step.jsonl.
     --tune           the settings of TRL that were tried, few steps each; the best is TUNED
     --channels       ours with and without the metrics of 8 channels
     --profile        where the time of our own step goes
+    --floor          ours beside its matrix products alone, in each dtype that is fast here
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ from typing import Any
 import rows
 import step_arms
 import step_data
+import torch
 from step_data import TINY, Sizes
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets")
 TUNED = "TRL 1 x 8, compiled"  # the best of --tune on two AVX2 cores, mixed and uniform
-PARTS = ("as_it_is", "tune", "channels", "profile")  # what a command measures; else "step"
+PARTS = ("as_it_is", "tune", "channels", "profile", "floor")  # what a command measures; else "step"
 
 
 def parse() -> argparse.Namespace:
@@ -68,6 +70,11 @@ def default_arms(arguments: argparse.Namespace) -> list[str]:
         return ["ours", "ours, no channels", "ours again"]
     if arguments.as_it_is:
         return ["ours", "TRL default"]
+    if arguments.floor:
+        from posttrain_kernels import multiplies_fast
+
+        dtypes = [d for d in step_arms.FLOOR_DTYPES if multiplies_fast(getattr(torch, d))]
+        return [f"{arm}, {dtype}" for dtype in dtypes for arm in ("ours", "products")]
     return ["reference", "ours", "ours, compiled", "TRL default, float32", "TRL 1 x 8", TUNED]
 
 
@@ -170,6 +177,10 @@ def row_of(
     row["peak_bytes"] = int(child.steps[-1]["peak_bytes"])
     row["losses"] = [s["loss"] for s in child.steps]
     row["norms"] = [s["norm"] for s in child.steps]
+    floor = children.get(child.arm.replace("ours", "products"))
+    if floor is not None and floor is not child and not floor.failed:
+        pairs = zip(floor.steps[first:], child.steps[first:], strict=False)
+        row["share_of_floor"] = statistics.median(p["seconds"] / s["seconds"] for p, s in pairs)
     truth, own = children.get("reference"), children.get("ours")
     if truth is not None and not truth.failed:
         for name, key in (("loss", "losses"), ("norm", "norms")):
@@ -197,6 +208,7 @@ def show(table: list[dict[str, Any]]) -> None:
             f"{row['peak_bytes'] / 2**20:7.0f} MiB  ours {row.get('ours_times_faster', 0):6.2f} x"
             f"  loss error {row.get('loss_error', 0):.1e}"
             f"  norm error {row.get('norm_error', 0):.1e}"
+            f"  of the products' speed {row.get('share_of_floor', 0):.2f}"
         )
 
 

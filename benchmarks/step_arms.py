@@ -17,11 +17,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import rows
 import step_data
+import step_floor
 import torch
 from step_data import IGNORED, Sample, Sizes
 
@@ -29,6 +31,7 @@ from posttrain_dist.flow import Loss
 from posttrain_dist.objectives.sft import Sft
 
 BETAS, CLIP = (0.9, 0.95), 1.0
+FLOOR_DTYPES = ("float32", "bfloat16")
 
 
 class NoSync:
@@ -78,45 +81,6 @@ class Lockstep(NoSync):
         self._since, self._cpu_since = time.perf_counter(), time.process_time()
 
 
-KINDS = {
-    "matrix products": ("mm", "addmm", "bmm", "baddbmm", "mkldnn", "linear"),
-    "attention": ("attention", "sdpa"),
-    "optimizer and clipping": ("adam", "foreach", "linalg_vector_norm"),
-    "copies and fills": ("copy_", "cat", "index", "fill_", "zero_", "gather", "embedding"),
-}
-
-
-class Profile(NoSync):
-    """Profiles the steps after the second, and prints where their time went."""
-
-    def __init__(self, out: TextIO) -> None:
-        self._out, self._steps, self._since = out, 0, 0.0
-        self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-
-    def done(self, loss: float, norm: float) -> None:
-        self._steps += 1
-        if self._steps == 2:
-            self._profiler.start()
-            self._since = time.perf_counter()
-
-    def print_shares(self) -> None:
-        """Print seconds a step by kind of operation; what no operation took is Python's."""
-        seconds = time.perf_counter() - self._since
-        self._profiler.stop()
-        found = dict.fromkeys([*KINDS, "other operations"], 0.0)
-        for event in self._profiler.key_averages():
-            name = event.key.lower()
-            kind = next((k for k, words in KINDS.items() if any(w in name for w in words)), None)
-            found[kind or "other operations"] += event.self_cpu_time_total / 1e6
-        found["between operations"] = seconds - sum(found.values())
-        steps = self._steps - 2
-        line = [
-            {"arm": kind, "p50_s": own / steps, "share": own / seconds}
-            for kind, own in found.items()
-        ]
-        print(json.dumps({"profile": line}), file=self._out, flush=True)
-
-
 # ------------------------------------------------------------------------------- ours
 
 
@@ -155,10 +119,12 @@ class GivenSteps:
         return [collate([examples[int(i)] for i in plan[p]]) for p in range(len(plan))]
 
 
-def ours(folder: Path, sync: NoSync, channels: bool = True, compiled: bool = False) -> None:
+def ours(
+    folder: Path, sync: NoSync, channels: bool = True, compiled: bool = False, dtype: str = "auto"
+) -> None:
     """posttrain_dist as `posttrain train engine=single` puts it together (train.py)."""
     from posttrain_dist.build import make_engine, pick_dtype
-    from posttrain_dist.config import ModelConfig, RunConfig, complete
+    from posttrain_dist.config import Dtype, ModelConfig, RunConfig, complete
     from posttrain_dist.dist import Process
     from posttrain_dist.engine import AdamW, Single
     from posttrain_dist.loop import fit
@@ -178,9 +144,9 @@ def ours(folder: Path, sync: NoSync, channels: bool = True, compiled: bool = Fal
         steps = [[replace(s, channel=0) for s in step] for step in steps]
     source = GivenSteps(steps, sizes.pack_tokens)
     names = [f"task{i}" for i in range(sizes.channels)] if channels else ["all"]
-    dtype = pick_dtype(config.train.dtype)
-    engine = make_engine(config, Process(), dtype)
-    attach(config, engine, dtype, names, sizes)
+    chosen = pick_dtype(Dtype[dtype])
+    engine = make_engine(config, Process(), chosen)
+    attach(config, engine, chosen, names, sizes)
     objective: Any = Sft() if channels else WithoutChannels()
     watched = special_tokens(load_tokenizer(folder / "model"))
     meter = TokenMeter(names, watched, objective, engine.device)
@@ -371,6 +337,7 @@ def trl(folder: Path, sync: NoSync, changes: dict[str, Any]) -> None:
 def names() -> Iterator[str]:
     """Every arm."""
     yield from ("reference", "ours", "ours again", "ours, no channels", "ours, compiled", *TRL)
+    yield from (f"{arm}, {dtype}" for dtype in FLOOR_DTYPES for arm in ("ours", "products"))
 
 
 def train(folder: Path, arm: str, sync: NoSync) -> None:
@@ -378,8 +345,13 @@ def train(folder: Path, arm: str, sync: NoSync) -> None:
     torch.manual_seed(0)
     if arm == "reference":
         reference(folder, sync)
+    elif arm.startswith("products"):
+        packs = partial(GivenSteps, pack_tokens=step_data.read_sizes(folder).pack_tokens)
+        step_floor.products(folder, sync, packs, getattr(torch, arm.partition(", ")[2]))
     elif arm.startswith("ours"):
-        ours(folder, sync, not arm.endswith("no channels"), arm.endswith("compiled"))
+        end = arm.partition(", ")[2]
+        dtype = end if end in FLOOR_DTYPES else "auto"
+        ours(folder, sync, end != "no channels", end == "compiled", dtype)
     else:
         trl(folder, sync, {**TRL, **TRL_GPU}[arm])
 
@@ -389,7 +361,7 @@ def main() -> None:
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not for the parent
     train(folder / "tiny", arm, NoSync())
     if "--profile" in sys.argv:
-        profile = Profile(out)
+        profile = step_floor.Profile(out)
         train(folder, arm, profile)
         profile.print_shares()
         return

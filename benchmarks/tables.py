@@ -16,13 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cells import Cell, Row, error, number, span, text, texts
+
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = RESULTS.parents[1] / "docs" / "performance.md"
 MARKS = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-
-NONE = "-"  # where a row does not say
-Row = Mapping[str, Any]
-Cell = Callable[[Row], str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,45 +99,6 @@ class Goals:
         return "\n".join(table_lines(["", "goal", "measured", "met"], cells)) + "\n"
 
 
-# ------------------------------------------------------------------------------ cells
-
-
-def text(key: str) -> Cell:
-    """A field as it is."""
-    return lambda row: str(row.get(key, NONE))
-
-
-def texts(**keys: str) -> dict[str, Cell]:
-    """Columns of fields as they are, by their headings."""
-    return {heading: text(key) for heading, key in keys.items()}
-
-
-def number(key: str, digits: int = 2, scale: float = 1.0, unit: str = "") -> Cell:
-    """A number times `scale`, or a dash where the row has none."""
-
-    def cell(row: Row) -> str:
-        value = row.get(key)
-        return NONE if value is None else f"{value * scale:,.{digits}f}{unit}"
-
-    return cell
-
-
-def span(low: str, high: str, digits: int = 2, scale: float = 1.0) -> Cell:
-    """Two numbers: `low to high`."""
-    a, b = number(low, digits, scale), number(high, digits, scale)
-    return lambda row: NONE if row.get(low) is None else f"{a(row)} to {b(row)}"
-
-
-def error(*keys: str) -> Cell:
-    """The largest of some relative errors."""
-
-    def cell(row: Row) -> str:
-        found = [row[key] for key in keys if row.get(key) is not None]
-        return f"{max(found):.0e}" if found else NONE
-
-    return cell
-
-
 # ---------------------------------------------------------------------------- making
 
 
@@ -215,6 +174,8 @@ STEP: dict[str, Cell] = {
     "loss error": error("loss_error"),
     "gradient norm error": error("norm_error"),
 }
+FLOOR = {name: STEP[name] for name in ("arm", "s a step", "p20 to p80", "real tokens/s")}
+FLOOR["of the products' speed"] = number("share_of_floor", 0, 100, " %")
 PROFILE: dict[str, Cell] = {
     "kind": text("arm"),
     "s a step": number("p50_s", 3),
@@ -303,6 +264,10 @@ def step_goals() -> Iterator[Goal]:
             if kind == "mixed":
                 what = f"step, {kind}: memory, ours over TRL {trl}"
                 yield Goal(what, "at most", 0.33, "step", "ours_share_of_memory", where)
+    for dtype, limit in (("float32", 0.75), ("bfloat16", 0.60)):
+        where = {"part": "floor", "kind": "mixed", "arm": f"ours, {dtype}"}
+        what = f"step, mixed, {dtype}: share of the speed of its products alone"
+        yield Goal(what, "at least", limit, "step", "share_of_floor", where)
     what = "step, mixed: cost of the metrics of 8 channels, %"
     where = {"part": "channels", "arm": "ours, no channels"}
     yield Goal(what, "at most", 1.0, "step", channel_cost, where)
@@ -380,6 +345,7 @@ TABLES: dict[str, Table | Goals] = {
     "step-tuning": step("mixed", "tune"),
     "step-tuning-uniform": step("uniform", "tune"),
     "step-channels": step("mixed", "channels"),
+    "step-floor": Table(source="step", columns=FLOOR, where={"part": "floor", "kind": "mixed"}),
     "step-profile": Table(source="step", columns=PROFILE, where={"part": "profile"}),
     "launch": Table(source="launch", columns=LAUNCH),
     "deepspeed-overhead": Table(

@@ -61,6 +61,30 @@ def test_an_arm_trains_as_the_plain_loop_does(tmp_path, arm):
     assert min(truth.norms) > 0
 
 
+def test_the_floor_makes_every_product_of_a_weight_and_no_other(tmp_path):
+    """The head and the last layer's MLP meet supervised rows, all other matrices every token."""
+    import step_arms
+    import step_data
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import LlamaForCausalLM
+
+    sizes = step_data.TINY
+    step_data.write(tmp_path, sizes, "mixed", 2)
+    seen = Seen()
+    with FlopCounterMode(display=False) as counter:
+        step_arms.train(tmp_path, "products, float32", seen)
+    assert len(seen.losses) == 2
+    steps = step_data.read(tmp_path)
+    tokens = sum(len(s.input_ids) for step in steps for s in step)
+    supervised = sum(x != -100 for step in steps for s in step for x in s.labels[1:])
+    expected, last = 0, f"layers.{sizes.layers - 1}.mlp"
+    for name, weight in LlamaForCausalLM(step_data.llama_config(sizes)).named_parameters():
+        if weight.ndim == 2 and "embed" not in name:
+            rows = supervised if last in name or "lm_head" in name else tokens
+            expected += 3 * 2 * weight.numel() * rows
+    assert counter.get_total_flops() == expected
+
+
 class Seen:
     """Takes what an arm says."""
 
