@@ -75,7 +75,7 @@ def products(
     sync.ready()
     for k in range(1, len(steps) + 1):
         for batch in source.step(k):
-            supervised = int((batch.labels_N != step_data.IGNORED).sum())
+            supervised = int((batch.weight_N > 0).sum())
             for weight_OI, gradient_OI, is_selected in weights:
                 rows = supervised if is_selected else batch.num_tokens
                 _multiply(weight_OI, gradient_OI, rows)
