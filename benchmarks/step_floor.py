@@ -98,7 +98,7 @@ def _multiply(weight_OI: torch.Tensor, gradient_OI: torch.Tensor, rows: int) -> 
         input_RI = weight_OI.new_ones(count, weight_OI.shape[1])
         output_RO = torch.mm(input_RI, weight_OI.t())
         torch.mm(output_RO, weight_OI)
-        gradient_OI.addmm_(output_RO.t(), input_RI, beta=0)
+        torch.mm(output_RO.t(), input_RI, out=gradient_OI)
 
 
 _ROWS = 1024
