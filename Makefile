@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 3
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test lint install clean

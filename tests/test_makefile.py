@@ -27,7 +27,7 @@ def test_a_second_call_installs_nothing(tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
         os.utime(tmp_path / name, (1000, 1000))
-    demo, test = ".venv/bin/posttrain train +experiment=demo", ".venv/bin/python -m pytest -n 2"
+    demo, test = ".venv/bin/posttrain train +experiment=demo", ".venv/bin/python -m pytest -n 3"
     first = plan(tmp_path, "demo")
     assert first[-1] == demo
     assert any("pip install" in line and "constraints.txt" in line for line in first)

@@ -66,8 +66,7 @@ def test_what_waits_goes_first_and_to_one_process() -> None:
     assert len({demo[1], layouts[1], kernels[1]}) == 3
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_a_group_stays_in_one_process(processes: int, tmp_path: Path) -> None:
+def test_a_group_stays_in_one_process(tmp_path: Path) -> None:
     """Read from a real run: a wrapper of pytest-xdist that does nothing would not be seen else."""
     shutil.copy(ROOT / "tests/conftest.py", tmp_path)
     mark = "@pytest.mark.ray\n"
@@ -77,14 +76,14 @@ def test_a_group_stays_in_one_process(processes: int, tmp_path: Path) -> None:
             f"def test_it(i):\n    with open({str(tmp_path / 'seen')!r}, 'a') as file:\n"
             f"        file.write(f'{name} {{os.getpid()}}\\n')\n"
         )
-    command = [sys.executable, "-m", "pytest", "-q", "-n", str(processes), "-c"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "3", "-c"]
     command += [ROOT / "pyproject.toml", f"--rootdir={tmp_path}", tmp_path]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tools'}:{ROOT / 'tests/suite'}"}
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=120)
     seen = [line.split() for line in (tmp_path / "seen").read_text().splitlines()]
     of = {name: {pid for file, pid in seen if file == name} for name in "abcd"}
     assert len(seen) == 24 and all(len(pids) == 1 for pids in of.values())
-    assert of["a"] == of["c"] and len(set.union(*of.values())) == processes
+    assert of["a"] == of["c"] and len(set.union(*of.values())) == 3
 
 
 def test_by_default_any_two_values_of_a_grid_meet_and_slow_has_the_rest() -> None:
