@@ -51,7 +51,7 @@ def write_hf_folder(
     if main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    config = json.loads((source / "config.json").read_text())
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     writer = _ShardWriter(partial, shard_bytes)
     for name, tensor in tensors:
         if main and not (config.get("tie_word_embeddings") and name == "lm_head.weight"):
@@ -119,7 +119,9 @@ class _ShardWriter:
         if len(self._shards) > 1:
             total = sum(sum(shard.values()) for shard in self._shards)
             body = {"metadata": {"total_size": total}, "weight_map": index}
-            (self._folder / "model.safetensors.index.json").write_text(json.dumps(body, indent=1))
+            (self._folder / "model.safetensors.index.json").write_text(
+                json.dumps(body, indent=1), encoding="utf-8"
+            )
 
 
 def _umask() -> int:
@@ -131,16 +133,16 @@ def _umask() -> int:
 def _write_config(config: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
     config = {k: v for k, v in config.items() if k != "torch_dtype"}
     config["dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _write_generation_config(source: Path, folder: Path, end_token_id: int | None) -> None:
     path = source / "generation_config.json"
-    values: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     old = values.get("eos_token_id")
     ends = [] if old is None else old if isinstance(old, list) else [old]
     if end_token_id is not None and end_token_id not in ends:
         ends = [end_token_id, *ends]
     if ends:
         values["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    (folder / "generation_config.json").write_text(json.dumps(values, indent=2))
+    (folder / "generation_config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")

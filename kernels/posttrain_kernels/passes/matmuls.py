@@ -27,7 +27,7 @@ def multiplies_fast(dtype: torch.dtype) -> bool:
     """Whether this machine's CPU has instructions for products of `dtype`: for 16 bits, AMX."""
     flag = {torch.bfloat16: " amx_bf16", torch.float16: " amx_fp16"}.get(dtype)
     cpuinfo = Path("/proc/cpuinfo")
-    return flag is None or (cpuinfo.is_file() and flag in cpuinfo.read_text())
+    return flag is None or (cpuinfo.is_file() and flag in cpuinfo.read_text(encoding="utf-8"))
 
 
 def make_matmuls(
