@@ -55,6 +55,13 @@ class ClusterError(PosttrainError):
     """Processes, devices or nodes are not there; `where` is the key or address."""
 
 
+def reason(error: BaseException) -> str:
+    """What went wrong, as the end of a sentence: `no space left on device`."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error) or type(error).__name__
+
+
 def unwritable(path: Path | str, error: OSError) -> PosttrainError:
     """A file or folder that the machine refuses to write."""
     fixes = {
@@ -65,7 +72,7 @@ def unwritable(path: Path | str, error: OSError) -> PosttrainError:
     }
     otherwise = "make the file and its folder writable (chmod; chattr -i), on a disk that works"
     return PosttrainError(
-        f"cannot be written: {(error.strerror or str(error)).lower()}",
+        f"cannot be written: {reason(error)}",
         where=str(path),
         fix=f"{fixes.get(error.errno or 0, otherwise)}; started again, a run goes on from its "
         "newest checkpoint",

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from posttrain_dist import dist
-from posttrain_dist.errors import CheckpointError
+from posttrain_dist.errors import CheckpointError, reason
 from posttrain_dist.files import commit_folder, partial_of
 
 SHARD_BYTES = 4 << 30
@@ -44,7 +45,7 @@ def write_hf_folder(
         end_token_id: the token that ends an assistant turn; generation stops at it.
 
     Raises:
-        CheckpointError: a weight is not finite, or all weights are zero.
+        CheckpointError: a weight is not finite, all weights are zero, or the disk refused.
     """
     partial = partial_of(target)
     main = dist.rank() == 0
@@ -55,17 +56,36 @@ def write_hf_folder(
     writer = _ShardWriter(partial, shard_bytes)
     for name, tensor in tensors:
         if main and not (config.get("tie_word_embeddings") and name == "lm_head.weight"):
-            writer.add(name, tensor, dtype)
+            with _disk_errors(partial, target):
+                writer.add(name, tensor, dtype)
     if main:
-        writer.finish()
-        _write_config(config, partial, dtype)
-        for pattern in COPIED:
-            for path in source.glob(pattern):
-                shutil.copyfile(path, partial / path.name)
-        _write_generation_config(source, partial, end_token_id)
-        commit_folder(partial, target, replace=True)
+        with _disk_errors(partial, target):
+            writer.finish()
+            _write_config(config, partial, dtype)
+            for pattern in COPIED:
+                for path in source.glob(pattern):
+                    shutil.copyfile(path, partial / path.name)
+            _write_generation_config(source, partial, end_token_id)
+            commit_folder(partial, target, replace=True)
     dist.barrier()
     return target
+
+
+@contextlib.contextmanager
+def _disk_errors(partial: Path, target: Path) -> Iterator[None]:
+    """Turn what a disk refuses into an error for the user; the part written gives its room back."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"the model cannot be written: {reason(error)}",
+            where=str(target),
+            fix="free space on that disk; the checkpoints are as they were: `posttrain export "
+            "<run folder>` writes the newest one, to another disk too",
+        ) from error
 
 
 class _ShardWriter:

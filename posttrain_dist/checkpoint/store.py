@@ -14,7 +14,7 @@ from pathlib import Path
 
 from posttrain_dist import dist
 from posttrain_dist.checkpoint.manifest import MANIFEST, Manifest, is_whole, read_manifest
-from posttrain_dist.errors import CheckpointError
+from posttrain_dist.errors import CheckpointError, reason
 from posttrain_dist.files import FileDigest, commit_folder, digest_of, partial_of, write_atomic
 
 STATE = "state"  # folder of the engine's files inside a checkpoint
@@ -68,7 +68,7 @@ def save(
         if dist.is_connection_error(error):
             raise  # no fault of the disk: the worker is replaced and the run goes on
         raise CheckpointError(
-            f"step {manifest.step} cannot be written: {error}",
+            f"step {manifest.step} cannot be written: {reason(error)}",
             where=str(partial),
             fix="free space or set output_root to another disk; `posttrain run` goes on from the "
             "last whole checkpoint",

@@ -235,7 +235,7 @@ class LineFile:
       before the next line, or when the file is closed.
     - A file that was removed or replaced meanwhile is written again, from the one still open.
     - What is refused to the end goes to `<name>.unwritten` beside the file, where the disk takes
-      it; `saved_bytes` finds it there.
+      it; `saved_bytes` finds it there, and a later LineFile that begins with that keeps it.
 
     Args:
         path: of the file, which is written anew with `lines`, given without their line ends.
@@ -276,7 +276,8 @@ class LineFile:
             self._write()
         except OSError:
             with contextlib.suppress(OSError):
-                _unwritten_of(self.path).write_bytes(self._pending)
+                lost = b"" if self._is_there() else self._content()
+                _unwritten_of(self.path).write_bytes(lost + self._pending)
             raise
         finally:
             os.close(self._file)
@@ -292,17 +293,25 @@ class LineFile:
 
     def _restore(self) -> None:
         """If the path does not name the open file any more, write that one's content there."""
+        if self._is_there():
+            return
+        write_atomic(self.path, self._content().decode("utf-8", "replace"))
+        restored = self._open()
+        os.close(self._file)
+        self._file = restored
+
+    def _is_there(self) -> bool:
         own = os.fstat(self._file)
         try:
             there = self.path.stat()
         except FileNotFoundError:
-            there = None
-        if there is not None and (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino):
-            return
-        write_atomic(self.path, os.pread(self._file, own.st_size, 0).decode("utf-8", "replace"))
-        restored = self._open()
-        os.close(self._file)
-        self._file = restored
+            return False
+        return (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino)
+
+    def _content(self) -> bytes:
+        with os.fdopen(os.dup(self._file), "rb") as stream:
+            stream.seek(0)
+            return stream.read()
 
 
 def saved_bytes(path: Path) -> bytes:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from posttrain_dist.errors import unwritable
+from posttrain_dist.errors import reason, unwritable
 from posttrain_dist.files import LineFile, read_rows, saved_bytes
 from posttrain_dist.flow import StepInfo
 from posttrain_dist.logs import notify
@@ -76,7 +76,7 @@ def open_lines(path: Path, lines: Iterable[str]) -> LineFile:
     """A growing file of the run folder `path.parent`, which says when lines begin to be refused."""
 
     def report(error: OSError) -> None:
-        refused = f"{path.name} cannot be written: {(error.strerror or str(error)).lower()}"
+        refused = f"{path.name} cannot be written: {reason(error)}"
         notify(path.parent, f"{refused}; training goes on, its lines are kept in memory until then")
 
     try:
