@@ -167,7 +167,7 @@ def work(options: argparse.Namespace) -> None:
     """Be one process of an arm: read how many steps to take, take them, tell what they cost."""
     import torch
 
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # DeepSpeed prints
     torch.set_num_threads(1)
     if not options.arm.startswith("single"):
@@ -227,7 +227,7 @@ def arm_of(name: str, stage: int, world: int, steps: int, given: dict[str, Any])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     shared = {"arm": name, "stage": stage, "world": world, "master-port": _free_port(), **given}
     processes = []
-    with tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         for rank in range(world):
             words = [f"--{key}={value}" for key, value in {**shared, "rank": rank}.items()]
             processes.append(
@@ -238,6 +238,7 @@ def arm_of(name: str, stage: int, world: int, steps: int, given: dict[str, Any])
                     stdout=subprocess.PIPE,
                     stderr=errors,
                     text=True,
+                    encoding="utf-8",
                 )
             )
         try:

@@ -86,7 +86,7 @@ def bare(data: str, done: str) -> None:
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
-        for line in Path(data).read_text().splitlines()
+        for line in Path(data).read_text(encoding="utf-8").splitlines()
     ]
     ids = [i for each in encoded for i in each["input_ids"]][: PACKS * PACK_TOKENS]
     mask = [m for each in encoded for m in each["assistant_masks"]][: PACKS * PACK_TOKENS]
@@ -107,7 +107,7 @@ def bare(data: str, done: str) -> None:
         loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    Path(done).write_text('{"step": 1}\n')
+    Path(done).write_text('{"step": 1}\n', encoding="utf-8")
 
 
 def empty_stock(address: str, folder: str) -> None:
@@ -155,18 +155,17 @@ def first_step(command: list[str], root: Path, environment: dict[str, str]) -> f
         RuntimeError: it failed.
     """
     start = time.perf_counter()
-    with (root / "said.txt").open("w") as said:
+    with (root / "said.txt").open("w", encoding="utf-8") as said:
         child = subprocess.Popen(command, env=environment, cwd=root, stdout=said, stderr=said)
     found = None
     while found is None and child.poll() is None:
         time.sleep(0.005)
         for file in root.glob("run/*/metrics.jsonl"):
-            if '"step": 1' in file.read_text():
+            if '"step": 1' in file.read_text(encoding="utf-8"):
                 found = time.perf_counter() - start
     if child.wait() or found is None:
-        raise RuntimeError(
-            f"{' '.join(command)} failed:\n{(root / 'said.txt').read_text()[-2000:]}"
-        )
+        said = (root / "said.txt").read_text(encoding="utf-8")
+        raise RuntimeError(f"{' '.join(command)} failed:\n{said[-2000:]}")
     return found
 
 
@@ -246,8 +245,8 @@ def _running_ray(environment: dict[str, str]) -> Iterator[str]:
 def _write_rows(path: Path) -> None:
     from posttrain_dist.data.embedded import split_path
 
-    lines = split_path("train").read_text().splitlines()
-    path.write_text("".join(f"{line}\n" for line in lines[:ROWS]))
+    lines = split_path("train").read_text(encoding="utf-8").splitlines()
+    path.write_text("".join(f"{line}\n" for line in lines[:ROWS]), encoding="utf-8")
 
 
 def main() -> None:

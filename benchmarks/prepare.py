@@ -36,14 +36,14 @@ def write_rows(path: Path, num: int) -> None:
     """Conversations of one or two turns, lognormal in length, of words of the embedded data."""
     from posttrain_dist.data.embedded import split_path
 
-    rows = map(json.loads, split_path("train").read_text().splitlines())
+    rows = map(json.loads, split_path("train").read_text(encoding="utf-8").splitlines())
     words = [word for row in rows for turn in row["messages"] for word in turn["content"].split()]
     draw = random.Random(0)
 
     def text(mean: float) -> str:
         return " ".join(draw.choices(words, k=1 + int(draw.lognormvariate(mean, 0.8))))
 
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for i in range(num):
             messages = []
             for _ in range(1 + i % 2):
@@ -111,7 +111,9 @@ def timed(side: str, data: Path) -> tuple[float, int]:
     command = [sys.executable, __file__, "--side", side, "--data", str(data), "--to", str(folder)]
     try:
         start = time.perf_counter()
-        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=environment, check=True, capture_output=True, text=True, encoding="utf-8"
+        )
         return time.perf_counter() - start, int(done.stdout.split()[-1])
     finally:
         shutil.rmtree(folder)

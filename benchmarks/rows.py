@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 def machine() -> str:
     """Processor, cores, what it multiplies with, memory; and the GPU where torch sees one."""
     info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.is_file() else ""
+    text = info.read_text(encoding="utf-8") if info.is_file() else ""
     names = [x.partition(": ")[2] for x in text.splitlines() if x.startswith("model name")]
     words = set(text.split())
     wide = [flag for flag in ("avx2", "avx512f", "amx_bf16") if flag in words]
@@ -86,7 +86,7 @@ def facts(packages: Iterable[str]) -> dict[str, Any]:
 def append(name: str, rows: Sequence[Mapping[str, Any]], folder: Path = RESULTS) -> None:
     """Add rows to `results/<name>.jsonl`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.jsonl").open("a") as file:
+    with (folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
@@ -164,7 +164,7 @@ class Peak:
 
     def __enter__(self) -> Peak:
         give_back_freed_memory()
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         self.start_bytes = resident_bytes("VmRSS")
         return self
 
@@ -174,7 +174,7 @@ class Peak:
 
 def resident_bytes(name: str = "VmRSS") -> int:
     """VmRSS (now) or VmHWM (peak) of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(f"{name}:"))
 
 
@@ -195,6 +195,7 @@ def fresh_process(arguments: Sequence[str], **environment: str) -> dict[str, Any
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
+        encoding="utf-8",
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")

@@ -86,13 +86,14 @@ class Child:
         self.steps: list[dict[str, float]] = []
         self.failed = ""
         script = str(Path(step_arms.__file__))
-        self._errors = (folder / f"{arm}.stderr").open("w+")
+        self._errors = (folder / f"{arm}.stderr").open("w+", encoding="utf-8")
         self._process = subprocess.Popen(
             [sys.executable, script, str(folder), arm],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
+            encoding="utf-8",
         )
 
     def wait(self) -> None:

@@ -55,7 +55,7 @@ class Lockstep(NoSync):
 
     def ready(self) -> None:
         rows.give_back_freed_memory()
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
+        Path("/proc/self/clear_refs").write_bytes(b"5")  # the high-water mark starts here
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self._send({"ready": True})

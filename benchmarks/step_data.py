@@ -146,7 +146,7 @@ def write_model(folder: Path, sizes: Sizes) -> int:
     made.save_pretrained(model)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(resolve("tiny_base") / name, model / name)
-    (folder / "sizes.json").write_text(json.dumps(asdict(sizes)))
+    (folder / "sizes.json").write_text(json.dumps(asdict(sizes)), encoding="utf-8")
     parameters = sum(p.numel() for p in made.parameters())
     del made
     gc.collect()
@@ -157,19 +157,21 @@ def write_model(folder: Path, sizes: Sizes) -> int:
 def write_steps(folder: Path, sizes: Sizes, kind: str, steps: int) -> dict[str, float]:
     """Write `steps.json`, the samples of each step; returns what `counts` says."""
     data = make_steps(sizes, kind, steps)
-    (folder / "steps.json").write_text(json.dumps([[asdict(s) for s in step] for step in data]))
+    (folder / "steps.json").write_text(
+        json.dumps([[asdict(s) for s in step] for step in data]), encoding="utf-8"
+    )
     return counts(data)
 
 
 def read(folder: Path) -> list[list[Sample]]:
     """The samples that `write_steps` wrote."""
-    rows = json.loads((folder / "steps.json").read_text())
+    rows = json.loads((folder / "steps.json").read_text(encoding="utf-8"))
     return [[Sample(**sample) for sample in step] for step in rows]
 
 
 def read_sizes(folder: Path) -> Sizes:
     """What `write_model` wrote."""
-    return Sizes(**json.loads((folder / "sizes.json").read_text()))
+    return Sizes(**json.loads((folder / "sizes.json").read_text(encoding="utf-8")))
 
 
 def lora(rank: int) -> Any:

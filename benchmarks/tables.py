@@ -35,7 +35,7 @@ class Table:
     def rows(self, results: Path) -> list[Row]:
         """The rows of the last run that has any; of each group of `per`, if given."""
         path = results / f"{self.source}.jsonl"
-        read = [json.loads(line) for line in path.open()] if path.is_file() else []
+        read = [json.loads(line) for line in path.open(encoding="utf-8")] if path.is_file() else []
         found = [row for row in read if self.where.items() <= row.items()]
         last = {self._group(row): run_of(row) for row in found}
         kept = [row for row in found if run_of(row) == last[self._group(row)]]
@@ -359,4 +359,4 @@ TABLES: dict[str, Table | Goals] = {
 
 
 if __name__ == "__main__":
-    PAGE.write_text(fill(PAGE.read_text(), TABLES))
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), TABLES), encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -51,6 +53,30 @@ class TrainingError(PosttrainError):
 
 class ClusterError(PosttrainError):
     """Processes, devices or nodes are not there; `where` is the key or address."""
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, as the end of a sentence: `no space left on device`."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error) or type(error).__name__
+
+
+def unwritable(path: Path | str, error: OSError) -> PosttrainError:
+    """A file or folder that the machine refuses to write."""
+    fixes = {
+        errno.ENOSPC: "free space on that disk, or set output_root to another",
+        errno.EDQUOT: "remove what you do not need, or set output_root to another disk",
+        errno.EFBIG: "raise the limit of a file's size (ulimit -f unlimited)",
+        errno.EROFS: "set output_root to a disk that can be written to",
+    }
+    otherwise = "make the file and its folder writable (chmod; chattr -i), on a disk that works"
+    return PosttrainError(
+        f"cannot be written: {reason(error)}",
+        where=str(path),
+        fix=f"{fixes.get(error.errno or 0, otherwise)}; started again, a run goes on from its "
+        "newest checkpoint",
+    )
 
 
 class SeveralErrors(PosttrainError):

@@ -38,7 +38,7 @@ def export_checkpoint(
             where=str(run_folder),
             fix="give a folder such as outputs/<name>/<time>",
         )
-    config = RunConfig.from_yaml((run_folder / "config.yaml").read_text())
+    config = RunConfig.from_yaml((run_folder / "config.yaml").read_text(encoding="utf-8"))
     source = _choose(run_folder, step)
     target = out or run_folder / "export"
     if out is not None and target.exists():

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from posttrain_dist import dist
@@ -21,14 +22,14 @@ from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.diagnosis.facts import ModelFacts
 from posttrain_dist.diagnosis.monitor import Monitor
 from posttrain_dist.engine.base import TrainEngine
-from posttrain_dist.errors import TrainingError
+from posttrain_dist.errors import PosttrainError, TrainingError, raise_all
 from posttrain_dist.files import read_object, read_rows
 from posttrain_dist.flow import StepInfo
 from posttrain_dist.loop import Stop, evaluate
-from posttrain_dist.metrics import WandbMode
 from posttrain_dist.metrics.memory_use import memory_bytes
 from posttrain_dist.metrics.sinks import JsonlSink, SampleLog, Sink
 from posttrain_dist.metrics.special_tokens import TokenMeter
+from posttrain_dist.metrics.wandb_sink import WandbSink, resolve_mode
 
 
 class Evaluate:
@@ -65,7 +66,9 @@ class Evaluate:
 class Log:
     """Every step's numbers to metrics.jsonl, samples.log and W&B, and to the diagnosis.
 
-    Sinks and diagnosis are on rank 0 alone; a run that goes on continues their files.
+    Sinks and diagnosis are on rank 0 alone; a run that goes on continues their files. A context:
+    leaving it closes all of them. What the disk refused to the end is an error then, unless another
+    one ends the training.
 
     Args:
         facts: what the diagnosis knows of the run beside its numbers.
@@ -87,6 +90,7 @@ class Log:
         self._amount_key = f"source_{config.data.mix_by.name}"
         self.monitor: Monitor | None = None
         self._sinks: list[Sink] = []
+        self._wandb: WandbSink | None = None
         dist.on_main(lambda: self._open(config, run_folder, facts, start))
 
     def __call__(self, info: StepInfo) -> None:
@@ -114,12 +118,27 @@ class Log:
         stop = self.monitor is not None and self.monitor.stop is not None
         return Stop.early if stop else Stop.none
 
-    def close(self) -> None:
-        """Close all files; nothing is written after."""
-        for sink in self._sinks:
-            sink.close()
-        if self.monitor is not None:
-            self.monitor.close()
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        faults: list[PosttrainError] = []
+        closes = [each.close for each in self._sinks]
+        closes += [self.monitor.close] if self.monitor is not None else []
+        for close in closes:
+            try:
+                close()
+            except PosttrainError as fault:
+                faults.append(fault)
+        if self._wandb is not None:
+            self._wandb.close()  # after metrics.jsonl, which it reads
+        if error is None:
+            raise_all(faults)
 
     def _open(self, config: RunConfig, folder: Path, facts: ModelFacts, start: int) -> None:
         self.monitor = Monitor(config.diagnose, facts, folder, start)
@@ -130,19 +149,18 @@ class Log:
             for key, value in row.items():
                 if key.startswith(f"{self._amount_key}/"):
                     self._amounts[key.partition("/")[2]] = value
-        if config.logging.wandb is not WandbMode.off:
-            from posttrain_dist.metrics.wandb_sink import WandbSink
-
+        mode = resolve_mode(config.logging.wandb)
+        if mode != "off":
             lineage = read_object(folder / "run.json")
-            wandb = WandbSink(
+            self._wandb = WandbSink(
                 config.logging,
                 folder,
+                mode=mode,
                 run_id=lineage.get("wandb_id", folder.name),
                 name=f"{config.name}-{folder.name}",
                 start_step=start,
                 details={**config.to_dict(), "lineage": lineage},
             )
-            self._sinks.append(wandb)
 
 
 class Save:

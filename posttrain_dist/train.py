@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
         )
         evaluate = Evaluate(engine, heldout, config.objective, eval_meter, config.train.eval_every)
         facts = model_facts(config, policy, source)
-        with closing(Log(config, run_folder, engine, source, facts, start)) as log:
+        with Log(config, run_folder, engine, source, facts, start) as log:
             _write_main(run_folder / "logs" / "plan.json", total_steps=steps, start_step=start)
             updates = fit(
                 engine=engine,

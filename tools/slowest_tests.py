@@ -33,14 +33,14 @@ def table(junit: Path, count: int = 40) -> str:
 
 def write(page: Path, section: str, how: str, table: str) -> None:
     """Put the table below `## section`, with what was run where and when."""
-    text = page.read_text() if page.exists() else ""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
     new = f"## {section}\n\n{how}\n\n{table}\n"
     old = re.compile(rf"^## {re.escape(section)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
     if old.search(text):
         text = old.sub(lambda match: new + ("\n" if match.end() < len(text) else ""), text)
     else:
         text = f"{text.rstrip()}\n\n{new}".lstrip()
-    page.write_text(text)
+    page.write_text(text, encoding="utf-8")
 
 
 def main() -> None:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from posttrain_dist.logs import unfailing_output
+
 
 @dataclass(frozen=True, slots=True)
 class Verb:
@@ -84,8 +86,16 @@ VERBS: dict[str, Verb] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; the exit code: 0, 1 failed, 2 wrong input, 130 stopped."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run a command line; the exit code: 0, 1 failed, 2 wrong input, 130 stopped.
+
+    Output that cannot be written (`| head`, a terminal that hung up, a full disk) is left out and
+    changes nothing else.
+    """
+    with unfailing_output():
+        return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(arguments: list[str]) -> int:
     _set_environment()
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -109,9 +119,6 @@ def main(argv: list[str] | None = None) -> int:
         return command(rest, debug)
     except KeyboardInterrupt:
         return STOPPED
-    except BrokenPipeError:  # `posttrain ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
     except SystemExit as left:  # why was printed: by argparse, by Hydra, or by compose_command
         return left.code if isinstance(left.code, int) else BAD_CONFIG if left.code else 0
     except Exception as error:

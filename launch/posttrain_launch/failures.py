@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import sys
 import traceback
 from pathlib import Path
 from typing import IO
 
-from posttrain_dist.errors import ConfigError, PosttrainError, SeveralErrors
+from posttrain_dist.errors import ConfigError, PosttrainError, SeveralErrors, unwritable
 
 BAD_CONFIG, FAILED, STOPPED = 2, 1, 130  # exit codes
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # a disk that takes no more
 
 
 def print_error(
@@ -29,10 +32,12 @@ def print_error(
     err = err or sys.stderr
     trace = "".join(traceback.format_exception(error))
     if log is not None:
-        with log.open("a", encoding="utf-8") as stream:
+        with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as stream:
             stream.write(trace)
     if debug:
         print(trace, file=err, end="")
+    if isinstance(error, OSError) and error.errno in REFUSED:
+        error = unwritable(error.filename or "a file of this run", error)
     if isinstance(error, PosttrainError):
         print(f"error: {error}", file=err, flush=True)
         return

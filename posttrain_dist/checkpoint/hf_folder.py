@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from posttrain_dist import dist
-from posttrain_dist.errors import CheckpointError
+from posttrain_dist.errors import CheckpointError, reason
 from posttrain_dist.files import commit_folder, partial_of
 
 SHARD_BYTES = 4 << 30
@@ -44,28 +45,47 @@ def write_hf_folder(
         end_token_id: the token that ends an assistant turn; generation stops at it.
 
     Raises:
-        CheckpointError: a weight is not finite, or all weights are zero.
+        CheckpointError: a weight is not finite, all weights are zero, or the disk refused.
     """
     partial = partial_of(target)
     main = dist.rank() == 0
     if main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    config = json.loads((source / "config.json").read_text())
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     writer = _ShardWriter(partial, shard_bytes)
     for name, tensor in tensors:
         if main and not (config.get("tie_word_embeddings") and name == "lm_head.weight"):
-            writer.add(name, tensor, dtype)
+            with _disk_errors(partial, target):
+                writer.add(name, tensor, dtype)
     if main:
-        writer.finish()
-        _write_config(config, partial, dtype)
-        for pattern in COPIED:
-            for path in source.glob(pattern):
-                shutil.copyfile(path, partial / path.name)
-        _write_generation_config(source, partial, end_token_id)
-        commit_folder(partial, target, replace=True)
+        with _disk_errors(partial, target):
+            writer.finish()
+            _write_config(config, partial, dtype)
+            for pattern in COPIED:
+                for path in source.glob(pattern):
+                    shutil.copyfile(path, partial / path.name)
+            _write_generation_config(source, partial, end_token_id)
+            commit_folder(partial, target, replace=True)
     dist.barrier()
     return target
+
+
+@contextlib.contextmanager
+def _disk_errors(partial: Path, target: Path) -> Iterator[None]:
+    """Turn what a disk refuses into an error for the user; the part written gives its room back."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"the model cannot be written: {reason(error)}",
+            where=str(target),
+            fix="free space on that disk; the checkpoints are as they were: `posttrain export "
+            "<run folder>` writes the newest one, to another disk too",
+        ) from error
 
 
 class _ShardWriter:
@@ -119,7 +139,9 @@ class _ShardWriter:
         if len(self._shards) > 1:
             total = sum(sum(shard.values()) for shard in self._shards)
             body = {"metadata": {"total_size": total}, "weight_map": index}
-            (self._folder / "model.safetensors.index.json").write_text(json.dumps(body, indent=1))
+            (self._folder / "model.safetensors.index.json").write_text(
+                json.dumps(body, indent=1), encoding="utf-8"
+            )
 
 
 def _umask() -> int:
@@ -131,16 +153,16 @@ def _umask() -> int:
 def _write_config(config: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
     config = {k: v for k, v in config.items() if k != "torch_dtype"}
     config["dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _write_generation_config(source: Path, folder: Path, end_token_id: int | None) -> None:
     path = source / "generation_config.json"
-    values: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     old = values.get("eos_token_id")
     ends = [] if old is None else old if isinstance(old, list) else [old]
     if end_token_id is not None and end_token_id not in ends:
         ends = [end_token_id, *ends]
     if ends:
         values["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    (folder / "generation_config.json").write_text(json.dumps(values, indent=2))
+    (folder / "generation_config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")

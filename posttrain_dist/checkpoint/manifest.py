@@ -59,7 +59,7 @@ def is_whole(folder: Path) -> bool:
     Cheap: no content is read; `store.verify` does that.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         return all((folder / name).stat().st_size == _size(file) for name, file in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -82,7 +82,7 @@ def read_manifest(folder: Path) -> Manifest:
             where=str(folder),
             fix="give another step-N folder; `ls` its parent for what there is",
         )
-    values = json.loads((folder / MANIFEST).read_text())
+    values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if values.get("format") != FORMAT:
         raise CheckpointError(
             f"has format {values.get('format')}, this version reads {FORMAT}",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from posttrain_dist import dist
 from posttrain_dist.checkpoint.manifest import MANIFEST, Manifest, is_whole, read_manifest
-from posttrain_dist.errors import CheckpointError
+from posttrain_dist.errors import CheckpointError, reason
 from posttrain_dist.files import FileDigest, commit_folder, digest_of, partial_of, write_atomic
 
 STATE = "state"  # folder of the engine's files inside a checkpoint
@@ -67,8 +67,10 @@ def save(
     except (OSError, RuntimeError) as error:  # torch says RuntimeError where a disk is full
         if dist.is_connection_error(error):
             raise  # no fault of the disk: the worker is replaced and the run goes on
+        file = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        told = reason(error) + file
         raise CheckpointError(
-            f"step {manifest.step} cannot be written: {error}",
+            f"step {manifest.step} cannot be written: {told}",
             where=str(partial),
             fix="free space or set output_root to another disk; `posttrain run` goes on from the "
             "last whole checkpoint",

@@ -9,7 +9,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from posttrain_dist.files import read_rows, write_atomic
+from posttrain_dist.errors import unwritable
+from posttrain_dist.files import LineFile, read_rows
 
 
 class Level(Enum):
@@ -58,25 +59,36 @@ def alarm_metrics(alarms: list[Alarm]) -> dict[str, float]:
 class AlarmLog:
     """`logs/alarms.jsonl`: one object per alarm. A resumed run drops those after its step.
 
-    The file is there from the start, so that an empty one means that no rule found anything.
+    The file is there from the start, so that an empty one means that no rule found anything. An
+    alarm that the disk refuses is kept and written later; it does not stop the training.
+
+    Raises:
+        PosttrainError: the file cannot be written.
     """
 
     def __init__(self, path: Path, start_step: int) -> None:
         kept = [row for row in read_alarms(path) if row["step"] <= start_step] if start_step else []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = LineFile(path, map(json.dumps, kept))
+        except OSError as error:
+            raise unwritable(path, error) from error
 
     def write(self, alarms: list[Alarm]) -> None:
         """Take in the alarms of one step."""
         for alarm in alarms:
-            self._file.write(json.dumps(alarm.row()) + "\n")
-        if alarms:
-            self._file.flush()
+            self._file.append(json.dumps(alarm.row()))
 
     def close(self) -> None:
-        """Close the file; nothing is written after."""
-        self._file.close()
+        """Close the file; nothing is written after.
+
+        Raises:
+            PosttrainError: the disk still refuses an alarm.
+        """
+        try:
+            self._file.close()
+        except OSError as error:
+            raise unwritable(self._file.path, error) from error
 
 
 def read_alarms(path: Path) -> list[dict[str, Any]]:

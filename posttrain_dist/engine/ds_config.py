@@ -66,7 +66,7 @@ def deepspeed_config(engine: DeepSpeed, *, clip: float, bf16: bool) -> dict[str,
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        theirs = json.loads(path.read_text())
+        theirs = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"cannot be read: {error}", where=str(path), fix="give a DeepSpeed JSON file"

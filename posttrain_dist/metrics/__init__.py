@@ -11,7 +11,7 @@ __all__ = ["LoggingConfig", "WandbMode"]
 class WandbMode(Enum):
     """Where W&B writes."""
 
-    auto = "auto"  # online if WANDB_API_KEY or netrc holds a key, else offline
+    auto = "auto"  # WANDB_MODE, else online if WANDB_API_KEY or netrc holds a key, else offline
     offline = "offline"
     online = "online"
     off = "off"

@@ -24,7 +24,7 @@ def memory_bytes(device: torch.device) -> int:
 def private_bytes() -> int:
     """Anonymous resident memory of this process now; 0 where there is no /proc."""
     try:
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:
         return 0
     for line in status.splitlines():

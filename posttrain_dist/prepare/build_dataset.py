@@ -62,7 +62,7 @@ def build_dataset(
     _refuse_empty(summary, tally)
     lines = [json.dumps(_row(record), ensure_ascii=False) + "\n" for record in _texts(tally, split)]
     (folder / "heldout_records.jsonl").write_bytes("".join(lines).encode())
-    (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=1))
+    (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=1), encoding="utf-8")
     found = json.dumps(findings(inputs, tally, folder), ensure_ascii=False, indent=1)
     (folder / "findings.json").write_bytes(found.encode())
 

@@ -47,7 +47,7 @@ def get_or_build(cached: Path, build: Build, log: Log) -> Path:
     """
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        lock = cached.with_name(cached.name + ".lock").open("w")
+        lock = cached.with_name(cached.name + ".lock").open("w", encoding="utf-8")
     except OSError as error:  # read-only: what is there can be used all the same
         if is_whole(cached):
             return cached
@@ -151,7 +151,7 @@ def _free(lock: Path) -> Iterator[bool]:
     """Hold a lock if nobody else does."""
     with contextlib.ExitStack() as held:
         try:
-            stream = held.enter_context(lock.open("a"))
+            stream = held.enter_context(lock.open("a", encoding="utf-8"))
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             free = True
         except OSError:

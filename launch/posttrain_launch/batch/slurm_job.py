@@ -122,7 +122,11 @@ def _sbatch(script: Path) -> str:
             fix=f"submit on a login node of the cluster: sbatch {script}",
         )
     done = subprocess.run(
-        [sbatch, "--parsable", str(script)], capture_output=True, text=True, check=False
+        [sbatch, "--parsable", str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        encoding="utf-8",
     )
     if done.returncode != 0:
         answer = (done.stderr or done.stdout).strip().replace("\n", "; ")

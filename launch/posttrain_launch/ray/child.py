@@ -188,7 +188,7 @@ def session_members(session: int) -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:  # after the name, which may hold spaces: state, parent, group, session
-            fields = entry.read_text().rpartition(")")[2].split()
+            fields = entry.read_text(encoding="utf-8").rpartition(")")[2].split()
         except OSError:
             continue
         pid = int(entry.parent.name)

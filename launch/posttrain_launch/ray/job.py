@@ -26,6 +26,7 @@ from posttrain_dist.config import Ray, RunConfig, Slurm
 from posttrain_dist.engine import Single
 from posttrain_dist.errors import ClusterError, PosttrainError
 from posttrain_dist.files import write_atomic
+from posttrain_dist.logs import unfailing
 from posttrain_dist.preflight import single_on_many
 from posttrain_launch.ray.child import error_fields, error_file
 from posttrain_launch.ray.gate import is_soon, wait_for_data
@@ -49,6 +50,7 @@ def main() -> None:
     # Half of what it takes to import Ray Train; meanwhile Ray's own processes start. Not ray.train
     # itself, which shares modules with what ray.init imports in this thread.
     threading.Thread(target=importlib.import_module, args=("pandas",), daemon=True).start()
+    sys.stdout, sys.stderr = unfailing(sys.stdout), unfailing(sys.stderr)  # a log on a full disk
     try:
         run_job(run_folder, arguments.address, arguments.temp_dir)
     except Exception as failure:

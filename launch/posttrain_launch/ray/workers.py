@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_dist.errors import ClusterError, PosttrainError
+from posttrain_dist.logs import unfailing
 from posttrain_launch.ray.gate import wait_for_data
 
 
@@ -113,5 +114,7 @@ def _enter(run_folder: Path, rank: int) -> None:
         os.dup2(log, descriptor)
     os.close(log)
     # Ray may have given this process streams of its own; ours write to the descriptors above.
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    sys.stdout, sys.stderr = (
+        unfailing(os.fdopen(descriptor, "w", buffering=1, closefd=False, encoding="utf-8"))
+        for descriptor in (1, 2)
+    )

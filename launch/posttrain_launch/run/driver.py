@@ -18,12 +18,14 @@ from typing import IO, Any
 from posttrain_dist.config import Local, RunConfig
 from posttrain_dist.errors import PosttrainError
 from posttrain_dist.files import write_atomic
+from posttrain_dist.files.temporary import remove_abandoned
+from posttrain_dist.logs import unfailing
 from posttrain_dist.run import discard_outcome, finish
 from posttrain_launch.failures import FAILED, STOPPED, print_error
 from posttrain_launch.ray.child import Job, started
 from posttrain_launch.run.progress import Progress
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def run_frozen(run_folder: Path, address: str | None = None, *, debug: bool = False) -> int:
@@ -46,6 +48,7 @@ def run_frozen(run_folder: Path, address: str | None = None, *, debug: bool = Fa
             print(f"{folder} is finished; `posttrain report {folder}` renews its page", file=out)
             return 0
         log.parent.mkdir(exist_ok=True)
+        remove_abandoned()
         with _exclusive_lock(folder), _redirect_output(log, capture_logging=True):
             return _drive(config, folder, address, out, err)
     except KeyboardInterrupt:
@@ -94,7 +97,7 @@ def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], e
         page = write_data_page(report, folder)
         _record_hashes(folder, summary.inputs)
         log("\n".join(["", counts_text(report), formats_line(report), f"data report: {page}", ""]))
-        with Progress(folder, out) as progress, _stop_on_signals(folder, progress.log):
+        with Progress(folder, out) as progress, _stop_on_signals(folder, progress.post):
             if job is not None:
                 job.finish()
             else:
@@ -127,7 +130,7 @@ def _record_hashes(folder: Path, inputs: dict[str, Any]) -> None:
     path = folder / "run.json"
     if not path.is_file():
         return
-    lineage = json.loads(path.read_text())
+    lineage = json.loads(path.read_text(encoding="utf-8"))
     digests: dict[str, Any] = {name: inputs[name] for name in ("data", "tokenizer", "template")}
     shown = (folder / "data_report.json").read_bytes()
     digests["data_report"] = hashlib.sha256(shown).hexdigest()
@@ -140,7 +143,10 @@ def _record_hashes(folder: Path, inputs: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _stop_on_signals(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """First signal: ask the run to save and end. A second Ctrl-C: leave."""
+    """First signal: ask the run to save and end. A second Ctrl-C: leave.
+
+    A hang-up that was ignored when we started (`nohup`) stays ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -152,11 +158,17 @@ def _stop_on_signals(folder: Path, log: Callable[[str], None]) -> Iterator[None]
             raise KeyboardInterrupt
         if not asked:
             asked = True
-            (folder / "STOP").touch()
             once_more = "; Ctrl-C once more to leave now" if number == signal.SIGINT else ""
-            log(f"{signal.Signals(number).name}: saving and leaving{once_more}")
+            name = signal.Signals(number).name
+            try:
+                (folder / "STOP").touch()
+                log(f"{name}: saving and leaving{once_more}")
+            except OSError as error:  # of a full disk, or a folder that was removed
+                log(f"{name}: cannot ask the run to save: {error}{once_more}")
 
-    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    held = [number for number in SIGNALS if not (nohup and number == signal.SIGHUP)]
+    before = {number: signal.signal(number, handle) for number in held}
     try:
         yield
     finally:
@@ -167,7 +179,7 @@ def _stop_on_signals(folder: Path, log: Callable[[str], None]) -> Iterator[None]
 @contextlib.contextmanager
 def _exclusive_lock(folder: Path) -> Iterator[None]:
     """Hold the folder against a second driver."""
-    with (folder / "logs" / "driver.lock").open("w") as stream:
+    with (folder / "logs" / "driver.lock").open("w", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -185,7 +197,7 @@ def _exclusive_lock(folder: Path) -> Iterator[None]:
 def _redirect_output(path: Path, *, capture_logging: bool = False) -> Iterator[None]:
     """Send what libraries print (and log and warn) to a file; our own lines go past it."""
     # Left open: handlers that libraries bind to it live on after the run.
-    stream = path.open("a", buffering=1, encoding="utf-8")
+    stream = unfailing(path.open("a", buffering=1, encoding="utf-8"))
     with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
         if not capture_logging:
             yield

@@ -6,11 +6,13 @@ import json
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from posttrain_dist.files import RowFollower
+from posttrain_dist.logs import NOTICES
 from posttrain_dist.report.numbers import clock, loss_of_log, rounded
 
 POLL_S = 0.3
@@ -30,6 +32,8 @@ class Progress:
         self.began = time.monotonic()
         self._rows = RowFollower(run_folder / "metrics.jsonl")
         self._alarms = RowFollower(run_folder / "logs" / "alarms.jsonl")
+        self._notices = RowFollower(run_folder / NOTICES)
+        self._posted: deque[str] = deque()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._view: _Live | _Plain = _Live(self.out) if self.out.isatty() else _Plain(self.out)
@@ -38,6 +42,7 @@ class Progress:
     def __enter__(self) -> Progress:
         self._rows.skip()  # what an earlier start of the run wrote
         self._alarms.skip()
+        self._notices.skip()
         self._view.open()
         self._thread.start()
         return self
@@ -56,14 +61,22 @@ class Progress:
         """Print a line without breaking the live one."""
         self._view.log(text)
 
+    def post(self, text: str) -> None:
+        """Have the thread print a line soon; for a signal handler, which must not wait or fail."""
+        self._posted.append(text)
+
     def _follow(self) -> None:
         while not self._end.wait(POLL_S):
             self._show()
         self._show(final=True)
 
     def _show(self, final: bool = False) -> None:
+        while self._posted:
+            self._view.log(self._posted.popleft())
         plan = _read_json(self.folder / "logs" / "plan.json")
         total = int(plan.get("total_steps", 0))
+        for notice in self._notices.read():
+            self._view.log(notice["text"])
         rows = self._rows.read()
         for i, row in enumerate(rows):
             self._pace = [*self._pace[-20:], (row["step"], row.get("time_s", 0.0))]
@@ -175,7 +188,7 @@ class _Live:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -94,6 +94,8 @@ def _signals_to(child: subprocess.Popen[Any]) -> Iterator[None]:
 
     handlers: dict[int, Any] = {signal.SIGINT: lambda *_: None}
     handlers |= dict.fromkeys((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2), forward)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        handlers[signal.SIGHUP] = forward
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

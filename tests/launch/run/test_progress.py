@@ -12,6 +12,8 @@ from pathlib import Path
 
 from posttrain_launch.run.progress import Progress, describe
 
+from posttrain_dist.logs import notify
+
 
 def append(folder: Path, **row: float) -> None:
     with (folder / "metrics.jsonl").open("a") as stream:
@@ -29,18 +31,22 @@ def test_plain_lines_of_a_growing_file(tmp_path: Path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "plan.json").write_text('{"total_steps": 10, "start_step": 0}')
     append(tmp_path, step=1, **{"train/loss": 99.0})  # of an earlier start
+    notify(tmp_path, "of an earlier start")
     out = io.StringIO()
     with Progress(tmp_path, out) as progress:
         for step in range(2, 11):
             append(tmp_path, step=step, time_s=2.0 * step, **{"train/loss": float(step)})
         with (tmp_path / "metrics.jsonl").open("a") as stream:
             stream.write('{"step": 11, "train/lo')  # a row that is being written
+        progress.post("posted")
+        notify(tmp_path, "noticed")
         time.sleep(0.8)
         progress.log("between")
     lines = out.getvalue().splitlines()
-    assert lines[0].startswith("step 2/10  loss 2.0000")
-    assert lines[1] == "step 10/10  loss 10.0000"  # the last one, and none between (5 s apart)
-    assert lines[2:] == ["between"]
+    assert lines[:2] == ["posted", "noticed"]
+    assert lines[2].startswith("step 2/10  loss 2.0000")
+    assert lines[3] == "step 10/10  loss 10.0000"  # the last one, and none between (5 s apart)
+    assert lines[4:] == ["between"]
 
 
 def test_a_live_line_on_a_terminal(tmp_path: Path, monkeypatch):

@@ -56,7 +56,7 @@ def _python() -> Finding:
 def _cpu() -> Finding:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     info = Path("/proc/cpuinfo")
-    amx = info.is_file() and " amx_bf16" in info.read_text()
+    amx = info.is_file() and " amx_bf16" in info.read_text(encoding="utf-8")
     speed = "fast (AMX)" if amx else "slow, so train.dtype=auto uses float32 on the CPU"
     return Finding("ok", "cpu", f"{cores} cores; bfloat16 is {speed}")
 
@@ -66,7 +66,8 @@ def _memory() -> Finding:
     if not info.is_file():
         return Finding("warn", "memory", "cannot be read on this system")
     sizes = {
-        line.split(":")[0]: int(line.split()[1]) * 1024 for line in info.read_text().splitlines()
+        line.split(":")[0]: int(line.split()[1]) * 1024
+        for line in info.read_text(encoding="utf-8").splitlines()
     }
     free, total = sizes.get("MemAvailable", 0), sizes.get("MemTotal", 0)
     found = f"{free / GIB:.1f} GiB free of {total / GIB:.1f} GiB"

@@ -46,6 +46,8 @@ def command(arguments: list[str], debug: bool) -> int:
         # From a pipe: one reply per line.
         print("" if talks else reply.strip().replace("\n", "\\n"), flush=True)
         messages.append({"role": "assistant", "content": reply})
+        if getattr(sys.stdout, "lost", False):  # `| head`: nobody reads the answers
+            break
     return 0
 
 
