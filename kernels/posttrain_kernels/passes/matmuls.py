@@ -34,7 +34,6 @@ _TIMED_PRODUCTS = 1 << 28  # multiplications of one timed product: some millisec
 
 @cache
 def multiplies_fast(dtype: torch.dtype) -> bool:
-<<<<<<< HEAD
     """Whether this machine's CPU has instructions for products of `dtype`."""
     if dtype not in _FLAGS:
         return True
@@ -79,12 +78,6 @@ def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
     start = time.perf_counter()
     torch.mm(left, right)
     return time.perf_counter() - start
-=======
-    """Whether this machine's CPU has instructions for products of `dtype`: for 16 bits, AMX."""
-    flag = {torch.bfloat16: " amx_bf16", torch.float16: " amx_fp16"}.get(dtype)
-    cpuinfo = Path("/proc/cpuinfo")
-    return flag is None or (cpuinfo.is_file() and flag in cpuinfo.read_text(encoding="utf-8"))
->>>>>>> h-io
 
 
 def make_matmuls(

@@ -55,9 +55,11 @@ def _python() -> Finding:
 
 def _cpu() -> Finding:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    info = Path("/proc/cpuinfo")
-    amx = info.is_file() and " amx_bf16" in info.read_text(encoding="utf-8")
-    speed = "fast (AMX)" if amx else "slow, so train.dtype=auto uses float32 on the CPU"
+    import torch
+    from posttrain_kernels import multiplies_fast
+
+    fast = multiplies_fast(torch.bfloat16)
+    speed = "multiplied by instructions of its own" if fast else "slow: auto takes float32"
     return Finding("ok", "cpu", f"{cores} cores; bfloat16 is {speed}")
 
 
