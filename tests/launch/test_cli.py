@@ -197,7 +197,8 @@ def test_evaluate_needs_a_held_out_row(words, capsys):
 
 
 def test_each_trial_of_a_sweep_is_a_command_of_its_own(words, tmp_path, capfd):
-    more = ["engine=zero1", "cluster.nodes=2,3", "model.path=/nowhere," + words[0].split("=")[1]]
+    more = ["engine=zero1", "cluster.gpus_per_node=0", "cluster.time=00:10:00"]
+    more += ["cluster.nodes=2,3", "model.path=/nowhere," + words[0].split("=")[1]]
     assert main(["submit", "-m", *words[1:], *more, "--dry-run"]) == 1
     shown = capfd.readouterr()
     rows = [line.split("  ") for line in shown.out.splitlines() if line.startswith("cluster.nodes")]
