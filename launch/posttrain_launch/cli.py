@@ -46,7 +46,7 @@ VERBS: dict[str, Verb] = {
     ),
     "submit": Verb(
         "send a training to Slurm (--dry-run: only write the job)",
-        "posttrain submit engine=zero3 cluster.nodes=2 cluster.gpus_per_node=8 cluster.time=8:00:00",
+        "posttrain submit engine=zero3 cluster.nodes=2 cluster.gpus_per_node=8 cluster.time=1-00",
         "cluster.submit",
         hydra=True,
     ),

@@ -98,8 +98,8 @@ def _read_tokenizer(folder: Path, state: tuple[tuple[str, int, int], ...]) -> An
         ) from error
 
 
-def check_tokenizer(tokenizer: Any, folder: Path, need_chat_template: bool) -> None:
-    """Refuse a tokenizer without end token, pad token, offsets or (for chat) a template.
+def check_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Refuse a tokenizer without end token, pad token or offsets.
 
     Raises:
         ModelError, SeveralErrors: what is missing, and where to set it.
@@ -121,16 +121,6 @@ def check_tokenizer(tokenizer: Any, folder: Path, need_chat_template: bool) -> N
                 where=where,
                 fix='set "pad_token" to a token that is no end token, e.g. '
                 '"pad_token": "<|endoftext|>"',
-            )
-        )
-    if need_chat_template and not tokenizer.chat_template:
-        found.append(
-            ModelError(
-                "the tokenizer has no chat template, so messages cannot be turned into text",
-                where=where,
-                fix='set "chat_template", or put the template into '
-                f"{folder / 'chat_template.jinja'}; a base model is often given the template of "
-                "its instruct sibling",
             )
         )
     if not tokenizer.is_fast:
