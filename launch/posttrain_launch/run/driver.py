@@ -18,10 +18,10 @@ from typing import IO, Any
 from posttrain_dist.config import Local, RunConfig
 from posttrain_dist.errors import PosttrainError
 from posttrain_dist.files import write_atomic
+from posttrain_dist.report.run.progress import Progress
 from posttrain_dist.run import discard_outcome, finish
 from posttrain_launch.failures import FAILED, STOPPED, print_error
 from posttrain_launch.ray.child import Job, started
-from posttrain_launch.run.progress import Progress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -79,8 +79,8 @@ def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], e
     from posttrain_dist.prepare.data_report import write_data_report
     from posttrain_dist.report.data.data_page import write_data_page
     from posttrain_dist.report.data.data_text import counts_text, formats_line
+    from posttrain_dist.report.data.prepare_progress import progress_output
     from posttrain_dist.report.run.run_text import run_text
-    from posttrain_launch.run.prepare_progress import progress_output
 
     def log(line: str) -> None:
         print(line, file=out, flush=True)

@@ -10,7 +10,7 @@ import pty
 import time
 from pathlib import Path
 
-from posttrain_launch.run.progress import Progress, describe
+from posttrain_dist.report.run.progress import Progress, describe
 
 
 def append(folder: Path, **row: float) -> None:
