@@ -79,7 +79,7 @@ def test_a_run_from_command_to_report(words, tmp_path, capsys):
     assert "Loading weights" not in shown.out + shown.err  # noise of libraries
 
     assert main(["run", str(folder)]) == 0
-    assert "is finished" in capsys.readouterr().out
+    assert "is already finished" in capsys.readouterr().out
     assert len(rows_of(folder)) == 5
 
     # The export's held-out loss is that of the run's last step.

@@ -188,7 +188,8 @@ def _run_trial(line: CommandLine, composed: Composed, sweep: Sweep) -> tuple[int
     if line.verb == "train":
         check_inputs(with_absolute_paths(composed.config))
         folder = freeze(composed, line.typed)
-        return sweep.run_subprocess(["run", str(folder)], line.debug), folder
+        code = sweep.run_subprocess(["run", str(folder), "--new"], line.debug)
+        return code, folder if folder.is_dir() else None
     arguments = [line.verb, *composed.overrides]
     if line.flags.config_dir is not None:
         arguments += ["--config-dir", line.flags.config_dir]
