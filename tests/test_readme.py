@@ -18,8 +18,15 @@ README = (ROOT / "README.md").read_text()
 def test_the_python_example_trains(tmp_path):
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (tmp_path / "example.py").write_text(example)
-    subprocess.run([sys.executable, "example.py"], cwd=tmp_path, check=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
     folder = tmp_path / "outputs" / "from_python"
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"run folder: {folder}"
+    assert any(line.startswith("step 5/5  loss ") for line in lines)
+    assert lines[-2].split() == ["report", str(folder / "report.html")]
     rows = read_rows(folder / "metrics.jsonl")
     assert rows[-1]["step"] == 5
     assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]

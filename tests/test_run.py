@@ -42,7 +42,7 @@ def test_a_run_ends_in_its_report_and_is_then_left_alone(config, tmp_path, capsy
     lines = shown.out.splitlines()
     assert lines[0] == f"run folder: {folder}"
     assert f"data report: {folder / 'data_report.html'}" in lines
-    steps = [line.split("  ")[0] for line in lines if line.startswith("step ")]
+    steps = [line.split("  ")[0] for line in lines if "held-out loss" in line and "/3  " in line]
     assert (steps[0], steps[-1]) == ("step 0/3", "step 3/3")
     assert lines[-2].split() == ["report", str(folder / "report.html")]
     assert "Loading" not in shown.out + shown.err  # what libraries print

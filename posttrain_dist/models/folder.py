@@ -39,8 +39,9 @@ def resolve(path: str) -> Path:
         raise ModelError(
             "there is no such model folder",
             where=str(folder),
-            fix="set model.path to a folder with config.json, tokenizer.json and *.safetensors "
-            "(names of the Hugging Face hub are not downloaded), or to tiny_base",
+            fix="set model.path to a folder with config.json, tokenizer.json and *.safetensors, or "
+            "to tiny_base; a model of the hub is not downloaded: `hf download OWNER/NAME "
+            "--local-dir FOLDER` does that",
         )
     return folder
 

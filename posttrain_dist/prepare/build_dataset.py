@@ -141,9 +141,16 @@ def _refuse_rows(config: RunConfig, tally: Tally) -> None:
         what = f"{failed} of {tally.num_rows} rows fail the check {name!r}: {check.explain}"
         cut = int(tally.column("truncated").sum())
         fix = check.fix
-        if name == "end_of_turn" and cut:
-            what += f" {cut} rows are longer than data.max_length={config.data.max_length}: cut."
+        if name == "end_of_turn" and cut >= failed:
+            what = (
+                f"{cut} of {tally.num_rows} rows are longer than data.max_length="
+                f"{config.data.max_length}, and {failed} of them lose their end of turn where they "
+                "are cut: a model that is not taught it never stops (check 'end_of_turn')"
+            )
             fix = LONG_ROWS
+        elif name == "end_of_turn" and cut:
+            what += f" {cut} rows are cut, being longer than data.max_length."
+            fix = f"{LONG_ROWS}; {fix}"
         fix += "; template.strict=false trains all the same"
         problems.append(DataError(what, where=places, fix=fix))
     raise_all(problems)

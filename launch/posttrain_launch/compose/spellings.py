@@ -239,6 +239,8 @@ TEMPLATES: dict[str, str] = {
     "llama3_3": "llama3",
     "llama_3": "llama3",
     "llama_3_1": "llama3",
+    "llama_3_2": "llama3",
+    "llama_3_3": "llama3",
     "llama_2": "llama2",
     "llama4": "tokenizer",
     "gemma2": "gemma",
