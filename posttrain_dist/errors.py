@@ -111,7 +111,21 @@ class Rule(NamedTuple):
         return ConfigError(self.what, where=self.key, fix=self.fix)
 
 
-def at_least(key: str, value: float | None, least: float = 1) -> Rule:
-    """The rule that a value, where it is given, is `least` or more."""
+MAX_COUNT = 10**15  # above it no count is meant, and 64 bits would overflow in what is made of it
+
+
+def at_least(key: str, value: float | None, least: float = 1, most: float = MAX_COUNT) -> Rule:
+    """The rule that a value, where it is given, is `least` to `most`; not a number is neither."""
+    if value is not None and value > most:
+        shown = short(value)
+        return Rule(
+            False, key, f"is {shown}, must be at most {most:,}", f"set {key} to {most} or less"
+        )
     what = f"is {value}, must be at least {least}"
     return Rule(value is None or value >= least, key, what, f"set {key} to {least} or more")
+
+
+def short(value: object) -> str:
+    """A value for a message: a whole number may have hundreds of digits."""
+    too_long = isinstance(value, int) and abs(value) >= 10**24
+    return "a number of more than 24 digits" if too_long else str(value)

@@ -79,11 +79,27 @@ def _cluster_faults(config: RunConfig, verb: str) -> list[PosttrainError]:
             ),
         }[verb]
         found.append(ConfigError(what, where="cluster", fix=fix))
+    if isinstance(cluster, Slurm) and verb == "submit":
+        found += _unsaid(cluster)
     if isinstance(cluster, Slurm) and isinstance(config.engine, Single):
-        workers = cluster.nodes * max(1, cluster.gpus_per_node)
+        workers = cluster.nodes * max(1, cluster.gpus_per_node or 0)
         if cluster.workers is None and workers > 1:
             found.append(single_on_many(workers))
     return found
+
+
+def _unsaid(cluster: Slurm) -> list[PosttrainError]:
+    """What a job asks for and nobody can guess: a wrong one shows after hours in a queue."""
+    missing = {
+        "cluster.gpus_per_node": (cluster.gpus_per_node, "8, or 0 for a job on CPUs"),
+        "cluster.time": (cluster.time, "08:00:00, the time that the job may take"),
+    }
+    keys = [key for key, (value, _) in missing.items() if value is None]
+    if not keys:
+        return []
+    fix = "set " + "; ".join(f"{key}=<{missing[key][1]}>" for key in keys)
+    what = "is not set, and has no default" + (f"; nor is {keys[1]}" if len(keys) > 1 else "")
+    return [ConfigError(what, where=keys[0], fix=fix)]
 
 
 def single_on_many(workers: int) -> ConfigError:

@@ -6,7 +6,10 @@ of Ray where the config says so, and ends it by the same `finish`.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +29,17 @@ class Outcome:
     early_stop: str | None = None  # the alarm that ended it before total_steps
 
 
-def run(config: RunConfig, folder: Path) -> Outcome:
+def run(config: RunConfig, folder: Path, *, progress: bool = True) -> Outcome:
     """Prepare the data, train as the only worker, and write the report and FINISHED.
 
     A run that was stopped (by a file STOP, which rank 0 looks for, or killed) goes on from its
-    newest checkpoint when it is called again; a finished one is left as it is.
+    newest checkpoint when it is called again; a finished one is left as it is. What libraries
+    print goes to logs/rank-0.log.
 
     Args:
         config: of the run; `config.cluster` is Local, and relative paths are those of this process.
-        folder: the run folder; made if it is not there.
+        folder: the run folder; made if it is not there, and not left behind by a refused start.
+        progress: print the lines that `posttrain train` prints.
 
     Returns:
         How the training ended.
@@ -42,11 +47,6 @@ def run(config: RunConfig, folder: Path) -> Outcome:
     Raises:
         PosttrainError: config, data, model or checkpoint cannot be used.
     """
-    from posttrain_dist.prepare import prepare
-    from posttrain_dist.prepare.data_report import write_data_report
-    from posttrain_dist.report.data.data_page import write_data_page
-    from posttrain_dist.train import train
-
     config, folder = complete(config), Path(folder).absolute()
     if not isinstance(config.cluster, Local):
         raise ConfigError(
@@ -54,13 +54,90 @@ def run(config: RunConfig, folder: Path) -> Outcome:
             where="cluster",
             fix="leave cluster out, or start the run with `posttrain train`",
         )
+    log = _print if progress else _say_nothing
     if (folder / "FINISHED").is_file():
+        log(finished_line(folder))
         return read_outcome(folder)
+    is_new = not folder.exists()
+    try:
+        outcome = _train(config, folder, progress, log)
+    except PosttrainError as error:
+        if is_new:
+            discard_refused(folder, error)
+        raise
+    if outcome.completed:
+        from posttrain_dist.report.run.run_text import run_text
+
+        log(f"\n{run_text(folder)}")
+    else:
+        log(f"saved and left at step {outcome.step} of {outcome.total_steps}; call again to go on")
+    return outcome
+
+
+def _train(config: RunConfig, folder: Path, progress: bool, log: Callable[[str], None]) -> Outcome:
+    from posttrain_dist.prepare import prepare
+    from posttrain_dist.report.data.prepare_progress import progress_output
+    from posttrain_dist.report.run.progress import Progress
+    from posttrain_dist.train import train
+
+    log(f"run folder: {folder}")
     discard_outcome(folder)
-    prepare(config, folder / "prepared")
-    write_data_page(write_data_report(config, folder / "prepared", folder), folder)
-    train(config, folder)
-    return finish(config, folder)
+    out, shown = sys.stdout, contextlib.ExitStack()
+    with shown:
+        output = shown.enter_context(progress_output(sys.stderr)) if progress else {}
+        prepare(config, folder / "prepared", **output)
+    log(report_data(config, folder))
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    # Left open: handlers that libraries bind to it live on after the run.
+    stream = (folder / "logs" / "rank-0.log").open("a", buffering=1, encoding="utf-8")
+    with contextlib.ExitStack() as shown:
+        if progress:
+            shown.enter_context(Progress(folder, out))
+        shown.enter_context(contextlib.redirect_stdout(stream))
+        shown.enter_context(contextlib.redirect_stderr(stream))
+        train(config, folder)
+    return finish(config, folder, log)
+
+
+def report_data(config: RunConfig, folder: Path) -> str:
+    """Write the report of the prepared data into the run folder; its counts as text."""
+    from posttrain_dist.prepare.data_report import write_data_report
+    from posttrain_dist.report.data.data_page import write_data_page
+    from posttrain_dist.report.data.data_text import counts_text, formats_line
+
+    report = write_data_report(config, folder / "prepared", folder)
+    page = write_data_page(report, folder)
+    return "\n".join(["", counts_text(report), formats_line(report), f"data report: {page}", ""])
+
+
+def finished_line(folder: Path) -> str:
+    """What is said of a run that is called again after its end."""
+    return f"{folder} is already finished; `posttrain report {folder}` renews its page"
+
+
+def discard_refused(folder: Path, error: PosttrainError) -> bool:
+    """Remove a new run folder if its start was refused before anything was begun.
+
+    Args:
+        folder: that was made for this start.
+        error: that refused it; where it points into the folder, that is kept.
+
+    Returns:
+        Whether it was removed.
+    """
+    begun = ("metrics.jsonl", "checkpoints", "logs/plan.json")
+    if str(folder) in str(error) or any((folder / name).exists() for name in begun):
+        return False
+    shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+def _say_nothing(line: str) -> None:
+    pass
 
 
 def discard_outcome(folder: Path) -> None:

@@ -30,7 +30,7 @@ ALLOWED = {
     "posttrain_launch.compose.hydra_app": HYDRA,
     # The driver of any run until it reads the tokenizer, and all of it that serves Ray.
     "posttrain_launch.run.driver": HYDRA,
-    "posttrain_launch.run.prepare_progress": HYDRA,
+    "posttrain_dist.report.data.prepare_progress": HYDRA,
     "posttrain_launch.ray.child": HYDRA,
     **{
         f"posttrain_launch.commands.{path.parent.name}.{path.stem}": HYDRA

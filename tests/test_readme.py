@@ -22,6 +22,10 @@ def test_the_python_example_trains(tmp_path):
     process = forkserver.start(script, output=output, cwd=tmp_path)
     assert process.wait(300) == 0, output.read_text()
     folder = tmp_path / "outputs" / "from_python"
+    lines = output.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == f"run folder: {folder}"
+    assert any(line.startswith("step 5/5  loss ") for line in lines)
+    assert lines[-2].split() == ["report", str(folder / "report.html")]
     rows = read_rows(folder / "metrics.jsonl")
     assert rows[-1]["step"] == 5
     assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]

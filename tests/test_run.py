@@ -11,7 +11,7 @@ import pytest
 from posttrain_dist.config import DataConfig, ModelConfig, Ray, RunConfig, TrainConfig
 from posttrain_dist.errors import ConfigError, PosttrainError
 from posttrain_dist.metrics import LoggingConfig, WandbMode
-from posttrain_dist.run import Outcome, finish, run
+from posttrain_dist.run import Outcome, discard_refused, finish, run
 
 
 @pytest.fixture
@@ -32,12 +32,20 @@ def leave(folder: Path, **outcome: object) -> Path:
     return folder
 
 
-def test_a_run_ends_in_its_report_and_is_then_left_alone(config, tmp_path):
+def test_a_run_ends_in_its_report_and_is_then_left_alone(config, tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "STOP").touch()  # of an earlier start
     ended = Outcome(completed=True, step=3, total_steps=3)
     assert run(config, folder) == ended
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert lines[0] == f"run folder: {folder}"
+    assert f"data report: {folder / 'data_report.html'}" in lines
+    steps = [line.split("  ")[0] for line in lines if "held-out loss" in line and "/3  " in line]
+    assert (steps[0], steps[-1]) == ("step 0/3", "step 3/3")
+    assert lines[-2].split() == ["report", str(folder / "report.html")]
+    assert "Loading" not in shown.out + shown.err  # what libraries print
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert json.loads((folder / "FINISHED").read_text()) == {"reason": "completed", "step": 3}
@@ -45,7 +53,41 @@ def test_a_run_ends_in_its_report_and_is_then_left_alone(config, tmp_path):
 
     (folder / "report.html").unlink()
     assert run(config, folder) == ended
+    assert capsys.readouterr().out.startswith(f"{folder} is already finished; `posttrain report ")
     assert not (folder / "report.html").exists()
+
+
+def test_a_run_can_be_silent_and_goes_on_in_silence(config, tmp_path, capsys):
+    config = replace(config, train=TrainConfig(steps=1, batch_size=2))
+    assert run(config, tmp_path / "run", progress=False).completed
+    assert run(config, tmp_path / "run", progress=False).completed
+    shown = capsys.readouterr()
+    assert shown.out == shown.err == ""
+    assert (tmp_path / "run" / "FINISHED").is_file()
+
+
+def test_a_refused_start_leaves_no_folder(config, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"messages": 5}\n')
+    bad = replace(config, data=DataConfig(train=str(tmp_path / "rows.jsonl")))
+    with pytest.raises(PosttrainError, match="messages is a number"):
+        run(bad, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()  # the caller's own is left
+    with pytest.raises(PosttrainError, match="messages is a number"):
+        run(bad, tmp_path / "run")
+    assert (tmp_path / "run").is_dir()
+
+
+@pytest.mark.parametrize("begun", ["metrics.jsonl", "checkpoints", "logs/plan.json"])
+def test_what_was_begun_is_never_removed(begun, tmp_path):
+    folder = tmp_path / "run"
+    (folder / begun).mkdir(parents=True)
+    assert not discard_refused(folder, PosttrainError("no"))
+    (folder / begun).rmdir()
+    assert not discard_refused(folder, PosttrainError("no", where=str(folder / "logs")))
+    assert folder.is_dir()
+    assert discard_refused(folder, PosttrainError("no"))
+    assert not folder.exists()
 
 
 def test_a_cluster_is_refused_before_anything_is_made(config, tmp_path):

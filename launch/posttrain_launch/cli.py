@@ -48,7 +48,7 @@ VERBS: dict[str, Verb] = {
     ),
     "submit": Verb(
         "send a training to Slurm (--dry-run: only write the job)",
-        "posttrain submit +experiment=demo cluster.nodes=2 --dry-run",
+        "posttrain submit engine=zero3 cluster.nodes=2 cluster.gpus_per_node=8 cluster.time=1-00",
         "cluster.submit",
         hydra=True,
     ),

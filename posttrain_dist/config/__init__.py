@@ -4,6 +4,7 @@ from posttrain_dist.checkpoint import CheckpointConfig
 from posttrain_dist.config.groups import Dtype, EvalConfig, Local, Ray, Slurm, TrainConfig
 from posttrain_dist.config.rules import complete, problems, single_process_rule
 from posttrain_dist.config.run_config import GROUPS, SLOTS, RunConfig
+from posttrain_dist.config.value_types import type_name
 from posttrain_dist.data import DataConfig, Template
 from posttrain_dist.diagnosis import DiagnoseConfig
 from posttrain_dist.engine import AdamW, DeepSpeed, Single
@@ -38,4 +39,5 @@ __all__ = [
     "complete",
     "problems",
     "single_process_rule",
+    "type_name",
 ]

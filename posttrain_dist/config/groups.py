@@ -5,11 +5,17 @@ Imports no torch.
 
 from __future__ import annotations
 
-import math
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 
+from posttrain_dist.data import MAX_PASSES
 from posttrain_dist.errors import Rule, at_least
+
+MAX_BATCH = 10**6  # packs of a step, which are drawn at once
+MAX_MACHINES = 100_000  # nodes, CPUs, GPUs
+# Not of digits alone: minutes, as which nobody means the 28800 that YAML makes of 8:00:00.
+_TIME = re.compile(r"\d+:\d{1,2}(:\d{1,2})?|\d+-\d{1,2}(:\d{1,2}){0,2}|UNLIMITED|infinite")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,12 +43,12 @@ class Slurm(Ray):
     """Ray inside a Slurm job; `posttrain submit` writes the job. `address` is set in the job."""
 
     nodes: int = 1
-    gpus_per_node: int = 0
-    cpus_per_node: int = 2
+    gpus_per_node: int | None = None  # 0: a job on CPUs; `posttrain submit` wants it said
+    cpus_per_node: int | None = None  # null: 4 for each GPU of a node, 2 where it has none
     memory_per_node: str | None = None  # as Slurm's --mem: "64G"
     partition: str | None = None
     account: str | None = None
-    time: str = "01:00:00"  # as Slurm's --time
+    time: str | None = None  # as Slurm's --time, "08:00:00"; `posttrain submit` wants it said
     network_interface: str | None = None  # for gloo and NCCL, e.g. "eth0"; null: they choose
     extra: list[str] = field(default_factory=list)  # more sbatch options: ["--qos=high"]
 
@@ -85,16 +91,16 @@ def train_rules(train: TrainConfig) -> list[Rule]:
     return [
         at_least("train.steps", train.steps),
         at_least("train.tokens", train.tokens),
-        at_least("train.batch_size", train.batch_size),
-        at_least("train.micro_batch_size", train.micro_batch_size),
+        at_least("train.batch_size", train.batch_size, 1, MAX_BATCH),
+        at_least("train.micro_batch_size", train.micro_batch_size, 1, MAX_BATCH),
         at_least("train.log_every", train.log_every),
         at_least("train.eval_every", train.eval_every),
         at_least("train.save_every", train.save_every),
         Rule(
-            train.epochs is None or 0 < train.epochs < math.inf,
+            train.epochs is None or 0 < train.epochs <= MAX_PASSES,
             "train.epochs",
-            f"is {train.epochs}, must be above 0 and finite",
-            "set a positive number of passes over the data",
+            f"is {train.epochs}, must be above 0 and at most {MAX_PASSES:,}",
+            "set a number of passes over the data, such as 3",
         ),
         Rule(
             [train.steps, train.epochs, train.tokens].count(None) >= 2,
@@ -108,9 +114,9 @@ def train_rules(train: TrainConfig) -> list[Rule]:
 def eval_rules(evaluation: EvalConfig) -> list[Rule]:
     """What must hold among the values of the group `eval`."""
     return [
-        at_least("eval.max_new_tokens", evaluation.max_new_tokens),
+        at_least("eval.max_new_tokens", evaluation.max_new_tokens, 1, 10**6),
         at_least("eval.generate_rows", evaluation.generate_rows, 0),
-        at_least("eval.samples", evaluation.samples, 0),
+        at_least("eval.samples", evaluation.samples, 0, 10**6),
         Rule(
             evaluation.generate_rows <= 256,
             "eval.generate_rows",
@@ -125,19 +131,26 @@ def cluster_rules(cluster: Cluster) -> list[Rule]:
     if not isinstance(cluster, Ray):
         return []
     rules = [
-        at_least("cluster.workers", cluster.workers),
+        at_least("cluster.workers", cluster.workers, 1, MAX_MACHINES),
         at_least("cluster.max_failures", cluster.max_failures, 0),
         Rule(
-            cluster.cpus_per_worker > 0,
+            0 < cluster.cpus_per_worker <= MAX_MACHINES,
             "cluster.cpus_per_worker",
-            f"is {cluster.cpus_per_worker}, must be above 0",
+            f"is {cluster.cpus_per_worker}, must be above 0 and at most {MAX_MACHINES:,}",
             "set it to 1 or more",
         ),
     ]
     if isinstance(cluster, Slurm):
         rules += [
-            at_least("cluster.nodes", cluster.nodes),
-            at_least("cluster.cpus_per_node", cluster.cpus_per_node),
-            at_least("cluster.gpus_per_node", cluster.gpus_per_node, 0),
+            at_least("cluster.nodes", cluster.nodes, 1, MAX_MACHINES),
+            at_least("cluster.cpus_per_node", cluster.cpus_per_node, 1, MAX_MACHINES),
+            at_least("cluster.gpus_per_node", cluster.gpus_per_node, 0, MAX_MACHINES),
+            Rule(
+                cluster.time is None or bool(_TIME.fullmatch(cluster.time)),
+                "cluster.time",
+                f"is {cluster.time!r}, which Slurm does not read",
+                "write hours:minutes:seconds or days-hours:minutes:seconds, such as 08:00:00; in a "
+                'YAML file in quotes, time: "08:00:00", for it is a number there otherwise',
+            ),
         ]
     return rules

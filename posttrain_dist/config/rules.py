@@ -10,12 +10,15 @@ import dataclasses
 from posttrain_dist.checkpoint import checkpoint_rules
 from posttrain_dist.config.groups import Ray, cluster_rules, eval_rules, train_rules
 from posttrain_dist.config.run_config import SLOTS, RunConfig, untouched_slots
+from posttrain_dist.config.value_types import type_problems
 from posttrain_dist.data import data_rules
 from posttrain_dist.diagnosis.rule_table import diagnose_problems
 from posttrain_dist.engine import DeepSpeed, Single, engine_rules, optimizer_rules
 from posttrain_dist.engine.ds_config import deepspeed_config
-from posttrain_dist.errors import ConfigError, PosttrainError, Rule, raise_all
+from posttrain_dist.errors import ConfigError, PosttrainError, Rule, at_least, raise_all
 from posttrain_dist.models import Weights, model_rules
+
+MAX_SEED = (1 << 63) - 1  # torch and numpy take it
 
 
 def complete(config: RunConfig) -> RunConfig:
@@ -25,7 +28,7 @@ def complete(config: RunConfig) -> RunConfig:
         ConfigError, SeveralErrors: all problems of the configuration, reported together.
     """
     config = dataclasses.replace(config, **untouched_slots(config))
-    raise_all(_wrong_slots(config) or problems(config))
+    raise_all(_wrong_slots(config) or list(type_problems(config)) or problems(config))
     return config
 
 
@@ -86,7 +89,23 @@ def single_process_rule(num_workers: int | None, workers: str) -> Rule:
 def _rules_between_groups(config: RunConfig) -> list[Rule]:
     engine, cluster, model = config.engine, config.cluster, config.model
     stage3 = isinstance(engine, DeepSpeed) and engine.stage == 3
+    asks = config.eval.generate_rows > 0
     rules = [
+        at_least("seed", config.seed, 0, MAX_SEED),
+        Rule(
+            not asks or config.checkpoint.export,
+            "eval.generate_rows",
+            f"is {config.eval.generate_rows}, and answers come from the export, which "
+            "checkpoint.export=false leaves out",
+            "set checkpoint.export=true, or eval.generate_rows=0",
+        ),
+        Rule(
+            not asks or config.objective.rows == "messages",
+            "eval.generate_rows",
+            f"is {config.eval.generate_rows}, and objective={config.objective.name} reads no "
+            "conversations that could be answered",
+            "set eval.generate_rows=0, or objective=sft",
+        ),
         Rule(
             config.name not in ("", ".", "..") and not set(config.name) & set('/\\:*?"<>| '),
             "name",

@@ -78,6 +78,7 @@ class RunConfig:
                 kind = values[group].pop("kind")
                 schema[group] = OmegaConf.structured(options[kind])
             merged = OmegaConf.merge(schema, values)
+            _refuse_loose_flags(values, merged)
             return OmegaConf.to_object(merged)  # type: ignore[return-value]
         except (OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
@@ -97,6 +98,15 @@ SLOTS: dict[str, dict[str, type]] = {
 # Every group that is chosen on the command line: in one that is no slot the options differ by
 # their values alone.
 GROUPS: dict[str, dict[str, type]] = {**SLOTS, "template": {"template": Template}}
+
+
+def _refuse_loose_flags(written: dict[str, Any], read: Any) -> None:
+    """OmegaConf makes true of any number but 0."""
+    for name, value in written.items():
+        if isinstance(value, dict):
+            _refuse_loose_flags(value, read[name])
+        elif isinstance(read[name], bool) and not isinstance(value, bool):
+            raise TypeError(f"{name} is {value}, must be true or false")
 
 
 def _plain(value: Any) -> Any:

@@ -40,13 +40,21 @@ Here are the configs of the groups `data` and `template`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import Enum
 
 from posttrain_dist.errors import Rule, at_least
 
+# The products of packing (window, length, number of the sample) fit into 64 bits.
+MAX_LENGTH = 1 << 24  # tokens
+MAX_WINDOW = 1 << 24  # samples
+MAX_WEIGHT = 1_000_000_000
+MAX_PASSES = 10_000  # over the data: each is planned before the first step
+
 __all__ = [
+    "MAX_LENGTH",
+    "MAX_PASSES",
+    "MAX_WINDOW",
     "DataConfig",
     "Format",
     "LongRows",
@@ -148,9 +156,9 @@ class Template:
 def data_rules(data: DataConfig) -> list[Rule]:
     """What must hold among the values of the group `data`."""
     rules = [
-        at_least("data.max_length", data.max_length, 2),
-        at_least("data.pack_window", data.pack_window),
-        at_least("data.workers", data.workers),
+        at_least("data.max_length", data.max_length, 2, MAX_LENGTH),
+        at_least("data.pack_window", data.pack_window, 1, MAX_WINDOW),
+        at_least("data.workers", data.workers, 1, 10**4),
         Rule(
             0 <= data.eval_fraction < 1,
             "data.eval_fraction",
@@ -182,18 +190,19 @@ def data_rules(data: DataConfig) -> list[Rule]:
         weights |= {f"schedule.{step}": weight for step, weight in source.schedule.items()}
         rules += [
             Rule(
-                0 <= weight < math.inf,
+                0 <= weight <= MAX_WEIGHT,
                 f"{key}.{place}",
-                f"is {weight}, must be 0 or more, and finite",
+                f"is {weight}, must be in [0, {MAX_WEIGHT:,}]",
                 "set a weight such as 1.0",
             )
             for place, weight in weights.items()
         ]
+        rules += [at_least(f"{key}.schedule", step, 0) for step in source.schedule]
         rules.append(
             Rule(
-                source.max_passes is None or source.max_passes > 0,
+                source.max_passes is None or 0 < source.max_passes <= MAX_PASSES,
                 f"{key}.max_passes",
-                f"is {source.max_passes}, must be above 0",
+                f"is {source.max_passes}, must be above 0 and at most {MAX_PASSES:,}",
                 "set how often a row may be drawn in an epoch, or null",
             )
         )

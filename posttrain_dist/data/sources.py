@@ -96,7 +96,7 @@ def file_sets(data: DataConfig, rows: str, *, only_heldout: bool = False) -> lis
                 ConfigError(
                     f"the embedded data holds conversations, and this objective reads {rows} rows",
                     where=key,
-                    fix='give a JSONL file with rows such as {"text": "..."}',
+                    fix='give a JSONL file with rows such as {"text": "..."}, or set objective=sft',
                 )
             )
             continue

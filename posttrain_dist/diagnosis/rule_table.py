@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Iterator
 
 from posttrain_dist.diagnosis import (
@@ -16,7 +15,7 @@ from posttrain_dist.diagnosis import (
 from posttrain_dist.diagnosis.alarms import Alarm
 from posttrain_dist.diagnosis.facts import ModelFacts
 from posttrain_dist.diagnosis.history import EVALUATIONS, History
-from posttrain_dist.errors import ConfigError
+from posttrain_dist.errors import ConfigError, short
 
 # What a rule finds in the newest row; a pure function.
 Rule = Callable[[History, DiagnoseConfig, ModelFacts], Iterator[Alarm]]
@@ -34,6 +33,8 @@ RULES: dict[str, Rule] = {
     "dominating_channel": rules_channels.dominating_channel,
     "special_tokens": rules_channels.special_tokens,
 }
+MAX_WINDOW = 1_000_000  # rows
+MAX_LOSS = 100  # nats per token
 MAX_OVERFIT_EVALS = EVALUATIONS - 4  # evaluations before them are needed too
 
 
@@ -53,15 +54,17 @@ def diagnose_problems(config: DiagnoseConfig) -> list[ConfigError]:
     for name in sorted(set(config.off) & set(config.early_stop) & set(RULES)):
         what = f"names {name}, which diagnose.off leaves out"
         refuse("early_stop", what, "take it from one of the two lists")
-    if config.window < 10:
-        refuse("window", f"is {config.window}, must be at least 10", "set it to 10 or more")
+    if not 10 <= config.window <= MAX_WINDOW:
+        what = f"is {short(config.window)}, must be 10 to {MAX_WINDOW:,}"
+        refuse("window", what, "the default is 30")
     if not 1 <= config.overfit_evals <= MAX_OVERFIT_EVALS:
-        what = f"is {config.overfit_evals}, must be 1 to {MAX_OVERFIT_EVALS}"
+        what = f"is {short(config.overfit_evals)}, must be 1 to {MAX_OVERFIT_EVALS}"
         refuse("overfit_evals", what, "the default is 3")
-    if not 0 <= config.low_loss < math.inf:
-        refuse("low_loss", f"is {config.low_loss:g}, must be 0 or more", "the default is 0.2")
+    if not 0 <= config.low_loss <= MAX_LOSS:
+        what = f"is {short(config.low_loss)}, must be in [0, {MAX_LOSS}]"
+        refuse("low_loss", what, "the default is 0.2")
     most = rules_channels.DOMINATING_SHARE
     if not 0 < config.starved_share < most:
-        what = f"is {config.starved_share:g}, must be above 0 and below {most:g}"
+        what = f"is {short(config.starved_share)}, must be above 0 and below {most:g}"
         refuse("starved_share", what, "the default is 0.01")
     return found

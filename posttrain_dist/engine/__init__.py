@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import Enum
 
 from posttrain_dist.errors import Rule, at_least
 
-__all__ = ["AdamW", "DeepSpeed", "Engine", "Optimizer", "Schedule", "Single"]
+WARMUP_RATIO = 0.03  # where neither warmup_ratio nor warmup_steps is set
+
+__all__ = ["WARMUP_RATIO", "AdamW", "DeepSpeed", "Engine", "Optimizer", "Schedule", "Single"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,7 +58,9 @@ class AdamW(Optimizer):
     weight_decay: float = 0.0  # on matrices only: never on norms and biases
     clip: float = 1.0  # largest global gradient norm; 0: no clipping
     schedule: Schedule = Schedule.cosine
-    warmup_ratio: float = 0.03  # share of all steps in which lr rises from 0
+    # Share of all steps in which lr rises from 0; null: 0.03, unless warmup_steps is set.
+    warmup_ratio: float | None = None
+    warmup_steps: int | None = None  # the same as a number of steps; one of the two can be set
     min_lr_ratio: float = 0.1  # lr at the last step, as a share of the peak
 
 
@@ -91,11 +94,25 @@ def optimizer_rules(optimizer: Optimizer) -> list[Rule]:
         "beta1": (0 <= optimizer.beta1 < 1, "in [0, 1)"),
         "beta2": (0 <= optimizer.beta2 < 1, "in [0, 1)"),
         "eps": (0 < optimizer.eps < 1, "above 0 and below 1"),
-        "weight_decay": (0 <= optimizer.weight_decay < math.inf, "0 or more, and finite"),
-        "clip": (0 <= optimizer.clip < math.inf, "0 (no clipping) or more, and finite"),
-        "warmup_ratio": (0 <= optimizer.warmup_ratio <= 1, "in [0, 1]"),
+        "weight_decay": (0 <= optimizer.weight_decay <= 1000, "in [0, 1000]"),
+        "clip": (0 <= optimizer.clip <= 1e9, "in [0, 1e9], 0 being no clipping"),
+        "warmup_ratio": (0 <= (optimizer.warmup_ratio or 0) <= 1, "in [0, 1]"),
         "min_lr_ratio": (0 <= optimizer.min_lr_ratio <= 1, "in [0, 1]"),
     }
+    both = optimizer.warmup_steps is not None and optimizer.warmup_ratio is not None
+    return [
+        at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0),
+        Rule(
+            not both,
+            "optimizer.warmup_steps",
+            f"is {optimizer.warmup_steps}, and optimizer.warmup_ratio is {optimizer.warmup_ratio}",
+            "set one of the two, and the other to null",
+        ),
+        *_ranges(optimizer, ranges),
+    ]
+
+
+def _ranges(optimizer: AdamW, ranges: dict[str, tuple[bool, str]]) -> list[Rule]:
     return [
         Rule(
             ok,

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from posttrain_dist.engine import AdamW, Schedule
+from posttrain_dist.engine import WARMUP_RATIO, AdamW, Schedule
 
 
 def learning_rate(config: AdamW, step: int, total_steps: int) -> float:
     """The rate of update `step` (1 is the first): linear warm-up, then the schedule."""
-    warmup = math.ceil(config.warmup_ratio * total_steps)
+    warmup = warmup_steps(config, total_steps)
     if step < warmup:
         return config.lr * step / warmup
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
@@ -24,6 +24,14 @@ def learning_rate(config: AdamW, step: int, total_steps: int) -> float:
     else:
         share = 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * share)
+
+
+def warmup_steps(config: AdamW, total_steps: int) -> int:
+    """Updates in which the rate rises: as many as were set, or a share of all."""
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    ratio = WARMUP_RATIO if config.warmup_ratio is None else config.warmup_ratio
+    return math.ceil(ratio * total_steps)
 
 
 def parameter_groups(

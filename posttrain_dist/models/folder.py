@@ -39,8 +39,9 @@ def resolve(path: str) -> Path:
         raise ModelError(
             "there is no such model folder",
             where=str(folder),
-            fix="set model.path to a folder with config.json, tokenizer.json and *.safetensors "
-            "(names of the Hugging Face hub are not downloaded), or to tiny_base",
+            fix="set model.path to a folder with config.json, tokenizer.json and *.safetensors, or "
+            "to tiny_base; a model of the hub is not downloaded: `hf download OWNER/NAME "
+            "--local-dir FOLDER` does that",
         )
     return folder
 
@@ -98,8 +99,8 @@ def _read_tokenizer(folder: Path, state: tuple[tuple[str, int, int], ...]) -> An
         ) from error
 
 
-def check_tokenizer(tokenizer: Any, folder: Path, need_chat_template: bool) -> None:
-    """Refuse a tokenizer without end token, pad token, offsets or (for chat) a template.
+def check_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Refuse a tokenizer without end token, pad token or offsets.
 
     Raises:
         ModelError, SeveralErrors: what is missing, and where to set it.
@@ -121,16 +122,6 @@ def check_tokenizer(tokenizer: Any, folder: Path, need_chat_template: bool) -> N
                 where=where,
                 fix='set "pad_token" to a token that is no end token, e.g. '
                 '"pad_token": "<|endoftext|>"',
-            )
-        )
-    if need_chat_template and not tokenizer.chat_template:
-        found.append(
-            ModelError(
-                "the tokenizer has no chat template, so messages cannot be turned into text",
-                where=where,
-                fix='set "chat_template", or put the template into '
-                f"{folder / 'chat_template.jinja'}; a base model is often given the template of "
-                "its instruct sibling",
             )
         )
     if not tokenizer.is_fast:

@@ -127,7 +127,8 @@ def _check_fit(inputs: Inputs, summary: Summary) -> None:
             f"lets through a row of {summary.longest} tokens, and the model has {positions} "
             "positions",
             where="data.max_length",
-            fix=f"set data.max_length={positions}",
+            fix=f"set data.max_length={positions}; data.long_rows=drop, split or truncate is what "
+            "becomes of longer rows",
         )
     if isinstance(vocabulary, int) and summary.largest_id >= vocabulary:
         raise ModelError(

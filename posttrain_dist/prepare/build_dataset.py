@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from posttrain_dist.config import RunConfig
-from posttrain_dist.data import OnBadRow
+from posttrain_dist.data import LongRows, OnBadRow
 from posttrain_dist.data.chat.checks import CHECKS
 from posttrain_dist.data.formats.records import MAX_ERRORS, Unit
 from posttrain_dist.data.prepared.arrays import SplitWriter
 from posttrain_dist.data.prepared.summary import Summary
+from posttrain_dist.data.read.bad_row import errors_by_cause
 from posttrain_dist.errors import DataError, PosttrainError, raise_all
 from posttrain_dist.flow import Record
 from posttrain_dist.prepare.chunk import Chunk
@@ -28,6 +29,10 @@ from posttrain_dist.prepare.summarise import findings, summarise
 from posttrain_dist.prepare.tally import Tally
 from posttrain_dist.prepare.workers import SMALL_BYTES, encode
 
+LONG_ROWS = (
+    "set data.long_rows=drop (leaves such rows out) or split (makes several samples of each; "
+    "truncate is what was done), or raise data.max_length"
+)
 Progress = Callable[[int, int], None]  # (units done, units in all)
 UNIT_BYTES = 2 << 20  # of JSON lines that a process takes at once
 TEXT_ROWS = 256  # held-out rows of each channel that are kept as text
@@ -122,10 +127,9 @@ def _split(config: RunConfig, inputs: Inputs, tally: Tally) -> Split:
 
 def _refuse_rows(config: RunConfig, tally: Tally) -> None:
     """Rows that were rejected, and checks that too many rows fail."""
-    if tally.ends_file or config.data.on_bad_row is OnBadRow.error:
-        raise_all([rejected.error() for rejected in tally.rejected[:MAX_ERRORS]])
-    if not tally.num_rows:
-        raise_all([rejected.error() for rejected in tally.rejected[:MAX_ERRORS]])
+    all_count = tally.ends_file or config.data.on_bad_row is OnBadRow.error
+    if all_count or not tally.num_rows:
+        raise_all(errors_by_cause(tally.rejected, at_most=MAX_ERRORS))
     if not config.template.strict:
         return
     problems: list[PosttrainError] = []
@@ -136,9 +140,18 @@ def _refuse_rows(config: RunConfig, tally: Tally) -> None:
         places = ", ".join(tally.failed_places[name][:3]) + (", ..." if failed > 3 else "")
         what = f"{failed} of {tally.num_rows} rows fail the check {name!r}: {check.explain}"
         cut = int(tally.column("truncated").sum())
-        if name == "end_of_turn" and cut:
-            what += f" {cut} rows are longer than data.max_length={config.data.max_length}."
-        fix = f"{check.fix}; template.strict=false trains all the same"
+        fix = check.fix
+        if name == "end_of_turn" and cut >= failed:
+            what = (
+                f"{cut} of {tally.num_rows} rows are longer than data.max_length="
+                f"{config.data.max_length}, and {failed} of them lose their end of turn where they "
+                "are cut: a model that is not taught it never stops (check 'end_of_turn')"
+            )
+            fix = LONG_ROWS
+        elif name == "end_of_turn" and cut:
+            what += f" {cut} rows are cut, being longer than data.max_length."
+            fix = f"{LONG_ROWS}; {fix}"
+        fix += "; template.strict=false trains all the same"
         problems.append(DataError(what, where=places, fix=fix))
     raise_all(problems)
 
@@ -153,10 +166,15 @@ def _refuse_empty(summary: Summary, tally: Tally) -> None:
             places = tally.dropped_places.get(channel, [])
             why = "every turn has the weight 0, or train is false"
             fix = "let the rows teach something, or leave the channel out"
+            limit = summary.inputs["max_length"]
             if count.truncated:
-                limit = summary.inputs["max_length"]
                 why = f"{count.truncated} are cut by data.max_length={limit} before the answer"
-                fix = "raise data.max_length, shorten the rows or leave the channel out"
+                fix = "set data.long_rows=split, raise data.max_length or leave the channel out"
+            elif count.dropped and summary.inputs["long_rows"] == LongRows.drop.name:
+                why = (
+                    f"data.long_rows=drop leaves out {count.dropped} above data.max_length={limit}"
+                )
+                fix = "set data.long_rows=split, raise data.max_length or leave the channel out"
             problems.append(
                 DataError(
                     f"channel {channel!r} has no supervised token in {count.rows} rows: {why}",

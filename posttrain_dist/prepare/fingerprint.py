@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_dist.config import RunConfig
+from posttrain_dist.data import Format
 from posttrain_dist.data.chat.template import ChatTemplate, load_template
 from posttrain_dist.data.formats.records import Reader
 from posttrain_dist.data.sources import FileSet, file_sets
@@ -56,6 +57,9 @@ class Inputs:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+PLAIN = frozenset({Format.prompt_completion, Format.tokens})  # need no chat template
+
+
 def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
     """Check model folder, tokenizer, template and files; hash them, and read the first rows.
 
@@ -67,12 +71,15 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
     rows, data = config.objective.rows, config.data
     sets = file_sets(data, rows, only_heldout=only_heldout)
     tokenizer = load_tokenizer(model_folder)
-    own_template = config.template.name == "tokenizer"
-    need = rows == "messages" and own_template
-    check_tokenizer(tokenizer, model_folder, need_chat_template=need)
+    check_tokenizer(tokenizer, model_folder)
+    readers = _readers(sets, config)
     template = None
-    if rows == "messages":
-        template = load_template(config.template, tokenizer)
+    own_template = config.template.name == "tokenizer"
+    # A base model without one reads such rows all the same; one of them that is a conversation
+    # after all asks for it then.
+    bare = own_template and not tokenizer.chat_template
+    if rows == "messages" and not (bare and all(each.format in PLAIN for each in readers)):
+        template = load_template(config.template, tokenizer, model_folder)
     own_heldout = any(each.split == "eval" for each in sets)
     digests = Digests(cache_folder(data.cache) / "hashes.json")
     states = {file: state(file) for each in sets for file in each.files}
@@ -105,7 +112,6 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
         },
     }
     digests.save()
-    readers = _readers(sets, config)
     return Inputs(model_folder, model, tokenizer, template, sets, readers, states, digest)
 
 

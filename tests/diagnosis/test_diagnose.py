@@ -264,20 +264,20 @@ def test_config_problems_name_key_and_nearest_rule() -> None:
     assert "diagnose.early_stop: has no rule 'xyz'" in texts[1]
     assert "initial_loss, not_finite" in texts[1]
     assert "names spike, which diagnose.off leaves out" in texts[2]
-    assert "diagnose.window: is 3, must be at least 10" in texts[3]
+    assert "diagnose.window: is 3, must be 10 to 1,000,000" in texts[3]
     assert "diagnose.overfit_evals: is 20, must be 1 to 12" in texts[4]
 
 
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ({"low_loss": -0.1}, "diagnose.low_loss: is -0.1, must be 0 or more"),
-        ({"low_loss": math.inf}, "diagnose.low_loss: is inf, must be 0 or more"),
-        ({"low_loss": math.nan}, "diagnose.low_loss: is nan, must be 0 or more"),
-        ({"starved_share": 0.0}, "diagnose.starved_share: is 0, must be above 0 and below 0.9"),
+        ({"low_loss": -0.1}, "diagnose.low_loss: is -0.1, must be in [0, 100]"),
+        ({"low_loss": math.inf}, "diagnose.low_loss: is inf, must be in [0, 100]"),
+        ({"low_loss": math.nan}, "diagnose.low_loss: is nan, must be in [0, 100]"),
+        ({"starved_share": 0.0}, "diagnose.starved_share: is 0.0, must be above 0 and below 0.9"),
         ({"starved_share": 0.9}, "diagnose.starved_share: is 0.9, must be above 0 and below 0.9"),
         ({"starved_share": math.nan}, "diagnose.starved_share: is nan, must be above 0"),
-        ({"window": 9}, "diagnose.window: is 9, must be at least 10"),
+        ({"window": 9}, "diagnose.window: is 9, must be 10 to 1,000,000"),
         ({"overfit_evals": 0}, "diagnose.overfit_evals: is 0, must be 1 to 12"),
     ],
 )

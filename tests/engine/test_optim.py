@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from posttrain_dist.engine import AdamW, DeepSpeed, Schedule
+from posttrain_dist.engine import AdamW, DeepSpeed, Schedule, optimizer_rules
 from posttrain_dist.engine.ds_config import deepspeed_config
-from posttrain_dist.engine.optimizers import learning_rate, parameter_groups
+from posttrain_dist.engine.optimizers import learning_rate, parameter_groups, warmup_steps
 from posttrain_dist.errors import ConfigError
 
 
@@ -27,6 +27,27 @@ def test_linear_and_constant():
     assert [learning_rate(linear, k, 4) for k in (1, 2, 3, 4)] == [1.5, 1.0, 0.5, 0.0]
     constant = AdamW(lr=2.0, warmup_ratio=0.5, schedule=Schedule.constant)
     assert [learning_rate(constant, k, 4) for k in (1, 2, 3, 4)] == [1.0, 2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4, 10, 1000])
+def test_warmup_steps_rise_to_the_peak_in_so_many(steps):
+    config = AdamW(lr=1.0, warmup_steps=steps, schedule=Schedule.constant)
+    rates = [learning_rate(config, k, 10) for k in range(1, 11)]
+    assert rates == pytest.approx([min(1.0, k / max(1, steps)) for k in range(1, 11)])
+
+
+def test_a_warmup_is_a_share_or_a_number_of_steps():
+    def refused(**fields):
+        return [rule.error() for rule in optimizer_rules(AdamW(**fields)) if not rule.holds]
+
+    assert refused(warmup_steps=3) == refused(warmup_ratio=0.5) == []
+    (both,) = refused(warmup_steps=3, warmup_ratio=0.0)
+    assert str(both) == (
+        "optimizer.warmup_steps: is 3, and optimizer.warmup_ratio is 0.0\n"
+        "  fix: set one of the two, and the other to null"
+    )
+    # Neither: three hundredths of the run, rounded up.
+    assert [warmup_steps(AdamW(), total) for total in (1, 100, 101, 1000)] == [1, 3, 4, 30]
 
 
 def test_norms_and_biases_are_not_decayed():

@@ -36,7 +36,7 @@ CASES = {
     "equals": (["data.train=/a=b.jsonl"], "data.train: ", "'data.train=\"/a=b.jsonl\"'"),
     "comma": (["data.train=/a,b.jsonl"], "data.train: ", "'data.train=\"/a,b.jsonl\"'"),
     "no value": (["train.steps"], "train.steps: is not of the form", "train.steps=<value>"),
-    "deletion": (["~train.steps"], "~train.steps: ", "train.steps=null"),
+    "deletion": (["~train.steps"], "~train.steps: ", "train.steps=<value>"),
     "interpolation": (["name=${nosuch}"], "name: ", "nosuch"),
     "out of range": (["train.batch_size=0"], "train.batch_size: is 0", "1 or more"),
     "how many layers": (

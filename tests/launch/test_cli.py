@@ -80,7 +80,7 @@ def test_a_run_from_command_to_report(words, tmp_path, capsys):
     assert "Loading weights" not in shown.out + shown.err  # noise of libraries
 
     assert main(["run", str(folder)]) == 0
-    assert "is finished" in capsys.readouterr().out
+    assert "is already finished" in capsys.readouterr().out
     assert len(rows_of(folder)) == 5
 
     # The export's held-out loss is that of the run's last step.
@@ -198,7 +198,8 @@ def test_evaluate_needs_a_held_out_row(words, capsys):
 
 
 def test_each_trial_of_a_sweep_is_a_command_of_its_own(words, tmp_path, capfd):
-    more = ["engine=zero1", "cluster.nodes=2,3", "model.path=/nowhere," + words[0].split("=")[1]]
+    more = ["engine=zero1", "cluster.gpus_per_node=0", "cluster.time=00:10:00"]
+    more += ["cluster.nodes=2,3", "model.path=/nowhere," + words[0].split("=")[1]]
     assert main(["submit", "-m", *words[1:], *more, "--dry-run"]) == 1
     shown = capfd.readouterr()
     rows = [line.split("  ") for line in shown.out.splitlines() if line.startswith("cluster.nodes")]

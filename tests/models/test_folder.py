@@ -141,16 +141,16 @@ def test_tiny_base_is_the_package_folder() -> None:
 def test_tokenizer_lacks_are_reported_together(tmp_path: Path, builders: Any) -> None:
     builders.tokenizer(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
-    check_tokenizer(tokenizer, tmp_path, need_chat_template=True)
-    tokenizer.chat_template = tokenizer.pad_token = tokenizer.eos_token = None
+    check_tokenizer(tokenizer, tmp_path)
+    tokenizer.pad_token = tokenizer.eos_token = None
     with pytest.raises(SeveralErrors) as caught:
-        check_tokenizer(tokenizer, tmp_path, need_chat_template=True)
+        check_tokenizer(tokenizer, tmp_path)
     assert {p.where for p in caught.value.problems} == {str(tmp_path / "tokenizer_config.json")}
     fixes = [p.fix for p in caught.value.problems]
-    for fix, key in zip(fixes, ("eos_token", "pad_token", "chat_template"), strict=True):
+    for fix, key in zip(fixes, ("eos_token", "pad_token"), strict=True):
         assert f'set "{key}"' in fix
     tokenizer.pad_token = tokenizer.eos_token = "<|end|>"
-    check_tokenizer(tokenizer, tmp_path, need_chat_template=False)
+    check_tokenizer(tokenizer, tmp_path)
 
 
 def test_a_folder_without_tokenizer_is_named(folder: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from posttrain_dist.errors import PosttrainError
 from posttrain_dist.report import write_report
-from posttrain_dist.report.run.read import Series, thin
+from posttrain_dist.report.run.figures import header_of
+from posttrain_dist.report.run.read import Series, read_run, thin
 
 EVIL = '<script>alert("1")</script>'
 STEPS = 60
@@ -254,6 +255,20 @@ def test_data_config_and_lineage_are_shown(page: Page) -> None:
     assert "posttrain train optimizer.lr=3e-4 'name=first try'" in page.text
     assert "versions posttrain-dist 0.1.0 torch 2.13.0" in page.text
     assert "b" * 64 in page.text
+
+
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        ("{train: /d/chat.jsonl}", "/d/chat.jsonl"),
+        ("{train: embedded, sources: {}}", "embedded"),
+        ("{train: embedded, sources: {a: {path: x}, b: {path: y}}}", "2 sources: a, b"),
+        ("{train: embedded, sources: {a: {path: x}}}", "a"),
+    ],
+)
+def test_the_header_names_what_was_trained_on(data: str, shown: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"name: x\ndata: {data}\n")
+    assert ("data", shown) in header_of(read_run(tmp_path))["facts"]
 
 
 def test_a_torn_last_line_is_passed_over(page: Page) -> None:

@@ -122,6 +122,7 @@ def test_two_nodes_train_as_two_processes_here_do(cluster, tmp_path, run_workers
         "cluster=slurm",
         "cluster.nodes=2",
         "cluster.cpus_per_node=1",
+        "cluster.gpus_per_node=0",
         "cluster.network_interface=eth0",
         "cluster.time='00:15:00'",
     ]
@@ -131,6 +132,7 @@ def test_two_nodes_train_as_two_processes_here_do(cluster, tmp_path, run_workers
     assert "invalid partition specified: nowhere" in refused
 
     submitted = cluster.login(*submit, f"output_root={tmp_path / 'slurm'}")
+    assert "2 nodes with 0 GPUs and 1 CPUs each, time 00:15:00" in submitted
     job = submitted.partition("submitted job ")[2].split()[0]
     run_folder = the_run(tmp_path / "slurm")
     end = time.monotonic() + TIMEOUT_S

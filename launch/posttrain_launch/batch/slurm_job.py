@@ -7,6 +7,7 @@ shell of `slurm/job.sh`. It stays in the run folder as `job.sbatch` and can be s
 from __future__ import annotations
 
 import importlib.resources
+import math
 import shlex
 import shutil
 import subprocess
@@ -54,6 +55,7 @@ def submit(config: RunConfig, run_folder: Path, dry_run: bool = False) -> str | 
         return None
     job_id = _sbatch(script)
     print(f"submitted job {job_id}")
+    print(f"  asks for:  {_asked(config.cluster)}")
     print(f"  state:     squeue --job {job_id}")
     print(f"  progress:  tail -F {shlex.quote(str(run_folder / 'logs' / f'slurm-{job_id}.log'))}")
     print(f"  cancel:    scancel {job_id}")
@@ -91,7 +93,7 @@ def options(name: str, cluster: Slurm, run_folder: Path) -> list[str]:
         "job-name": name,
         "nodes": cluster.nodes,
         "ntasks-per-node": 1,
-        "cpus-per-task": cluster.cpus_per_node,
+        "cpus-per-task": _cpus(cluster),
         "gpus-per-node": cluster.gpus_per_node or None,
         "mem": cluster.memory_per_node,
         "time": cluster.time,
@@ -106,6 +108,18 @@ def options(name: str, cluster: Slurm, run_folder: Path) -> list[str]:
         f"--{key}={_quoted(value)}" for key, value in values.items() if value is not None
     ]
     return [*set_options, "--requeue", *cluster.extra]
+
+
+def _asked(cluster: Slurm) -> str:
+    each = f"{cluster.gpus_per_node or 0} GPUs and {_cpus(cluster)} CPUs"
+    return f"{cluster.nodes} nodes with {each} each, time {cluster.time or 'of the partition'}"
+
+
+def _cpus(cluster: Slurm) -> int:
+    """CPUs of a node: every worker has its share, and Python and NCCL threads beside it."""
+    if cluster.cpus_per_node is not None:
+        return cluster.cpus_per_node
+    return max(2, math.ceil(max(4.0, cluster.cpus_per_worker) * (cluster.gpus_per_node or 0)))
 
 
 def _quoted(value: str | int) -> str:

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import NoReturn
 
+from posttrain_dist import __version__
 from posttrain_launch.cli import VERBS
+from posttrain_launch.failures import BAD_CONFIG
+
+
+class _Parser(argparse.ArgumentParser):
+    """Words its errors as every other one."""
+
+    def error(self, message: str) -> NoReturn:
+        example = (self.epilog or "").rpartition("\n")[2].strip()
+        text = f"error: {self.prog}: {message}\n  fix: {example}; {self.prog} --help says more"
+        print(text, file=sys.stderr)
+        raise SystemExit(BAD_CONFIG)
 
 
 def parser_of(verb: str) -> argparse.ArgumentParser:
     """An argument parser whose help shows the verb's example."""
     row = VERBS[verb]
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"posttrain {verb}",
         description=row.what,
         epilog=f"example:\n  {row.example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"posttrain {__version__}")
     parser.add_argument("--debug", action="store_true", help="the stack trace of an error")
     return parser
 

@@ -33,6 +33,12 @@ def experiment_problems(composer: Composer, groups: list[str]) -> list[Posttrain
     return found
 
 
+def leaves_of(file: Path) -> list[tuple[str, int, Any]]:
+    """Dotted key, line and value of every line of an experiment that composes."""
+    root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    return list(_leaves(root)) if isinstance(root, yaml.MappingNode) else []
+
+
 def _file_problems(composer: Composer, file: Path, groups: list[str]) -> list[PosttrainError]:
     try:
         text = file.read_text(encoding="utf-8")

@@ -8,11 +8,9 @@ configuration is composed here, and Hydra prints or sweeps it.
 from __future__ import annotations
 
 import contextlib
-import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
@@ -22,12 +20,16 @@ from omegaconf import DictConfig
 from posttrain_dist.errors import ConfigError, PosttrainError
 from posttrain_dist.preflight import check_inputs
 from posttrain_launch.cli import VERBS
+from posttrain_launch.compose.command_line import CommandLine, read_command_line
 from posttrain_launch.compose.composer import Composed, Composer, register_schemas
+from posttrain_launch.compose.misused_words import Words
 from posttrain_launch.compose.paths import with_absolute_paths
 from posttrain_launch.compose.problems import check_sweep, compose_checked
 from posttrain_launch.failures import BAD_CONFIG, STOPPED, print_error
 from posttrain_launch.run.freeze import freeze
 from posttrain_launch.sweep.trials import Sweep
+
+__all__ = ["CommandLine", "compose_command", "read_command_line"]
 
 HELP = """posttrain {verb}: {what}
 
@@ -57,52 +59,6 @@ $CONFIG"""
 MORE = {"submit": "  --dry-run           write the job and submit nothing\n"}
 
 
-@dataclass(frozen=True, slots=True)
-class CommandLine:
-    """What was typed, taken apart."""
-
-    verb: str
-    arguments: list[str]  # overrides and flags, as given to Hydra
-    flags: Namespace  # Hydra's
-    overrides: list[str]
-    debug: bool
-    dry_run: bool
-
-    @property
-    def typed(self) -> str:
-        """The command line, for the run's lineage."""
-        return shlex.join(["posttrain", self.verb, *self.arguments])
-
-    @property
-    def shows_only(self) -> bool:
-        """Whether a flag asks Hydra to print something and leave."""
-        f = self.flags
-        return bool(f.help or f.hydra_help or f.cfg or f.info or f.shell_completion)
-
-
-def read_command_line(verb: str, arguments: list[str], debug: bool) -> CommandLine:
-    """Take apart what stands after the verb.
-
-    Raises:
-        SystemExit: it is none of Hydra's flags.
-    """
-    dry_run = verb == "submit" and "--dry-run" in arguments
-    arguments = [a for a in arguments if not (dry_run and a == "--dry-run")]
-    # An experiment is no group with a default, so Hydra wants a plus; nobody need know.
-    arguments = [f"+{a}" if a.startswith("experiment=") else a for a in arguments]
-    with _program_name(verb):
-        flags = get_args_parser().parse_args(arguments)
-    added = []
-    shows_page = flags.help or flags.hydra_help or flags.shell_completion
-    if verb == "train" and not flags.overrides and not shows_page:
-        added.append("+experiment=demo")
-        print("no arguments: running the demo (+experiment=demo)", file=sys.stderr)
-    if verb == "submit" and not any(o.startswith("cluster=") for o in flags.overrides):
-        added.append("cluster=slurm")
-    flags.overrides += added
-    return CommandLine(verb, [*arguments, *added], flags, flags.overrides, debug, dry_run)
-
-
 def compose_command(line: CommandLine) -> Composed:
     """The configuration of a command line, checked for its verb.
 
@@ -125,18 +81,19 @@ def compose_command(line: CommandLine) -> Composed:
                 raise SystemExit(0)
             if flags.help:
                 register_schemas(_help_page(line.verb, composer))
+            words = Words(line.verb, line.misused, [*line.faults, *flag_faults(flags)])
             sweeps = flags.multirun
             if sweeps:
-                check_sweep(composer, line.overrides)
+                check_sweep(composer, line.overrides, words)
             else:
                 composed = compose_checked(
                     composer,
                     line.overrides,
                     contradictions=not line.shows_only,
                     verb=None if line.shows_only else line.verb,
+                    words=words,
                 )
                 sweeps = composed.sweeps
-            _check_flags(flags)
             if line.shows_only:
                 _print_asked(line, composer)
                 raise SystemExit(0)
@@ -161,15 +118,20 @@ def _program_name(verb: str) -> Iterator[None]:
 # ------------------------------------------------------------------------ what only prints
 
 
-def _check_flags(flags: Namespace) -> None:
-    """Refuse flags that exclude each other, as Hydra does."""
+def flag_faults(flags: Namespace) -> list[ConfigError]:
+    """Flags that exclude each other, as Hydra has it."""
+    found = []
     if flags.resolve and flags.cfg is None and not flags.help:
-        raise ValueError("The --resolve flag can only be used in conjunction with --cfg or --help")
-    asked = (flags.run, flags.cfg, flags.multirun, flags.shell_completion, flags.info)
-    if not flags.help and sum(map(bool, asked)) > 1:
-        raise ValueError(
-            "Only one of --run, --multirun, --cfg, --info and --shell_completion can be specified"
+        found.append(
+            ConfigError("prints nothing by itself", where="--resolve", fix="add --cfg job")
         )
+    asked = {name: getattr(flags, name) for name in ("run", "cfg", "multirun", "info")}
+    asked["shell_completion"] = flags.shell_completion
+    given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value]
+    if not flags.help and len(given) > 1:
+        what = f"cannot stand beside {', '.join(given[1:])}: each does something else"
+        found.append(ConfigError(what, where=given[0], fix="give one of them"))
+    return found
 
 
 def _print_asked(line: CommandLine, composer: Composer) -> None:
@@ -226,7 +188,8 @@ def _run_trial(line: CommandLine, composed: Composed, sweep: Sweep) -> tuple[int
     if line.verb == "train":
         check_inputs(with_absolute_paths(composed.config))
         folder = freeze(composed, line.typed)
-        return sweep.run_subprocess(["run", str(folder)], line.debug), folder
+        code = sweep.run_subprocess(["run", str(folder), "--new"], line.debug)
+        return code, folder if folder.is_dir() else None
     arguments = [line.verb, *composed.overrides]
     if line.flags.config_dir is not None:
         arguments += ["--config-dir", line.flags.config_dir]

@@ -5,16 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Iterator
-from enum import Enum
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from posttrain_dist.config import SLOTS
+from posttrain_dist.config import SLOTS, type_name
 from posttrain_dist.errors import ConfigError
 from posttrain_launch.compose.spellings import foreign
 
@@ -36,7 +34,8 @@ def value_problems(
     for part in parents:
         node = node.get(part) if isinstance(node, DictConfig) and part in node else None
     if not isinstance(node, DictConfig) or leaf not in node:
-        return [ConfigError("unknown key", where=place, fix=_fix(base, key))]
+        typed = value if leaf == "chat_template" and isinstance(value, str) else None
+        return [ConfigError("unknown key", where=place, fix=unknown_key_fix(base, key, typed))]
     target = node.get(leaf)
     if isinstance(target, DictConfig):
         if isinstance(value, dict):
@@ -57,28 +56,46 @@ def value_problems(
                 else f"it has no keys of its own; choose an option: {key}=<option>",
             )
         ]
+    hint = _hint(node, leaf)
     try:
+        fits = not (hint is bool and is_number(value))
         OmegaConf.update(copy.deepcopy(base), key, value)
     except OmegaConfBaseException:
-        wanted = _wanted(_hint(node, leaf))
-        shown = "null" if value is None else repr(value)
-        return [ConfigError(f"{shown} is not {wanted}", where=place, fix=f"set {key} to {wanted}")]
-    return []
+        fits = False
+    if fits:
+        return []
+    wanted, shown = type_name(hint), "null" if value is None else repr(value)
+    return [ConfigError(f"{shown} is not {wanted}", where=place, fix=f"set {key} to {wanted}")]
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is no true or false, of which OmegaConf would make one all the same."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_flag(base: DictConfig, key: str) -> bool:
+    """Whether a key of a composed config takes true or false."""
+    *parents, leaf = key.split(".")
+    node: Any = base
+    for part in parents:
+        node = node.get(part) if isinstance(node, DictConfig) and part in node else None
+    return isinstance(node, DictConfig) and leaf in node and _hint(node, leaf) is bool
 
 
 # ----------------------------------------------------------------------------- unknown keys
 
 
-def _fix(base: DictConfig, key: str) -> str:
+def unknown_key_fix(base: DictConfig, key: str, value: str | None = None) -> str:
+    """What to write instead of a key that is not there; `value` is written behind the key."""
     owners = _owners(key)
     if owners:
         return f"this key belongs to {owners}: choose that, or leave the key out"
-    known = foreign(key)
+    known = foreign(key, value)
     if known is not None:
         return known
     near = nearest_key(base, key)
     if near is not None:
-        return f"did you mean {near}?"
+        return f"did you mean {near}{'' if value is None else f'={value}'}?"
     return "posttrain train --cfg job lists every key"
 
 
@@ -109,6 +126,11 @@ def nearest_key(base: DictConfig, key: str) -> str | None:
     return near[0] if near else None
 
 
+def has_key(base: DictConfig, key: str) -> bool:
+    """Whether a composed config, or another option of one of its slots, has a dotted key."""
+    return key in _dotted(base) or key in _slot_keys()
+
+
 def _dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
     for name in map(str, node):
         value = node.get(name)
@@ -130,17 +152,3 @@ def _slot_keys() -> Iterator[str]:
 def _hint(node: DictConfig, leaf: str) -> Any:
     owner = OmegaConf.get_type(node)
     return typing.get_type_hints(owner).get(leaf, str) if owner is not None else str
-
-
-def _wanted(hint: Any) -> str:
-    """A type in plain English: `int | None` is "a whole number or null"."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        names = [_wanted(arg) for arg in inner if arg is not type(None)]
-        return " or ".join([*names, "null"] if type(None) in inner else names)
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return "one of " + ", ".join(hint.__members__)
-    if origin is list:
-        return 'a list, such as \'["a", "b"]\''
-    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return plain.get(hint, str(hint))

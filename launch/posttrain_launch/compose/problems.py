@@ -15,7 +15,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -23,9 +23,11 @@ from posttrain_dist.config import problems
 from posttrain_dist.errors import ConfigError, PosttrainError, raise_all
 from posttrain_dist.preflight import input_problems
 from posttrain_launch.compose.composer import Composed, Composer, to_composed, without_hydra
-from posttrain_launch.compose.experiment_file import experiment_problems
-from posttrain_launch.compose.keys import value_problems
+from posttrain_launch.compose.experiment_file import experiment_problems, leaves_of
+from posttrain_launch.compose.keys import is_flag, is_number, value_problems
+from posttrain_launch.compose.misused_words import Words, word_problems
 from posttrain_launch.compose.paths import with_absolute_paths
+from posttrain_launch.compose.spellings import foreign_template
 
 FAULTS = (
     HydraException,
@@ -44,6 +46,7 @@ def compose_checked(
     *,
     contradictions: bool = True,
     verb: str | None = None,
+    words: Words | None = None,
 ) -> Composed:
     """Compose once and check what was typed.
 
@@ -51,27 +54,46 @@ def compose_checked(
         overrides: as typed, `key=value` or `group=option`.
         contradictions: also look for values that contradict each other.
         verb: also look at the files that this verb would use.
+        words: of the command line, that are no overrides.
 
     Raises:
         PosttrainError, SeveralErrors: all that is wrong.
     """
+    if words or any(override.startswith("~") for override in overrides):
+        raise_all(_override_problems(composer, overrides, verb=verb, words=words))
     try:
         composed = _compose(composer, overrides)
     except FAULTS as error:
         raise_all(_override_problems(composer, overrides, error, verb=verb))
         raise
+    if _holds_loose_flag(composer, overrides, composed):
+        raise_all(_override_problems(composer, overrides, verb=verb))
     if contradictions:
         raise_all(_contradictions(composed, verb))
     return composed
 
 
-def check_sweep(composer: Composer, overrides: list[str]) -> None:
+def check_sweep(composer: Composer, overrides: list[str], words: Words | None = None) -> None:
     """Check overrides that may hold several values each; each run is checked when it comes.
 
     Raises:
         PosttrainError, SeveralErrors: all that is wrong.
     """
-    raise_all(_override_problems(composer, overrides, sweep=True))
+    raise_all(_override_problems(composer, overrides, sweep=True, words=words))
+
+
+def _holds_loose_flag(composer: Composer, overrides: list[str], composed: Composed) -> bool:
+    """Whether a number was given for true or false: OmegaConf makes true of -1."""
+    config = OmegaConf.structured(composed.config)
+    given: list[tuple[str, Any]] = []
+    for _, override in _parse(overrides, []):
+        if not override.is_sweep_override():
+            given.append((override.key_or_group, override.value()))
+    experiment = composed.choices.get("experiment")
+    file = composer.file_of("experiment", experiment) if experiment else None
+    if file is not None:
+        given += [(key, value) for key, _, value in leaves_of(file)]
+    return any(is_number(value) and is_flag(config, key) for key, value in given)
 
 
 def _compose(composer: Composer, overrides: list[str]) -> Composed:
@@ -87,6 +109,7 @@ def _override_problems(
     *,
     sweep: bool = False,
     verb: str | None = None,
+    words: Words | None = None,
 ) -> list[PosttrainError]:
     """Try each override alone; `error` is what composing all of them gave."""
     found: list[PosttrainError] = []
@@ -111,6 +134,8 @@ def _override_problems(
 
     found += experiment_problems(composer, groups)
     base = _base(composer, groups)
+    if words:
+        found = [*word_problems(words, composer, base), *found]
     if base is not None:
         for override in values:
             bad = [
@@ -139,14 +164,15 @@ def _parse(overrides: list[str], found: list[PosttrainError]) -> Iterator[tuple[
 
 
 def _unreadable(text: str) -> ConfigError:
-    key, equals, value = text.partition("=")
-    if not equals:
-        return ConfigError("is not of the form key=value", where=text, fix=f"write {text}=<value>")
-    return ConfigError(
-        f"the value {value} holds a character that must be quoted, such as ( ) [ ] {{ }} , = ' #",
-        where=key,
-        fix=f"write {_quoted(key, value)}",
-    )
+    key, _, value = text.partition("=")
+    if not key.isascii():
+        return ConfigError(
+            "unknown key", where=key, fix="posttrain train --cfg job lists every key"
+        )
+    special = [letter for letter in "()[]{},='\"#:\\" if letter in value]
+    special += sorted({letter for letter in value if not letter.isascii()})
+    holds = f"holds {' '.join(special)}, which must be quoted" if special else "cannot be read"
+    return ConfigError(f"the value {value} {holds}", where=key, fix=f"write {_quoted(key, value)}")
 
 
 def _quoted(key: str, value: str) -> str:
@@ -157,9 +183,9 @@ def _quoted(key: str, value: str) -> str:
 def _misused(override: Override, text: str, sweep: bool) -> ConfigError | None:
     key = override.key_or_group
     if override.is_delete():
-        return ConfigError(
-            "a key cannot be taken out", where=text, fix=f"set another value, or {key}=null"
-        )
+        plain = key.lstrip("~")
+        fix = f"set another value: {plain}=<value>, or leave it out: the default is then taken"
+        return ConfigError("a key cannot be taken out", where=text, fix=fix)
     if not key:
         return ConfigError("there is no key before '='", where=text, fix="write key=value")
     if override.is_sweep_override() and not sweep:
@@ -192,11 +218,15 @@ def _option_problems(composer: Composer, override: Override, text: str) -> Itera
         )
     for value in _values(override):
         if str(value) not in options:
-            yield ConfigError(
-                f"there is no option {value}",
-                where=group,
-                fix=f"use one of: {', '.join(options)}",
-            )
+            fix = f"use one of: {', '.join(options)}"
+            if group == "template":
+                known = foreign_template(str(value))
+                fix = (
+                    f"write template={known} (that is the name here)"
+                    if known
+                    else (f"{fix}; a file is template.name=<path>.jinja")
+                )
+            yield ConfigError(f"there is no option {value}", where=group, fix=fix)
 
 
 def _base(composer: Composer, groups: list[str]) -> DictConfig | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 # Spelling of Hugging Face, axolotl, LLaMA-Factory or ms-swift -> our key.
 KEYS: dict[str, str] = {
     # optimizer
@@ -15,8 +17,23 @@ KEYS: dict[str, str] = {
     "lr_scheduler": "optimizer.schedule",
     "lr_scheduler_type": "optimizer.schedule",
     "warmup_ratio": "optimizer.warmup_ratio",
+    "warmup_steps": "optimizer.warmup_steps",
+    "lr_warmup_steps": "optimizer.warmup_steps",
+    "num_warmup_steps": "optimizer.warmup_steps",
+    "warmup": "optimizer.warmup_ratio",
+    "beta_1": "optimizer.beta1",
+    "beta_2": "optimizer.beta2",
+    "max_norm": "optimizer.clip",
+    "clip_grad": "optimizer.clip",
     "cosine_min_lr_ratio": "optimizer.min_lr_ratio",
     # train
+    "max_epochs": "train.epochs",
+    "n_epochs": "train.epochs",
+    "train_steps": "train.steps",
+    "batch_size": "train.batch_size",
+    "save_freq": "train.save_every",
+    "eval_freq": "train.eval_every",
+    "checkpoint": "train.resume",
     "num_train_epochs": "train.epochs",
     "num_epochs": "train.epochs",
     "max_steps": "train.steps",
@@ -58,7 +75,16 @@ KEYS: dict[str, str] = {
     "max_seq_len": "data.max_length",
     "cutoff_len": "data.max_length",
     "model_max_length": "data.max_length",
+    "max_len": "data.max_length",
+    "max_tokens": "data.max_length",
+    "block_size": "data.max_length",
+    "preprocessing_num_workers": "data.workers",
+    "dataset_num_proc": "data.workers",
+    "dataset_processes": "data.workers",
+    "num_proc": "data.workers",
     # model
+    "model": "model.path",
+    "tokenizer_name_or_path": "model.path",
     "base_model": "model.path",
     "model_name_or_path": "model.path",
     "model_name": "model.path",
@@ -78,6 +104,11 @@ KEYS: dict[str, str] = {
     "data_seed": "seed",
     "max_new_tokens": "eval.max_new_tokens",
     "num_workers": "cluster.workers",
+    "num_processes": "cluster.workers",
+    "gpus": "cluster.workers",
+    "n_gpus": "cluster.workers",
+    "project": "logging.project",
+    "project_name": "logging.project",
     "num_gpus": "cluster.workers",
     "nproc_per_node": "cluster.workers",
     "nnodes": "cluster.nodes",
@@ -88,7 +119,12 @@ KEYS: dict[str, str] = {
 RENAMED: dict[str, str] = {"template.policy": "template.supervise"}
 
 _PACKED = "leave it out: rows are always packed, attention and positions never cross a sample"
+_NO_HUB = "nothing is uploaded; `hf upload OWNER/NAME RUN/export` sends the model after the run"
 _ONLY_FULL = "this version trains every parameter (tuning=full); adapters are not there yet"
+
+_BEST = "leave it out: the best evaluation is that of the lowest held-out loss"
+
+_EVALUATION = "set train.eval_every, a number of steps; null: before training and at its end"
 
 # Spellings without a key of the same meaning -> what to do.
 EXPLAINED: dict[str, str] = {
@@ -96,8 +132,6 @@ EXPLAINED: dict[str, str] = {
     "train.micro_batch_size; accumulation follows from the two",
     "gradient_accumulation": "set train.batch_size and train.micro_batch_size; accumulation "
     "follows from the two",
-    "warmup_steps": "set optimizer.warmup_ratio, the share of all steps",
-    "lr_warmup_steps": "set optimizer.warmup_ratio, the share of all steps",
     "bf16": "set train.dtype=bfloat16",
     "fp32": "set train.dtype=float32",
     "fp16": "float16 is not supported: set train.dtype=bfloat16, or float32",
@@ -130,10 +164,32 @@ EXPLAINED: dict[str, str] = {
     "objective=pretrain every token",
     "assistant_only_loss": "leave it out: objective=sft always does so",
     "completion_only_loss": "leave it out: objective=sft always does so",
-    "chat_template": "the template of the model's tokenizer is used: set it there, in "
-    "chat_template.jinja of model.path",
-    "template": "the template of the model's tokenizer is used: set it there, in "
-    "chat_template.jinja of model.path",
+    "eval_strategy": _EVALUATION,
+    "evaluation_strategy": _EVALUATION,
+    "save_strategy": "set train.save_every, a number of steps; null is at the end only",
+    "logging_strategy": "set train.log_every, a number of steps",
+    "early_stopping_patience": "set diagnose.early_stop=[overfitting] and diagnose.overfit_evals, "
+    "how many evaluations in a row may be above the best one; train.eval_every says how often",
+    "early_stopping": "set diagnose.early_stop=[overfitting]; it is looked at when an evaluation "
+    "is, every train.eval_every steps",
+    "load_best_model_at_end": "leave it out: the checkpoint of the best evaluation is kept beside "
+    "the newest; `posttrain export RUN OUT --step STEP` writes it",
+    "metric_for_best_model": _BEST,
+    "greater_is_better": _BEST,
+    "hub_model_id": f"leave it out: {_NO_HUB}",
+    "push_to_hub": f"leave it out: {_NO_HUB}",
+    "hub_token": f"leave it out: {_NO_HUB}",
+    "hub_strategy": f"leave it out: {_NO_HUB}",
+    "dataloader_num_workers": "leave it out: batches are made ahead of the step in a thread; "
+    "data.workers is how many processes tokenise",
+    "remove_unused_columns": "leave it out: keys of a row that no format knows are never used",
+    "group_by_length": _PACKED,
+    "tuner_type": f"leave it out: {_ONLY_FULL}",
+    "tuner_backend": f"leave it out: {_ONLY_FULL}",
+    "use_peft": f"leave it out: {_ONLY_FULL}",
+    "use_lora": f"leave it out: {_ONLY_FULL}",
+    "chat_template": "choose template=chatml, llama3, qwen or another of those that `posttrain "
+    "train --help` lists, or template.name=<a .jinja file>; left out, it is the tokenizer's own",
     "trust_remote_code": "leave it out: code that comes with a model is never run",
     "report_to": "set logging.wandb=auto, offline, online or off",
     "do_train": "leave it out: the verb says what is done (posttrain train, posttrain evaluate)",
@@ -171,13 +227,62 @@ _THRESHOLDS = {
 }
 
 
-def foreign(key: str) -> str | None:
-    """What to do about a key in the spelling of another program; None if we do not know it."""
+# Names of templates elsewhere -> ours, where an option of ours is the same format.
+TEMPLATES: dict[str, str] = {
+    "qwen1_5": "chatml",
+    "qwen2": "chatml",
+    "qwen2_5": "chatml",
+    "qwen3": "qwen",
+    "qwen_3": "qwen",
+    "llama3_1": "llama3",
+    "llama3_2": "llama3",
+    "llama3_3": "llama3",
+    "llama_3": "llama3",
+    "llama_3_1": "llama3",
+    "llama_3_2": "llama3",
+    "llama_3_3": "llama3",
+    "llama_2": "llama2",
+    "llama4": "tokenizer",
+    "gemma2": "gemma",
+    "gemma3": "gemma",
+    "mistral_v1": "mistral",
+    "phi3": "phi",
+    "phi4": "tokenizer",
+    "deepseek_v2": "tokenizer",
+    "deepseek3": "deepseek",
+    "deepseek_v3": "deepseek",
+    "deepseek_r1": "tokenizer",
+    "im_start": "chatml",
+    "default": "tokenizer",
+    "auto": "tokenizer",
+    "tokenizer_default": "tokenizer",
+}
+
+
+def foreign(key: str, value: str | None = None) -> str | None:
+    """What to do about a key in the spelling of another program; None if we do not know it.
+
+    Args:
+        key: as it was typed, without dashes before it.
+        value: that was typed with it; the advice then has it too.
+    """
+    typed = "" if value is None else f"={value}"
     if key in RENAMED:
-        return f"write {RENAMED[key]} (it was renamed)"
+        return f"write {RENAMED[key]}{typed} (it was renamed)"
     leaf = key.rsplit(".", 1)[-1].lower().replace("-", "_")
+    if leaf in ("chat_template", "template") and value is not None:
+        if value.endswith(".jinja"):
+            return f"write template.name={value}"
+        if re.fullmatch(r"[\w.-]+", value):
+            return f"choose template={foreign_template(value) or value}"
     if leaf in KEYS and KEYS[leaf] != key:
-        return f"write {KEYS[leaf]} (that is the name here)"
+        return f"write {KEYS[leaf]}{typed} (that is the name here)"
     if key.startswith("diagnose.") and leaf in _THRESHOLDS:
         return "leave it out: it is a constant of its rule now; diagnose.off leaves a rule out"
     return EXPLAINED.get(leaf)
+
+
+def foreign_template(name: str) -> str | None:
+    """Our option for the name that another program gives to a chat template."""
+    spelled = name.lower().replace("-", "_").replace(".", "_").replace(" ", "_")
+    return TEMPLATES.get(spelled)

@@ -20,21 +20,30 @@ from posttrain_dist.errors import PosttrainError
 from posttrain_dist.files import write_atomic
 from posttrain_dist.files.temporary import remove_abandoned
 from posttrain_dist.logs import unfailing
-from posttrain_dist.run import discard_outcome, finish
+from posttrain_dist.report.run.progress import Progress
+from posttrain_dist.run import (
+    discard_outcome,
+    discard_refused,
+    finish,
+    finished_line,
+    report_data,
+)
 from posttrain_launch.failures import FAILED, STOPPED, print_error
 from posttrain_launch.ray.child import Job, started
-from posttrain_launch.run.progress import Progress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def run_frozen(run_folder: Path, address: str | None = None, *, debug: bool = False) -> int:
+def run_frozen(
+    run_folder: Path, address: str | None = None, *, debug: bool = False, new: bool = False
+) -> int:
     """Run, or go on with, the run of a folder; prints as it goes.
 
     Args:
         run_folder: made by `posttrain_launch.run.freeze.freeze`.
         address: "host:port" of a running Ray to use.
         debug: show the stack trace of an error.
+        new: the folder was made for this start; if that is refused, it is removed.
 
     Returns:
         The exit code: 0 finished, 130 stopped by a signal (it can go on), 1 failed.
@@ -45,7 +54,7 @@ def run_frozen(run_folder: Path, address: str | None = None, *, debug: bool = Fa
     try:
         config = read_frozen(folder)
         if (folder / "FINISHED").is_file():
-            print(f"{folder} is finished; `posttrain report {folder}` renews its page", file=out)
+            print(finished_line(folder), file=out)
             return 0
         log.parent.mkdir(exist_ok=True)
         remove_abandoned()
@@ -56,7 +65,11 @@ def run_frozen(run_folder: Path, address: str | None = None, *, debug: bool = Fa
         return STOPPED
     except Exception as error:
         print_error(error, debug=debug, log=log if log.parent.is_dir() else None, err=err)
-        if isinstance(error, PosttrainError) and log.parent.is_dir():
+        if new and isinstance(error, PosttrainError) and discard_refused(folder, error):
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()  # of the name, if this was its first run
+            print("  nothing was begun, and no run folder is left", file=err)
+        elif isinstance(error, PosttrainError) and log.parent.is_dir():
             print(f"  run folder: {folder}", file=err)
         return FAILED
 
@@ -79,11 +92,8 @@ def read_frozen(folder: Path) -> RunConfig:
 
 def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], err: IO[str]) -> int:
     from posttrain_dist.prepare import prepare
-    from posttrain_dist.prepare.data_report import write_data_report
-    from posttrain_dist.report.data.data_page import write_data_page
-    from posttrain_dist.report.data.data_text import counts_text, formats_line
+    from posttrain_dist.report.data.prepare_progress import progress_output
     from posttrain_dist.report.run.run_text import run_text
-    from posttrain_launch.run.prepare_progress import progress_output
 
     def log(line: str) -> None:
         print(line, file=out, flush=True)
@@ -93,10 +103,9 @@ def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], e
     with _ray_job(config, folder, address) as job:
         with progress_output(err) as output:
             summary = prepare(config, folder / "prepared", **output)
-        report = write_data_report(config, folder / "prepared", folder)
-        page = write_data_page(report, folder)
+        counts = report_data(config, folder)
         _record_hashes(folder, summary.inputs)
-        log("\n".join(["", counts_text(report), formats_line(report), f"data report: {page}", ""]))
+        log(counts)
         with Progress(folder, out) as progress, _stop_on_signals(folder, progress.post):
             if job is not None:
                 job.finish()

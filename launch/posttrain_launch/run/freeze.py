@@ -68,6 +68,7 @@ def freeze(composed: Composed, command: str) -> Path:
             if content is not None:
                 write_atomic(folder / name, content, to_disk=True)
     except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
         raise _not_writable(folder, error) from error
     return folder
 

@@ -10,7 +10,7 @@
   const ofToken = (token) => {
     const pre = token.closest(".tokens");
     const number = Number(pre.dataset.first) + [...pre.querySelectorAll("i")].indexOf(token);
-    const run = token.parentNode;
+    const run = token.closest(".r");
     const weight = run.dataset.w ?? (run.classList.contains("s") ? "1" : "0");
     const kind = token.classList.contains("c") ? " · special" : "";
     const lines = [...token.childNodes].map((n) => (n.className === "n" ? "" : n.textContent));

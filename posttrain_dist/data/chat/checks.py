@@ -13,6 +13,7 @@ from typing import Any
 
 from posttrain_dist.data.chat.controls import REASONING, Span
 from posttrain_dist.data.chat.conversation import Conversation
+from posttrain_dist.data.chat.template import WITH_TOOLS
 from posttrain_dist.data.chat.turn_ends import ends_turn, stops_early
 from posttrain_dist.errors import DataError
 
@@ -62,13 +63,12 @@ CHECKS: dict[str, Check] = {
         "error",
         "A model that is to call tools reads their description in the prompt, and each call stands "
         "in its own turn; a template may write neither.",
-        "choose a template that knows tools, or leave them out of the row",
+        WITH_TOOLS,
     ),
     "tools_listed": Check(
         "warning",
         "The row lists tools that nobody calls, and the chat template does not write them.",
-        "nothing is to be done where the answers do without tools; else choose a template that "
-        "knows tools",
+        f"nothing is to be done where the answers do without tools; else {WITH_TOOLS}",
     ),
     "double_bos": Check(
         "error",
@@ -79,7 +79,7 @@ CHECKS: dict[str, Check] = {
         "error",
         "A model that is not taught the end-of-turn token never stops.",
         "end each turn with a special token inside {% generation %} ... {% endgeneration %}; "
-        "where rows are cut, raise data.max_length",
+        "where rows are cut, set data.long_rows=drop or split, or raise data.max_length",
         allowed=0.01,
     ),
     "no_target": Check(
@@ -97,7 +97,7 @@ CHECKS: dict[str, Check] = {
     "truncated_target": Check(
         "warning",
         "The row was cut before its first supervised token, so it is left out.",
-        "raise data.max_length, or set data.long_rows=split or drop",
+        "set data.long_rows=split (several samples of it) or drop, or raise data.max_length",
     ),
     "control_tokens": Check(
         "warning",

@@ -22,6 +22,10 @@ from posttrain_dist.errors import ConfigError, DataError, ModelError
 from posttrain_dist.flow import Message
 
 FOLDER = Path(__file__).parent / "templates"
+WITH_TOOLS = (
+    "choose a template that knows tools, that of the model's family: template=chatml, llama3, "
+    "mistral or qwen; or leave them out of the row"
+)
 _MARK = re.compile(r"\{%-?\+?\s*generation\s*-?\+?%\}")
 _NEEDS = re.compile(r"\{#-?\s*tokens:(.*?)-?#\}", re.DOTALL)
 # Content in the conversation that shows a template's skeleton; roles that it refuses are left out.
@@ -65,8 +69,7 @@ def load_template(
             raise ModelError(
                 "the tokenizer has no chat template",
                 where=str(model_folder or "tokenizer"),
-                fix=f"set template=<one of {', '.join(template_names())}>; a base model is often "
-                "given the template of its instruct sibling",
+                fix=_template_advice(tokenizer),
             )
         return ChatTemplate(tokenizer)
     if name.endswith(".jinja"):
@@ -93,15 +96,32 @@ def load_template(
     return ChatTemplate(tokenizer, source)
 
 
-def _refuse_missing_tokens(
-    name: str, source: str, tokenizer: Any, model_folder: Path | None
-) -> None:
+def _template_advice(tokenizer: Any) -> str:
+    """Which of the shipped templates a tokenizer without one has the tokens for."""
+    sources = {name: (FOLDER / f"{name}.jinja").read_text("utf-8") for name in template_names()}
+    fit = [name for name, source in sources.items() if not _missing_tokens(source, tokenizer)]
+    first = f"set template={fit[0]}" if fit else "set template.name=<a .jinja file>"
+    others = f" (or {', '.join(fit[1:])}: this tokenizer has their tokens)" if fit[1:] else ""
+    return (
+        f"{first}{others}, best the one of the model's instruct sibling; rows of prompt and "
+        "completion as text need none"
+    )
+
+
+def _missing_tokens(source: str, tokenizer: Any) -> list[str]:
+    """The special tokens that a template is written with and a tokenizer lacks."""
     declared = _NEEDS.search(source)
     needed = declared[1].split() if declared else []
     added = {str(token.content) for token in tokenizer.added_tokens_decoder.values()}
     variables = {n for n in needed if n in ("bos_token", "eos_token")}
     missing = [n for n in needed if n not in variables and n not in added]
-    missing += [n for n in sorted(variables) if not tokenizer.special_tokens_map.get(n)]
+    return missing + [n for n in sorted(variables) if not tokenizer.special_tokens_map.get(n)]
+
+
+def _refuse_missing_tokens(
+    name: str, source: str, tokenizer: Any, model_folder: Path | None
+) -> None:
+    missing = _missing_tokens(source, tokenizer)
     if missing:
         raise ConfigError(
             f"template {name!r} is written with {', '.join(missing)}, which the tokenizer of "
@@ -199,10 +219,13 @@ class ChatTemplate:
                 f"is not valid Jinja: {error}", where="chat template", fix="correct the template"
             ) from error
         except _REFUSALS as error:
+            calls = tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)
             raise DataError(
                 f"the chat template refuses this conversation: {error}",
                 where=where,
-                fix="change the order or roles of the messages, or the template",
+                fix=WITH_TOOLS
+                if calls
+                else "change the order or roles of the messages, or the template",
             ) from error
 
     @cached_property

@@ -124,6 +124,14 @@ FORMATS: dict[Format, Shape] = {
         ("images", "videos", "audios"),
     ),
 }
+# The objective that trains on a format; `tokens` is read by each, the last two by none yet.
+OBJECTIVES: dict[Format, str] = {
+    Format.messages: "sft",
+    Format.sharegpt: "sft",
+    Format.alpaca: "sft",
+    Format.prompt_completion: "sft",
+    Format.text: "pretrain",
+}
 _WITH_CHECK = {Format.messages, Format.sharegpt, Format.alpaca, Format.prompt_completion}
 
 
@@ -178,8 +186,15 @@ def _nothing_fits(keys: Set[str], wanted: list[Format], where: str) -> DataError
     what = f"these are {others[0].name} rows" if others else f"no known format (keys: {shown})"
     examples = "".join(f"\n    {format.name}: {FORMATS[format].example}" for format in wanted)
     names = "set data.columns where the keys have other names"
-    fix = f"this objective reads rows such as{examples}" + ("" if others else f"\n  or {names}")
-    return DataError(what, where=where, fix=fix)
+    other = or_objective(others[0]).removeprefix(", or ") if others else ""
+    fix = f"{other}{'; ' if other else ''}this objective reads rows such as{examples}"
+    return DataError(what, where=where, fix=fix + ("" if others else f"\n  or {names}"))
+
+
+def or_objective(format: Format) -> str:
+    """The end of an advice: the objective that does read a format; empty where there is none."""
+    name = OBJECTIVES.get(format)
+    return f", or set objective={name}, which reads {format.name} rows" if name else ""
 
 
 def check_columns(columns: Mapping[str, str]) -> None:

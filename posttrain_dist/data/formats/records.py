@@ -15,14 +15,15 @@ from posttrain_dist.data import Format
 from posttrain_dist.data.formats.recognise import (
     FORMATS,
     check_columns,
+    or_objective,
     recognise,
     rename,
     to_record,
 )
 from posttrain_dist.data.read import containers, tables
-from posttrain_dist.data.read.bad_row import BadFile, BadRow, Rejected
+from posttrain_dist.data.read.bad_row import BadFile, BadRow, Rejected, errors_by_cause
 from posttrain_dist.data.read.containers import Unit, find_files
-from posttrain_dist.errors import ConfigError, PosttrainError, raise_all
+from posttrain_dist.errors import ConfigError, raise_all
 from posttrain_dist.flow import Record
 
 __all__ = ["MAX_ERRORS", "Reader", "Rejected", "Unit", "find_files", "read_records"]
@@ -62,7 +63,9 @@ class Reader:
         elif format not in accepts:
             names = ", ".join(f.name for f in FORMATS if f in accepts)
             what = f"is {format.name}, and this objective reads {names}"
-            raise ConfigError(what, where="data.format", fix=f"use one of {names}")
+            raise ConfigError(
+                what, where="data.format", fix=f"use one of {names}{or_objective(format)}"
+            )
         self.format = format
 
     def __iter__(self) -> Iterator[Record | Rejected]:
@@ -145,13 +148,13 @@ def read_records(path: str, rows: str) -> list[Record]:
         DataError, SeveralErrors: up to 20 faults, each with file:line, byte and field.
     """
     records: list[Record] = []
-    problems: list[PosttrainError] = []
+    rejected: list[Rejected] = []
     for row in Reader(path, format=Format[rows]):
         if isinstance(row, Record):
             records.append(row)
             continue
-        problems.append(row.error())
-        if len(problems) >= MAX_ERRORS:
+        rejected.append(row)
+        if len(rejected) >= MAX_ERRORS:
             break
-    raise_all(problems)
+    raise_all(errors_by_cause(rejected, at_most=MAX_ERRORS))
     return records

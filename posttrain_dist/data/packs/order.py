@@ -15,6 +15,7 @@ from itertools import chain
 
 import numpy as np
 
+from posttrain_dist.data import MAX_PASSES
 from posttrain_dist.data.packs.mixing import Mixture, MixtureState
 from posttrain_dist.data.packs.packing import Ints, Plan, plan_epoch
 from posttrain_dist.errors import ConfigError
@@ -84,14 +85,12 @@ class Order:
             self._end = None
             return steps
         whole = 1.0 if epochs is None else epochs
-        phase = 0
-        while phase + 1 < len(self._first):
-            before = self.phase_plan(phase + 1).before
-            if (before.epochs >= whole) if tokens is None else (before.tokens >= tokens):
+        for phase, first in enumerate(self._first):
+            plan = self.phase_plan(phase)
+            packs = plan.after_epochs(whole) if tokens is None else plan.after_tokens(tokens)
+            # Not by what the next phase would begin with: that may be epochs beyond the end.
+            if first + packs <= next(iter(self._first[phase + 1 :]), math.inf):
                 break
-            phase += 1
-        plan = self.phase_plan(phase)
-        packs = plan.after_epochs(whole) if tokens is None else plan.after_tokens(tokens)
         self._end = self._first[phase] + packs
         return math.ceil(self._end / self._batch_size)
 
@@ -189,7 +188,19 @@ class PhasePlan:
         return self._starts[epoch] + (math.ceil(part * len(self.plan(epoch))) if part else 0)
 
     def after_tokens(self, tokens: int) -> int:
-        """Packs until the run has `tokens`."""
+        """Packs until the run has `tokens`.
+
+        Raises:
+            ConfigError: that takes more passes than are ever meant, each of which is planned.
+        """
+        epoch_tokens = int(self._lengths[self.plan(0).order].sum(dtype=int))
+        if tokens - self.before.tokens > MAX_PASSES * epoch_tokens:
+            raise ConfigError(
+                f"is {tokens}: more than {MAX_PASSES:,} passes over data of {epoch_tokens:,} "
+                "tokens",
+                where="train.tokens",
+                fix="set fewer tokens, or train.steps",
+            )
         while self._tokens[-1] < tokens:
             self._extend(len(self._starts))
         epoch = bisect_right(self._tokens, tokens - 1) - 1

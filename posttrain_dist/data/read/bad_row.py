@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from posttrain_dist.errors import DataError
+from posttrain_dist.errors import DataError, PosttrainError
+
+_NUMBER = re.compile(r"\d+")
+_QUOTED = re.compile(r"""'[^']*'|"[^"]*\"""")
 
 
 class BadRow(Exception):
@@ -52,12 +57,39 @@ class Rejected:
     fix: str
     ends_file: bool = False
 
+    @property
+    def cause(self) -> tuple[str, str]:
+        """Equal for rows that are wrong in the same way: places and the row's own text apart."""
+        what = self.what if self.field else _QUOTED.sub("'...'", self.what)
+        return _NUMBER.sub("0", what), _NUMBER.sub("0", self.fix)
+
     def error(self) -> DataError:
         """The same as an error that can be raised."""
         where = f"{self.file}:{self.line}" if self.line else self.file
         if self.byte is not None and self.line:
             where += f" (byte {self.byte})"
         return DataError(self.what, where=where, fix=self.fix)
+
+
+def errors_by_cause(rejected: Sequence[Rejected], at_most: int) -> list[PosttrainError]:
+    """One error for each cause, at the first of its rows: "15 rows, first at line 1: ...".
+
+    Args:
+        rejected: the first rows that cannot be used, in order.
+        at_most: so many rows ended the reading, if they are so many: there may be more.
+    """
+    causes: dict[tuple[str, str], list[Rejected]] = {}
+    for row in rejected:
+        causes.setdefault(row.cause, []).append(row)
+    more = " or more" if len(rejected) >= at_most else ""
+    found: list[PosttrainError] = []
+    for rows in causes.values():
+        error = rows[0].error()
+        if len(rows) > 1:
+            what = f"{len(rows)}{more} rows, first at line {rows[0].line}: {error.what}"
+            error = DataError(what, where=error.where, fix=error.fix)
+        found.append(error)
+    return found
 
 
 def kind(value: object) -> str:

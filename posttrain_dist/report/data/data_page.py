@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,16 @@ from posttrain_dist.report.data.data_figures import (
     verdict_of,
 )
 from posttrain_dist.report.data.histogram import panels_of
-from posttrain_dist.report.data.token_runs import Mark, Piece, Run, clean, hidden_name, runs
+from posttrain_dist.report.data.token_runs import (
+    Mark,
+    Piece,
+    Run,
+    Token,
+    clean,
+    hidden_name,
+    reads_right_to_left,
+    runs,
+)
 from posttrain_dist.report.numbers import share_of, times, whole
 from posttrain_dist.report.page import asset, render
 
@@ -193,12 +203,26 @@ def _html(found: list[Run]) -> Markup:
     for run in found:
         kind = "s" if run.weight > 0 else "m"
         note = f' data-w="{times(run.weight)}"' if run.weight not in (0, 1) else ""
-        tokens = "".join(
-            f"<i{' class=c' if token.special else ''}>{''.join(map(_mark, token.marks))}</i>"
-            for token in run.tokens
-        )
-        parts.append(f'<span class="r {kind}"{note}>{tokens}</span>')
+        parts.append(f'<span class="r {kind}"{note}>{_tokens(run.tokens)}</span>')
     return Markup("".join(parts))
+
+
+def _tokens(tokens: list[Token]) -> str:
+    """Each token by itself, in the direction in which the text around it is read.
+
+    A browser orders right-to-left text without regard to tokens, so that one would lie in several
+    places: each is isolated, by data.css, and lies in a stretch that says how to go on.
+    """
+    parts = []
+    for _, group in groupby(tokens, key=lambda token: token.special):
+        stretch = list(group)
+        html = "".join(
+            f"<i{' class=c' if token.special else ''}>{''.join(map(_mark, token.marks))}</i>"
+            for token in stretch
+        )
+        text = "".join(mark.text for token in stretch for mark in token.marks)
+        parts.append(f'<bdi dir="rtl">{html}</bdi>' if reads_right_to_left(text) else html)
+    return "".join(parts)
 
 
 def _mark(mark: Mark) -> str:

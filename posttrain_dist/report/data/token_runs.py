@@ -18,6 +18,9 @@ Piece = Sequence[Any]
 # Joiners are invisible too, but part of ordinary text in many scripts and of emoji.
 _JOINERS = "\u200c\u200d"
 _HIDDEN = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp", "Zs"}
+_RIGHT_TO_LEFT = re.compile(
+    "[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff\U00010800-\U00010fff\U0001e800-\U0001efff]"
+)
 _NOT_PLAIN = re.compile(r"[^!-~]")
 
 
@@ -76,6 +79,14 @@ def clean(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [clean(item) for item in value]
     return value
+
+
+def reads_right_to_left(text: str) -> bool:
+    """Whether the first letter with a direction is one of Hebrew, Arabic or their like."""
+    if not _RIGHT_TO_LEFT.search(text):
+        return False
+    directions = map(unicodedata.bidirectional, text)
+    return next((d for d in directions if d in ("L", "R", "AL")), "L") != "L"
 
 
 @lru_cache(maxsize=4096)

@@ -22,7 +22,7 @@ def header_of(run: Run) -> dict[str, Any]:
     model = str(_get(config, "model", "path") or "")
     facts = {
         "model": Path(model).name or None,
-        "data": _get(config, "data", "train"),
+        "data": _data(config),
         "objective": _choice(run, "objective"),
         "tuning": _choice(run, "tuning"),
         "seed": _get(config, "seed"),
@@ -36,6 +36,15 @@ def header_of(run: Run) -> dict[str, Any]:
         "lead": " · ".join(lead),
         "facts": [(key, str(value)) for key, value in facts.items() if value is not None],
     }
+
+
+def _data(config: dict[str, Any]) -> str | None:
+    """What was trained on; where there are sources, `data.train` is not."""
+    sources = _get(config, "data", "sources")
+    if not isinstance(sources, dict) or not sources:
+        return _get(config, "data", "train")  # type: ignore[no-any-return]
+    names = ", ".join(map(str, sources))
+    return f"{len(sources)} sources: {names}" if len(sources) > 1 else names
 
 
 def cards_of(run: Run, channels: list[dict[str, Any]]) -> list[Card]:

@@ -136,9 +136,26 @@ def test_faults_of_several_files_come_together(tmp_path: Path) -> None:
 
 
 def test_reading_stops_at_twenty_faults(tmp_path: Path) -> None:
-    with pytest.raises(SeveralErrors) as caught:
+    with pytest.raises(DataError) as caught:
         read_records(str(_file(tmp_path, b"x\n" * 50)), "messages")
-    assert len(caught.value.problems) == 20
+    assert "20 or more rows, first at line 1: is not valid JSON" in caught.value.what
+
+
+def test_rows_with_one_fault_are_told_once(tmp_path: Path) -> None:
+    good, bad = b'{"text": "a"}\n', b'{"text": 5}\n'
+    with pytest.raises(DataError) as caught:
+        read_records(str(_file(tmp_path, bad * 15 + good * 3)), "text")
+    path = tmp_path / "chat.jsonl"
+    assert str(caught.value) == (
+        f"{path}:1 (byte 0): 15 rows, first at line 1: text is a number, expected text\n"
+        "  fix: write it as a JSON string"
+    )
+    # Others keep their own error, and one row is told as ever.
+    with pytest.raises(SeveralErrors) as several:
+        read_records(str(_file(tmp_path, good + b'{"text": null}\n' + bad * 3)), "text")
+    first, second = (str(problem) for problem in several.value.problems)
+    assert first.startswith(f"{path}:2 (byte {len(good)}): text is null")
+    assert f"{path}:3 (byte {len(good) + 15}): 3 rows, first at line 3: text is" in second
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:

@@ -65,7 +65,28 @@ def test_the_script_says_how_long_there_is_to_save():
 
 def test_what_is_not_set_is_left_to_the_cluster():
     keys = {line.partition("=")[0] for line in header(render(slurm_run(), Path("/runs/a")))}
-    assert keys.isdisjoint({"--mem", "--partition", "--account", "--gpus-per-node"})
+    assert keys.isdisjoint({"--mem", "--partition", "--account", "--gpus-per-node", "--time"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "cpus"),
+    [({}, 2), ({"gpus_per_node": 8}, 32), ({"gpus_per_node": 8, "cpus_per_worker": 6.5}, 52),
+     ({"gpus_per_node": 8, "cpus_per_node": 9}, 9)],
+)  # fmt: skip
+def test_a_node_has_cpus_for_each_of_its_workers(fields, cpus):
+    assert f"--cpus-per-task={cpus}" in header(render(slurm_run(**fields), Path("/runs/a")))
+
+
+@pytest.mark.parametrize("time", ["30", "28800", "1:2:3:4", "an hour", "", "1h"])
+def test_a_time_that_slurm_would_read_as_another_is_refused(time):
+    with pytest.raises(ConfigError, match="hours:minutes:seconds") as refused:
+        slurm_run(time=time)
+    assert refused.value.where == "cluster.time"
+
+
+@pytest.mark.parametrize("time", ["30:00", "08:00:00", "120:00:00", "2-00", "2-12:30", "2-0:0:0"])
+def test_the_times_of_slurm_are_taken(time):
+    assert f"--time={time}" in header(render(slurm_run(time=time), Path("/runs/a")))
 
 
 def test_paths_reach_the_shell_as_they_are(tmp_path):

@@ -7,9 +7,9 @@ import shutil
 import sys
 
 from posttrain_dist.config import complete
+from posttrain_dist.report.data.prepare_progress import progress_output
 from posttrain_launch.compose.hydra_app import compose_command, read_command_line
 from posttrain_launch.compose.paths import with_absolute_paths
-from posttrain_launch.run.prepare_progress import progress_output
 
 
 def command(arguments: list[str], debug: bool) -> int:

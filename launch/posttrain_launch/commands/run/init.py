@@ -37,10 +37,12 @@ data:
   #   code: {{path: /data/code, weight: 1.0, max_passes: 2}}
   # mix_by: tokens                # what the weights share out: rows | tokens (supervised)
   # eval: /data/heldout.jsonl     # left out: a share of the training rows
-  max_length: 512                 # tokens of a pack; longer rows are cut and counted
+  max_length: 512                 # tokens of a pack, and of a row
+  # long_rows: drop               # rows above it: truncate (cut and counted) | split | drop
 
 optimizer:
   lr: 1.0e-3                      # for a model of billions of parameters: 1.0e-5
+  # warmup_steps: 100             # or warmup_ratio: 0.03, the share of all steps
 
 train:
   steps: 20                       # or epochs: 1, or tokens: 1_000_000

@@ -10,4 +10,4 @@ from posttrain_launch.run.freeze import freeze
 def command(arguments: list[str], debug: bool) -> int:
     """Train; the exit code."""
     line = read_command_line("train", arguments, debug)
-    return run_frozen(freeze(compose_command(line), line.typed), debug=debug)
+    return run_frozen(freeze(compose_command(line), line.typed), debug=debug, new=True)

@@ -10,9 +10,8 @@ import pty
 import time
 from pathlib import Path
 
-from posttrain_launch.run.progress import Progress, describe
-
 from posttrain_dist.logs import notify
+from posttrain_dist.report.run.progress import Progress, describe
 
 
 def append(folder: Path, **row: float) -> None:
