@@ -226,6 +226,7 @@ def run_manifest(
         step=0,
         recipe=Recipe(data.channels, _recipe(config, data.fingerprint)),
         layout=Layout(name, process.world, str(dtype).removeprefix("torch.")),
+        settings=_settings(config),
         lineage={
             "end_token_id": data.end_token_id,
             "template_sha256": data.fingerprint["template"],
@@ -242,6 +243,18 @@ def model_facts(config: RunConfig, policy: Policy, source: PackedSource) -> Mode
         token_loss=isinstance(config.objective, TokenLoss),
         target_shares=source.target_shares(),
     )
+
+
+def _settings(config: RunConfig) -> dict[str, str]:
+    """What else decides the numbers of a run, beside its recipe and layout."""
+    values = config.to_dict()
+    groups = ("model", "objective", "tuning", "optimizer", "engine", "train")
+    flat = {f"{group}.{key}": str(v) for group in groups for key, v in values[group].items()}
+    if isinstance(config.engine, DeepSpeed) and config.engine.config:
+        own = Path(config.engine.config).read_bytes()  # a copy in the run folder
+        flat["engine.config"] = f"a JSON of digest {hashlib.sha256(own).hexdigest()[:8]}"
+    other = ("train.resume", "train.dtype", "train.batch_size")  # asked anew, layout, recipe
+    return {key: value for key, value in flat.items() if key not in other}
 
 
 def _recipe(config: RunConfig, fingerprint: dict[str, Any]) -> dict[str, str]:

@@ -6,6 +6,7 @@ denominator must be summed. That mean is undone here, by `world` times the loss.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from posttrain_dist.engine.ds_tuning import (
 )
 from posttrain_dist.engine.memory import keep_freed_memory
 from posttrain_dist.engine.optimizers import adamw, parameter_groups
+from posttrain_dist.engine.state_files import DEEPSPEED_TYPES, fitting, read_state, without_code
 from posttrain_dist.files import DigestWriter, FileDigest
 from posttrain_dist.flow import Batch, Loss
 
@@ -45,6 +47,12 @@ def import_deepspeed() -> ModuleType:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed  # type: ignore[no-any-return]
+
+
+def _types() -> list[type]:
+    """The classes of DEEPSPEED_TYPES, which a ZeRO checkpoint may make objects of."""
+    places = [name.rpartition(".") for name in DEEPSPEED_TYPES]
+    return [getattr(importlib.import_module(module), name) for module, _, name in places]
 
 
 class DeepSpeedEngine:
@@ -159,7 +167,12 @@ class DeepSpeedEngine:
         return {path.relative_to(folder).as_posix(): d for path, d in self._written.items()}
 
     def load_state(self, folder: Path) -> None:
-        self._engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
+        with fitting(folder), without_code(_types()):
+            found, _ = self._engine.load_checkpoint(
+                str(folder), tag=TAG, load_lr_scheduler_states=False
+            )
+            if found is None:  # it only logs that it found nothing
+                raise ValueError("DeepSpeed finds no state of this rank in it")
 
 
 def _record_digests(writer: Any) -> dict[Path, FileDigest]:
@@ -188,9 +201,13 @@ def read_full_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     whole = folder / TAG / "mp_rank_00_model_states.pt"
-    if not list((folder / TAG).glob("*optim_states.pt")):  # stage 0 keeps no shards
-        state = torch.load(whole, map_location="cpu", weights_only=False, mmap=True)["module"]
-    else:
-        state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG, lazy_mode=True)
+    with fitting(folder):
+        if not list((folder / TAG).glob("*optim_states.pt")):  # stage 0 keeps no shards
+            state = read_state(whole, mmap=True)["module"]
+        else:
+            with without_code(_types()):
+                state = get_fp32_state_dict_from_zero_checkpoint(
+                    str(folder), tag=TAG, lazy_mode=True
+                )
     for name, tensor in state.items():
         yield name.removeprefix("causal_lm."), tensor.contiguous()

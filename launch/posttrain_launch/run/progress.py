@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from posttrain_dist.checkpoint.notices import NOTICES
 from posttrain_dist.files import RowFollower
 from posttrain_dist.report.numbers import clock, loss_of_log, rounded
 
@@ -30,6 +31,7 @@ class Progress:
         self.began = time.monotonic()
         self._rows = RowFollower(run_folder / "metrics.jsonl")
         self._alarms = RowFollower(run_folder / "logs" / "alarms.jsonl")
+        self._notices = RowFollower(run_folder / NOTICES)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._view: _Live | _Plain = _Live(self.out) if self.out.isatty() else _Plain(self.out)
@@ -38,6 +40,7 @@ class Progress:
     def __enter__(self) -> Progress:
         self._rows.skip()  # what an earlier start of the run wrote
         self._alarms.skip()
+        self._notices.skip()
         self._view.open()
         self._thread.start()
         return self
@@ -64,6 +67,8 @@ class Progress:
     def _show(self, final: bool = False) -> None:
         plan = _read_json(self.folder / "logs" / "plan.json")
         total = int(plan.get("total_steps", 0))
+        for notice in self._notices.read():
+            self._view.log(notice["text"])
         rows = self._rows.read()
         for i, row in enumerate(rows):
             self._pace = [*self._pace[-20:], (row["step"], row.get("time_s", 0.0))]
