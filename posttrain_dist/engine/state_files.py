@@ -119,6 +119,7 @@ def fitting(folder: Path) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     # torch first explains how to load such a file anyway, which is what must not be done.
-    text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
-    line = (text.splitlines() or ["no message"])[0].partition(" was not an allowed global")[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    line = next((line for line in lines if "nsupported" in line or "Unpickler" in line), lines[0])
+    line = line.rpartition("WeightsUnpickler error: ")[2].partition(" was not an allowed")[0]
     return f"{type(error).__name__}: {line[:200]}"
