@@ -82,12 +82,22 @@ def check_named(named: Path) -> None:
         read_manifest(inside[-1] if inside else named)
 
 
-def archive(run_folder: Path) -> None:
-    """Move the checkpoints of an earlier training of this folder to `checkpoints.old-N`."""
+def archive(run_folder: Path, which: list[Path] | None = None) -> None:
+    """Move checkpoints of an earlier training of this folder to `checkpoints.old-N`.
+
+    Args:
+        which: of its checkpoints; None: all, with the folder that they are in.
+    """
     old = run_folder / "checkpoints"
-    if old.is_dir():
-        taken = len(list(run_folder.glob("checkpoints.old-*")))
-        old.rename(run_folder / f"checkpoints.old-{taken + 1}")
+    taken = len(list(run_folder.glob("checkpoints.old-*")))
+    aside = run_folder / f"checkpoints.old-{taken + 1}"
+    if which is None:
+        if old.is_dir():
+            old.rename(aside)
+        return
+    for path in which:
+        aside.mkdir(exist_ok=True)
+        path.rename(aside / path.name)
 
 
 def check_compatible(folder: Path, run: Manifest, steps: int) -> Manifest:

@@ -26,13 +26,23 @@ from posttrain_launch.run.progress import Progress
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def run_frozen(run_folder: Path, address: str | None = None, *, debug: bool = False) -> int:
+Change = Callable[[Path, RunConfig], RunConfig]
+
+
+def run_frozen(
+    run_folder: Path,
+    address: str | None = None,
+    *,
+    debug: bool = False,
+    change: Change | None = None,
+) -> int:
     """Run, or go on with, the run of a folder; prints as it goes.
 
     Args:
         run_folder: made by `posttrain_launch.run.freeze.freeze`.
         address: "host:port" of a running Ray to use.
         debug: show the stack trace of an error.
+        change: of the frozen run before it starts, once nobody else drives it.
 
     Returns:
         The exit code: 0 finished, 130 stopped by a signal (it can go on), 1 failed.
@@ -42,11 +52,12 @@ def run_frozen(run_folder: Path, address: str | None = None, *, debug: bool = Fa
     log = folder / "logs" / "driver.log"
     try:
         config = read_frozen(folder)
-        if (folder / "FINISHED").is_file():
+        if (folder / "FINISHED").is_file() and change is None:
             print(f"{folder} is finished; `posttrain report {folder}` renews its page", file=out)
             return 0
         log.parent.mkdir(exist_ok=True)
         with _exclusive_lock(folder), _redirect_output(log, capture_logging=True):
+            config = change(folder, config) if change else config
             return _drive(config, folder, address, out, err)
     except KeyboardInterrupt:
         print(f"left at once; `posttrain run {folder}` goes on from its last save", file=err)
