@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from posttrain_launch.ray import child as ray_driver
+from posttrain_launch.ray import temp_folder
 from ray_runs import losses, processes_of, wait_until, worker_groups_started
 
 from posttrain_dist import errors
@@ -82,6 +83,22 @@ def test_workers_follow_what_is_there():
         # Three CPUs in all, but a worker lives on one node.
         (Ray(cpus_per_worker=2, workers=2), [{"CPU": 2.0}, {"CPU": 1.0}], "2 nodes", "at most 1"),
         (Ray(workers=3), [{"CPU": 9.0, "GPU": 2.0}], "2 GPUs", "cluster.workers to at most 2"),
+        # Half of all CPUs does not fit twice on the larger node and once on the smaller.
+        (
+            Ray(workers=3),
+            [{"CPU": 1.0}, {"CPU": 0.9}],
+            "1.9 CPUs",
+            "cpus_per_worker to at most 0.5",
+        ),
+        (Ray(workers=1, cpus_per_worker=3), [{"CPU": 2.0}], "2 CPUs", "at most 2"),
+        (Ray(workers=9, cpus_per_worker=3), [{"CPU": 2.0}], "2 CPUs", "at most 0.22"),
+        (Ray(workers=999), [{"CPU": 2.0}], "2 CPUs", "cluster.workers to at most 2"),
+        (
+            Ray(workers=999, cpus_per_worker=3),
+            [{"CPU": 2.0}],
+            "2 CPUs",
+            "cluster.workers to at most 2 and cluster.cpus_per_worker to 1",
+        ),
     ],
 )
 def test_more_workers_than_resources_is_told(cluster, nodes, is_there, fix):
@@ -92,6 +109,7 @@ def test_more_workers_than_resources_is_told(cluster, nodes, is_there, fix):
     assert failure.value.where == "cluster.workers"
     assert is_there in failure.value.what
     assert fix in failure.value.fix
+    assert "at most 0," not in f"{failure.value.fix}," and failure.value.fix
 
 
 @pytest.mark.parametrize(
@@ -133,6 +151,75 @@ def test_an_address_without_a_ray_is_named(address, what):
         join(address, timeout_s=0.2)
     assert failure.value.where == f"cluster.address={address}"
     assert what in failure.value.what
+
+
+def test_an_address_that_nobody_typed_is_told_by_its_variable(base, tmp_path, monkeypatch):
+    from posttrain_launch.ray import job
+
+    seen = []
+    monkeypatch.setattr(ray_driver.subprocess, "Popen", lambda command, **_: seen.append(command))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    asked = replace(base, cluster=Ray(address="127.0.0.1:8"))
+    for config, named in ((base, None), (asked, None), (asked, "127.0.0.1:7")):
+        with contextlib.suppress(AttributeError), ray_driver.started(config, tmp_path, named):
+            pass
+    sources = [(words[4], words[6]) for words in (each[1:] for each in seen)]
+    assert sources == [
+        ("127.0.0.1:9", "the environment variable RAY_ADDRESS"),
+        ("127.0.0.1:8", "cluster.address"),
+        ("127.0.0.1:7", "--address"),
+    ]
+    with pytest.raises(ClusterError) as failure:
+        job.join("127.0.0.1:9", 0.2, sources[0][1])
+    assert failure.value.where == "the environment variable RAY_ADDRESS=127.0.0.1:9"
+    assert "unset RAY_ADDRESS" in failure.value.fix
+
+
+# ------------------------------------------------------------------------ the folder of our Ray
+
+
+def test_folders_of_dead_runs_are_removed_and_never_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(temp_folder.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(temp_folder, "LONGEST", 999)
+    run = tmp_path / "run"
+    run.mkdir()
+    dead = subprocess.Popen(["sleep", "60"])
+    marker = {"kind": temp_folder.KIND, "run": str(run), **temp_folder.identity(dead.pid)}
+    dead.kill()
+    dead.wait()
+
+    def left(name, marker):
+        folder = tmp_path / name
+        logs = folder / "r" / "session_latest" / "logs"
+        logs.mkdir(parents=True)
+        logs.chmod(0o777)
+        (logs / "gcs_server.out").write_text("its last words")
+        if marker:
+            (folder / "owner.json").write_text(json.dumps(marker))
+        return folder
+
+    mine = temp_folder.identity(os.getpid())
+    kept = [
+        left("posttrain-unmarked", None),
+        left("posttrain-another", {**marker, "kind": "something else"}),
+        left("posttrain-alive", {**marker, **mine}),
+        left("posttrain-elsewhere", {**marker, "pids": "pid:[1]"}),
+        left("posttrain-before-boot", {**marker, "boot": "x"}),
+        left("elsewhere-owned", marker),
+    ]
+    (tmp_path / "posttrain-link").symlink_to(kept[-1])
+    gone = [
+        left("posttrain-dead", marker),
+        left("posttrain-reused", {**marker, **mine, "start": 1}),
+    ]
+    folder = temp_folder.make(run)
+    assert [path.exists() for path in kept] == [True] * 6
+    assert [path.exists() for path in gone] == [False] * 2
+    assert (run / "ray" / "logs" / "gcs_server.out").read_text() == "its last words"
+    assert (run / "ray" / "logs").stat().st_mode & 0o777 == 0o700
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert json.loads((folder / "owner.json").read_text())["pid"] == os.getpid()
+    assert temp_folder.make(run) != folder and folder.exists()  # that of a living run stays
 
 
 # --------------------------------------------------------------------------------- a real Ray
