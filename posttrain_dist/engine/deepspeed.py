@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,12 +42,37 @@ def import_deepspeed() -> ModuleType:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         set_local_size()
-    import deepspeed
+    with stderr_of_children():
+        import deepspeed
 
-    # Its CPU start-up would compile an extension (30 s, needs g++ and ninja) that gloo replaces.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Its CPU start-up would compile an extension (30 s, needs g++ and ninja) that gloo
+        # replaces. This table is made when it is first looked at, by trying a linker.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed  # type: ignore[no-any-return]
+
+
+@contextmanager
+def stderr_of_children() -> Iterator[None]:
+    """What a compiler prints goes where Python's stderr goes: to the log of the rank.
+
+    A process inherits descriptor 2, which stays the terminal where `sys.stderr` is redirected.
+    """
+    try:
+        target = sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):  # no file stands behind it
+        target = 2
+    if target == 2:
+        yield
+        return
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    os.dup2(target, 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
 
 
 def _types() -> list[type]:
@@ -91,7 +117,11 @@ class DeepSpeedEngine:
             policy.to(self.device)
         self._tune(policy)
         groups = parameter_groups(policy.named_parameters(), self._optimizer.weight_decay)
-        optimizer = self._make_optimizer(groups)
+        with stderr_of_children():
+            self._initialize(policy, self._make_optimizer(groups))
+        self._written = _record_digests(self._engine.checkpoint_engine)
+
+    def _initialize(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         # DeepSpeed takes a step with zero gradients to make the state: rate 0, so that weight
         # decay moves nothing; stage 0 in bfloat16 also leaves Adam's step count at 1.
         for group in optimizer.param_groups:
@@ -101,7 +131,6 @@ class DeepSpeedEngine:
         )
         if self._stage == 0:
             optimizer.state.clear()
-        self._written = _record_digests(self._engine.checkpoint_engine)
 
     def _tune(self, policy: Any) -> None:
         from posttrain_dist.models.layers import decoder_layers
