@@ -33,6 +33,7 @@ from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.files import read_object, write_atomic
 from posttrain_dist.flow import Batch
 from posttrain_dist.models import Weights
+from posttrain_dist.models.finite import refuse_nonfinite
 from posttrain_dist.models.folder import check_folder, resolve
 from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
@@ -156,9 +157,10 @@ def build_policy(
     config: RunConfig, engine: TrainEngine, dtype: torch.dtype, channels: list[str]
 ) -> Policy:
     """Load and tune the model inside the engine's context and hand it to the engine."""
+    folder = resolve(config.model.path)
     model = load_model(
         config.model,
-        resolve(config.model.path),
+        folder,
         dtype=dtype,
         seed=config.seed,
         materialise=engine.materialise(),
@@ -167,6 +169,8 @@ def build_policy(
     kernels = HeadKernels(linear_cross_entropy, linear_logprob)
     policy = Policy(model, kernels, len(channels), config.tuning)
     engine.attach(policy)
+    if config.model.weights is Weights.load:
+        refuse_nonfinite(policy, folder, prefix="causal_lm.")
     return policy
 
 
