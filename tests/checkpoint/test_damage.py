@@ -195,7 +195,7 @@ def in_old_format(path, planted):
 
 
 def as_plain_pickle(path, planted):
-    path.write_bytes(pickle.dumps(planted))
+    path.write_bytes(pickle.dumps(planted, protocol=2))
 
 
 FORMS = (in_archive, in_old_format, as_plain_pickle)

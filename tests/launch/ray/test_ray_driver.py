@@ -290,17 +290,22 @@ def test_one_ctrl_c_saves_and_two_leave_at_once(base, tmp_path):
     before = losses(folder)
     assert len(before) == step
 
+    frozen = folder / "config.yaml"
+    frozen.write_text(frozen.read_text().replace("lr: 0.003", "lr: 0.002"))
     driver = drive_until(step + 1)  # it goes on where it was
     try:
         job = job_of(driver.pid)
         driver.send_signal(signal.SIGINT)
         wait_until((folder / "STOP").exists, 10)
         driver.send_signal(signal.SIGINT)
-        assert driver.wait(timeout=30) == 130
+        said, _ = driver.communicate(timeout=30)
+        assert driver.returncode == 130
         assert ray_driver.session_members(job) == []  # at once: the driver sees to it itself
     finally:
         driver.kill()
     assert losses(folder)[:step] == before
+    told = f"going on from step {step} with other settings: optimizer.lr was 0.003, now 0.002"
+    assert said.count(told) == 1
     wait_until(lambda: not processes_of(folder), 30)
     assert not (folder / "FINISHED").exists()
 

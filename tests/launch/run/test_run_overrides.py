@@ -89,6 +89,20 @@ def test_a_finished_run_goes_on_with_more_steps_and_another_rate_said_in_one_lin
     assert (frozen["train"]["steps"], frozen["choices"]) == (6, {"engine": "single"})
 
 
+def test_a_damaged_checkpoint_is_passed_over_in_a_line_on_the_terminal(run, capsys):
+    before = losses(run)
+    (run / "FINISHED").unlink()
+    newest = store.folder_of(run, 4)
+    state = newest / "state" / "single.pt"
+    state.write_bytes(state.read_bytes()[:-9] + b"something")
+    assert main(["run", str(run)]) == 0
+    said = f"{newest} is passed over, going on from step-000002: state/single.pt is damaged: "
+    assert capsys.readouterr().out.count(said) == 1
+    assert losses(run) == before
+    assert main(["run", str(run)]) == 0  # it was made again
+    assert "is passed over" not in capsys.readouterr().out
+
+
 def test_a_checkpoint_of_the_run_itself_is_gone_back_to(run):
     before = losses(run)
     named = store.folder_of(run, 2)
