@@ -33,6 +33,7 @@ from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.files import read_object, write_atomic
 from posttrain_dist.flow import Batch
 from posttrain_dist.models import Weights
+from posttrain_dist.models.finite import refuse_nonfinite
 from posttrain_dist.models.folder import check_folder, resolve
 from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
@@ -156,9 +157,10 @@ def build_policy(
     config: RunConfig, engine: TrainEngine, dtype: torch.dtype, channels: list[str]
 ) -> Policy:
     """Load and tune the model inside the engine's context and hand it to the engine."""
+    folder = resolve(config.model.path)
     model = load_model(
         config.model,
-        resolve(config.model.path),
+        folder,
         dtype=dtype,
         seed=config.seed,
         materialise=engine.materialise(),
@@ -167,6 +169,8 @@ def build_policy(
     kernels = HeadKernels(linear_cross_entropy, linear_logprob)
     policy = Policy(model, kernels, len(channels), config.tuning)
     engine.attach(policy)
+    if config.model.weights is Weights.load:
+        refuse_nonfinite(policy, folder, prefix="causal_lm.")
     return policy
 
 
@@ -226,6 +230,7 @@ def run_manifest(
         step=0,
         recipe=Recipe(data.channels, _recipe(config, data.fingerprint)),
         layout=Layout(name, process.world, str(dtype).removeprefix("torch.")),
+        settings=_settings(config),
         lineage={
             "end_token_id": data.end_token_id,
             "template_sha256": data.fingerprint["template"],
@@ -242,6 +247,18 @@ def model_facts(config: RunConfig, policy: Policy, source: PackedSource) -> Mode
         token_loss=isinstance(config.objective, TokenLoss),
         target_shares=source.target_shares(),
     )
+
+
+def _settings(config: RunConfig) -> dict[str, str]:
+    """What else decides the numbers of a run, beside its recipe and layout."""
+    values = config.to_dict()
+    groups = ("model", "objective", "tuning", "optimizer", "engine", "train")
+    flat = {f"{group}.{key}": str(v) for group in groups for key, v in values[group].items()}
+    if isinstance(config.engine, DeepSpeed) and config.engine.config:
+        own = Path(config.engine.config).read_bytes()  # a copy in the run folder
+        flat["engine.config"] = f"a JSON of digest {hashlib.sha256(own).hexdigest()[:8]}"
+    other = ("train.resume", "train.dtype", "train.batch_size")  # asked anew, layout, recipe
+    return {key: value for key, value in flat.items() if key not in other}
 
 
 def _recipe(config: RunConfig, fingerprint: dict[str, Any]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 T = TypeVar("T")
 
+LOOPBACK = "127.0.0.1"
 TIMEOUT = timedelta(minutes=30)  # for a rank that waits while another writes a large export
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ class Process:
     rank: int = 0
     world: int = 1
     local_rank: int = 0
-    master_address: str = "127.0.0.1"
+    master_address: str = LOOPBACK
     master_port: int = 0  # 0: any free port; right only with world 1
 
     @property
@@ -64,14 +66,35 @@ def start(process: Process) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     # Numbers of the host go by gloo, so that reading them waits for no device.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    on_loopback = process.master_address == LOOPBACK
+    if on_loopback and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group(
         backend,
-        init_method=f"tcp://{process.master_address}:{port}",
+        store=_loopback_store(process, port) if on_loopback else None,
+        init_method=None if on_loopback else f"tcp://{process.master_address}:{port}",
         rank=process.rank,
         world_size=process.world,
         timeout=TIMEOUT,
     )
     atexit.register(stop)
+
+
+def _loopback_store(process: Process, port: int) -> torch._C._distributed_c10d.Store:
+    """Where ranks of one machine meet; torch by itself would listen on all interfaces."""
+    from torch._C._distributed_c10d import TCPStore
+
+    if not process.is_main:
+        return TCPStore(LOOPBACK, port, process.world, is_master=False, timeout=TIMEOUT)
+    listener = socket.create_server((LOOPBACK, port), backlog=process.world + 16)
+    return TCPStore(
+        LOOPBACK,
+        port,
+        process.world,
+        is_master=True,
+        timeout=TIMEOUT,
+        master_listen_fd=listener.detach(),
+    )
 
 
 def stop() -> None:
@@ -185,5 +208,5 @@ def gather(value: T) -> list[T]:
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])

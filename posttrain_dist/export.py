@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from posttrain_dist.checkpoint import store
-from posttrain_dist.checkpoint.manifest import read_manifest
+from posttrain_dist.checkpoint.manifest import fault_of, is_whole, read_manifest
 from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import CheckpointError
 
@@ -30,6 +30,7 @@ def export_checkpoint(
     import torch
 
     from posttrain_dist.checkpoint.hf_folder import write_hf_folder
+    from posttrain_dist.engine.state_files import step_of_file
     from posttrain_dist.models.folder import resolve
 
     if not (run_folder / "config.yaml").is_file():
@@ -44,7 +45,8 @@ def export_checkpoint(
     if out is not None and target.exists():
         raise CheckpointError("is already there", where=str(target), fix="name a new folder")
     manifest = read_manifest(source)
-    store.verify(source)
+    if damage := store.damage_of(source, step_of_file):
+        raise CheckpointError(damage, where=str(source), fix=_older(run_folder, source))
     if manifest.layout.engine == "single":
         from posttrain_dist.engine.single import read_full_tensors
     else:
@@ -60,25 +62,36 @@ def export_checkpoint(
 
 
 def _choose(run_folder: Path, step: int | None) -> Path:
+    there = store.checkpoints(run_folder)
     whole = store.whole_checkpoints(run_folder)
     if step is None and whole:
-        newer = store.damaged_since(run_folder, whole[-1])
-        if newer:
+        if there[-1] != whole[-1]:
             raise CheckpointError(
-                "is newer than every whole checkpoint, and a file of it is missing or cut",
-                where=str(newer[-1]),
-                fix=f"export an older one: --step {read_manifest(whole[-1]).step}",
+                f"is newer than every whole checkpoint: {fault_of(there[-1])}",
+                where=str(there[-1]),
+                fix=_older(run_folder, there[-1]),
             )
         return whole[-1]
     named = store.folder_of(run_folder, step or 0)
     if named in whole:
         return named
     steps = ", ".join(str(read_manifest(path).step) for path in whole)
+    damaged = "; ".join(f"{path.name}: {fault_of(path)}" for path in there if path not in whole)
     raise CheckpointError(
         f"has no whole checkpoint{f' of step {step}' if step is not None else ''}"
-        + (f"; there are steps {steps}" if steps else ""),
+        + (f"; there are steps {steps}" if steps else "")
+        + (f" ({damaged})" if damaged else ""),
         where=str(run_folder / "checkpoints"),
         fix="train first (train.save_every=N saves on the way)"
         if not steps
         else "name one of these",
     )
+
+
+def _older(run_folder: Path, damaged: Path) -> str:
+    """What to do about a checkpoint that is damaged: never done unasked."""
+    there = store.checkpoints(run_folder)
+    whole = [path for path in there[: there.index(damaged)] if is_whole(path)]
+    if not whole:
+        return "there is no whole one before it: copy it again, or train again"
+    return f"export an older one: --step {int(whole[-1].name.removeprefix('step-'))}"

@@ -211,11 +211,13 @@ class EndOnNonfinite:
         if not info.nonfinite_step:
             return
         whole = store.whole_checkpoints(self._folder)
-        again = f"go on from {whole[-1]} with train.resume" if whole else "start again"
+        again = (
+            f"`posttrain run {self._folder}` goes on from {whole[-1]}" if whole else "start again"
+        )
         first = "; try train.dtype=float32" if info.nonfinite_step <= 1 else ""
         raise TrainingError(
             "the gradient is not finite, so the weights are lost; nothing of this step is saved",
             where=f"step {info.nonfinite_step}",
-            fix=f"{again}, with optimizer.lr halved and optimizer.clip above 0{first}; the rows of "
-            "this step are in samples.log",
+            fix=f"{again}; give it optimizer.lr=<half of it>, keep optimizer.clip above 0{first}; "
+            "the rows of this step are in samples.log",
         )

@@ -110,7 +110,7 @@ def single_on_many(workers: int) -> ConfigError:
 
 def _check_resume(named: str) -> None:
     if named not in ("auto", "never"):
-        resume.find(named, Path(named))
+        resume.check_named(Path(named))
 
 
 def _check_output_root(root: Path) -> None:

@@ -24,12 +24,14 @@ from posttrain_dist.build import (
 from posttrain_dist.checkpoint import resume, store
 from posttrain_dist.checkpoint.hf_folder import write_hf_folder
 from posttrain_dist.checkpoint.manifest import Manifest
+from posttrain_dist.checkpoint.notices import Notices
 from posttrain_dist.config import RunConfig, complete
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.engine.optimizers import learning_rate
+from posttrain_dist.engine.state_files import step_of_file
 from posttrain_dist.files import write_atomic
 from posttrain_dist.flow import StepInfo
 from posttrain_dist.hooks import EndOnNonfinite, Evaluate, Log, Save
@@ -137,18 +139,20 @@ def _stop_file(run_folder: Path) -> Stop:
 
 
 def _resume(
-    config: RunConfig, run_folder: Path, engine: TrainEngine, manifest: Manifest, steps: int
+    config: RunConfig, run_folder: Path, engine: TrainEngine, run: Manifest, steps: int
 ) -> int:
     """Load the checkpoint that `train.resume` names; its step, 0 where there is none."""
-    choice = config.train.resume
+    choice, told = config.train.resume, Notices(run_folder)
     if choice == "never":
         dist.on_main(lambda: resume.archive(run_folder))
-    found = dist.from_main(lambda: resume.find(choice, run_folder))
+    found = resume.choose(choice, run_folder, step_of_file, told.add)
     if found is None:
         return 0
-    there = resume.check_compatible(found, manifest.recipe, manifest.layout, steps)
-    store.verify(found)
+    there = resume.check_compatible(found, run, steps)
+    if changed := resume.changed_settings(there, run):
+        told.add(f"going on from step {there.step} with other settings: {'; '.join(changed)}")
     engine.load_state(found / store.STATE)
+    told.record(found, there.step)
     return there.step
 
 

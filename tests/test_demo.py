@@ -18,8 +18,10 @@ import pytest
 from ray_runs import (
     actors_of,
     is_worker,
+    listening,
     losses,
     processes_of,
+    ray_folders,
     wait_until,
     worker_groups_started,
 )
@@ -41,7 +43,11 @@ def demo(tmp_path_factory) -> tuple[Path, str]:
     try:
         saved = "outputs/demo/*/checkpoints/step-*/MANIFEST.json"
         wait_until(lambda: list(root.glob(saved)) or driver.poll() is not None, 240)
-        workers = [pid for pid in processes_of(root) if is_worker(pid)]
+        processes = processes_of(root)
+        seen = {"listening": listening(processes)}
+        seen["modes"] = [(str(f), f.parent.stat().st_mode & 0o777) for f in ray_folders(processes)]
+        (root / "seen.json").write_text(json.dumps(seen))
+        workers = [pid for pid in processes if is_worker(pid)]
         if len(workers) == 2:
             os.kill(max(workers), signal.SIGKILL)
         code = driver.wait(timeout=240)
@@ -106,3 +112,20 @@ def test_a_killed_worker_is_replaced_and_the_numbers_are_those_without_ray(
     run_workers("train_runs.py", 2, tmp_path)
     assert losses(folder) == pytest.approx(losses(tmp_path), rel=1e-6)
     assert len(losses(folder)) == 12
+
+
+@pytest.mark.ray
+def test_nobody_else_reaches_its_ray(demo):
+    """As it was seen while it trained: sockets on the loopback alone, folders of the user alone."""
+    folder, _ = demo
+    seen = json.loads((folder.parents[2] / "seen.json").read_text())
+    programs = {program for _, program in seen["listening"]}
+    assert {"gcs_server", "raylet"} < programs and any("RayTrainWorker" in p for p in programs)
+    addresses = {address for address, _ in seen["listening"]}
+    assert addresses <= {"127.0.0.1", "::ffff:127.0.0.1"}, seen["listening"]
+    ((ray, mode),) = seen["modes"]
+    assert mode == 0o700 and not Path(ray).parent.exists()
+    kept = [path for path in (folder / "ray").rglob("*") if path.is_dir()]
+    assert folder / "ray" / "logs" in kept
+    assert [path for path in kept if path.stat().st_mode & 0o022] == []
+    assert (folder / "ray" / "logs").stat().st_mode & 0o777 == 0o700

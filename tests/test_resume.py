@@ -16,7 +16,7 @@ from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.engine import AdamW, DeepSpeed, Single
 from posttrain_dist.errors import CheckpointError, TrainingError
 from posttrain_dist.export import export_checkpoint
-from posttrain_dist.files import read_rows
+from posttrain_dist.files import read_object, read_rows
 from posttrain_dist.metrics import LoggingConfig, WandbMode
 from posttrain_dist.prepare import prepare
 from posttrain_dist.train import train
@@ -257,14 +257,41 @@ def test_a_damaged_file_is_never_trained_on_nor_exported(base, tmp_path):
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
     state.write_bytes(content)
-    for attempt in (lambda: train(base, folder), lambda: export_checkpoint(folder, tmp_path / "x")):
-        with pytest.raises(CheckpointError, match=r"state/single\.pt is damaged") as caught:
-            attempt()
-        assert "goes on from step-000003" in caught.value.fix
+    with pytest.raises(CheckpointError, match=r"state/single\.pt is damaged(.|\n)*--step 3"):
+        export_checkpoint(folder, tmp_path / "x")
     assert not (tmp_path / "x").exists()
-    newest.rename(f"{newest}.damaged")  # as the error says
     train(base, folder)
     assert numbers(folder) == expected
+    said = f"{newest} is passed over, going on from step-000003: state/single.pt is damaged: "
+    assert said in (folder / "logs" / "rank-0.log").read_text()
+    (entry,) = read_object(folder / "run.json")["continued"]
+    assert entry["step"] == 3 and entry["notices"][0].startswith(said)
+    export_checkpoint(folder, tmp_path / "x")  # it was written again
+
+
+def test_another_learning_rate_is_said_once_and_recorded(base, tmp_path):
+    folder = freeze(tmp_path / "run", base)
+    train(base, folder)
+    lose_everything_after(folder, 3)
+    changed = replace(base, optimizer=replace(base.optimizer, lr=1e-3))
+    train(changed, folder)
+    assert numbers(folder)[4]["train/lr"] < 1e-3
+    said = "going on from step 3 with other settings: optimizer.lr was 0.003, now 0.001"
+    assert (folder / "logs" / "rank-0.log").read_text().count(said) == 1
+    notices = [row["text"] for row in read_rows(folder / "logs" / "notices.jsonl")]
+    assert [said in text for text in notices] == [False, True]  # a torn one was passed over first
+    assert read_object(folder / "run.json")["continued"][0]["notices"] == notices
+
+
+def test_the_state_of_another_model_is_refused_in_words(base, tmp_path, builders):
+    folder = freeze(tmp_path / "run", base)
+    train(base, folder)
+    larger = builders.model(tmp_path / "model", hidden_size=40)
+    named = replace(base.train, resume=str(folder))
+    config = replace(base, model=ModelConfig(path=str(larger)), train=named)
+    other = freeze(tmp_path / "other", config)
+    with pytest.raises(CheckpointError, match=r"does not fit this model: (.|\n)*model\.path"):
+        train(config, other)
 
 
 def test_lost_weights_are_never_saved(base, tmp_path, monkeypatch):

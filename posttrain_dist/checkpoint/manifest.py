@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from posttrain_dist.errors import CheckpointError
 from posttrain_dist.files import FileDigest
 
 MANIFEST = "MANIFEST.json"
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,30 +46,73 @@ class Manifest:
     step: int
     recipe: Recipe
     layout: Layout
+    # Config key -> value, of what may change when a run goes on, and is then said.
+    settings: dict[str, str] = field(default_factory=dict)
     lineage: dict[str, Any] = field(default_factory=dict)  # hashes, W&B id
     files: dict[str, FileDigest] = field(default_factory=dict)  # path below the folder
     format: int = FORMAT
 
     def to_json(self) -> str:
-        """The text of MANIFEST.json."""
-        return json.dumps(asdict(self), indent=1)
+        """The text of MANIFEST.json, with a digest of itself: an edit of it is seen."""
+        values = asdict(self)
+        return json.dumps({**values, "digest": _digest(values)}, indent=1)
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether `folder` holds a manifest and every file that it names, in its size.
+def _digest(values: dict[str, Any]) -> str:
+    """Of a manifest's values, however they are laid out as text."""
+    content = {key: value for key, value in values.items() if key != "digest"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
-    Cheap: no content is read; `store.verify` does that.
+
+def fault_of(folder: Path) -> str:
+    """What is wrong with a checkpoint, as far as its manifest, names and sizes tell; "": nothing.
+
+    Cheap: no content is read; `store.damage_of` does that.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return all((folder / name).stat().st_size == _size(file) for name, file in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+        values = json.loads((folder / MANIFEST).read_bytes())
+        files, written = values["files"].items(), values.get("format")
+        if written == FORMAT:
+            if values["digest"] != _digest(values):
+                return f"{MANIFEST} was changed after it was written"
+            if folder.name != step_name(_parse(values).step) and is_step_name(folder.name):
+                return f"{MANIFEST} is of step {values['step']}"
+        for name, file in files:
+            if fault := _fault_of_size(folder / name, _size(file)):
+                return f"{name} {fault}"
+    except OSError as error:
+        return f"{MANIFEST} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{MANIFEST} is no whole manifest"
+    return ""
+
+
+def _fault_of_size(path: Path, size: int) -> str:
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return "" if found == size else f"has {found} bytes, and {size} were written"
 
 
 def _size(file: Any) -> int:
     """Bytes of a file; formats 1 and 2 had nothing else of it, and are refused by their format."""
     return int(file["bytes"] if isinstance(file, dict) else file)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `fault_of` finds nothing wrong."""
+    return not fault_of(folder)
+
+
+def step_name(step: int) -> str:
+    """The name of the folder of a step's checkpoint."""
+    return f"step-{step:06d}"
+
+
+def is_step_name(name: str) -> bool:
+    """Whether a folder is named as a checkpoint of a run."""
+    return name.startswith("step-") and name.removeprefix("step-").isdecimal()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -76,20 +121,27 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         CheckpointError: it is not whole, or another version wrote it.
     """
-    if not is_whole(folder):
+    if fault := fault_of(folder):
         raise CheckpointError(
-            "is no whole checkpoint: MANIFEST.json or a file that it names is missing or cut",
+            f"is no whole checkpoint: {fault}",
             where=str(folder),
             fix="give another step-N folder; `ls` its parent for what there is",
         )
-    values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    values = json.loads((folder / MANIFEST).read_bytes())
     if values.get("format") != FORMAT:
         raise CheckpointError(
             f"has format {values.get('format')}, this version reads {FORMAT}",
             where=str(folder),
             fix="use the version that wrote it",
         )
-    values["recipe"] = Recipe(**values["recipe"])
-    values["layout"] = Layout(**values["layout"])
-    values["files"] = {name: FileDigest(**file) for name, file in values["files"].items()}
-    return Manifest(**values)
+    return _parse(values)
+
+
+def _parse(values: dict[str, Any]) -> Manifest:
+    """A manifest of the present format."""
+    content = {key: value for key, value in values.items() if key != "digest"}
+    content["recipe"] = Recipe(**content["recipe"])
+    content["layout"] = Layout(**content["layout"])
+    content["files"] = {name: FileDigest(**file) for name, file in content["files"].items()}
+    content["step"] = int(content["step"])
+    return Manifest(**content)

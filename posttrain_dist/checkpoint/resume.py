@@ -3,67 +3,118 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
-from posttrain_dist.checkpoint.manifest import Layout, Manifest, Recipe, read_manifest
-from posttrain_dist.checkpoint.store import damaged_since, whole_checkpoints
+from posttrain_dist import dist
+from posttrain_dist.checkpoint.manifest import Manifest, read_manifest
+from posttrain_dist.checkpoint.store import OpenFile, checkpoints, damage_of, whole_checkpoints
 from posttrain_dist.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 
 
-def find(resume: str, run_folder: Path) -> Path | None:
-    """The checkpoint to go on from; None: start at step 0.
+def choose(
+    resume: str, run_folder: Path, open_file: OpenFile, notice: Callable[[str], None]
+) -> Path | None:
+    """The checkpoint to go on from, compared with its digests; None: start at step 0. Collective.
 
     Args:
         resume: `auto` (newest whole one of this run), `never`, a `step-N` folder, or another
             run's folder (its newest). A named one starts a run; where the run has a checkpoint of
             its own, that one is newer.
+        open_file: of the engines' files.
+        notice: called with one line for each newer checkpoint that is passed over, on all ranks.
 
     Raises:
-        CheckpointError: a named checkpoint is not there or not whole.
+        CheckpointError: a named checkpoint is not whole, or there are checkpoints and none is.
     """
     if resume == "never":
         return None
-    own = whole_checkpoints(run_folder)
-    for damaged in damaged_since(run_folder, own[-1] if own else None):
-        _log.warning("%s is passed over: a file of it is missing or cut", damaged)
-    if own:
-        _log.info("going on from %s", own[-1])
-        return own[-1]
-    if resume == "auto":
+    named = None if resume == "auto" else Path(resume)
+    for run in (run_folder, named):
+        found = dist.from_main(lambda run=run: checkpoints(run)) if run else []  # type: ignore[misc]
+        if found:
+            return _newest_whole(found, open_file, notice, own=run is run_folder)
+    if named is None:
         return None
-    named = Path(resume)
-    inside = whole_checkpoints(named)
-    if inside:
-        return inside[-1]
-    read_manifest(named)
+    dist.on_main(lambda: read_manifest(named))
+    if damage := damage_of(named, open_file):
+        others = dist.from_main(lambda: [p.name for p in whole_checkpoints(named.parent.parent)])
+        others = [name for name in others if name != named.name]
+        raise CheckpointError(
+            damage,
+            where=str(named),
+            fix=f"name another one: {', '.join(others)}" if others else "train again from step 0",
+        )
     return named
 
 
-def archive(run_folder: Path) -> None:
-    """Move the checkpoints of an earlier training of this folder to `checkpoints.old-N`."""
+def _newest_whole(
+    found: list[Path], open_file: OpenFile, notice: Callable[[str], None], *, own: bool
+) -> Path:
+    passed_over: dict[Path, str] = {}
+    for folder in reversed(found):
+        damage = damage_of(folder, open_file)
+        if not damage:
+            for newer, why in passed_over.items():
+                notice(f"{newer} is passed over, going on from {folder.name}: {why}")
+            _log.info("going on from %s", folder)
+            return folder
+        passed_over[folder] = damage
+    run_folder = found[0].parent.parent
+    again = f"`posttrain run {run_folder} train.resume=never` starts again and keeps them aside"
+    raise CheckpointError(
+        "no checkpoint is whole: " + "; ".join(f"{p.name}: {w}" for p, w in passed_over.items()),
+        where=str(found[0].parent),
+        fix=f"{again}; or copy one again" if own else "copy one of them again, or name another run",
+    )
+
+
+def check_named(named: Path) -> None:
+    """Refuse a value of `train.resume` that no run can start from, without reading any content.
+
+    Raises:
+        CheckpointError: it is neither a whole checkpoint nor a run that has one.
+    """
+    if not whole_checkpoints(named):
+        inside = checkpoints(named)
+        read_manifest(inside[-1] if inside else named)
+
+
+def archive(run_folder: Path, which: list[Path] | None = None) -> None:
+    """Move checkpoints of an earlier training of this folder to `checkpoints.old-N`.
+
+    Args:
+        which: of its checkpoints; None: all, with the folder that they are in.
+    """
     old = run_folder / "checkpoints"
-    if old.is_dir():
-        taken = len(list(run_folder.glob("checkpoints.old-*")))
-        old.rename(run_folder / f"checkpoints.old-{taken + 1}")
+    taken = len(list(run_folder.glob("checkpoints.old-*")))
+    aside = run_folder / f"checkpoints.old-{taken + 1}"
+    if which is None:
+        if old.is_dir():
+            old.rename(aside)
+        return
+    for path in which:
+        aside.mkdir(exist_ok=True)
+        path.rename(aside / path.name)
 
 
-def check_compatible(folder: Path, recipe: Recipe, layout: Layout, steps: int) -> Manifest:
+def check_compatible(folder: Path, run: Manifest, steps: int) -> Manifest:
     """The manifest of `folder`, if this run can go on from it.
 
     Args:
-        recipe: of this run; the checkpoint must have the same.
-        layout: of this run; it must be the one that wrote the state.
+        run: what this run is: the checkpoint must have its recipe, and the layout that wrote it.
         steps: of the whole run.
 
     Raises:
         CheckpointError: it was written by another layout, from other data, or is further on.
     """
+    recipe = run.recipe
     manifest = read_manifest(folder)
-    if manifest.layout != layout:
+    if manifest.layout != run.layout:
         raise CheckpointError(
-            f"was written with {manifest.layout}; this run has {layout}",
+            f"was written with {manifest.layout}; this run has {run.layout}",
             where=str(folder),
             fix="use the same engine, number of workers and dtype, or train.resume=never",
         )
@@ -74,12 +125,9 @@ def check_compatible(folder: Path, recipe: Recipe, layout: Layout, steps: int) -
             where=str(folder),
             fix="resume with the same data, or train.resume=never",
         )
-    before = manifest.recipe.settings
-    changed = [key for key, value in recipe.settings.items() if before.get(key) != value]
-    if changed:
-        shown = [f"{key} was {before.get(key)}, now {recipe.settings[key]}" for key in changed]
+    if changed := _changed(manifest.recipe.settings, recipe.settings):
         raise CheckpointError(
-            f"belongs to another order of samples: {'; '.join(shown)}",
+            f"belongs to another order of samples: {'; '.join(changed)}",
             where=str(folder),
             fix="resume with the same values; to train its result on other data, start a new run "
             "with model.path=<that run>/export",
@@ -91,3 +139,16 @@ def check_compatible(folder: Path, recipe: Recipe, layout: Layout, steps: int) -
             fix=f"set train.steps above {manifest.step}, or train.resume=never",
         )
     return manifest
+
+
+def changed_settings(before: Manifest, run: Manifest) -> list[str]:
+    """What of a run's settings is another than in the checkpoint that it goes on from."""
+    return _changed(before.settings, run.settings)
+
+
+def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    return [
+        f"{key} was {before.get(key)}, now {value}"
+        for key, value in now.items()
+        if before.get(key) != value
+    ]

@@ -13,18 +13,29 @@ from dataclasses import replace
 from pathlib import Path
 
 from posttrain_dist import dist
-from posttrain_dist.checkpoint.manifest import MANIFEST, Manifest, is_whole, read_manifest
+from posttrain_dist.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    fault_of,
+    is_step_name,
+    is_whole,
+    read_manifest,
+    step_name,
+)
 from posttrain_dist.errors import CheckpointError, reason
 from posttrain_dist.files import FileDigest, commit_folder, digest_of, partial_of, write_atomic
 
 STATE = "state"  # folder of the engine's files inside a checkpoint
 
 WriteState = Callable[[Path], Mapping[str, FileDigest]]
+# Opens a file of the engine as it will be opened for loading; the updates that its state has had,
+# where the file says so.
+OpenFile = Callable[[Path], int | None]
 
 
 def folder_of(run_folder: Path, step: int) -> Path:
     """Where the checkpoint of `step` is."""
-    return run_folder / "checkpoints" / f"step-{step:06d}"
+    return run_folder / "checkpoints" / step_name(step)
 
 
 def save(
@@ -105,57 +116,54 @@ def _prune(run_folder: Path, keep: int, newest: Path, best: int | None) -> None:
 
 
 def whole_checkpoints(run_folder: Path) -> list[Path]:
-    """Every whole checkpoint of a run, oldest first."""
-    return [path for path in _checkpoints(run_folder) if is_whole(path)]
+    """Every checkpoint of a run that is whole by names and sizes, oldest first."""
+    return [path for path in checkpoints(run_folder) if is_whole(path)]
 
 
-def damaged_since(run_folder: Path, whole: Path | None) -> list[Path]:
-    """Checkpoints newer than `whole` that are not whole, oldest first: they are passed over."""
-    least = _step_of(whole) if whole is not None else -1
-    return [path for path in _checkpoints(run_folder) if _step_of(path) > least]
-
-
-def _checkpoints(run_folder: Path) -> list[Path]:
+def checkpoints(run_folder: Path) -> list[Path]:
     """Folders that are named as checkpoints, whole or not, oldest first."""
     found = (run_folder / "checkpoints").glob("step-*")
-    return sorted((p for p in found if p.name.removeprefix("step-").isdigit()), key=_step_of)
+    return sorted((path for path in found if is_step_name(path.name)), key=_step_of)
 
 
 def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def verify(folder: Path) -> None:
-    """Compare the content of every file with its digest; collective, each rank reads a share.
+def damage_of(folder: Path, open_file: OpenFile) -> str:
+    """What of a checkpoint is not as it was written; "": nothing. Collective.
 
-    Called once before a checkpoint is loaded: what a disk or a copy damaged without changing a
-    size would otherwise be trained on.
+    Called before a checkpoint is loaded, so that no rank has loaded a part of it when another finds
+    it damaged: each rank compares a share of the files with their digests, then opens them.
+
+    Returns:
+        The same on all ranks.
 
     Raises:
-        CheckpointError: a file is damaged, or the checkpoint is not whole.
+        CheckpointError: another version wrote it.
     """
-    files = read_manifest(folder).files
+    shares = dist.gather(dist.on_all(lambda: _damage_of_share(folder, open_file)))
+    return dist.from_main(lambda: next(filter(None, shares), ""))
+
+
+def _damage_of_share(folder: Path, open_file: OpenFile) -> str:
+    if fault := fault_of(folder):
+        return fault
+    manifest = read_manifest(folder)
+    files = manifest.files
+    for path in sorted((folder / STATE).rglob("*.pt")):  # which a library may find by its pattern
+        if path.relative_to(folder).as_posix() not in files:
+            return f"{path.relative_to(folder)} is not in {MANIFEST}"
     largest_first = sorted(files, key=lambda name: (-files[name].bytes, name))
-    own = largest_first[dist.rank() :: dist.world()]
-    dist.on_all(lambda: _verify_files(folder, {name: files[name] for name in own}))
-
-
-def _verify_files(folder: Path, files: Mapping[str, FileDigest]) -> None:
-    for name, written in files.items():
+    for name in largest_first[dist.rank() :: dist.world()]:
         try:
-            fault = "" if digest_of(folder / name) == written else "its content has changed since"
+            if digest_of(folder / name) != files[name]:
+                return f"{name} is damaged: its content has changed since it was written"
+            step = open_file(folder / name) if name.endswith(".pt") else None
         except OSError as error:
-            fault = f"it cannot be read: {error.strerror}"
-        if fault:
-            raise CheckpointError(
-                f"{name} is damaged: {fault}", where=str(folder), fix=_way_around(folder)
-            )
-
-
-def _way_around(folder: Path) -> str:
-    whole = [path for path in whole_checkpoints(folder.parent.parent) if path.name != folder.name]
-    before = [path for path in whole if _step_of(path) < _step_of(folder)]
-    away = f"mv {folder} {folder}.damaged"
-    if before:
-        return f"{away}; the run then goes on from {before[-1].name}, the whole one before it"
-    return f"{away}; there is no whole one before it, so the run then starts again"
+            return f"{name} cannot be read: {error.strerror}"
+        except CheckpointError as error:
+            return f"{name} {error.what}"
+        if step is not None and step != manifest.step:
+            return f"{name} is of step {step}, and {MANIFEST} of step {manifest.step}"
+    return ""

@@ -23,6 +23,7 @@ Rule = Callable[[History, DiagnoseConfig, ModelFacts], Iterator[Alarm]]
 RULES: dict[str, Rule] = {
     "initial_loss": rules_loss.initial_loss,
     "not_finite": rules_loss.not_finite,
+    "divergence": rules_loss.divergence,
     "rising_loss": rules_trend.rising_loss,
     "spike": rules_loss.spike,
     "stall": rules_trend.stall,

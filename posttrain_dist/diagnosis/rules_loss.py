@@ -115,6 +115,51 @@ def not_finite(history: History, config: DiagnoseConfig, facts: ModelFacts) -> I
     )
 
 
+FAR_OFF = 4.0  # times the bound: no row of data does that to a model
+DIVERGED = 2.0  # times the bound, in two values on end
+RISEN_ROWS, FIRST_FEW = 5, 3  # newest rows that are all above DIVERGED times the first ones
+
+
+def divergence(history: History, config: DiagnoseConfig, facts: ModelFacts) -> Iterator[Alarm]:
+    """A loss that is much worse than a random guess, or than the run began; of few rows too.
+
+    The bound is ln V, or the first loss where that is higher. `rising_loss` and `spike` compare
+    with a level, and one takes many rows.
+    """
+    if not facts.token_loss or not facts.vocab_size:
+        return
+    step, first = history.last["step"], _first_loss(history)[1] if history.from_first_step else None
+    bound = max(math.log(facts.vocab_size), first or 0.0)
+    newest = column(history.recent(2), LOSS) if _newest_step(history) == step else []
+    held_out = number(history.last, HELD_OUT)
+    values = [*newest, *([held_out] if held_out is not None and step else [])]
+    far_off = any(value > FAR_OFF * bound for value in values[-1:] + newest[-1:])
+    twice = len(values) >= 2 and min(values[-2:]) > DIVERGED * bound
+    if not (far_off or twice or _has_risen(history)):
+        return
+    began = f"began at {first:.3g}" if first is not None else f"of a random guess is {bound:.3g}"
+    yield Alarm(
+        "divergence",
+        step,
+        Level.error,
+        f"the loss is {values[-1] if values else math.nan:.3g}, and {began}: the steps are too "
+        "large for these weights, and what they held is lost",
+        "stop; start again from an earlier checkpoint or from the model, with optimizer.lr 10 "
+        "times lower and optimizer.clip above 0",
+    )
+
+
+def _has_risen(history: History) -> bool:
+    """Whether a run that has just begun stands far above its first rows, all of one mixture."""
+    if history.num_rows >= 2 * history.window or history.num_mixture_rows < history.num_rows:
+        return False  # `rising_loss` looks at it; or the rows are others
+    start, newest = history.start(LOSS)[:FIRST_FEW], column(history.recent(RISEN_ROWS), LOSS)
+    if not history.from_first_step or history.num_rows < FIRST_FEW + RISEN_ROWS or not newest:
+        return False
+    first = _first_loss(history)[1] or 0.0
+    return min(newest) > DIVERGED * max(first, *start)
+
+
 SPIKE_RISE = 0.5  # share of the level that one row is above it
 SPIKE_SIGMAS = 5.0  # ... and how many standard deviations of its logarithm
 SPIKE_ROWS = 20  # rows that the level is taken over at least

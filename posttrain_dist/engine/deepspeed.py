@@ -6,8 +6,10 @@ denominator must be summed. That mean is undone here, by `world` times the loss.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,7 @@ from posttrain_dist.engine.ds_tuning import (
 )
 from posttrain_dist.engine.memory import keep_freed_memory
 from posttrain_dist.engine.optimizers import adamw, parameter_groups
+from posttrain_dist.engine.state_files import DEEPSPEED_TYPES, fitting, read_state, without_code
 from posttrain_dist.files import DigestWriter, FileDigest
 from posttrain_dist.flow import Batch, Loss
 
@@ -39,12 +42,43 @@ def import_deepspeed() -> ModuleType:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         set_local_size()
-    import deepspeed
+    with stderr_of_children():
+        import deepspeed
 
-    # Its CPU start-up would compile an extension (30 s, needs g++ and ninja) that gloo replaces.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Its CPU start-up would compile an extension (30 s, needs g++ and ninja) that gloo
+        # replaces. This table is made when it is first looked at, by trying a linker.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed  # type: ignore[no-any-return]
+
+
+@contextmanager
+def stderr_of_children() -> Iterator[None]:
+    """What a compiler prints goes where Python's stderr goes: to the log of the rank.
+
+    A process inherits descriptor 2, which stays the terminal where `sys.stderr` is redirected.
+    """
+    try:
+        target = sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):  # no file stands behind it
+        target = 2
+    if target == 2:
+        yield
+        return
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    os.dup2(target, 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+
+
+def _types() -> list[type]:
+    """The classes of DEEPSPEED_TYPES, which a ZeRO checkpoint may make objects of."""
+    places = [name.rpartition(".") for name in DEEPSPEED_TYPES]
+    return [getattr(importlib.import_module(module), name) for module, _, name in places]
 
 
 class DeepSpeedEngine:
@@ -83,7 +117,11 @@ class DeepSpeedEngine:
             policy.to(self.device)
         self._tune(policy)
         groups = parameter_groups(policy.named_parameters(), self._optimizer.weight_decay)
-        optimizer = self._make_optimizer(groups)
+        with stderr_of_children():
+            self._initialize(policy, self._make_optimizer(groups))
+        self._written = _record_digests(self._engine.checkpoint_engine)
+
+    def _initialize(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         # DeepSpeed takes a step with zero gradients to make the state: rate 0, so that weight
         # decay moves nothing; stage 0 in bfloat16 also leaves Adam's step count at 1.
         for group in optimizer.param_groups:
@@ -93,7 +131,6 @@ class DeepSpeedEngine:
         )
         if self._stage == 0:
             optimizer.state.clear()
-        self._written = _record_digests(self._engine.checkpoint_engine)
 
     def _tune(self, policy: Any) -> None:
         from posttrain_dist.models.layers import decoder_layers
@@ -159,7 +196,12 @@ class DeepSpeedEngine:
         return {path.relative_to(folder).as_posix(): d for path, d in self._written.items()}
 
     def load_state(self, folder: Path) -> None:
-        self._engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
+        with fitting(folder), without_code(_types()):
+            found, _ = self._engine.load_checkpoint(
+                str(folder), tag=TAG, load_lr_scheduler_states=False
+            )
+            if found is None:  # it only logs that it found nothing
+                raise ValueError("DeepSpeed finds no state of this rank in it")
 
 
 def _record_digests(writer: Any) -> dict[Path, FileDigest]:
@@ -188,9 +230,13 @@ def read_full_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     whole = folder / TAG / "mp_rank_00_model_states.pt"
-    if not list((folder / TAG).glob("*optim_states.pt")):  # stage 0 keeps no shards
-        state = torch.load(whole, map_location="cpu", weights_only=False, mmap=True)["module"]
-    else:
-        state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG, lazy_mode=True)
+    with fitting(folder):
+        if not list((folder / TAG).glob("*optim_states.pt")):  # stage 0 keeps no shards
+            state = read_state(whole, mmap=True)["module"]
+        else:
+            with without_code(_types()):
+                state = get_fp32_state_dict_from_zero_checkpoint(
+                    str(folder), tag=TAG, lazy_mode=True
+                )
     for name, tensor in state.items():
         yield name.removeprefix("causal_lm."), tensor.contiguous()

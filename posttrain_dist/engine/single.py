@@ -14,6 +14,7 @@ from posttrain_dist.engine import AdamW
 from posttrain_dist.engine.base import stored_tensors
 from posttrain_dist.engine.master import MasterAdamW
 from posttrain_dist.engine.memory import keep_freed_memory
+from posttrain_dist.engine.state_files import STEP, fitting, read_state
 from posttrain_dist.files import DigestWriter, FileDigest
 from posttrain_dist.flow import Batch, Loss
 
@@ -26,6 +27,7 @@ class SingleEngine:
     def __init__(self, optimizer: AdamW, device: torch.device) -> None:
         self.device = device
         self._config = optimizer
+        self._num_updates = 0
 
     def materialise(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -46,6 +48,7 @@ class SingleEngine:
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, lr: float) -> torch.Tensor:
+        self._num_updates += 1
         return self._optimizer.step(lr)
 
     def train(self, mode: bool) -> None:
@@ -60,19 +63,23 @@ class SingleEngine:
         state: dict[str, Any] = {
             "policy": self.policy.state_dict(),
             "optimizer": self._optimizer.state(),
+            STEP: self._num_updates,
         }
         with DigestWriter(folder / "single.pt") as file:
             torch.save(state, file)
         return {"single.pt": file.digest}
 
     def load_state(self, folder: Path) -> None:
-        state = torch.load(folder / "single.pt", map_location=self.device, weights_only=True)
-        self.policy.load_state_dict(state["policy"])
-        self._optimizer.load_state(state["optimizer"])
+        state = read_state(folder / "single.pt", self.device)
+        with fitting(folder):
+            self.policy.load_state_dict(state["policy"])
+            self._optimizer.load_state(state["optimizer"])
+            self._num_updates = int(state[STEP])
 
 
 def read_full_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a saved state, without a model; tied names may appear twice."""
-    state = torch.load(folder / "single.pt", map_location="cpu", weights_only=True, mmap=True)
-    for name, tensor in state["policy"].items():
+    with fitting(folder):
+        tensors = read_state(folder / "single.pt", mmap=True)["policy"].items()
+    for name, tensor in tensors:
         yield name.removeprefix("causal_lm."), tensor

@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,49 @@ PREFIX = "posttrain-"
 MARKER = ".posttrain-owner.json"
 
 
-def make_temporary(kind: str, root: Path | None = None) -> Path:
+def make_temporary(
+    kind: str, root: Path | None = None, keep: Mapping[str, Path] | None = None
+) -> Path:
     """A new folder `posttrain-<kind>-…`, private to the user, owned by this process.
 
     Args:
         root: where; None: the system's folder for temporary files (TMPDIR).
+        keep: folder in it -> where that is copied to before all is removed.
 
     Raises:
         OSError: it cannot be made.
     """
     folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{kind}-", dir=root))
-    mark(folder)
+    mark(folder, keep=keep)
     return folder
 
 
-def mark(folder: Path, pid: int | None = None) -> None:
+def mark(folder: Path, pid: int | None = None, keep: Mapping[str, Path] | None = None) -> None:
     """Write who owns a folder, this process unless `pid` is given; over an earlier marker."""
     owner = _owner(os.getpid() if pid is None else pid)
+    owner["keep"] = {name: str(place) for name, place in (keep or {}).items()}
     (folder / MARKER).write_text(json.dumps(owner), encoding="utf-8")
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove a marked folder, after what its marker says is to be kept was copied; never raises."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        owner = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        for name, place in owner["keep"].items():
+            _copy(folder / name, Path(place))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a folder over another, for its owner alone, where the target's run is still there."""
+    if not (source.is_dir() and target.parent.parent.is_dir()):
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    with contextlib.suppress(shutil.Error, OSError):  # a log that vanishes is no failure
+        shutil.copytree(source, target, ignore_dangling_symlinks=True)
+    for path in (target, *target.rglob("*")):
+        if path.is_dir() and not path.is_symlink():
+            path.chmod(0o700)
 
 
 def remove_abandoned(root: Path | None = None) -> list[Path]:
@@ -52,7 +78,7 @@ def remove_abandoned(root: Path | None = None) -> list[Path]:
                 continue
             owner = json.loads((folder / MARKER).read_text(encoding="utf-8"))
             if _has_ended(owner):
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_temporary(folder)
                 removed.append(folder)
     return removed
 

@@ -255,6 +255,8 @@ def _load(folder: Path, needs_template: bool) -> tuple[PreTrainedModel, PreTrain
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    from posttrain_dist.models.finite import refuse_nonfinite
+
     if not (folder / "config.json").is_file():
         raise ModelError(
             "holds no model (there is no config.json)",
@@ -265,9 +267,15 @@ def _load(folder: Path, needs_template: bool) -> tuple[PreTrainedModel, PreTrain
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto" if device.type == "cuda" else torch.float32
+            folder,
+            dtype="auto" if device.type == "cuda" else torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,  # the other format is a pickle
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ModelError(
             f"cannot be loaded: {error}",
@@ -280,7 +288,9 @@ def _load(folder: Path, needs_template: bool) -> tuple[PreTrainedModel, PreTrain
             where=str(folder),
             fix="add chat_template.jinja to the folder",
         )
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    refuse_nonfinite(model, folder)
+    return model, tokenizer
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -247,6 +247,14 @@ def _index_problems(folder: Path) -> list[PosttrainError]:
     return found
 
 
+def file_of_tensor(folder: Path, name: str) -> Path:
+    """The file of a checked folder that has the weights of a tensor, as far as its index says."""
+    if not (folder / INDEX).is_file():
+        return folder / SINGLE
+    weight_map = _read_object(folder / INDEX, "get the folder again").get("weight_map", {})
+    return folder / str(weight_map.get(name, INDEX))
+
+
 def _shard_problems(file: Path, expected: set[str]) -> list[PosttrainError]:
     """Compare a safetensors header with the size of its file and the tensors expected in it."""
 

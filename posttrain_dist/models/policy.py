@@ -92,6 +92,12 @@ class Policy(nn.Module):
         difference = float((fused - own).abs().max()) if len(own) else 0.0
         largest = float(own.abs().max()) if len(own) else 0.0
         tolerance = (2e-5 if logits_TV.dtype == torch.float32 else 3e-2) * max(1.0, largest)
+        if not bool(own.isfinite().all()):
+            raise ModelError(
+                "the logits of the first row are NaN or infinite, though every weight is finite",
+                where="model.path",
+                fix="try train.dtype=float32; if it stays, config.json is not that of the weights",
+            )
         if not difference <= tolerance:
             name = type(self.causal_lm).__name__
             raise ModelError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,13 +55,9 @@ def test_one_failing_rank_fails_all_and_hurts_no_checkpoint(tmp_path, run_worker
     assert sorted(files) == ["state/rank-0", "state/rank-1"]  # the digests of both came together
     assert files["state/rank-1"] == FileDigest(3, xxhash.xxh3_128_hexdigest(b"1 3"))
 
-
-def test_a_file_that_one_rank_finds_damaged_stops_all(tmp_path, run_workers):
-    outputs = run_workers("fail_on_one.py", 2, tmp_path, timeout_s=60)
-    said = [output.rpartition("SAID ")[2] for output in outputs]
-    found = ["state/rank-1 is damaged" in text for text in said]
-    assert sorted(found) == [False, True]  # each file is read by one rank
-    assert "RuntimeError 1 of the other ranks failed" in said[found.index(False)]
+    # A file that one of them then finds damaged is damaged for both.
+    assert all("FOUND ''\n" in output for output in outputs)
+    assert all("FOUND state/rank-1 is damaged: its content" in output for output in outputs)
 
 
 # ----------------------------------------------------------------------------------- commit
@@ -116,6 +112,7 @@ def test_the_manifest_parts_recipe_from_layout_and_names_each_file(tmp_path):
     assert values["recipe"] == {"channels": ["a"], "settings": {"seed": "1"}}
     assert values["layout"] == {"engine": "single", "workers": 1, "dtype": "float32"}
     assert (values["step"], values["format"]) == (7, FORMAT)
+    assert len(values["digest"]) == 32
     assert values["files"] == {
         "state/below/y": {"bytes": 1, "xxh3_128": xxhash.xxh3_128_hexdigest(b"y")},
         "state/x": {"bytes": 12, "xxh3_128": xxhash.xxh3_128_hexdigest(CONTENT)},
@@ -160,16 +157,23 @@ def test_a_rank_that_is_gone_is_no_fault_of_the_disk(tmp_path, error):
         write(tmp_path, 1, write_state=lambda _: (_ for _ in ()).throw(OSError("No space left")))
 
 
+def choose(run_folder, resumed="auto"):
+    """The checkpoint that a run goes on from, and what it says of those that it passes over."""
+    said = []
+    return resume.choose(str(resumed), run_folder, lambda path: None, said.append), said
+
+
 def test_a_damaged_newest_is_passed_over_aloud_and_never_exported_around(tmp_path, caplog):
     before, final = write(tmp_path, 1), write(tmp_path, 2)
     (tmp_path / "config.yaml").write_text(RunConfig().to_yaml())
     os.truncate(final / "state" / "x", 1)
     (tmp_path / "checkpoints" / "step-old3").mkdir()  # somebody's own, and none of ours
     with caplog.at_level("INFO", "posttrain_dist"):
-        assert resume.find("auto", tmp_path) == before
-    assert f"{final} is passed over" in caplog.text
-    assert f"going on from {before}" in caplog.text
-    with pytest.raises(CheckpointError, match=r"step-000002: is newer(.|\n)*--step 1"):
+        found, said = choose(tmp_path)
+    assert found == before and f"going on from {before}" in caplog.text
+    why = "state/x has 1 bytes, and 12 were written"
+    assert said == [f"{final} is passed over, going on from step-000001: {why}"]
+    with pytest.raises(CheckpointError, match=rf"step-000002: is newer.*{why}(.|\n)*--step 1"):
         export_checkpoint(tmp_path)
 
 
@@ -180,24 +184,51 @@ def test_a_torn_manifest_is_no_checkpoint(tmp_path, text):
     assert not is_whole(final)
 
 
-def test_a_flipped_bit_is_refused_and_named(tmp_path):
+def test_where_none_is_whole_the_error_names_each_and_the_ways_out(tmp_path):
     before, final = write(tmp_path, 1), write(tmp_path, 2)
-    store.verify(final)
     content = bytearray(CONTENT)
     content[5] ^= 1
     (final / "state" / "x").write_bytes(content)
-    assert is_whole(final)  # by name and size
-    with pytest.raises(CheckpointError, match=r"state/x is damaged: its content") as caught:
-        store.verify(final)
-    assert caught.value.where == str(final)
-    assert f"mv {final} {final}.damaged" in caught.value.fix
-    assert "goes on from step-000001" in caught.value.fix
-    shutil.move(final, f"{final}.damaged")  # as the error says
-    assert resume.find("auto", tmp_path) == before
-    (before / "state" / "below" / "y").write_bytes(b"z")
-    with pytest.raises(CheckpointError, match=r"state/below/y is damaged") as caught:
-        store.verify(before)
-    assert "there is no whole one before it" in caught.value.fix
+    assert is_whole(final)  # by names and sizes
+    changed = "is damaged: its content has changed since it was written"
+    assert choose(tmp_path) == (
+        before,
+        [f"{final} is passed over, going on from step-000001: state/x {changed}"],
+    )
+    (before / "state" / "below" / "y").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        choose(tmp_path)
+    assert f"step-000002: state/x {changed}; step-000001: state/below/y cannot" in caught.value.what
+    assert f"posttrain run {tmp_path} train.resume=never" in caught.value.fix
+    assert choose(tmp_path, "never") == (None, [])
+    resume.archive(tmp_path)
+    assert choose(tmp_path) == (None, [])  # as the error says
+
+
+def test_another_runs_folder_is_fallen_back_in_and_a_named_checkpoint_is_refused(tmp_path):
+    other, new = tmp_path / "other", tmp_path / "new"
+    before, final = write(other, 1), write(other, 2)
+    assert choose(new, other) == (final, [])
+    (final / "state" / "x").write_bytes(CONTENT[::-1])
+    found, said = choose(new, other)
+    assert found == before and len(said) == 1 and "step-000002 is passed over" in said[0]
+    with pytest.raises(CheckpointError, match=r"state/x is damaged(.|\n)*name another one: step-0"):
+        choose(new, final)
+    own = write(new, 1)
+    assert choose(new, other) == (own, [])
+    (own / "state" / "x").unlink()  # never by way of another run, unasked
+    with pytest.raises(CheckpointError, match="no checkpoint is whole: step-000001: state/x"):
+        choose(new, other)
+
+
+def test_what_a_file_says_of_its_step_must_be_the_manifests(tmp_path):
+    final = write(tmp_path, 2, write_state=lambda f: (f / "x.pt").write_bytes(b"x") and {})
+    assert store.damage_of(final, lambda path: 2) == ""
+    assert store.damage_of(final, lambda path: 9) == (
+        "state/x.pt is of step 9, and MANIFEST.json of step 2"
+    )
+    (final / "state" / "y_optim_states.pt").write_bytes(b"x")  # DeepSpeed reads by a pattern
+    assert "y_optim_states.pt is not in MANIFEST" in store.damage_of(final, lambda path: 2)
 
 
 def test_an_older_format_is_refused_and_not_passed_over(tmp_path):
@@ -205,22 +236,22 @@ def test_an_older_format_is_refused_and_not_passed_over(tmp_path):
     final = write(tmp_path, 2)
     values = {"step": 2, "layout": {}, "channels": [], "files": {"state/x": 12}, "format": 2}
     (final / MANIFEST).write_text(json.dumps(values))
-    assert resume.find("auto", tmp_path) == final
     with pytest.raises(CheckpointError, match=f"has format 2, this version reads {FORMAT}"):
-        resume.check_compatible(final, Recipe(["a"]), LAYOUT, 9)
+        choose(tmp_path)
 
 
 def test_what_differs_is_named(tmp_path):
-    recipe, final = Recipe(["a"], {"seed": "1"}), write(tmp_path, 2)
-    assert resume.check_compatible(final, recipe, LAYOUT, 2).step == 2
-    for other, layout, steps, reason in (
-        (recipe, Layout("zero3", 2, "float32"), 2, "engine=single, workers=1, .*engine=zero3"),
-        (Recipe(["a", "b"], {"seed": "1"}), LAYOUT, 2, r"channels \['a'\].*\['a', 'b'\]"),
-        (Recipe(["a"], {"seed": "2"}), LAYOUT, 2, "seed was 1, now 2"),
-        (recipe, LAYOUT, 1, "is at step 2, and this run has 1 steps"),
+    run = Manifest(step=0, recipe=Recipe(["a"], {"seed": "1"}), layout=LAYOUT)
+    final = write(tmp_path, 2)
+    assert resume.check_compatible(final, run, 2).step == 2
+    for other, steps, reason in (
+        ({"layout": Layout("zero3", 2, "float32")}, 2, "engine=single, workers=1, .*engine=zero3"),
+        ({"recipe": Recipe(["a", "b"], {"seed": "1"})}, 2, r"channels \['a'\].*\['a', 'b'\]"),
+        ({"recipe": Recipe(["a"], {"seed": "2"})}, 2, "seed was 1, now 2"),
+        ({}, 1, "is at step 2, and this run has 1 steps"),
     ):
         with pytest.raises(CheckpointError, match=reason):
-            resume.check_compatible(final, other, layout, steps)
+            resume.check_compatible(final, replace(run, **other), steps)
 
 
 # ---------------------------------------------------------------------------- what is kept

@@ -317,6 +317,12 @@ def test_docs_give_the_thresholds_of_the_rules() -> None:
             f"outside {medium[0]:g} to {medium[1]:g}",
             f"outside {large[0]:g} to {large[1]:g}",
         ],
+        "divergence": [
+            f"above {rules_loss.FAR_OFF:g} times its bound",
+            f"above {rules_loss.DIVERGED:g} times in two values",
+            f"newest {rules_loss.RISEN_ROWS} rows",
+            f"{rules_loss.DIVERGED:g} times the first {rules_loss.FIRST_FEW}",
+        ],
         "rising_loss": [
             f"by {rules_trend.RISE:.0%} and by {rules_trend.RISE_SIGMAS:g} standard errors"
         ],

@@ -202,4 +202,4 @@ def test_a_checkpoint_to_start_from_may_be_named_by_its_run(builders, tmp_path):
     os.truncate(step / "state" / "x", 4)
     for named in (tmp_path / "run", step):
         config.train.resume = str(named)
-        assert [problem.where for problem in input_problems(config)] == [str(named)]
+        assert [problem.where for problem in input_problems(config)] == [str(step)]

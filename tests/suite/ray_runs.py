@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,3 +57,34 @@ def is_worker(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
+
+
+def listening(pids: list[int]) -> list[tuple[str, str]]:
+    """(address, program) of every TCP socket on which one of the processes waits for others."""
+    addresses = {}
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":  # listens
+                words = bytes.fromhex(fields[1].partition(":")[0])
+                raw = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+                addresses[f"socket:[{fields[9]}]"] = socket.inet_ntop(family, raw)
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            program = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if (link := str(descriptor.readlink())) in addresses:
+                        found.append((addresses[link], Path(program).name))
+    return found
+
+
+def ray_folders(pids: list[int]) -> list[Path]:
+    """Where the raylet among the processes has its sockets and logs."""
+    words = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            words += Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    option = "--temp_dir="
+    return [Path(word.removeprefix(option)) for word in words if word.startswith(option)]

@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,11 +24,10 @@ from typing import Any
 from posttrain_dist import errors
 from posttrain_dist.config import Ray, RunConfig, Slurm
 from posttrain_dist.errors import ClusterError, PosttrainError, SeveralErrors
+from posttrain_dist.files.temporary import remove_temporary
+from posttrain_launch.ray import temp_folder
 from posttrain_launch.ray.gate import CLOSED, OPEN, set_gate
 
-# A Unix socket's path has at most 107 bytes, and Ray makes
-# `<temp>/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store` of it.
-LONGEST_TEMP_DIR = 40
 TERM_GRACE_S = 5.0
 
 
@@ -58,7 +56,7 @@ def started(config: RunConfig, run_folder: Path, address: str | None = None) -> 
     cluster = config.cluster
     if not isinstance(cluster, Ray):
         raise TypeError(f"ray_driver needs cluster=ray or slurm, not {type(cluster).__name__}")
-    address = address or cluster.address or os.environ.get("RAY_ADDRESS")
+    address, given_by = _address(cluster, address)
     if isinstance(cluster, Slurm) and not address:
         raise ClusterError(
             "slurm runs inside a Slurm job, and no Ray was started there",
@@ -68,17 +66,16 @@ def started(config: RunConfig, run_folder: Path, address: str | None = None) -> 
     log = run_folder / "logs" / "driver.log"
     set_gate(run_folder, CLOSED)
     error_file(run_folder).unlink(missing_ok=True)
-    temp_dir = None if address else _make_temp_dir()
+    temp_dir = None if address else temp_folder.make(run_folder)
     try:
-        child = _start_child(run_folder, address, temp_dir, log)
+        child = _start_child(run_folder, address, given_by, temp_dir, log)
         try:
             yield Job(child, run_folder, log)
         finally:
             end_session(child)
     finally:
         if temp_dir is not None:
-            keep_logs(temp_dir, run_folder / "ray" / "logs")
-            shutil.rmtree(temp_dir, ignore_errors=True)
+            remove_temporary(temp_dir)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,18 +109,31 @@ class Job:
             )
 
 
+def _address(cluster: Ray, named: str | None) -> tuple[str | None, str]:
+    """The address of a running Ray to use, and what gave it, for an error about it."""
+    from_environment = os.environ.get("RAY_ADDRESS")
+    for address, given_by in (
+        (named, "--address"),
+        (cluster.address, "cluster.address"),
+        (from_environment, "the environment variable RAY_ADDRESS"),
+    ):
+        if address:
+            return address, given_by
+    return None, ""
+
+
 def error_file(run_folder: Path) -> Path:
     """Where a failed job leaves its error."""
     return run_folder / "logs" / "error.json"
 
 
 def _start_child(
-    run_folder: Path, address: str | None, temp_dir: Path | None, log: Path
+    run_folder: Path, address: str | None, given_by: str, temp_dir: Path | None, log: Path
 ) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "posttrain_launch.ray.job", str(run_folder)]
     environment = {**os.environ, **quiet_environment()}
     if address:
-        command += ["--address", address]
+        command += ["--address", address, "--given-by", given_by]
     else:
         environment.pop("RAY_ADDRESS", None)
         # In the environment, not in ~/.ray/auth_token: Ray would switch every later
@@ -161,23 +171,6 @@ def quiet_environment() -> dict[str, str]:
         # Seconds between looks at the workers; the default of 2 delays the end of a short run.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     }
-
-
-def _make_temp_dir() -> Path:
-    """A short, private folder for Ray's sockets: /tmp/ray may belong to somebody else."""
-    for root in (tempfile.gettempdir(), "/tmp"):
-        if len(root) + len("/posttrain-12345678") <= LONGEST_TEMP_DIR:
-            return Path(tempfile.mkdtemp(prefix="posttrain-", dir=root))
-    return Path(tempfile.mkdtemp(prefix="posttrain-"))
-
-
-def keep_logs(temp_dir: Path, target: Path) -> None:
-    """Copy the logs of Ray's newest session below `temp_dir` into the run folder."""
-    logs = temp_dir / "session_latest" / "logs"
-    if logs.is_dir():
-        shutil.rmtree(target, ignore_errors=True)
-        with contextlib.suppress(shutil.Error, OSError):  # a log that vanishes is no failure
-            shutil.copytree(logs, target, ignore_dangling_symlinks=True)
 
 
 # ------------------------------------------------------------------------------- the end

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from posttrain_dist.logs import unfailing
 from posttrain_dist.preflight import single_on_many
 from posttrain_launch.ray.child import error_fields, error_file
 from posttrain_launch.ray.gate import is_soon, wait_for_data
+from posttrain_launch.ray.temp_folder import ray_folder
 from posttrain_launch.ray.workers import WorkerError
 
 OBJECT_STORE_BYTES = 200_000_000  # nothing large travels through it
@@ -42,7 +44,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The Ray job of one run.")
     parser.add_argument("run_folder", type=Path)
     parser.add_argument("--address", default=None, help="host:port of a running Ray")
-    parser.add_argument("--temp-dir", type=Path, default=None, help="for the sockets of our own")
+    parser.add_argument("--given-by", default="", help="what gave the address")
+    parser.add_argument("--temp-dir", type=Path, default=None, help="of our own Ray")
     arguments = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a Ray driver that gets TERM may dump 300 MB
     run_folder = arguments.run_folder.resolve()
@@ -52,7 +55,7 @@ def main() -> None:
     threading.Thread(target=importlib.import_module, args=("pandas",), daemon=True).start()
     sys.stdout, sys.stderr = unfailing(sys.stdout), unfailing(sys.stderr)  # a log on a full disk
     try:
-        run_job(run_folder, arguments.address, arguments.temp_dir)
+        run_job(run_folder, arguments.address, arguments.temp_dir, arguments.given_by)
     except Exception as failure:
         traceback.print_exc()
         fields = _describe(failure, run_folder)
@@ -72,7 +75,9 @@ def _end_with_driver(temp_dir: Path | None) -> None:
     subprocess.Popen(command + ([str(temp_dir)] if temp_dir else []), start_new_session=True)
 
 
-def run_job(run_folder: Path, address: str | None, temp_dir: Path | None) -> None:
+def run_job(
+    run_folder: Path, address: str | None, temp_dir: Path | None, given_by: str = ""
+) -> None:
     """Start or join Ray and train.
 
     Raises:
@@ -85,13 +90,15 @@ def run_job(run_folder: Path, address: str | None, temp_dir: Path | None) -> Non
     # Ray puts the driver's working directory on the workers' sys.path: never the checkout's.
     os.chdir(run_folder)
     if address:
-        join(address, SLURM_TIMEOUT_S if isinstance(cluster, Slurm) else JOIN_TIMEOUT_S)
+        timeout_s = SLURM_TIMEOUT_S if isinstance(cluster, Slurm) else JOIN_TIMEOUT_S
+        join(address, timeout_s, given_by)
     else:
+        _stay_on_loopback()
         ray.init(
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=str(temp_dir) if temp_dir else None,
+            _temp_dir=str(ray_folder(temp_dir)) if temp_dir else None,
             _node_ip_address="127.0.0.1",
         )
     _stage("ray is there")
@@ -111,13 +118,28 @@ def run_job(run_folder: Path, address: str | None, temp_dir: Path | None) -> Non
 # ------------------------------------------------------------------------------- the cluster
 
 
-def join(address: str, timeout_s: float) -> None:
+def _stay_on_loopback() -> None:
+    """Let the processes of our own Ray listen on 127.0.0.1 alone.
+
+    They do where that is the node's address, but Ray puts one that others can reach in its place,
+    and then they listen on all interfaces. The function is private to Ray: should another version
+    name it otherwise, they do so again, behind the token of the run.
+    """
+    from ray._private import services
+
+    services.resolve_ip_for_localhost = lambda host: host
+
+
+def join(address: str, timeout_s: float, given_by: str = "cluster.address") -> None:
     """Connect to a running Ray, which may still be starting."""
+    where = f"{given_by}={address}"
     fix = "start Ray on this machine: `ray start --head`, or `ray start --address=HOST:PORT`"
+    if "RAY_ADDRESS" in given_by:
+        fix += "; or `unset RAY_ADDRESS`, and the run starts a Ray of its own"
     if "://" in address:
         raise ClusterError(
             "is a Ray client address, and the driver has to be on a node of the cluster",
-            where=f"cluster.address={address}",
+            where=where,
             fix="give HOST:PORT of the cluster's head node",
         )
     deadline = time.monotonic() + timeout_s
@@ -130,13 +152,13 @@ def join(address: str, timeout_s: float) -> None:
             return
         except ValueError as refused:
             raise ClusterError(
-                f"is no address of a Ray: {refused}", where=f"cluster.address={address}", fix=fix
+                f"is no address of a Ray: {refused}", where=where, fix=fix
             ) from refused
         except (OSError, RuntimeError) as refused:  # not listening yet, or no node of it here yet
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"no Ray answers there after {timeout_s:g} s: {refused}",
-                    where=f"cluster.address={address}",
+                    where=where,
                     fix=fix,
                 ) from refused
         time.sleep(0.5)
@@ -175,25 +197,35 @@ def place(cluster: Ray, nodes: list[dict[str, float]]) -> tuple[int, bool]:
     default = gpus or (len(nodes) if isinstance(cluster, Slurm) else 1)
     workers = cluster.workers or default
 
-    def room(node: dict[str, float]) -> int:
-        places = int(node.get("CPU", 0) / per_worker + 1e-9)
-        return min(places, int(node.get("GPU", 0))) if gpus else places
+    def room(share: float) -> int:
+        """Workers that find a place with that many CPUs each."""
+        places = [int(node.get("CPU", 0) / share + 1e-9) for node in nodes]
+        if not gpus:
+            return sum(places)
+        pairs = zip(places, nodes, strict=True)
+        return sum(min(count, int(node.get("GPU", 0))) for count, node in pairs)
 
-    if workers > sum(map(room, nodes)):
+    fits = room(per_worker)
+    if workers > fits:
         there = f"{cpus:g} CPUs" + (f" and {gpus} GPUs" if gpus else " and no GPU")
         there += f" on {len(nodes)} nodes" if len(nodes) > 1 else ""
         need = f"{per_worker:g} CPUs" + (" and a GPU" if gpus else "")
-        fits = sum(map(room, nodes))
         fixes = [f"set cluster.workers to at most {fits}"] if fits else []
-        if not gpus or workers <= gpus:
-            share = int(100 * sum(node.get("CPU", 0) for node in nodes) / workers) / 100
+        if share := next((share for share in _shares(nodes) if room(share) >= workers), None):
             fixes.append(f"set cluster.cpus_per_worker to at most {share:g}")
         raise ClusterError(
             f"is {workers}, each with {need}, and there are {there}",
             where="cluster.workers",
-            fix=", or ".join(fixes),
+            fix=", or ".join(fixes)
+            or f"set cluster.workers to at most {room(1.0)} and cluster.cpus_per_worker to 1",
         )
     return workers, gpus > 0
+
+
+def _shares(nodes: list[dict[str, float]]) -> Iterator[float]:
+    """CPUs of a worker that are worth a proposal, the largest first: parts of a node's, to 0.01."""
+    parts = {int(100 * node.get("CPU", 0) / k) / 100 for node in nodes for k in range(1, 1001)}
+    yield from sorted((part for part in parts if part > 0), reverse=True)
 
 
 def _stage(what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ def worker_environment(cluster: Ray, use_gpu: bool, here: bool) -> dict[str, str
     if not use_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
     if here and sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"  # else the one that the host's name resolves to
+        # Else the one that the host's name resolves to, and whatever NCCL finds first.
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+        environment["NCCL_SOCKET_IFNAME"] = os.environ.get("NCCL_SOCKET_IFNAME", "lo")
     if isinstance(cluster, Slurm) and cluster.network_interface:
         environment["GLOO_SOCKET_IFNAME"] = cluster.network_interface
         environment["NCCL_SOCKET_IFNAME"] = cluster.network_interface

@@ -34,8 +34,16 @@ from posttrain_launch.ray.child import Job, started
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
+Change = Callable[[Path, RunConfig], RunConfig]
+
+
 def run_frozen(
-    run_folder: Path, address: str | None = None, *, debug: bool = False, new: bool = False
+    run_folder: Path,
+    address: str | None = None,
+    *,
+    debug: bool = False,
+    new: bool = False,
+    change: Change | None = None,
 ) -> int:
     """Run, or go on with, the run of a folder; prints as it goes.
 
@@ -44,6 +52,7 @@ def run_frozen(
         address: "host:port" of a running Ray to use.
         debug: show the stack trace of an error.
         new: the folder was made for this start; if that is refused, it is removed.
+        change: of the frozen run before it starts, once nobody else drives it.
 
     Returns:
         The exit code: 0 finished, 130 stopped by a signal (it can go on), 1 failed.
@@ -53,12 +62,13 @@ def run_frozen(
     log = folder / "logs" / "driver.log"
     try:
         config = read_frozen(folder)
-        if (folder / "FINISHED").is_file():
+        if (folder / "FINISHED").is_file() and change is None:
             print(finished_line(folder), file=out)
             return 0
         log.parent.mkdir(exist_ok=True)
         remove_abandoned()
         with _exclusive_lock(folder), _redirect_output(log, capture_logging=True):
+            config = change(folder, config) if change else config
             return _drive(config, folder, address, out, err)
     except KeyboardInterrupt:
         print(f"left at once; `posttrain run {folder}` goes on from its last save", file=err)

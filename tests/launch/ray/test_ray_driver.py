@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from posttrain_launch.ray import child as ray_driver
+from posttrain_launch.ray import temp_folder
 from ray_runs import losses, processes_of, wait_until, worker_groups_started
 
 from posttrain_dist import errors
@@ -26,6 +27,7 @@ from posttrain_dist.config import (
 )
 from posttrain_dist.engine import AdamW, DeepSpeed, Single
 from posttrain_dist.errors import ClusterError, ConfigError, DataError, ModelError, SeveralErrors
+from posttrain_dist.files import temporary
 from posttrain_dist.metrics import LoggingConfig, WandbMode
 from posttrain_dist.prepare import prepare
 
@@ -82,6 +84,22 @@ def test_workers_follow_what_is_there():
         # Three CPUs in all, but a worker lives on one node.
         (Ray(cpus_per_worker=2, workers=2), [{"CPU": 2.0}, {"CPU": 1.0}], "2 nodes", "at most 1"),
         (Ray(workers=3), [{"CPU": 9.0, "GPU": 2.0}], "2 GPUs", "cluster.workers to at most 2"),
+        # Half of all CPUs does not fit twice on the larger node and once on the smaller.
+        (
+            Ray(workers=3),
+            [{"CPU": 1.0}, {"CPU": 0.9}],
+            "1.9 CPUs",
+            "cpus_per_worker to at most 0.5",
+        ),
+        (Ray(workers=1, cpus_per_worker=3), [{"CPU": 2.0}], "2 CPUs", "at most 2"),
+        (Ray(workers=9, cpus_per_worker=3), [{"CPU": 2.0}], "2 CPUs", "at most 0.22"),
+        (Ray(workers=999), [{"CPU": 2.0}], "2 CPUs", "cluster.workers to at most 2"),
+        (
+            Ray(workers=999, cpus_per_worker=3),
+            [{"CPU": 2.0}],
+            "2 CPUs",
+            "cluster.workers to at most 2 and cluster.cpus_per_worker to 1",
+        ),
     ],
 )
 def test_more_workers_than_resources_is_told(cluster, nodes, is_there, fix):
@@ -92,6 +110,7 @@ def test_more_workers_than_resources_is_told(cluster, nodes, is_there, fix):
     assert failure.value.where == "cluster.workers"
     assert is_there in failure.value.what
     assert fix in failure.value.fix
+    assert "at most 0," not in f"{failure.value.fix}," and failure.value.fix
 
 
 @pytest.mark.parametrize(
@@ -133,6 +152,53 @@ def test_an_address_without_a_ray_is_named(address, what):
         join(address, timeout_s=0.2)
     assert failure.value.where == f"cluster.address={address}"
     assert what in failure.value.what
+
+
+def test_an_address_that_nobody_typed_is_told_by_its_variable(base, tmp_path, monkeypatch):
+    from posttrain_launch.ray import job
+
+    seen = []
+    monkeypatch.setattr(ray_driver.subprocess, "Popen", lambda command, **_: seen.append(command))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    asked = replace(base, cluster=Ray(address="127.0.0.1:8"))
+    for config, named in ((base, None), (asked, None), (asked, "127.0.0.1:7")):
+        with contextlib.suppress(AttributeError), ray_driver.started(config, tmp_path, named):
+            pass
+    sources = [(words[4], words[6]) for words in (each[1:] for each in seen)]
+    assert sources == [
+        ("127.0.0.1:9", "the environment variable RAY_ADDRESS"),
+        ("127.0.0.1:8", "cluster.address"),
+        ("127.0.0.1:7", "--address"),
+    ]
+    with pytest.raises(ClusterError) as failure:
+        job.join("127.0.0.1:9", 0.2, sources[0][1])
+    assert failure.value.where == "the environment variable RAY_ADDRESS=127.0.0.1:9"
+    assert "unset RAY_ADDRESS" in failure.value.fix
+
+
+# ------------------------------------------------------------------------ the folder of our Ray
+
+
+def test_the_folder_is_private_and_of_a_dead_run_only_the_logs_are_kept(tmp_path, monkeypatch):
+    """Whose folders are removed is tested in tests/test_temporary.py."""
+    monkeypatch.setattr(temp_folder.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(temp_folder, "LONGEST", 999)
+    run = tmp_path / "run"
+    run.mkdir()
+    folder = temp_folder.make(run)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    logs = temp_folder.ray_folder(folder) / "session_latest" / "logs"
+    logs.mkdir(parents=True)
+    logs.chmod(0o777)
+    (logs / "gcs_server.out").write_text("its last words")
+    assert temp_folder.make(run) != folder and folder.exists()  # that of a living run stays
+
+    marker = folder / temporary.MARKER
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"start": "1"}))
+    temp_folder.make(tmp_path / "another")
+    assert not folder.exists()
+    assert (run / "ray" / "logs" / "gcs_server.out").read_text() == "its last words"
+    assert (run / "ray" / "logs").stat().st_mode & 0o777 == 0o700
 
 
 # --------------------------------------------------------------------------------- a real Ray
@@ -203,17 +269,22 @@ def test_one_ctrl_c_saves_and_two_leave_at_once(base, tmp_path):
     before = losses(folder)
     assert len(before) == step
 
+    frozen = folder / "config.yaml"
+    frozen.write_text(frozen.read_text().replace("lr: 0.003", "lr: 0.002"))
     driver = drive_until(step + 1)  # it goes on where it was
     try:
         job = job_of(driver.pid)
         driver.send_signal(signal.SIGINT)
         wait_until((folder / "STOP").exists, 10)
         driver.send_signal(signal.SIGINT)
-        assert driver.wait(timeout=30) == 130
+        said, _ = driver.communicate(timeout=30)
+        assert driver.returncode == 130
         assert ray_driver.session_members(job) == []  # at once: the driver sees to it itself
     finally:
         driver.kill()
     assert losses(folder)[:step] == before
+    told = f"going on from step {step} with other settings: optimizer.lr was 0.003, now 0.002"
+    assert said.count(told) == 1
     wait_until(lambda: not processes_of(folder), 30)
     assert not (folder / "FINISHED").exists()
 

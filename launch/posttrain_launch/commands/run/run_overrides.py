@@ -1,0 +1,139 @@
+"""What `posttrain run RUN key=value` may change of a frozen run, and how that is done and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+from posttrain_dist.checkpoint import resume, store
+from posttrain_dist.config import RunConfig, problems
+from posttrain_dist.errors import CheckpointError, ConfigError, PosttrainError, raise_all
+from posttrain_dist.files import read_object, write_atomic
+from posttrain_launch.compose.keys import value_problems
+
+RESUME = "train.resume"
+FURTHER = ("train.steps", "train.epochs", "train.tokens")  # with more of these, a run ends later
+# What leaves the run the one that it is: the same samples in the same steps, on the same layout.
+ALLOWED = (
+    RESUME,
+    *FURTHER,
+    "train.save_every",
+    "train.eval_every",
+    "train.log_every",
+    "optimizer.lr",
+    "optimizer.clip",
+    "checkpoint.keep",
+    "checkpoint.export",
+    "logging.wandb",
+    "cluster.max_failures",
+)
+
+
+def parse(words: list[str]) -> dict[str, Any]:
+    """The overrides that were typed.
+
+    Raises:
+        ConfigError, SeveralErrors: one is no `key=value`, or its key is fixed.
+    """
+    found: list[PosttrainError] = []
+    values: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            values[key] = text
+        if not equals:
+            found.append(ConfigError("is no key=value", where=word, fix=f"such as {RESUME}=never"))
+        elif key not in ALLOWED:
+            found.append(
+                ConfigError(
+                    "is fixed when a run is made",
+                    where=key,
+                    fix=f"posttrain run takes {', '.join(ALLOWED)}; for anything else, another run "
+                    "is started with posttrain train",
+                )
+            )
+    raise_all(found)
+    return values
+
+
+def apply(folder: Path, config: RunConfig, values: dict[str, Any]) -> RunConfig:
+    """Change the run of `folder`, which nobody else drives meanwhile, and record that.
+
+    `train.resume` is an act of this start and no value of the run: `never` puts the checkpoints
+    aside, one of them those that are newer.
+
+    Raises:
+        PosttrainError: the run does not allow it; nothing was changed.
+    """
+    text = (folder / "config.yaml").read_text(encoding="utf-8")
+    changed = _changed(config, values)
+    finished = folder / "FINISHED"
+    if finished.is_file() and not set(values) & {RESUME, *FURTHER}:
+        raise ConfigError(
+            "is finished",
+            where=str(folder),
+            fix=f"{RESUME}=never starts it again, a larger train.steps goes on with it",
+        )
+    _act(folder, values.get(RESUME, "auto"))
+    lineage = read_object(folder / "run.json")
+    if values.get(RESUME) == "never":
+        lineage["wandb_id"] = secrets.token_hex(4)  # another curve
+    choices = (yaml.safe_load(text) or {}).get("choices")
+    text = changed.to_yaml() + (OmegaConf.to_yaml({"choices": choices}) if choices else "")
+    typed = [f"{key}={_shown(value)}" for key, value in values.items()]
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    lineage["continued"] = [*lineage.get("continued", []), {"time": now, "overrides": typed}]
+    config_hash = hashlib.sha256(text.encode()).hexdigest()
+    lineage["hashes"] = {**lineage.get("hashes", {}), "config": config_hash}
+    kept = folder / "overrides.yaml"
+    before = yaml.safe_load(kept.read_text(encoding="utf-8")) if kept.is_file() else []
+    write_atomic(kept, OmegaConf.to_yaml([*(before or []), *typed]), to_disk=True)
+    write_atomic(folder / "run.json", json.dumps(lineage, indent=1) + "\n", to_disk=True)
+    write_atomic(folder / "config.yaml", text, to_disk=True)
+    finished.unlink(missing_ok=True)
+    return changed
+
+
+def _changed(config: RunConfig, values: dict[str, Any]) -> RunConfig:
+    node = OmegaConf.structured(config)
+    others = {key: value for key, value in values.items() if key != RESUME}
+    raise_all(
+        [fault for key, value in others.items() for fault in value_problems(node, key, value)]
+    )
+    for key, value in others.items():
+        OmegaConf.update(node, key, value)
+    changed: RunConfig = OmegaConf.to_object(node)  # type: ignore[assignment]
+    raise_all(problems(changed))
+    return changed
+
+
+def _act(folder: Path, choice: str) -> None:
+    """Put aside the checkpoints that `choice` of `train.resume` does not go on from."""
+    if choice == "auto":
+        return
+    if choice == "never":
+        resume.archive(folder)
+        return
+    named = Path(str(choice)).expanduser().absolute()
+    own = store.checkpoints(folder)
+    if named not in own:
+        names = ", ".join(path.name for path in own) or "it has none"
+        raise CheckpointError(
+            f"is no checkpoint of this run ({names})",
+            where=f"{RESUME}={choice}",
+            fix="give never, or one of its checkpoints; from another run's, posttrain train starts",
+        )
+    resume.archive(folder, own[own.index(named) + 1 :])
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else json.dumps(value) if isinstance(value, bool) else str(value)
