@@ -57,7 +57,7 @@ def record(run):
 def test_never_starts_a_run_again_once_and_keeps_what_there_was(run, capsys):
     before = losses(run)
     assert main(["run", str(run)]) == 0
-    assert "is finished" in capsys.readouterr().out
+    assert "is already finished" in capsys.readouterr().out
     for path in store.checkpoints(run):
         (path / "MANIFEST.json").unlink()
     (run / "FINISHED").unlink()
