@@ -5,6 +5,7 @@ Record -> supervised texts -> one call of the tokenizer -> Examples
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -92,6 +93,12 @@ class Encoder:
         if self._loaded is None:
             self._loaded = load_template(self._choice, self._tokenizer)
         return self._loaded
+
+    def load(self) -> None:
+        """Load the chat template now, and find out how it writes; its errors wait for a row."""
+        with contextlib.suppress(PosttrainError):
+            template = self.template
+            _ = template.additions, template.trailer
 
     def encode(self, record: Record) -> RowExamples:
         """The examples of one row.
