@@ -73,11 +73,12 @@ def ours(data: str, folder: Path) -> int:
 def mapped(data: str, folder: Path, batched: bool) -> int:
     """datasets.map; returns the number of tokens."""
     import datasets
+    from transformers import AutoTokenizer
 
-    from posttrain_dist.models.folder import load_tokenizer, resolve
+    from posttrain_dist.models.folder import resolve
 
     datasets.disable_progress_bars()
-    tokenizer = load_tokenizer(resolve("tiny_base"))
+    tokenizer = AutoTokenizer.from_pretrained(resolve("tiny_base"))
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         made = tokenizer.apply_chat_template(

@@ -129,7 +129,8 @@ def ours(
     from posttrain_dist.engine import AdamW, Single
     from posttrain_dist.loop import fit
     from posttrain_dist.metrics.sinks import JsonlSink
-    from posttrain_dist.metrics.special_tokens import TokenMeter, special_tokens
+    from posttrain_dist.metrics.special_tokens import TokenMeter
+    from posttrain_dist.metrics.watched_tokens import special_tokens
     from posttrain_dist.models import Checkpointing
     from posttrain_dist.models.folder import load_tokenizer
 

@@ -22,7 +22,7 @@ check              chat/checks.py            text and spans -> names of failed c
 supervise          chat/supervision.py       Record -> SupervisedText: characters with weights
 encode             chat/encoder.py           SupervisedText -> Example: tokens with weights
                    chat/token_weights.py     ... character weights -> token weights
-                   chat/pieces.py            Example -> text for people
+                   prepared/pieces.py          Example -> text for people
 prepare            (posttrain_dist.prepare)  all files -> the prepared folder, split and counted
                    prepared/arrays.py        Examples as flat arrays on disk, mapped by workers
                    prepared/summary.py       what was found: counts, channels, digests

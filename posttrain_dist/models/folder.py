@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from posttrain_dist.errors import ModelError, PosttrainError, raise_all
+from posttrain_dist.models.tokenizer import ModelTokenizer, read_tokenizer
 
 TINY_BASE = "tiny_base"
 INDEX = "model.safetensors.index.json"
@@ -65,15 +66,19 @@ def check_folder(path: Path, need_weights: bool = True) -> dict[str, Any]:
     return config
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, cache: Path | None = None) -> ModelTokenizer:
     """The tokenizer of a model folder, from its files alone.
 
     It is read once a process, as long as no file of the folder changes; nobody may change it.
 
+    Args:
+        folder: of the model.
+        cache: folder where what transformers makes of the files is kept; null: it is not kept.
+
     Raises:
         ModelError: there is none, or it needs code of its own.
     """
-    return _read_tokenizer(folder, _state(folder))
+    return _read_tokenizer(folder, _state(folder), cache)
 
 
 def _state(folder: Path) -> tuple[tuple[str, int, int], ...]:
@@ -86,11 +91,11 @@ def _state(folder: Path) -> tuple[tuple[str, int, int], ...]:
 
 
 @lru_cache(maxsize=1)
-def _read_tokenizer(folder: Path, state: tuple[tuple[str, int, int], ...]) -> Any:
-    from transformers import AutoTokenizer
-
+def _read_tokenizer(
+    folder: Path, state: tuple[tuple[str, int, int], ...], cache: Path | None
+) -> ModelTokenizer:
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return read_tokenizer(folder, cache)
     except Exception as error:  # tokenizers raise bare Exception on a damaged file
         raise ModelError(
             f"the tokenizer cannot be loaded: {error}",

@@ -12,18 +12,21 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from posttrain_dist.config import RunConfig
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.errors import ConfigError, DataError, ModelError, PosttrainError
-from posttrain_dist.prepare import build_dataset, fingerprint
-from posttrain_dist.prepare.build_dataset import Progress
-from posttrain_dist.prepare.cache import cache_folder, fetch, get_or_build, is_whole
-from posttrain_dist.prepare.fingerprint import Inputs, changed
+
+if TYPE_CHECKING:
+    from posttrain_dist.config import RunConfig
+    from posttrain_dist.prepare.fingerprint import Inputs
 
 __all__ = ["prepare", "prepare_cached"]
 
 Log = Callable[[str], None]
+Progress = Callable[[int, int], None]  # (units done, units in all)
+# Imports stand inside of the functions: the processes that tokenise import this package too, and
+# need none of them.
 
 
 def prepare(
@@ -49,6 +52,9 @@ def prepare(
         PosttrainError: any fault of the model folder, tokenizer or data; what is there was
             prepared from other input; with `only_heldout`, there is no held-out row.
     """
+    from posttrain_dist.prepare import build_dataset, fingerprint
+    from posttrain_dist.prepare.cache import cache_folder, fetch
+
     if folder.exists() and any(folder.iterdir()):
         return _reuse(config, folder, only_heldout, say)
     inputs = fingerprint.fingerprint(config, only_heldout=only_heldout)
@@ -79,6 +85,9 @@ def prepare_cached(
     Raises:
         PosttrainError: as for `prepare`; the cache cannot be written to.
     """
+    from posttrain_dist.prepare import build_dataset, fingerprint
+    from posttrain_dist.prepare.cache import cache_folder, get_or_build
+
     inputs = fingerprint.fingerprint(config, only_heldout=only_heldout)
     cached = cache_folder(config.data.cache) / inputs.key
 
@@ -96,6 +105,9 @@ def _reuse(config: RunConfig, folder: Path, only_heldout: bool, say: Log) -> Sum
     Raises:
         DataError: something went in that is other now; a file of it is missing or cut.
     """
+    from posttrain_dist.prepare import fingerprint
+    from posttrain_dist.prepare.cache import is_whole
+
     summary = Summary.read(folder)
     if not is_whole(folder):
         raise DataError(
@@ -108,7 +120,7 @@ def _reuse(config: RunConfig, folder: Path, only_heldout: bool, say: Log) -> Sum
     except DataError as error:  # the files of rows are gone: nothing can differ
         say(f"{error.where}: {error.what}; going on with the data that was prepared from it")
         return summary
-    differ = changed(inputs.digest, summary.inputs)
+    differ = fingerprint.changed(inputs.digest, summary.inputs)
     if differ:
         raise DataError(
             f"was prepared from other input: {', '.join(differ)} changed since",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,19 @@ from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.data.read.bad_row import errors_by_cause
 from posttrain_dist.errors import DataError, PosttrainError, raise_all
 from posttrain_dist.flow import Record
+from posttrain_dist.prepare import Progress
 from posttrain_dist.prepare.chunk import Chunk
 from posttrain_dist.prepare.fingerprint import Inputs, refuse_changed
+from posttrain_dist.prepare.processes.workers import SMALL_BYTES, encode
 from posttrain_dist.prepare.row_encoder import Job, Task
 from posttrain_dist.prepare.split import Split, keep_apart, split_off
 from posttrain_dist.prepare.summarise import findings, summarise
 from posttrain_dist.prepare.tally import Tally
-from posttrain_dist.prepare.workers import SMALL_BYTES, encode
 
 LONG_ROWS = (
     "set data.long_rows=drop (leaves such rows out) or split (makes several samples of each; "
     "truncate is what was done), or raise data.max_length"
 )
-Progress = Callable[[int, int], None]  # (units done, units in all)
 UNIT_BYTES = 2 << 20  # of JSON lines that a process takes at once
 TEXT_ROWS = 256  # held-out rows of each channel that are kept as text
 
@@ -76,7 +75,7 @@ def _encode(
     config: RunConfig, inputs: Inputs, samples: Path, tally: Tally, progress: Progress | None
 ) -> None:
     seed = inputs.digest["seed"] or 0  # for the rows that are shown
-    job = Job(inputs.model_folder, config.template, config.data, seed, TEXT_ROWS)
+    job = Job(inputs.tokenizer, config.template, config.data, seed, TEXT_ROWS)
     plan = [
         (index, unit)
         for index, reader in enumerate(inputs.readers)

@@ -35,6 +35,11 @@ def cache_folder(named: str | None) -> Path:
     return Path(home) / "posttrain" / "prepared"
 
 
+def tokenizer_cache(named: str | None) -> Path:
+    """Where tokenizers are kept; `named` is `data.cache`."""
+    return cache_folder(named) / "tokenizers"
+
+
 def get_or_build(cached: Path, build: Build, log: Log) -> Path:
     """The whole entry `cached`, made by `build` if it is not there; to be read only.
 

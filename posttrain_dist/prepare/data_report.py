@@ -19,8 +19,8 @@ import numpy as np
 from posttrain_dist.build import make_mixture, make_source
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.chat.checks import CHECKS
-from posttrain_dist.data.chat.pieces import pieces
 from posttrain_dist.data.prepared.arrays import Examples
+from posttrain_dist.data.prepared.pieces import pieces
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.data.read.tables import HF
 from posttrain_dist.data.sources import file_sets
@@ -28,6 +28,7 @@ from posttrain_dist.dist import Process
 from posttrain_dist.errors import DataError, PosttrainError
 from posttrain_dist.files import write_atomic
 from posttrain_dist.models.folder import load_tokenizer, resolve
+from posttrain_dist.prepare.cache import tokenizer_cache
 
 
 def write_data_report(config: RunConfig, prepared: Path, folder: Path) -> dict[str, Any]:
@@ -174,7 +175,7 @@ def _first_pack(config: RunConfig, examples: Examples) -> dict[str, Any]:
     # What is predicted at a position is the token behind it.
     is_target_N = batch.weight_N.numpy() > 0
     weight_T[batch.supervised_N.numpy()[is_target_N] + 1] = batch.weight_N.numpy()[is_target_N]
-    tokenizer = load_tokenizer(resolve(config.model.path))
+    tokenizer = load_tokenizer(resolve(config.model.path), tokenizer_cache(config.data.cache))
     ids_T, cu_S = batch.input_ids_T.numpy(), batch.cu_seqlens_S
     return {
         "tokens": len(ids_T),

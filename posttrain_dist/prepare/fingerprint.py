@@ -17,7 +17,8 @@ from posttrain_dist.data.sources import FileSet, file_sets
 from posttrain_dist.errors import DataError, PosttrainError, raise_all
 from posttrain_dist.models import Weights
 from posttrain_dist.models.folder import check_folder, check_tokenizer, load_tokenizer, resolve
-from posttrain_dist.prepare.cache import cache_folder
+from posttrain_dist.models.tokenizer import ModelTokenizer
+from posttrain_dist.prepare.cache import cache_folder, tokenizer_cache
 from posttrain_dist.prepare.digests import Digests, state
 
 # Version of what is written: the files of a prepared folder, and the tokens and masks that a row
@@ -43,7 +44,7 @@ class Inputs:
 
     model_folder: Path
     model: dict[str, Any]  # its config.json
-    tokenizer: Any
+    tokenizer: ModelTokenizer
     template: ChatTemplate | None  # null: the objective reads no messages
     sets: list[FileSet]
     readers: list[Reader]  # one per file set
@@ -70,7 +71,7 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
     model = check_folder(model_folder, config.model.weights is Weights.load)
     rows, data = config.objective.rows, config.data
     sets = file_sets(data, rows, only_heldout=only_heldout)
-    tokenizer = load_tokenizer(model_folder)
+    tokenizer = load_tokenizer(model_folder, tokenizer_cache(data.cache))
     check_tokenizer(tokenizer, model_folder)
     readers = _readers(sets, config)
     template = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from posttrain_dist.data import DataConfig, Template
 from posttrain_dist.data.chat.encoder import Encoder, RowExamples
@@ -12,7 +11,7 @@ from posttrain_dist.data.chat.template import ChatTemplate
 from posttrain_dist.data.formats.records import Reader, Rejected, Unit
 from posttrain_dist.errors import PosttrainError
 from posttrain_dist.flow import Record
-from posttrain_dist.models.folder import load_tokenizer
+from posttrain_dist.models.tokenizer import ModelTokenizer
 from posttrain_dist.prepare.chunk import BottomK, Chunk, ChunkBuilder, RowFacts
 from posttrain_dist.prepare.split import content_key, draw_one
 
@@ -26,7 +25,7 @@ _BATCH_CHARACTERS = 1 << 22  # ... of about so many characters
 class Job:
     """What every process that tokenises needs to know."""
 
-    model_folder: Path
+    tokenizer: ModelTokenizer
     template: Template
     data: DataConfig
     seed: int
@@ -54,12 +53,16 @@ class RowEncoder:
     def __init__(self, job: Job, template: ChatTemplate | None = None) -> None:
         self._job = job
         self._encoder = Encoder(
-            load_tokenizer(job.model_folder),
+            job.tokenizer,
             job.template,
             max_length=job.data.max_length,
             long_rows=job.data.long_rows,
             template=template,
         )
+
+    def load(self) -> None:
+        """Make what is otherwise made with the first rows."""
+        self._encoder.load()
 
     def chunks(self, task: Task) -> Iterator[Chunk]:
         """Encode the rows of a unit, some at a time; a row that cannot be used is in its chunk.

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from posttrain_dist.data.chat.pieces import pieces
 from posttrain_dist.data.prepared.arrays import Examples
+from posttrain_dist.data.prepared.pieces import pieces
 from posttrain_dist.data.prepared.summary import Counts, Summary
+from posttrain_dist.metrics.watched_tokens import special_tokens
 from posttrain_dist.prepare.fingerprint import Inputs
 from posttrain_dist.prepare.similar import near_duplicates, near_leaks
 from posttrain_dist.prepare.split import Split
@@ -99,8 +100,6 @@ def watched_tokens(inputs: Inputs) -> dict[int, str]:
 
     Those that the chat template in use writes are among them; rows of text have no template.
     """
-    from posttrain_dist.metrics.special_tokens import special_tokens  # imports torch
-
     source = "" if inputs.template is None else inputs.template.source
     return special_tokens(inputs.tokenizer, source)
 

@@ -9,13 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from posttrain_dist.metrics.special_tokens import (
-    MAX_TOKENS,
-    SpecialTokenMeter,
-    metric_name,
-    special_token_metrics,
-    special_tokens,
-)
+from posttrain_dist.metrics.special_tokens import SpecialTokenMeter, special_token_metrics
+from posttrain_dist.metrics.watched_tokens import MAX_TOKENS, metric_name, special_tokens
 
 
 def tokenizer(added: list[str], template: str = "", **named: str):

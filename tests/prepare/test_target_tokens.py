@@ -14,7 +14,7 @@ from posttrain_dist.data.chat import template as chat_template
 from posttrain_dist.data.prepared.arrays import Examples, SplitWriter, flatten
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.flow import Example
-from posttrain_dist.metrics.special_tokens import special_tokens
+from posttrain_dist.metrics.watched_tokens import special_tokens
 from posttrain_dist.models.folder import load_tokenizer, resolve
 from posttrain_dist.objectives.pretrain import Pretrain
 from posttrain_dist.prepare import fingerprint, prepare

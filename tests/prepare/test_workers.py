@@ -22,7 +22,8 @@ from posttrain_dist.data import LongRows, OnBadRow, Template
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.errors import DataError, PosttrainError
 from posttrain_dist.prepare import build_dataset as build
-from posttrain_dist.prepare import prepare, workers
+from posttrain_dist.prepare import prepare
+from posttrain_dist.prepare.processes import workers
 
 
 def config_of(model: Path, tmp_path: Path, **data: Any) -> RunConfig:
@@ -110,14 +111,20 @@ def test_a_process_that_dies_is_an_error_and_leaves_nothing(
 
     def start(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
         started.append(plain(*args, **kwargs))
+        killer.start()
         return started[-1]
 
+    def kill_one() -> None:
+        children = Path(f"/proc/{started[0].pid}/task/{started[0].pid}/children")
+        while len(workers_of := children.read_text().split()) < 2:
+            time.sleep(0.01)
+        os.kill(int(workers_of[1]), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
     monkeypatch.setattr(workers.subprocess, "Popen", start)
-    killer = threading.Timer(0.5, lambda: os.kill(started[0].pid, signal.SIGKILL))
-    killer.start()
-    with pytest.raises(RuntimeError, match="a process that tokenises died"):
+    with pytest.raises(RuntimeError, match=r"a process that tokenises died \(exit code -9\)"):
         prepare(config_of(tiny_llama, tmp_path, train=str(data), workers=2), tmp_path / "p")
-    assert all(child.poll() is not None for child in started)
+    assert len(started) == 1 and started[0].poll() == 128 + signal.SIGKILL
     assert not (tmp_path / "p").exists()
 
 

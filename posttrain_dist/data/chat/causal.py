@@ -17,21 +17,12 @@ from typing import Any, SupportsIndex
 import jinja2
 from jinja2 import nodes
 
+from posttrain_dist.data.chat.jinja_environment import OutputBuffer
+
 _BACKWARD = {"first", "index", "index0", "previtem", "depth", "depth0", "cycle", "changed"}
 _ELSEWHERE = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends, nodes.Block)
 _PER_ROW = {"messages", "tools", "documents"}
 _PROMPT = "add_generation_prompt"
-
-
-class OutputBuffer(list[str]):
-    """What a template has written so far; `length` is in characters."""
-
-    length = 0
-
-    def append(self, piece: str) -> None:
-        """Add what the template writes next."""
-        super().append(piece)
-        self.length += len(piece)
 
 
 class TracedMessages(list[Any]):

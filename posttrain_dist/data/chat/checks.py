@@ -11,10 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from posttrain_dist.data.chat.controls import REASONING, Span
 from posttrain_dist.data.chat.conversation import Conversation
 from posttrain_dist.data.chat.template import WITH_TOOLS
 from posttrain_dist.data.chat.turn_ends import ends_turn, stops_early
+from posttrain_dist.data.tokens.text_tokens import Ints
 from posttrain_dist.errors import DataError
 
 
@@ -149,9 +152,9 @@ def prompt_text_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) 
     return ""
 
 
-def prompt_token_fault(ids: Sequence[int], first: int, tail: Sequence[int], turn: str) -> str:
-    """An inference prompt whose last tokens, from token `first` on, are not in `ids`."""
-    if list(ids[first : first + len(tail)]) == list(tail):
+def prompt_token_fault(ids_L: Ints, first: int, tail: Sequence[int], turn: str) -> str:
+    """An inference prompt whose last tokens, from token `first` on, are not in `ids_L`."""
+    if ids_L[first : first + len(tail)].tolist() == tail:
         return ""
     return (
         f"the tokens of the inference prompt{turn} do not begin the training tokens: the answer's "
@@ -179,20 +182,22 @@ def end_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
     return f"no end-of-turn token is supervised in messages[{turn}]"
 
 
-def bos_fault(ids: Sequence[int], bos: int | None, eos: int | None, name: str) -> str:
+def bos_fault(ids_L: Ints, bos: int | None, eos: int | None, name: str) -> str:
     """A begin-of-text token that stands neither first nor behind the end of a text."""
-    if bos is None or bos == eos or list(ids).count(bos) < 2:
+    if bos is None or bos == eos or np.count_nonzero(ids_L == bos) < 2:
         return ""
+    ids = ids_L.tolist()
     if ids[0] == ids[1] == bos:
         return f"begins with two {name} tokens"
     wrong = [i for i in range(1, len(ids)) if ids[i] == bos and ids[i - 1] != eos]
     return f"holds a second {name} token, as its token {wrong[0]}" if wrong else ""
 
 
-def quote_fault(ids: Sequence[int], bos: int | None, eos: int | None) -> str:
+def quote_fault(ids_L: Ints, bos: int | None, eos: int | None) -> str:
     """A row of plain text that holds a token which begins or ends one."""
-    inside = ids[1:-1]
-    return "holds a begin or an end of text" if bos in inside or eos in inside else ""
+    inside_L = ids_L[1:-1]
+    is_quoted = any(token is not None and (inside_L == token).any() for token in (bos, eos))
+    return "holds a begin or an end of text" if is_quoted else ""
 
 
 def mark_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:

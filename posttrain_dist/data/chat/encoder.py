@@ -5,9 +5,9 @@ Record -> supervised texts -> one call of the tokenizer -> Examples
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,20 +15,19 @@ import numpy.typing as npt
 from posttrain_dist.data import LongRows, Supervise, Template
 from posttrain_dist.data.chat import checks
 from posttrain_dist.data.chat.checks import Faults
-from posttrain_dist.data.chat.controls import Span
 from posttrain_dist.data.chat.supervision import SupervisedText, Supervision
 from posttrain_dist.data.chat.template import ChatTemplate, load_template
 from posttrain_dist.data.chat.token_weights import token_weights
 from posttrain_dist.data.formats.plain import IGNORED
+from posttrain_dist.data.tokens.byte_level import ByteLevel
+from posttrain_dist.data.tokens.text_tokens import TextTokens
 from posttrain_dist.errors import ConfigError, DataError, PosttrainError
 from posttrain_dist.flow import Example, Record
-
-if TYPE_CHECKING:
-    from tokenizers import Encoding
 
 # What the tokenizer is given at once: its answer takes some hundred bytes per character.
 _BATCH = 256  # texts
 _BATCH_CHARACTERS = 1 << 20
+_MANY_TEXTS = 1000  # that are worth the making of a table of words
 # Channels and samples have numbers only once the rows of all files are known.
 _NUMBERED_LATER = -1
 
@@ -75,6 +74,8 @@ class Encoder:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()  # a tokenizer.json may bring its own limits
         self._backend.no_padding()
+        self._byte_level: ByteLevel | None = None
+        self._num_texts, self._is_loaded = 0, False
         # Kept here: a tokenizer looks them up each time.
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._bos_name = str(tokenizer.bos_token)
@@ -92,6 +93,13 @@ class Encoder:
         if self._loaded is None:
             self._loaded = load_template(self._choice, self._tokenizer)
         return self._loaded
+
+    def load(self) -> None:
+        """Make now what is otherwise made when needed; errors of the template wait for a row."""
+        self._byte_level, self._is_loaded = ByteLevel.of(self._backend), True
+        with contextlib.suppress(PosttrainError):
+            template = self.template
+            _ = template.additions, template.trailer
 
     def encode(self, record: Record) -> RowExamples:
         """The examples of one row.
@@ -147,12 +155,12 @@ class Encoder:
         results: list[RowExamples | PosttrainError],
     ) -> None:
         """Tokenise the texts, and put the examples of each to those of its row."""
-        for (i, text), encoding in zip(batch, self._tokenise(batch), strict=True):
+        for (i, text), tokens in zip(batch, self._tokenise(batch), strict=True):
             row = results[i]
             if isinstance(row, PosttrainError):
                 continue
             try:
-                _add(row, self._finish(text, encoding), text.faults)
+                _add(row, self._finish(text, tokens), text.faults)
             except DataError as error:
                 results[i] = error
 
@@ -167,112 +175,118 @@ class Encoder:
         if record.labels:
             weight_L = (np.array(record.labels) != IGNORED).astype(np.float32)
         faults = Faults(record.where, self._choice.strict)
-        fault = checks.bos_fault(record.input_ids, self._bos, self._eos, self._bos_name)
+        ids_L = np.array(record.input_ids, np.int32)
+        fault = checks.bos_fault(ids_L, self._bos, self._eos, self._bos_name)
         faults.note("double_bos", fault)
         self._refuse_no_target(weight_L, faults)
-        ids_L = np.array(record.input_ids, np.int32)
         _add(row, self._cut(ids_L, weight_L, faults, has_turns=False), faults)
 
     # ---------------------------------------------------------------------------- text -> tokens
 
-    def _tokenise(self, batch: Sequence[tuple[int, SupervisedText]]) -> Iterator[Encoding | None]:
-        """The encoding of each text; nothing where some of its control tokens are forged."""
-        plain = [text for _, text in batch if text.escaped.aliased is None]
-        # The template has written BOS and all other special tokens itself.
-        chats = [each.text for each in plain if not each.is_plain]
-        texts = [each.text for each in plain if each.is_plain]
-        of_chats = iter(self._backend.encode_batch(chats, add_special_tokens=False))
-        of_texts = iter(self._backend.encode_batch(texts))
-        for _, text in batch:
+    def _tokenise(self, batch: Sequence[tuple[int, SupervisedText]]) -> Iterator[TextTokens | None]:
+        """The tokens of each text; nothing where some of its control tokens are forged."""
+        self._num_texts += len(batch)
+        if self._num_texts > _MANY_TEXTS and not self._is_loaded:
+            self.load()
+        found: list[TextTokens | None] = [None] * len(batch)
+        chats, texts = [], []  # those that `tokenizers` is asked for
+        for i, (_, text) in enumerate(batch):
             if text.escaped.aliased is not None:
-                yield None
-            else:
-                yield next(of_texts if text.is_plain else of_chats)
+                continue
+            if text.is_plain:
+                texts.append(i)
+            elif self._byte_level is not None:
+                found[i] = self._byte_level.encode(text.text)
+            if found[i] is None and not text.is_plain:
+                chats.append(i)
+        # The template has written BOS and all other special tokens of a chat itself.
+        for asked, adds_special in ((chats, False), (texts, True)):
+            given = [batch[i][1].text for i in asked]
+            encodings = self._backend.encode_batch(given, add_special_tokens=adds_special)
+            for i, encoding in zip(asked, encodings, strict=True):
+                found[i] = TextTokens.of_encoding(encoding)
+        return iter(found)
 
-    def _finish(self, text: SupervisedText, encoding: Encoding | None) -> list[Example]:
-        if encoding is not None:
-            ids, offsets = encoding.ids, encoding.offsets
-        else:
+    def _finish(self, text: SupervisedText, tokens: TextTokens | None) -> list[Example]:
+        if tokens is None:
             whole = slice(0, None)
-            ids, offsets = self.template.controls.encode_aliased(text.escaped, whole, text.where)
+            encoded = self.template.controls.encode_aliased(text.escaped, whole, text.where)
+            tokens = TextTokens.of(*encoded)
         eos = self._eos
-        if text.is_plain and (not ids or ids[-1] != eos):
-            ids, offsets = [*ids, eos], [*offsets, (len(text.text),) * 2]
-        if not ids:
+        if text.is_plain and (not len(tokens.ids_L) or tokens.ids_L[-1] != eos):
+            tokens = tokens.with_end(eos, len(text.text))
+        ids_L = tokens.ids_L
+        if not len(ids_L):
             raise DataError(
                 "the chat template renders nothing", where=text.where, fix="correct the template"
             )
         # In a row of plain text, special tokens are what they say.
-        is_added = not text.is_plain or offsets[0][0] == offsets[0][1]
-        own = ids[:2] if text.is_plain else ids
-        fault = checks.bos_fault(own, self._bos, eos, self._bos_name) if is_added else ""
+        is_added = not text.is_plain or tokens.start_L[0] == tokens.end_L[0]
+        own_L = ids_L[:2] if text.is_plain else ids_L
+        fault = checks.bos_fault(own_L, self._bos, eos, self._bos_name) if is_added else ""
         text.faults.note("double_bos", fault)
         if text.is_plain and not fault:
-            text.faults.note("control_tokens", checks.quote_fault(ids, self._bos, eos))
-        weight_L = self._weigh(text, ids, offsets)
+            text.faults.note("control_tokens", checks.quote_fault(ids_L, self._bos, eos))
+        weight_L = self._weigh(text, tokens)
         self._refuse_no_target(weight_L, text.faults)
-        if len(ids) > self._max_length and self._choice.explode_turns and text.prompts:
-            text.num_filling = self._filling(text, ids, offsets)
+        if len(ids_L) > self._max_length and self._choice.explode_turns and text.prompts:
+            text.num_filling = self._filling(text, tokens)
         has_turns = bool(text.spans) and not text.is_plain
-        return self._cut(np.array(ids, np.int32), weight_L, text.faults, has_turns)
+        return self._cut(ids_L, weight_L, text.faults, has_turns)
 
     def _refuse_no_target(self, weight_L: npt.NDArray[np.float32], faults: Faults) -> None:
         weight_L[0] = 0  # nothing stands before the first token to predict it from
         if not weight_L.any():
             faults.note("no_target", "the row has no supervised token")
 
-    def _weigh(
-        self, text: SupervisedText, ids: list[int], offsets: list[Span]
-    ) -> npt.NDArray[np.float32]:
+    def _weigh(self, text: SupervisedText, tokens: TextTokens) -> npt.NDArray[np.float32]:
         if text.is_plain and not text.prompts:
-            return np.ones(len(ids), np.float32)
+            return np.ones(len(tokens.ids_L), np.float32)
         if not text.is_plain and self.template.controls.strip_ids:
-            offsets = self._unpadded(text.text, ids, offsets)
+            tokens = self._unpadded(text.text, tokens)
         for length, name, fix in text.prompts:
             if "prompt_prefix" not in text.faults.names:
-                fault = self._token_fault(text, ids, offsets, length, name)
+                fault = self._token_fault(text, tokens, length, name)
                 text.faults.note("prompt_prefix", fault, fix)
-        weight_L = token_weights(offsets, text.spans)
+        weight_L = token_weights(tokens, text.spans)
         if text.is_plain:
             weight_L[-1] = 1  # the end token
         return weight_L
 
-    def _unpadded(self, text: str, ids: list[int], offsets: list[Span]) -> list[Span]:
-        """Offsets of special tokens without the white space that they swallow."""
-        swallow = self.template.controls.strip_ids
-        trimmed = list(offsets)
-        for i, (start, end) in enumerate(offsets):
-            if ids[i] in swallow:
-                start += len(text[start:end]) - len(text[start:end].lstrip())
-                trimmed[i] = (start, start + len(text[start:end].strip()))
-        return trimmed
+    def _unpadded(self, text: str, tokens: TextTokens) -> TextTokens:
+        """Tokens of which the special ones are without the white space that they swallow."""
+        start_L, end_L = tokens.start_L.copy(), tokens.end_L.copy()
+        for i in np.flatnonzero(np.isin(tokens.ids_L, list(self.template.controls.strip_ids))):
+            start, whole = int(start_L[i]), text[start_L[i] : end_L[i]]
+            start_L[i] = start + len(whole) - len(whole.lstrip())
+            end_L[i] = start_L[i] + len(whole.strip())
+        return TextTokens(tokens.ids_L, start_L, end_L)
 
-    def _token_fault(
-        self, text: SupervisedText, ids: list[int], offsets: list[Span], length: int, name: str
-    ) -> str:
+    def _token_fault(self, text: SupervisedText, tokens: TextTokens, length: int, name: str) -> str:
         """The prompt's text begins the training text; do its tokens?
 
         No merge crosses a control token. So only what stands from the prompt's last control
         token on has to be tokenised, and that is the same few characters in most rows.
         """
+        ids_L = tokens.ids_L
         if text.is_plain:
             tail = self._backend.encode(text.text[:length]).ids
             if tail and tail[-1] == self._eos:
                 del tail[-1]
-            return checks.prompt_token_fault(ids, 0, tail, name)
+            return checks.prompt_token_fault(ids_L, 0, tail, name)
         controls = self.template.controls
-        first = bisect_left(offsets, length + 1, key=lambda span: span[1]) - 1
+        first = int(np.searchsorted(tokens.end_L, length + 1)) - 1
         known = controls.numbers if controls.are_borders else ()
-        while first > 0 and ids[first] not in known:
+        while first > 0 and int(ids_L[first]) not in known:
             first -= 1
         first = max(first, 0)
-        start = offsets[first][0] if first else 0
+        start = int(tokens.start_L[first]) if first else 0
         if text.escaped.aliased is not None:
             part = slice(start, length)
             tail, _ = controls.encode_aliased(text.escaped, part, text.where)
         else:
             tail = self._tail(text.text[start:length])
-        return checks.prompt_token_fault(ids, first, tail, name)
+        return checks.prompt_token_fault(ids_L, first, tail, name)
 
     def _tail(self, text: str) -> list[int]:
         found = self._tails.get(text)
@@ -314,7 +328,7 @@ class Encoder:
         ids_L, weight_L = ids_L[:limit].copy(), weight_L[:limit].copy()  # not a view of the whole
         return [_example(ids_L, weight_L, truncated=True)]
 
-    def _filling(self, text: SupervisedText, ids: list[int], offsets: list[Span]) -> int:
+    def _filling(self, text: SupervisedText, tokens: TextTokens) -> int:
         """Characters before the first target whose tokens alone fill the limit; 0: too few.
 
         They end with a control token, so that they give the same tokens whatever follows.
@@ -324,11 +338,14 @@ class Encoder:
         controls = self.template.controls
         if not controls.are_borders:
             return 0
-        for i in range(self._max_length, len(ids)):
-            if offsets[i][1] > text.spans[0][0]:
+        behind = slice(self._max_length, None)
+        for token, end in zip(
+            tokens.ids_L[behind].tolist(), tokens.end_L[behind].tolist(), strict=True
+        ):
+            if end > text.spans[0][0]:
                 break
-            if ids[i] in controls.numbers:
-                return offsets[i][1]
+            if token in controls.numbers:
+                return int(end)
         return 0
 
 

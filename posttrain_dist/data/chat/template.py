@@ -15,8 +15,14 @@ from typing import Any
 import jinja2
 
 from posttrain_dist.data import Template
-from posttrain_dist.data.chat.causal import OutputBuffer, TracedMessages, is_causal
+from posttrain_dist.data.chat.causal import TracedMessages, is_causal
 from posttrain_dist.data.chat.controls import ControlTokens, Span
+from posttrain_dist.data.chat.jinja_environment import (
+    THOUGHTS,
+    OutputBuffer,
+    compile_template,
+    with_thoughts,
+)
 from posttrain_dist.data.prefix import common_prefix_length
 from posttrain_dist.errors import ConfigError, DataError, ModelError
 from posttrain_dist.flow import Message
@@ -30,8 +36,7 @@ _MARK = re.compile(r"\{%-?\+?\s*generation\s*-?\+?%\}")
 _NEEDS = re.compile(r"\{#-?\s*tokens:(.*?)-?#\}", re.DOTALL)
 # Content in the conversation that shows a template's skeleton; roles that it refuses are left out.
 _PROBES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
-# Fields of a message that transformers knows under several names.
-_RENAMED = frozenset({"reasoning_content", "thinking", "reasoning"})
+_THOUGHTS = frozenset(THOUGHTS)
 _CALLS = frozenset({"tool_calls"})
 _NOTHING: nullcontext[None] = nullcontext()
 # What Jinja raises when a template does what it cannot do with a row.
@@ -197,14 +202,14 @@ class ChatTemplate:
     ) -> tuple[str, list[Span]]:
         # Not apply_chat_template: it gives no character spans, and its token mask loses the last
         # bytes of a character that is several tokens.
+        if not all(map(_THOUGHTS.isdisjoint, messages)):
+            messages = with_thoughts(messages)
         try:
-            compiled = self._compiled
-            if compiled is None or not all(map(_RENAMED.isdisjoint, messages)):
-                return self._render_slowly(messages, tools, generation_prompt, marks)
+            compiled: Any = self._compiled
             output, spans = OutputBuffer(), list[Span]()
             given = list(messages) if starts is None else TracedMessages(messages, output, starts)
-            tracker = compiled.environment.activate_tracker(output, spans) if marks else _NOTHING
-            with tracker:
+            recording = compiled.environment.record_marks(output, spans) if marks else _NOTHING
+            with recording:
                 for piece in compiled.generate(
                     messages=given,
                     tools=list(tools) or None,
@@ -234,7 +239,7 @@ class ChatTemplate:
 
         Null where that depends on the messages, or earlier ones on later ones.
         """
-        if self._compiled is None or not is_causal(self.source, self._compiled.environment):
+        if not is_causal(self.source, self._compiled.environment):
             return None
         found = []
         for generation_prompt in (True, False):
@@ -310,33 +315,8 @@ class ChatTemplate:
         return None
 
     @cached_property
-    def _compiled(self) -> Any:
-        """The template as transformers compiles it; null where this release hides it."""
-        from transformers.utils import chat_template_utils
-
-        compile_template = getattr(chat_template_utils, "_compile_jinja_template", None)
-        compiled = compile_template(self.source) if compile_template else None
-        return compiled if hasattr(compiled, "environment") else None
-
-    def _render_slowly(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Any],
-        generation_prompt: bool,
-        marks: bool,
-    ) -> tuple[str, list[Span]]:
-        """By transformers' own function, which also knows older names of a message's fields."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        texts, spans = render_jinja_template(
-            conversations=[list(messages)],
-            tools=list(tools) or None,
-            chat_template=self.source,
-            return_assistant_tokens_mask=marks,
-            add_generation_prompt=generation_prompt,
-            **self._variables,
-        )
-        return texts[0], [(int(a), int(b)) for a, b in spans[0]] if marks else []
+    def _compiled(self) -> jinja2.Template:
+        return compile_template(self.source)
 
     def _skeleton(self) -> str:
         for roles in _PROBES:

@@ -16,6 +16,7 @@ from posttrain_dist.data.chat.encoder import Encoder
 from posttrain_dist.data.chat.template import ChatTemplate
 from posttrain_dist.data.chat.token_weights import token_weights
 from posttrain_dist.data.chat.turn_spans import turn_spans
+from posttrain_dist.data.tokens.text_tokens import TextTokens
 from posttrain_dist.errors import ConfigError, DataError, ModelError
 from posttrain_dist.flow import Record
 
@@ -169,8 +170,9 @@ def test_template_that_refuses_a_row_names_the_row(tokenizer_of: TokenizerOf) ->
 def test_token_weights_on_offsets_by_hand() -> None:
     # A trimmed space (empty range), one character of two tokens, and a token over the edge.
     offsets = [(0, 2), (3, 3), (3, 4), (4, 5), (4, 5), (5, 8), (8, 9)]
-    assert token_weights(offsets, [(2, 3), (4, 6)]).tolist() == [0, 1, 0, 1, 1, 1, 0]
-    assert token_weights(offsets, [(2, 3, 0.5), (4, 6, 2.0)]).tolist() == [0, 0.5, 0, 2, 2, 2, 0]
+    tokens = TextTokens.of(list(range(len(offsets))), offsets)
+    assert token_weights(tokens, [(2, 3), (4, 6)]).tolist() == [0, 1, 0, 1, 1, 1, 0]
+    assert token_weights(tokens, [(2, 3, 0.5), (4, 6, 2.0)]).tolist() == [0, 0.5, 0, 2, 2, 2, 0]
 
 
 # ------------------------------------------------------------------------------- policies

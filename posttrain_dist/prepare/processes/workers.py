@@ -7,27 +7,21 @@ be guarded against that, and forked ones inherit the threads of torch and tokeni
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import os
 import pickle
 import queue
-import signal
 import subprocess
-import sys
 import threading
-import traceback
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from typing import IO
 
 from posttrain_dist.data.chat.template import ChatTemplate
-from posttrain_dist.errors import PosttrainError
 from posttrain_dist.prepare.chunk import Chunk
+from posttrain_dist.prepare.processes import fork_server
 from posttrain_dist.prepare.row_encoder import Job, RowEncoder, Task
 
 CHUNKS_AHEAD = 4  # of one task that wait to be used
-_PR_SET_PDEATHSIG = 1
 SMALL_BYTES = 4 << 20  # below, starting a process takes longer than the work
 
 
@@ -82,25 +76,35 @@ class _Answer:
 
 
 class _Pool:
-    """One thread for each process: it sends a task and waits for its chunks."""
+    """A fork server, and one thread for each of its workers: it sends a task and waits for chunks.
+
+    A worker is known by its two pipes: what it does is written to one, its answers come from the
+    other, which ends when the worker does.
+    """
 
     def __init__(self, job: Job, processes: int) -> None:
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-        start = f"from posttrain_dist.prepare.workers import work; work({os.getpid()})"
+        pipes = [(*os.pipe(), *os.pipe()) for _ in range(processes)]
+        theirs = [(tasks_read, answers_write) for tasks_read, _, _, answers_write in pipes]
+        self._server = subprocess.Popen(
+            fork_server.command(os.getpid(), theirs),
+            stdin=subprocess.PIPE,
+            env={**os.environ, **fork_server.ENVIRONMENT},
+            pass_fds=[end for ends in theirs for end in ends],
+        )
+        for ends in theirs:
+            for end in ends:
+                os.close(end)
         self._closed = threading.Event()
         self._tasks: queue.SimpleQueue[tuple[Task, _Answer] | None] = queue.SimpleQueue()
-        self._children = [
-            subprocess.Popen(
-                [sys.executable, "-c", start],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=environment,
-            )
-            for _ in range(processes)
+        self._streams = [
+            (os.fdopen(tasks, "wb"), os.fdopen(answers, "rb")) for _, tasks, answers, _ in pipes
         ]
+        assert self._server.stdin is not None
+        with contextlib.suppress(OSError), self._server.stdin as stdin:  # it died: seen later
+            fork_server.send(stdin, job)
         self._threads = [
-            threading.Thread(target=self._drive, args=(child, job), daemon=True)
-            for child in self._children
+            threading.Thread(target=self._drive, args=streams, daemon=True)
+            for streams in self._streams
         ]
         for thread in self._threads:
             thread.start()
@@ -113,71 +117,35 @@ class _Pool:
     def close(self) -> None:
         """End the processes, also in the middle of a task."""
         self._closed.set()
-        for child in self._children:
-            child.kill()
+        self._server.kill()  # and the system its workers
         for _ in self._threads:
             self._tasks.put(None)
-        for child, thread in zip(self._children, self._threads, strict=True):
+        for (tasks, answers), thread in zip(self._streams, self._threads, strict=True):
             thread.join()
-            child.wait()
-            for stream in (child.stdin, child.stdout):
-                if stream is not None:
-                    with contextlib.suppress(OSError):  # what a dead process did not read
-                        stream.close()
+            while answers.read(1 << 20):  # until the worker has ended
+                pass
+            answers.close()
+            with contextlib.suppress(OSError):  # what a dead process did not read
+                tasks.close()
+        self._server.wait()
 
-    def _drive(self, child: subprocess.Popen[bytes], job: Job) -> None:
-        assert child.stdin is not None and child.stdout is not None
-        first = True
+    def _drive(self, tasks: IO[bytes], answers: IO[bytes]) -> None:
         while (entry := self._tasks.get()) is not None:
             task, answer = entry
             try:
-                if first:
-                    _send(child.stdin, job)
-                    first = False
-                _send(child.stdin, task)
-                while isinstance(item := pickle.load(child.stdout), Chunk):
+                fork_server.send(tasks, task)
+                while isinstance(item := pickle.load(answers), Chunk):
                     answer.put(item)
                 answer.put(item)
             except (OSError, EOFError, pickle.UnpicklingError):
-                child.kill()
-                code = child.wait()
-                answer.put(RuntimeError(f"a process that tokenises died (exit code {code})"))
+                answer.put(RuntimeError(f"a process that tokenises died ({self._code()})"))
             except Exception as error:  # whatever it is, the caller must not wait forever
                 answer.put(error)
 
-
-def _send(stream: IO[bytes], value: object) -> None:
-    pickle.dump(value, stream, protocol=5)
-    stream.flush()
-
-
-def work(parent: int) -> None:
-    """What each process does: a Job, then Tasks from stdin; Chunks and None for each to stdout."""
-    _end_with(parent)
-    stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get among the answers
-    try:
-        encoder = RowEncoder(pickle.load(stdin))
-        gc.freeze()  # what the libraries hold need not be looked through again and again
-        while True:
-            task = pickle.load(stdin)
-            end: Exception | None = None
-            try:
-                for chunk in encoder.chunks(task):
-                    _send(stdout, chunk)
-            except PosttrainError as error:
-                end = error
-            except Exception as error:  # it may be of a class that cannot be sent
-                end = RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
-            _send(stdout, end)
-    except (EOFError, BrokenPipeError):
-        return
-
-
-def _end_with(parent: int) -> None:
-    """Die with the process that started this one, whatever ends it (Linux)."""
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    def _code(self) -> str:
+        """The exit code of the worker that died, which the server ends with."""
+        try:
+            code = self._server.wait(10)
+        except subprocess.TimeoutExpired:
+            return "its server goes on"
+        return f"exit code {128 - code if code > 128 else code}"

@@ -18,7 +18,7 @@ def pieces(
     ids: list[int] = []
     for token, weight in zip(input_ids_L.tolist(), weight_L.tolist(), strict=True):
         ids.append(token)
-        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        text = tokenizer.decode(ids)
         if text.endswith("\ufffd") and len(ids) < 8:
             continue  # in the middle of a character
         found.append([text, weight, token in special])
