@@ -147,7 +147,8 @@ def test_training_does_not_start_when_a_check_fails(
     assert main(["train", *words]) == 1
     text = capsys.readouterr().err
     assert f"{data}:1" in text and "template.explode_turns=true" in text
-    assert not list((tmp_path / "out").rglob("*.yaml"))  # no run was begun
+    assert "6 rows, first at line 1: " in text
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
     assert main(["prepare", *words, "template.strict=false", "name=loose"]) == 0
     report = json.loads((tmp_path / "out" / "loose" / "data_report.json").read_text())

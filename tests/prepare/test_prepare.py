@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from posttrain_dist.config import RunConfig, complete
-from posttrain_dist.data import DataConfig
+from posttrain_dist.data import DataConfig, LongRows
 from posttrain_dist.data.embedded import split_path
 from posttrain_dist.data.formats.records import read_records
 from posttrain_dist.data.prepared.arrays import Examples
@@ -240,9 +240,11 @@ def test_cut_rows_are_counted_and_those_left_with_nothing_dropped(
     data = builders.write(tmp_path / "rows.jsonl", rows)
     config = make(train=str(data), max_length=26, eval_fraction=0)
     # The second row keeps a part of its answer, but not its end token.
-    with pytest.raises(DataError, match="1 of 4 rows fail the check 'end_of_turn'") as caught:
+    what = "3 of 4 rows are longer than data.max_length=26, and 1 of them lose their end of turn"
+    with pytest.raises(DataError, match=what) as caught:
         prepare(config, tmp_path / "p")
-    assert caught.value.where == f"{data}:2" and "data.max_length" in caught.value.fix
+    assert caught.value.where == f"{data}:2"
+    assert caught.value.fix.startswith("set data.long_rows=drop (leaves such rows out) or split (")
     assert not (tmp_path / "p").exists()
     config.template.strict = False
     summary = prepare(config, tmp_path / "p")
@@ -258,6 +260,21 @@ def test_cut_rows_are_counted_and_those_left_with_nothing_dropped(
         "end_of_turn": [f"{data}:2"],
         "truncated_target": [f"{data}:3", f"{data}:4"],
     }
+
+
+def test_a_channel_of_long_rows_alone_says_what_left_them_out(
+    make: Any, builders: Any, tmp_path: Path
+) -> None:
+    rows = [builders.chat("q" * 60, "answer", "long"), builders.chat("q", "a", "short")]
+    data = builders.write(tmp_path / "rows.jsonl", rows)
+    config = make(train=str(data), max_length=26, eval_fraction=0, long_rows=LongRows.drop)
+    with pytest.raises(DataError) as caught:
+        prepare(config, tmp_path / "p")
+    assert str(caught.value) == (
+        f"{data}:1: channel 'long' has no supervised token in 1 rows: data.long_rows=drop leaves "
+        "out 1 above data.max_length=26\n"
+        "  fix: set data.long_rows=split, raise data.max_length or leave the channel out"
+    )
 
 
 def test_a_channel_with_no_supervised_token_names_its_rows(
