@@ -289,3 +289,15 @@ def test_relative_imports_of_a_package_resolve() -> None:
 def test_what_is_foreign_to_the_ground_is_seen() -> None:
     found = foreign_to_ground("import os, torch.nn\nimport numpy", "posttrain_dist.flow")
     assert found == ["line 2: numpy"]
+
+
+def test_no_process_of_ours_imports_from_the_users_folder() -> None:
+    """`-m` and `-c` put the current folder first: a user's ray.py would be taken for Ray."""
+    calls = [
+        (name_of(path), call)
+        for path in LIBRARY_FILES
+        for call in re.findall(r"\[sys\.executable, [^\]]*", path.read_text(encoding="utf-8"))
+    ]
+    assert len(calls) >= 7
+    for name, call in calls:
+        assert call.startswith(('[sys.executable, "-P", ', "[sys.executable, *module")), name

@@ -37,6 +37,8 @@ SHORT += ["eval.generate_rows=2", "eval.samples=3"]
 def demo(tmp_path_factory) -> tuple[Path, str]:
     """(run folder, what was printed) of the demo with a worker killed after its first save."""
     root = tmp_path_factory.mktemp("demo")
+    for name in ("ray", "torch", "wandb", "tokenizers", "numpy"):  # what users call their scripts
+        (root / f"{name}.py").write_text("raise SystemExit('a file of the user was imported')")
     command = [str(POSTTRAIN), "train", "+experiment=demo", *SHORT]
     with (root / "said").open("w") as said, (root / "errors").open("w") as errors:
         driver = subprocess.Popen(command, cwd=root, stdout=said, stderr=errors)

@@ -55,7 +55,7 @@ def main() -> None:
     sys.stdout.flush()
     if reason is not None:
         # In a new process: W&B's service keeps the id of a run that failed.
-        module = ["-m", "posttrain_dist.metrics.wandb_mirror", str(given.run_folder)]
+        module = ["-P", "-m", "posttrain_dist.metrics.wandb_mirror", str(given.run_folder)]
         os.execve(sys.executable, [sys.executable, *module, "--offline", reason], environment)
     os._exit(0)  # W&B's exit hooks wait for the service
 

@@ -110,7 +110,13 @@ class WandbSink:
             write_atomic(run_folder / "logs" / "wandb.json", json.dumps(settings))
             with (run_folder / "logs" / "wandb.log").open("ab") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "posttrain_dist.metrics.wandb_mirror", str(run_folder)],
+                    [
+                        sys.executable,
+                        "-P",
+                        "-m",
+                        "posttrain_dist.metrics.wandb_mirror",
+                        str(run_folder),
+                    ],
                     stdin=subprocess.PIPE,  # never written: its end says that the training ended
                     stdout=log,
                     stderr=subprocess.STDOUT,

@@ -130,7 +130,7 @@ def error_file(run_folder: Path) -> Path:
 def _start_child(
     run_folder: Path, address: str | None, given_by: str, temp_dir: Path | None, log: Path
 ) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "posttrain_launch.ray.job", str(run_folder)]
+    command = [sys.executable, "-P", "-m", "posttrain_launch.ray.job", str(run_folder)]
     environment = {**os.environ, **quiet_environment()}
     if address:
         command += ["--address", address, "--given-by", given_by]

@@ -71,7 +71,7 @@ def _end_with_driver(temp_dir: Path | None) -> None:
         pass
     print("the driver is gone; ending", file=sys.stderr, flush=True)
     # By a process outside: this one may be starting more, and dies when its Ray does.
-    command = [sys.executable, "-m", "posttrain_launch.ray.child", str(os.getpid())]
+    command = [sys.executable, "-P", "-m", "posttrain_launch.ray.child", str(os.getpid())]
     subprocess.Popen(command + ([str(temp_dir)] if temp_dir else []), start_new_session=True)
 
 

@@ -61,7 +61,7 @@ class Sweep:
 
     def run_subprocess(self, arguments: list[str], debug: bool) -> int:
         """`posttrain ARGUMENTS` in a process of its own, which gets the signals."""
-        command = [sys.executable, "-m", "posttrain_launch.cli", *arguments]
+        command = [sys.executable, "-P", "-m", "posttrain_launch.cli", *arguments]
         child = subprocess.Popen([*command, *(["--debug"] if debug else [])])
         with _signals_to(child):
             return child.wait()

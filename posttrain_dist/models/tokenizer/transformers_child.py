@@ -26,7 +26,7 @@ def read_by_transformers(folder: Path) -> ModelTokenizer:
         Exception: whatever transformers raises.
     """
     if "transformers.tokenization_utils_base" not in sys.modules:
-        command = [sys.executable, "-c", _SCRIPT, str(folder)]
+        command = [sys.executable, "-P", "-c", _SCRIPT, str(folder)]
         done = subprocess.run(command, capture_output=True, check=False)
         if done.returncode == 0:
             return ModelTokenizer(**json.loads(done.stdout.splitlines()[-1]))

@@ -33,7 +33,7 @@ Pipes = tuple[int, int]  # file descriptors of a worker: Tasks, answers
 def command(parent: int, pipes: Sequence[Pipes]) -> list[str]:
     """The command that starts the server, which reads a Job from stdin."""
     script = f"from {__name__} import serve; serve({parent}, {list(pipes)})"
-    return [sys.executable, "-c", script]
+    return [sys.executable, "-P", "-c", script]
 
 
 def serve(parent: int, pipes: Sequence[Pipes]) -> None:
