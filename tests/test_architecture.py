@@ -296,8 +296,8 @@ def test_no_process_of_ours_imports_from_the_users_folder() -> None:
     calls = [
         (name_of(path), call)
         for path in LIBRARY_FILES
-        for call in re.findall(r"\[sys\.executable, [^\]]*", path.read_text(encoding="utf-8"))
+        for call in re.findall(r"\[\s*sys\.executable,[^\]]*", path.read_text(encoding="utf-8"))
     ]
     assert len(calls) >= 7
     for name, call in calls:
-        assert call.startswith(('[sys.executable, "-P", ', "[sys.executable, *module")), name
+        assert '"-P",' in call or "*module" in call, name
