@@ -17,6 +17,7 @@ from posttrain_dist.files import FileDigest
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 4
+WITHOUT_DIGEST = (1, 2, 3)  # formats whose manifest has none of itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +72,9 @@ def fault_of(folder: Path) -> str:
     """
     try:
         values = json.loads((folder / MANIFEST).read_bytes())
-        files, written = values["files"].items(), values.get("format")
-        if written == FORMAT:
-            if values["digest"] != _digest(values):
-                return f"{MANIFEST} was changed after it was written"
-            if folder.name != step_name(_parse(values).step) and is_step_name(folder.name):
-                return f"{MANIFEST} is of step {values['step']}"
+        files = values["files"].items()
+        if fault := _fault_of_values(values, folder.name):
+            return fault
         for name, file in files:
             if fault := _fault_of_size(folder / name, _size(file)):
                 return f"{name} {fault}"
@@ -84,6 +82,16 @@ def fault_of(folder: Path) -> str:
         return f"{MANIFEST} cannot be read: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is no whole manifest"
+    return ""
+
+
+def _fault_of_values(values: dict[str, Any], folder_name: str) -> str:
+    written = values["format"]
+    if written not in WITHOUT_DIGEST and values["digest"] != _digest(values):
+        return f"{MANIFEST} was changed after it was written"
+    if written == FORMAT and is_step_name(folder_name):
+        step = _parse(values).step
+        return "" if folder_name == step_name(step) else f"{MANIFEST} is of step {step}"
     return ""
 
 
