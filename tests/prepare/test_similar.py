@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from posttrain_dist.prepare.similar import BANDS, near_duplicates, near_leaks, signature
+from posttrain_dist.prepare.similar import BANDS, near_duplicates, near_leaks, signature, signatures
 
 TOKENS = 32_000
 
@@ -157,3 +157,15 @@ def test_exact_copies_are_not_near_duplicates() -> None:
     signatures = np.array([signature(r) for r in rows])
     assert (signatures[0] == signatures[2]).any()
     assert near_duplicates(signatures, [7, 7, 8, 7, 8]).tolist() == [False, False, True, True, True]
+
+
+def test_many_rows_at_once_have_the_signatures_of_each() -> None:
+    random = np.random.default_rng(5)
+    lengths = [0, 1, 4, 5, 6, *random.integers(0, 300, 60), 4096, 4100, 3, 9000, 4099, 5]
+    rows = [random.integers(0, 40, length).astype(np.int32) for length in lengths]
+    assert signatures(rows).tolist() == [signature(row).tolist() for row in rows]
+    # From the definition: the smallest of all hashes of a row, whichever rows stand beside it.
+    assert signatures([])[:0].shape == (0, BANDS)
+    assert len({tuple(signature(row)) for row in rows if len(row) > 30}) == sum(
+        length > 30 for length in lengths
+    )
