@@ -17,7 +17,10 @@ Shape legend: L tokens of a row, R rows, B bands, H hashes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import numpy.typing as npt
@@ -106,38 +109,71 @@ def _filled(input_ids_L: npt.NDArray[np.integer]) -> Words:
     return np.concatenate([ids, np.full(missing, np.iinfo(np.uint64).max, np.uint64)])
 
 
-def near_duplicates(signatures_RB: Words, exact_keys_R: npt.ArrayLike) -> Bools:
+class Bands:
+    """The signatures of many rows, in a file for each band: they are the most of what is known of
+    a row, and are looked at one band at a time. Iterated over, it gives each band, uint64 [R].
+
+    Args:
+        folder: where the files are; they have no name, and are gone with this object.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        with contextlib.ExitStack() as opened:
+            self._files = [opened.enter_context(TemporaryFile(dir=folder)) for _ in range(BANDS)]
+            self._opened = opened.pop_all()
+
+    def append(self, signatures_RB: Words) -> None:
+        """Add the next rows."""
+        for file, band in zip(self._files, signatures_RB.T, strict=True):
+            file.write(np.ascontiguousarray(band).data)
+
+    def __iter__(self) -> Iterator[Words]:
+        for file in self._files:
+            file.seek(0)
+            yield np.fromfile(file, np.uint64)
+
+    def close(self) -> None:
+        """Remove the files."""
+        self._opened.close()
+
+
+def near_duplicates(bands_BR: Iterable[Words], exact_keys_R: npt.ArrayLike) -> Bools:
     """Rows that share a band with an earlier row of other content, bool [R].
 
     The first row of a cluster is not among them. A row that is an exact copy of one row and
     nearly that of another is: leave out exact copies first to count each row once.
 
     Args:
+        bands_BR: of all rows, one band after the other.
         exact_keys_R: equal for rows of the same content: integers, or bytes of one length.
     """
     keys = np.asarray(exact_keys_R)
     found = np.zeros(len(keys), bool)
     if len(keys) < 2:
         return found
-    for band in np.asarray(signatures_RB).T:
+    for band in bands_BR:
         order = np.argsort(band, kind="stable")  # within a band value, rows stay in their order
-        values, contents = band[order], keys[order]
+        values = band[order]
         first = np.concatenate([[True], values[1:] != values[:-1]])
-        start = np.maximum.accumulate(np.where(first, np.arange(len(keys)), 0))
+        del values  # of many rows each of these is large
+        start = np.where(first, np.arange(len(keys), dtype=np.int32), np.int32(0))
+        np.maximum.accumulate(start, out=start)
+        contents = keys[order]
         # From the first row on that differs from its group's first, every row of the group has
         # an earlier one of other content.
-        other = np.cumsum(contents != contents[start])
+        other = np.cumsum(contents != contents[start], dtype=np.int32)
+        del contents
         found[order] |= other > other[start]
     return found
 
 
-def near_leaks(train_RB: Words, heldout_RB: Words) -> Bools:
-    """Held-out rows that share a band with a training row, bool [rows of `heldout_RB`]."""
-    found = np.zeros(len(heldout_RB), bool)
-    if not len(train_RB):
+def near_leaks(bands_BR: Iterable[Words], train_R: Bools, heldout_R: Bools) -> Bools:
+    """Held-out rows that share a band with a training row, bool [held-out rows]."""
+    found = np.zeros(int(np.count_nonzero(heldout_R)), bool)
+    if not train_R.any() or not len(found):
         return found
-    for train, heldout in zip(np.asarray(train_RB).T, np.asarray(heldout_RB).T, strict=True):
-        known = np.sort(train)
+    for band in bands_BR:
+        known, heldout = np.sort(band[train_R]), band[heldout_R]
         at = np.searchsorted(known, heldout).clip(max=len(known) - 1)
         found |= known[at] == heldout
     return found
