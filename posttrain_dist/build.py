@@ -23,7 +23,7 @@ from posttrain_dist.config import Dtype, RunConfig, single_process_rule
 from posttrain_dist.data.packs.balance import Cost
 from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.data.packs.loader import PackedSource
-from posttrain_dist.data.packs.mixing import Mixture, SourceSpec
+from posttrain_dist.data.packs.mixing import make_mixture
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.diagnosis.facts import ModelFacts
@@ -174,27 +174,6 @@ def build_policy(
     return policy
 
 
-def make_mixture(config: RunConfig, examples: Examples) -> Mixture | None:
-    """What an epoch draws from which source; None where there is one source.
-
-    Raises:
-        DataError: a source with a weight has no row.
-    """
-    if not config.data.sources:
-        return None
-    specs = [
-        SourceSpec(
-            name=name,
-            weight=source.weight,
-            max_passes=source.max_passes,
-            schedule=source.schedule,
-        )
-        for name, source in config.data.sources.items()
-    ]
-    by = config.data.mix_by
-    return Mixture(examples.sources, examples.supervised, specs, by, config.seed)
-
-
 def make_source(
     config: RunConfig, examples: Examples, process: Process, *, mixed: bool = True
 ) -> PackedSource:
@@ -204,7 +183,7 @@ def make_source(
     return PackedSource(
         examples,
         config.objective,
-        mixture=make_mixture(config, examples) if mixed else None,
+        mixture=make_mixture(config.data, config.seed, examples) if mixed else None,
         cost=Cost.of_model(shape.hidden_size, shape.num_layers, shape.vocab_size),
         vocab_size=shape.vocab_size,
         max_length=config.data.max_length,

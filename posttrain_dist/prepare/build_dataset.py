@@ -25,6 +25,7 @@ from posttrain_dist.prepare.chunk import Chunk
 from posttrain_dist.prepare.fingerprint import Inputs, refuse_changed
 from posttrain_dist.prepare.processes.workers import SMALL_BYTES, encode
 from posttrain_dist.prepare.row_encoder import Job, Task
+from posttrain_dist.prepare.similar import Bands
 from posttrain_dist.prepare.split import Split, keep_apart, split_off
 from posttrain_dist.prepare.summarise import findings, summarise
 from posttrain_dist.prepare.tally import Tally
@@ -45,7 +46,18 @@ def build_dataset(
     Raises:
         PosttrainError: a fault of the data; all that were found together.
     """
-    tally = Tally(TEXT_ROWS)
+    with contextlib.closing(Bands(folder)) as bands:
+        _build(config, inputs, folder, only_heldout, progress, Tally(TEXT_ROWS, bands))
+
+
+def _build(
+    config: RunConfig,
+    inputs: Inputs,
+    folder: Path,
+    only_heldout: bool,
+    progress: Progress | None,
+    tally: Tally,
+) -> None:
     _encode(config, inputs, folder / "samples", tally, progress)
     refuse_changed(inputs)
     _refuse_rows(config, tally)
@@ -117,7 +129,7 @@ def _split(config: RunConfig, inputs: Inputs, tally: Tally) -> Split:
     key_R = tally.column("key")
     given = [i for i, each in enumerate(inputs.sets) if each.split == "eval"]
     if given:
-        return keep_apart(key_R, np.isin(tally.column("set"), given))
+        return keep_apart(key_R, tally.of_sets(given))
     return split_off(tally.column("channel"), key_R, config.data.eval_fraction, config.seed)
 
 

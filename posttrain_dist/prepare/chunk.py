@@ -15,7 +15,7 @@ from posttrain_dist.data.chat.encoder import RowExamples
 from posttrain_dist.data.formats.records import Rejected
 from posttrain_dist.data.prepared.arrays import Arrays, flatten
 from posttrain_dist.flow import Example, Record
-from posttrain_dist.prepare.similar import BANDS, signature
+from posttrain_dist.prepare.similar import signatures
 
 MAX_REJECTED = 100  # rejected rows that are kept in full; all are counted
 MAX_PLACES = 20  # rows that are named for each failed check
@@ -114,7 +114,7 @@ class ChunkBuilder:
         self._key_R: list[int] = []
         self._truncated_R: list[bool] = []
         self._dropped_R: list[bool] = []
-        self._near_R = [np.empty((0, BANDS), np.uint64)]
+        self._ids_R: list[npt.NDArray[np.int32]] = []  # of the first sample
 
     def add(self, record: Record, key: int, result: RowExamples) -> int:
         """Take in a row that can be used; its number.
@@ -132,7 +132,7 @@ class ChunkBuilder:
         self._truncated_R.append(any(each.truncated for each in examples))
         self._dropped_R.append(not kept)
         nothing = np.empty(0, np.int32)
-        self._near_R.append(signature(examples[0].input_ids_L if examples else nothing)[None])
+        self._ids_R.append(examples[0].input_ids_L if examples else nothing)
         self.num_tokens += sum(len(each.input_ids_L) for each in kept)
         if not kept:
             add_place(self.facts.dropped_places, record.channel, [record.where])
@@ -151,7 +151,7 @@ class ChunkBuilder:
             key_R=np.array(self._key_R, np.uint64),
             truncated_R=np.array(self._truncated_R, np.bool_),
             dropped_R=np.array(self._dropped_R, np.bool_),
-            near_RB=np.concatenate(self._near_R),
+            near_RB=signatures(self._ids_R),
         )
 
 

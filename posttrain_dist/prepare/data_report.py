@@ -9,25 +9,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
-from itertools import pairwise
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from posttrain_dist.build import make_mixture, make_source
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.chat.checks import CHECKS
+from posttrain_dist.data.packs.balance import Cost, assign_packs
+from posttrain_dist.data.packs.mixing import make_mixture
+from posttrain_dist.data.packs.order import Order
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.pieces import pieces
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.data.read.tables import HF
 from posttrain_dist.data.sources import file_sets
-from posttrain_dist.dist import Process
 from posttrain_dist.errors import DataError, PosttrainError
 from posttrain_dist.files import write_atomic
-from posttrain_dist.models.folder import load_tokenizer, resolve
+from posttrain_dist.models.folder import check_folder, load_tokenizer, resolve
+from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.prepare.cache import tokenizer_cache
 
 
@@ -147,7 +148,7 @@ def _current(place: str, paths: Mapping[str, str]) -> str:
 
 def _source_shares(config: RunConfig, examples: Examples) -> dict[str, dict[str, float]]:
     """How much of an epoch, as it is drawn at the beginning, comes from each source."""
-    mixture = make_mixture(config, examples)
+    mixture = make_mixture(config.data, config.seed, examples)
     if mixture is None:
         return {}
     drawn = mixture.draw(0, 0)
@@ -166,23 +167,35 @@ def _source_shares(config: RunConfig, examples: Examples) -> dict[str, dict[str,
 
 
 def _first_pack(config: RunConfig, examples: Examples) -> dict[str, Any]:
-    """The first pack of a run, as a batch of its own, token by token."""
+    """The first pack of a run, as a batch of its own, token by token.
+
+    As `build.make_source` gives it to one worker, but without torch, which a report needs for
+    nothing else; a test compares them.
+    """
     if not len(examples):
         return {}
-    config = replace(config, train=replace(config.train, micro_batch_size=1))
-    batch = make_source(config, examples, Process()).step(1)[0]
-    weight_T = np.zeros(len(batch.input_ids_T), np.float32)
-    # What is predicted at a position is the token behind it.
-    is_target_N = batch.weight_N.numpy() > 0
-    weight_T[batch.supervised_N.numpy()[is_target_N] + 1] = batch.weight_N.numpy()[is_target_N]
-    tokenizer = load_tokenizer(resolve(config.model.path), tokenizer_cache(config.data.cache))
-    ids_T, cu_S = batch.input_ids_T.numpy(), batch.cu_seqlens_S
+    folder = resolve(config.model.path)
+    shape = ModelShape.of(check_folder(folder, need_weights=False), str(folder / "config.json"))
+    cost = Cost.of_model(shape.hidden_size, shape.num_layers, shape.vocab_size)
+    packs = Order(
+        examples.lengths,
+        max_length=config.data.max_length,
+        window=config.data.pack_window,
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        mixture=make_mixture(config.data, config.seed, examples),
+    ).packs(1)
+    costs = [cost.of(examples.lengths[pack], examples.supervised[pack]).sum() for pack in packs]
+    pack = packs[assign_packs(np.array(costs), world=1)[0][0]]
+    tokenizer = load_tokenizer(folder, tokenizer_cache(config.data.cache))
+    found: list[list[Any]] = []
+    for sample, index in enumerate(pack.tolist()):
+        example = examples[index]
+        weight_L = example.weight_L.copy()
+        weight_L[0] = 0  # nothing stands before the first token to predict it from
+        found += [[*p, sample] for p in pieces(example.input_ids_L, weight_L, tokenizer)]
     return {
-        "tokens": len(ids_T),
-        "samples": len(cu_S) - 1,
-        "pieces": [
-            [*piece, sample]
-            for sample, (start, end) in enumerate(pairwise(cu_S))
-            for piece in pieces(ids_T[start:end], weight_T[start:end], tokenizer)
-        ],
+        "tokens": int(examples.lengths[pack].sum()),
+        "samples": len(pack),
+        "pieces": found,
     }

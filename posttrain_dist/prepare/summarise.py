@@ -31,10 +31,10 @@ def summarise(inputs: Inputs, tally: Tally, split: Split, folder: Path) -> Summa
     Args:
         folder: with `samples/`, `train.npy` and `eval.npy` written.
     """
-    key_R, near_RB = tally.column("key"), np.concatenate(tally.near_RB)
+    key_R = tally.column("key")
     again_R = np.ones(len(key_R), np.bool_)
     again_R[np.unique(key_R, return_index=True)[1]] = False
-    near_R = near_duplicates(near_RB, key_R)
+    near_R = near_duplicates(tally.bands, key_R)
     splits = {}
     for name, side_R in (("train", split.train_R), ("eval", split.heldout_R)):
         examples = Examples.open(folder, name, tally.channels)
@@ -50,7 +50,7 @@ def summarise(inputs: Inputs, tally: Tally, split: Split, folder: Path) -> Summa
         channels=tally.channels,
         splits=splits,
         duplicates_moved=split.moved,
-        near_leaks=int(near_leaks(near_RB[split.train_R], near_RB[split.heldout_R]).sum()),
+        near_leaks=int(near_leaks(tally.bands, split.train_R, split.heldout_R).sum()),
         rejected=sum(counts[2] for counts in tally.rows_of_file.values()),
         longest=tally.longest,
         largest_id=tally.largest_id,

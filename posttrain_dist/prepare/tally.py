@@ -1,11 +1,14 @@
 """What was found in all rows together.
 
-Letters: R rows, S samples, B bands of a near-duplicate signature.
+Of a row 12 bytes stay in memory, of a sample 4; its signature is on the disk, see similar.py.
+
+Letters: R rows, S samples.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,12 @@ from posttrain_dist.data.formats.records import Rejected
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Record
 from posttrain_dist.prepare.chunk import MAX_EXAMPLES, MAX_REJECTED, BottomK, Chunk, add_place
+from posttrain_dist.prepare.similar import Bands
 
 MAX_CHANNELS = 256  # each is a row of every table and several metrics
 _COLUMNS = {
-    "channel": np.int64,
+    "channel": np.int16,
     "key": np.uint64,
-    "set": np.int64,
     "truncated": np.bool_,
     "dropped": np.bool_,
 }
@@ -33,13 +36,14 @@ class Tally:
     """Adds up chunks, in the order of the files."""
 
     text_rows: int  # rows of each channel that are kept as text
+    bands: Bands  # signatures of the rows
     channels: list[str] = field(default_factory=list)  # by first appearance, then sorted
     num_rows: int = 0
     num_samples: int = 0
     longest: int = 0  # tokens
     largest_id: int = 0
-    row_S: list[npt.NDArray[np.int64]] = field(default_factory=list)
-    near_RB: list[npt.NDArray[np.uint64]] = field(default_factory=list)
+    row_S: list[npt.NDArray[np.int32]] = field(default_factory=list)
+    rows_of_set: list[tuple[int, int]] = field(default_factory=list)  # (set, rows), in order
     ends_file: bool = False  # a file could not be read on
     rejected: list[Rejected] = field(default_factory=list)  # the first ones
     failed: Counter[str] = field(default_factory=Counter)  # check -> rows
@@ -61,11 +65,11 @@ class Tally:
         channel_R = np.array(numbers, np.int64)[chunk.channel_R]
         self._extend("channel", channel_R)
         self._extend("key", chunk.key_R)
-        self._extend("set", np.full(num_rows, index, np.int64))
+        self.rows_of_set.append((index, num_rows))
         self._extend("truncated", chunk.truncated_R)
         self._extend("dropped", chunk.dropped_R)
-        self.row_S.append(chunk.row_S + self.num_rows)
-        self.near_RB.append(chunk.near_RB)
+        self.row_S.append((chunk.row_S + self.num_rows).astype(np.int32))
+        self.bands.append(chunk.near_RB)
         lengths_S = np.diff(chunk.examples["offsets"])
         self.longest = max(self.longest, int(lengths_S.max(initial=0)))
         self.largest_id = max(self.largest_id, int(chunk.examples["tokens"].max(initial=0)))
@@ -88,19 +92,24 @@ class Tally:
         return channel_R
 
     def column(self, name: str) -> npt.NDArray[Any]:
-        """One value per row: "channel", "key", "set", "truncated" or "dropped"."""
+        """One value per row: "channel", "key", "truncated" or "dropped"."""
         return np.concatenate([np.empty(0, _COLUMNS[name]), *self._columns.get(name, [])])
 
-    def rows_of_samples(self) -> npt.NDArray[np.int64]:
+    def of_sets(self, chosen: Collection[int]) -> npt.NDArray[np.bool_]:
+        """Whether each row is of one of the file sets."""
+        sets, sizes = np.array([[-1, 0], *self.rows_of_set], np.int64).T
+        return np.repeat(np.isin(sets, list(chosen)), sizes)
+
+    def rows_of_samples(self) -> npt.NDArray[np.int32]:
         """The row that each sample came from."""
-        return np.concatenate([np.empty(0, np.int64), *self.row_S])
+        return np.concatenate([np.empty(0, np.int32), *self.row_S])
 
     def sort_channels(self, samples: Path) -> None:
         """Number the channels by name, here and in the file of the samples' channels."""
         names = sorted(self.channels)
         new = np.array([names.index(name) for name in self.channels], np.int16)
         self.channels = names
-        self._columns["channel"] = [new[self.column("channel")].astype(np.int64)]
+        self._columns["channel"] = [new[self.column("channel")]]
         stored = samples / "channels.npy"
         np.save(stored, new[np.load(stored)], allow_pickle=False)
 
@@ -120,4 +129,4 @@ class Tally:
         return self._numbers[name]
 
     def _extend(self, name: str, values: npt.NDArray[Any]) -> None:
-        self._columns.setdefault(name, []).append(values)
+        self._columns.setdefault(name, []).append(values.astype(_COLUMNS[name], copy=False))

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 
 import posttrain_dist
-from posttrain_dist.build import make_mixture
 from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, complete
 from posttrain_dist.data import OnBadRow, Source
+from posttrain_dist.data.packs.mixing import make_mixture
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.errors import DataError
@@ -66,7 +66,7 @@ def test_sources_in_another_order_keep_their_weights(
     for order in (["big", "small"], ["small", "big"]):
         config = make(sources={name: sources[name] for name in order})
         examples = Examples.open(prepare_cached(config), "train")
-        mixture = make_mixture(config, examples)
+        mixture = make_mixture(config.data, config.seed, examples)
         assert mixture is not None
         drawn = examples.channel_ids[mixture.draw(0, 0)]
         assert np.mean(drawn == examples.channels.index("big")) == pytest.approx(0.9, abs=0.01)

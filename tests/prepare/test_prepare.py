@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from posttrain_dist.config import RunConfig, complete
@@ -24,7 +25,7 @@ from posttrain_dist.models.folder import load_tokenizer
 from posttrain_dist.objectives.pretrain import Pretrain
 from posttrain_dist.prepare import prepare
 from posttrain_dist.prepare.data_report import data_report
-from posttrain_dist.prepare.split import content_key, split_off
+from posttrain_dist.prepare.split import content_key, draw_many, draw_one, split_off
 
 
 @pytest.fixture
@@ -363,3 +364,9 @@ def test_the_report_marks_exactly_the_supervised_text(
         "wéll<|end|>say this<|end|>",
     )
     assert {piece[3] for piece in batch["pieces"]} == {0, 1}
+
+
+def test_rows_are_drawn_alike_alone_and_together() -> None:
+    keys = np.random.default_rng(0).integers(0, 1 << 64, 200, np.uint64)
+    for seed in (0, 7, 2**31):
+        assert draw_many(keys, seed).tolist() == [draw_one(key, seed) for key in keys.tolist()]

@@ -1,12 +1,21 @@
 """Near duplicates against brute force: Jaccard of all runs of 5 tokens, all pairs of rows."""
 
+import contextlib
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from posttrain_dist.prepare.similar import BANDS, near_duplicates, near_leaks, signature
+from posttrain_dist.prepare.similar import (
+    BANDS,
+    Bands,
+    near_duplicates,
+    near_leaks,
+    signature,
+    signatures,
+)
 
 TOKENS = 32_000
 
@@ -45,7 +54,7 @@ def pairs(low: float, high: float, count: int, seed: int) -> list[tuple[np.ndarr
 def share_found(some: list[tuple[np.ndarray, np.ndarray]]) -> float:
     """Of pairs laid end to end as rows of one data set, how many give one near duplicate."""
     rows = [row for pair in some for row in pair]
-    found = near_duplicates(np.array([signature(row) for row in rows]), np.arange(len(rows)))
+    found = near_duplicates(signatures(rows).T, np.arange(len(rows)))
     assert not found[0::2].any()  # the first of a pair is none
     return float(found[1::2].mean())
 
@@ -132,20 +141,22 @@ def test_near_duplicates_and_leaks_are_those_of_all_pairs(seed: int) -> None:
         any((bands[j] == bands[i]).any() and keys[j] != keys[i] for j in range(i))
         for i in range(count)
     ]
-    assert near_duplicates(bands, keys).tolist() == expected
+    assert near_duplicates(bands.T, keys).tolist() == expected
     as_bytes = [bytes([key]) * 32 for key in keys.tolist()]
-    assert near_duplicates(bands, as_bytes).tolist() == expected
+    assert near_duplicates(bands.T, as_bytes).tolist() == expected
     cut = int(random.integers(0, count + 1))
     leaks = [any((t == h).any() for t in bands[:cut]) for h in bands[cut:]]
-    assert near_leaks(bands[:cut], bands[cut:]).tolist() == leaks
+    train = np.arange(count) < cut
+    assert near_leaks(bands.T, train, ~train).tolist() == leaks
 
 
 def test_bands_are_compared_each_with_its_own() -> None:
     one = np.arange(BANDS, dtype=np.uint64)[None]
     other = one[:, ::-1].copy() + np.uint64(0)
     assert BANDS % 2 == 0 and not (one == other).any()
-    assert not near_leaks(one, other).any()
-    assert not near_duplicates(np.concatenate([one, other]), [1, 2]).any()
+    both, train = np.concatenate([one, other]).T, np.array([True, False])
+    assert not near_leaks(both, train, ~train).any()
+    assert not near_duplicates(both, [1, 2]).any()
 
 
 def test_exact_copies_are_not_near_duplicates() -> None:
@@ -154,6 +165,27 @@ def test_exact_copies_are_not_near_duplicates() -> None:
     changed[100] = (changed[100] + 1) % TOKENS
     rows = [row, row, changed, row, changed]
     assert jaccard(row, changed) == pytest.approx(191 / 201)
-    signatures = np.array([signature(r) for r in rows])
-    assert (signatures[0] == signatures[2]).any()
-    assert near_duplicates(signatures, [7, 7, 8, 7, 8]).tolist() == [False, False, True, True, True]
+    found = signatures(rows)
+    assert (found[0] == found[2]).any()
+    assert near_duplicates(found.T, [7, 7, 8, 7, 8]).tolist() == [False, False, True, True, True]
+
+
+def test_many_rows_at_once_have_the_signatures_of_each() -> None:
+    random = np.random.default_rng(5)
+    lengths = [0, 1, 4, 5, 6, *random.integers(0, 300, 60), 4096, 4100, 3, 9000, 4099, 5]
+    rows = [random.integers(0, 40, length).astype(np.int32) for length in lengths]
+    assert signatures(rows).tolist() == [signature(row).tolist() for row in rows]
+    assert signatures([]).shape == (0, BANDS)
+
+
+def test_bands_come_back_from_the_disk_and_leave_nothing(tmp_path: Path) -> None:
+    random = np.random.default_rng(6)
+    parts = [random.integers(0, 1 << 63, (n, BANDS)).astype(np.uint64) for n in (3, 0, 1, 500)]
+    with contextlib.closing(Bands(tmp_path)) as bands:
+        for part in parts:
+            bands.append(part)
+        for _ in range(2):
+            assert np.array_equal(np.stack(list(bands)), np.concatenate(parts).T)
+        bands.append(parts[0])
+        assert np.array_equal(np.stack(list(bands)), np.concatenate([*parts, parts[0]]).T)
+    assert list(tmp_path.iterdir()) == []

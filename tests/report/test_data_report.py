@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from posttrain_dist.build import make_source
 from posttrain_dist.config import RunConfig, complete
 from posttrain_dist.data import DataConfig, OnBadRow, Source, Template
 from posttrain_dist.data.chat.checks import CHECKS
+from posttrain_dist.data.prepared.arrays import Examples
+from posttrain_dist.dist import Process
 from posttrain_dist.models import ModelConfig
 from posttrain_dist.models.folder import load_tokenizer
 from posttrain_dist.prepare import prepare
@@ -139,7 +143,7 @@ def test_counts_and_shares_are_those_of_the_rows(
     tokenizer = load_tokenizer(tiny_llama)
 
     def tokens(text: str) -> int:
-        return len(tokenizer(text)["input_ids"])
+        return len(tokenizer.backend_tokenizer.encode(text).ids)
 
     def counts(name: str, *, cut: bool = False) -> dict[str, Any]:
         length = min(tokens(rendered(rows[name][0])), MAX_LENGTH)
@@ -234,3 +238,27 @@ def _check_conversations(
     for sample in range(batch["samples"]):
         text = "".join(piece[0] for piece in batch["pieces"] if piece[3] == sample)
         assert text in trained or rendered(rows["long"][0]).startswith(text)
+
+
+def test_the_first_pack_is_that_of_the_run(made: Made, tmp_path: Path) -> None:
+    """Tokens, weights and samples are those of the batch that training takes first."""
+    folder = tmp_path / "prepared"
+    config = replace(made.config, train=replace(made.config.train, micro_batch_size=1))
+    source = make_source(config, Examples.open(folder, "train"), Process())
+    batch = source.step(1)[0]
+    weights = np.zeros(len(batch.input_ids_T))
+    count = batch.num_targets
+    weights[batch.supervised_N.numpy()[:count] + 1] = batch.weight_N.numpy()[:count]
+    shown = data_report(config, folder)["batch"]
+    assert (shown["tokens"], shown["samples"]) == (len(weights), len(batch.cu_seqlens_S) - 1)
+    tokenizer = load_tokenizer(Path(config.model.path))
+    assert [piece[:2] + piece[3:] for piece in shown["pieces"]] == [
+        [tokenizer.decode([token]), weight, sample]
+        for token, weight, sample in zip(
+            batch.input_ids_T.tolist(),
+            weights.tolist(),
+            np.repeat(range(shown["samples"]), np.diff(batch.cu_seqlens_S)).tolist(),
+            strict=True,
+        )
+    ]
+    assert 0 < count < len(weights)

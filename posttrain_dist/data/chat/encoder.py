@@ -291,7 +291,11 @@ class Encoder:
     def _tail(self, text: str) -> list[int]:
         found = self._tails.get(text)
         if found is None:
-            found = self._backend.encode(text, add_special_tokens=False).ids
+            tokens = self._byte_level.encode(text) if self._byte_level else None
+            if tokens is not None:
+                found = tokens.ids_L.tolist()
+            else:
+                found = self._backend.encode(text, add_special_tokens=False).ids
             if len(self._tails) < 1000:
                 self._tails[text] = found
         return found

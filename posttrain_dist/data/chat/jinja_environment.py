@@ -28,14 +28,17 @@ THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
 class OutputBuffer(list[str]):
-    """What a template has written so far; `length` is in characters."""
+    """What a template has written so far, piece by piece."""
 
-    length = 0
+    _num_pieces = _characters = 0  # that were counted
 
-    def append(self, piece: str) -> None:
-        """Add what the template writes next."""
-        super().append(piece)
-        self.length += len(piece)
+    @property
+    def length(self) -> int:
+        """Characters of all pieces."""
+        if self._num_pieces < len(self):
+            self._characters += sum(map(len, self[self._num_pieces :]))
+            self._num_pieces = len(self)
+        return self._characters
 
 
 class GenerationMarks(Extension):

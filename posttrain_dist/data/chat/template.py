@@ -209,14 +209,16 @@ class ChatTemplate:
             output, spans = OutputBuffer(), list[Span]()
             given = list(messages) if starts is None else TracedMessages(messages, output, starts)
             recording = compiled.environment.record_marks(output, spans) if marks else _NOTHING
+            variables = {
+                **self._variables,
+                "messages": given,
+                "tools": list(tools) or None,
+                "documents": None,
+                "add_generation_prompt": generation_prompt,
+            }
             with recording:
-                for piece in compiled.generate(
-                    messages=given,
-                    tools=list(tools) or None,
-                    documents=None,
-                    add_generation_prompt=generation_prompt,
-                    **self._variables,
-                ):
+                # As `generate` does, which also makes tracebacks of the template's own lines.
+                for piece in compiled.root_render_func(compiled.new_context(variables)):
                     output.append(piece)
             return "".join(output), spans
         except jinja2.TemplateSyntaxError as error:

@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from posttrain_dist.data import MixBy
+from posttrain_dist.data import DataConfig, MixBy
+from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.errors import ConfigError, DataError
 
 Ints = npt.NDArray[np.signedinteger]
@@ -254,3 +255,23 @@ def _check(specs: Sequence[SourceSpec]) -> None:
                 where=f"{where}.max_passes",
                 fix="use more than 0, or null for no limit",
             )
+
+
+def make_mixture(data: DataConfig, seed: int, examples: Examples) -> Mixture | None:
+    """What an epoch draws from which source; None where there is one source.
+
+    Raises:
+        DataError: a source with a weight has no row.
+    """
+    if not data.sources:
+        return None
+    specs = [
+        SourceSpec(
+            name=name,
+            weight=source.weight,
+            max_passes=source.max_passes,
+            schedule=source.schedule,
+        )
+        for name, source in data.sources.items()
+    ]
+    return Mixture(examples.sources, examples.supervised, specs, data.mix_by, seed)

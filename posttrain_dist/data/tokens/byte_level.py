@@ -19,6 +19,7 @@ import json
 import random
 import re
 import unicodedata
+from array import array
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -80,26 +81,34 @@ class _WordTable(dict[str, bytes]):
         return found
 
     def _tokenise(self, word: str) -> bytes:
+        """The row of each token."""
         if word in self._added:
-            return np.array([self._added[word], len(word), len(word)], np.int32).tobytes()
-        byte_at = [i for i, char in enumerate(word) for _ in char.encode()]  # byte -> character
-        letters = [_LETTERS[byte] for byte in word.encode()]
-        written = "".join(letters)
-        place = {0: 0}  # byte of `written` -> byte of the word
-        for i, letter in enumerate(letters):
-            place[max(place) + len(letter.encode())] = i + 1
-        rows, last, covered = [], 0, 0
-        for token in self._model.tokenize(written):
-            start, end = (place.get(at, 0) for at in token.offsets)
-            if start != covered or end <= start:  # bytes that are no tokens are left out
-                raise _Unusable(word)
-            covered = end
-            first, behind = byte_at[start], byte_at[end - 1] + 1
-            rows.append((token.id, behind - last, behind - first))
-            last = behind
-        if covered != len(letters):
+            return array("i", (self._added[word], len(word), len(word))).tobytes()
+        if not word.isascii():
+            return self._tokenise_bytes(word)
+        found, covered = array("i"), 0
+        for token in self._model.tokenize(word.translate(_LETTERS)):
+            size = len(token.value)  # a letter for each byte, which is a character
+            found.extend((token.id, size, size))
+            covered += size
+        if covered != len(word):
             raise _Unusable(word)
-        return np.array(rows, np.int32).tobytes()
+        return found.tobytes()
+
+    def _tokenise_bytes(self, word: str) -> bytes:
+        """The same where characters have several bytes: one may be that of several tokens."""
+        character = [i for i, char in enumerate(word) for _ in char.encode()]  # of each byte
+        found, byte, last = array("i"), 0, 0
+        for token in self._model.tokenize("".join(_LETTERS[byte] for byte in word.encode())):
+            first, byte = character[byte], byte + len(token.value)
+            if byte > len(character):
+                raise _Unusable(word)
+            behind = character[byte - 1] + 1
+            found.extend((token.id, behind - last, behind - first))
+            last = behind
+        if byte != len(character):
+            raise _Unusable(word)
+        return found.tobytes()
 
 
 class ByteLevel:
@@ -148,7 +157,7 @@ class ByteLevel:
         for cut in self._cuts:
             pieces, words = words, []
             for piece in pieces:
-                words += cut.findall(piece)
+                words += cut.findall(piece) if len(piece) > 1 else piece
             if sum(map(len, words)) != len(text):  # what lies between two finds is a word too
                 between = re.compile(f"({cut.pattern})")
                 words = [word for piece in pieces for word in between.split(piece) if word]
