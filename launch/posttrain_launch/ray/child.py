@@ -133,7 +133,7 @@ def _start_child(
     command = [sys.executable, "-P", "-m", "posttrain_launch.ray.job", str(run_folder)]
     environment = {**os.environ, **quiet_environment()}
     if address:
-        command += ["--address", address, "--given-by", given_by]
+        command += [f"--address={address}", f"--given-by={given_by}"]
     else:
         environment.pop("RAY_ADDRESS", None)
         # In the environment, not in ~/.ray/auth_token: Ray would switch every later
