@@ -13,9 +13,11 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, cast
+
+Progress = Callable[[int, int], None]  # (parts done, parts in all)
 
 LOGGERS = ("posttrain_dist", "posttrain_kernels")
 NOTICES = Path("logs", "notices.jsonl")  # in a run folder; the driver shows each new row's text

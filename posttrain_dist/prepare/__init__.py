@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.errors import ConfigError, DataError, ModelError, PosttrainError
+from posttrain_dist.logs import Progress
 
 if TYPE_CHECKING:
     from posttrain_dist.config import RunConfig
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["prepare", "prepare_cached"]
 
 Log = Callable[[str], None]
-Progress = Callable[[int, int], None]  # (units done, units in all)
 # Imports stand inside of the functions: the processes that tokenise import this package too, and
 # need none of them.
 

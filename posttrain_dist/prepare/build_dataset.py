@@ -20,7 +20,7 @@ from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.data.read.bad_row import errors_by_cause
 from posttrain_dist.errors import DataError, PosttrainError, raise_all
 from posttrain_dist.flow import Record
-from posttrain_dist.prepare import Progress
+from posttrain_dist.logs import Progress
 from posttrain_dist.prepare.chunk import Chunk
 from posttrain_dist.prepare.fingerprint import Inputs, refuse_changed
 from posttrain_dist.prepare.processes.workers import SMALL_BYTES, encode
