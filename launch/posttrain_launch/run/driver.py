@@ -34,7 +34,7 @@ from posttrain_launch.ray.child import Job, started
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-Change = Callable[[Path, RunConfig], RunConfig]
+Change = Callable[[Path, RunConfig], contextlib.AbstractContextManager[RunConfig]]
 
 
 def run_frozen(
@@ -68,8 +68,9 @@ def run_frozen(
         log.parent.mkdir(exist_ok=True)
         remove_abandoned()
         with _exclusive_lock(folder), _redirect_output(log, capture_logging=True):
-            config = change(folder, config) if change else config
-            return _drive(config, folder, address, out, err)
+            changed = change(folder, config) if change else contextlib.nullcontext(config)
+            with changed as config:
+                return _drive(config, folder, address, out, err)
     except KeyboardInterrupt:
         print(f"left at once; `posttrain run {folder}` goes on from its last save", file=err)
         return STOPPED

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
 import yaml
 from posttrain_launch.cli import main
+from posttrain_launch.commands.run import run_overrides
 
 from posttrain_dist.checkpoint import store
 from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, TrainConfig, complete
@@ -72,6 +74,25 @@ def test_never_starts_a_run_again_once_and_keeps_what_there_was(run, capsys):
     assert kept == ["train.steps=4", "train.resume=never"]
     assert record(run)["continued"][0]["overrides"] == ["train.resume=never"]
     assert record(run)["wandb_id"] != "abc"
+
+
+def test_a_refused_start_leaves_the_run_as_it_was(run, capsys):
+    def files():
+        return {n: (run / n).read_bytes() for n in (*run_overrides.WRITTEN, "metrics.jsonl")}
+
+    before = files()
+    assert main(["run", str(run), "train.steps=3", "optimizer.lr=1e-4"]) == 1
+    said = capsys.readouterr()
+    assert "error: train.steps: is 3, and the run is at step 4" in said.err
+    assert "supervised" not in said.out  # at once, before the data is looked at
+    os.truncate(run / "prepared" / "train.npy", 9)
+    assert main(["run", str(run), "train.steps=6"]) == 1  # late: once its data is looked at
+    assert "lacks a file, or has one that was cut" in capsys.readouterr().err
+    assert files() == before
+    assert main(["run", str(run), "foo=1", "train.stepz=3"]) == 2
+    said = capsys.readouterr().err
+    assert "foo: unknown key" in said and "train.steps" in said
+    assert files() == before
 
 
 def test_a_finished_run_goes_on_with_more_steps_and_another_rate_said_in_one_line(run, capsys):

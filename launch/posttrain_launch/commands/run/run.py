@@ -37,5 +37,5 @@ def command(arguments: list[str], debug: bool) -> int:
         given.run,
         given.address,
         debug=debug,
-        change=lambda folder, config: run_overrides.apply(folder, config, values),
+        change=lambda folder, config: run_overrides.applied(folder, config, values),
     )

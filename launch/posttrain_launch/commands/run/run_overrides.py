@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,15 @@ import yaml
 from omegaconf import OmegaConf
 
 from posttrain_dist.checkpoint import resume, store
-from posttrain_dist.config import RunConfig, problems
+from posttrain_dist.checkpoint.manifest import read_manifest
+from posttrain_dist.config import RunConfig, complete, problems
 from posttrain_dist.errors import CheckpointError, ConfigError, PosttrainError, raise_all
 from posttrain_dist.files import read_object, write_atomic
-from posttrain_launch.compose.keys import value_problems
+from posttrain_launch.compose.keys import has_key, unknown_key_fix, value_problems
 
 RESUME = "train.resume"
 FURTHER = ("train.steps", "train.epochs", "train.tokens")  # with more of these, a run ends later
+WRITTEN = ("config.yaml", "overrides.yaml", "run.json", "FINISHED")
 # What leaves the run the one that it is: the same samples in the same steps, on the same layout.
 ALLOWED = (
     RESUME,
@@ -44,6 +48,7 @@ def parse(words: list[str]) -> dict[str, Any]:
     """
     found: list[PosttrainError] = []
     values: dict[str, Any] = {}
+    base = OmegaConf.structured(complete(RunConfig()))
     for word in words:
         key, equals, text = word.partition("=")
         try:
@@ -52,6 +57,9 @@ def parse(words: list[str]) -> dict[str, Any]:
             values[key] = text
         if not equals:
             found.append(ConfigError("is no key=value", where=word, fix=f"such as {RESUME}=never"))
+        elif not has_key(base, key):
+            fix = unknown_key_fix(base, key)
+            found.append(ConfigError("unknown key", where=key, fix=fix))
         elif key not in ALLOWED:
             found.append(
                 ConfigError(
@@ -65,25 +73,67 @@ def parse(words: list[str]) -> dict[str, Any]:
     return values
 
 
-def apply(folder: Path, config: RunConfig, values: dict[str, Any]) -> RunConfig:
-    """Change the run of `folder`, which nobody else drives meanwhile, and record that.
+@contextmanager
+def applied(folder: Path, config: RunConfig, values: dict[str, Any]) -> Iterator[RunConfig]:
+    """The changed run of `folder`, which nobody else drives meanwhile; the change is recorded.
 
     `train.resume` is an act of this start and no value of the run: `never` puts the checkpoints
-    aside, one of them those that are newer.
+    aside, one of them those that are newer. If the run is refused before it trains, its files
+    become again what they were.
 
     Raises:
         PosttrainError: the run does not allow it; nothing was changed.
     """
-    text = (folder / "config.yaml").read_text(encoding="utf-8")
     changed = _changed(config, values)
-    finished = folder / "FINISHED"
-    if finished.is_file() and not set(values) & {RESUME, *FURTHER}:
+    _check_end(folder, changed, values)
+    plan = folder / "logs" / "plan.json"  # written as training begins
+    began = _content(plan)
+    kept = {path: _content(path) for path in (folder / name for name in WRITTEN)}
+    _act(folder, values.get(RESUME, "auto"))
+    _record(folder, changed, values)
+    try:
+        yield changed
+    except PosttrainError:
+        if _content(plan) == began:
+            for path, content in kept.items():
+                if content is None:
+                    path.unlink(missing_ok=True)
+                else:
+                    write_atomic(path, content, to_disk=True)
+        raise
+
+
+def _check_end(folder: Path, changed: RunConfig, values: dict[str, Any]) -> None:
+    """Whether there is a step left to train.
+
+    Raises:
+        ConfigError: the run is finished, or further than it would then go.
+    """
+    if RESUME in values:
+        return
+    if (folder / "FINISHED").is_file() and not set(values) & set(FURTHER):
         raise ConfigError(
             "is finished",
             where=str(folder),
             fix=f"{RESUME}=never starts it again, a larger train.steps goes on with it",
         )
-    _act(folder, values.get(RESUME, "auto"))
+    whole, steps = store.whole_checkpoints(folder), changed.train.steps
+    at = read_manifest(whole[-1]).step if whole else 0
+    if steps is not None and steps < at:
+        raise ConfigError(
+            f"is {steps}, and the run is at step {at}",
+            where="train.steps",
+            fix=f"give more than {at}; {RESUME}=step-N of its checkpoints, or never, goes back",
+        )
+
+
+def _content(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _record(folder: Path, changed: RunConfig, values: dict[str, Any]) -> None:
+    """Write the changed config, what was typed, and both to run.json."""
+    text = (folder / "config.yaml").read_text(encoding="utf-8")
     lineage = read_object(folder / "run.json")
     if values.get(RESUME) == "never":
         lineage["wandb_id"] = secrets.token_hex(4)  # another curve
@@ -99,8 +149,7 @@ def apply(folder: Path, config: RunConfig, values: dict[str, Any]) -> RunConfig:
     write_atomic(kept, OmegaConf.to_yaml([*(before or []), *typed]), to_disk=True)
     write_atomic(folder / "run.json", json.dumps(lineage, indent=1) + "\n", to_disk=True)
     write_atomic(folder / "config.yaml", text, to_disk=True)
-    finished.unlink(missing_ok=True)
-    return changed
+    (folder / "FINISHED").unlink(missing_ok=True)
 
 
 def _changed(config: RunConfig, values: dict[str, Any]) -> RunConfig:
