@@ -140,6 +140,8 @@ def test_a_run_whose_terminal_goes_saves_and_leaves(tiny_llama, builders, tmp_pa
     stopped = json.loads((metrics.parent / "logs" / "outcome.json").read_text())
     step = stopped["step"]
     assert stopped["outcome"] == "stopped" and 4 <= step < 5000
+    kept = (metrics.parent / "logs" / "driver.log").read_text(encoding="utf-8")
+    assert f"saved and left at step {step} of 5000; go on with: posttrain run" in kept
     assert (metrics.parent / "checkpoints" / f"step-{step:06d}" / "MANIFEST.json").is_file()
 
 

@@ -129,7 +129,9 @@ def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], e
     outcome = finish(config, folder, log)
     if not outcome.completed:
         place = f"step {outcome.step} of {outcome.total_steps}"
-        log(f"saved and left at {place}; go on with: posttrain run {folder}")
+        left = f"saved and left at {place}; go on with: posttrain run {folder}"
+        log(left)
+        print(left)  # to driver.log: a `tee` that Ctrl-C ended shows nothing
         return STOPPED
     log(f"\n{run_text(folder)}")
     return 0
