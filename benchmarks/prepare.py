@@ -1,20 +1,22 @@
-"""`prepare` side by side with `datasets.map` and the same tokenizer, both with two processes.
+"""`posttrain prepare` side by side with `datasets.map` and the same tokenizer, two processes each.
 
     pip install 'posttrain-dist[dev]' && python benchmarks/prepare.py [--rows 40000] [--rounds 3]
 
 Both read the same JSONL of conversations with the tiny base model's tokenizer and template. Each
 round times, in turn, a whole process of:
-    ours  posttrain_dist.prepare: read, render, tokenise, mask, every check, duplicates, the split,
-          arrays and report
+    ours  the command: read, render, tokenise, mask, every check, duplicates, the split, arrays and
+          report
     map   datasets.load_dataset("json") and .map of apply_chat_template with
           return_assistant_tokens_mask, row by row as trainers do it, written as Arrow; no check
     batch the same with batched=True
-Writes a row to benchmarks/results/prepare.jsonl.
+Beside the time: of ours, when the first rows came; the most memory of all processes together, where
+what they share counts once. Writes a row to benchmarks/results/prepare.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -25,7 +27,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import rows as results
 
@@ -52,26 +54,43 @@ def write_rows(path: Path, num: int) -> None:
             file.write(json.dumps({"messages": messages, "task_type": f"c{i % 5}"}) + "\n")
 
 
-def ours(data: str, folder: Path) -> int:
-    """Prepare; returns the number of tokens."""
-    from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, complete
-    from posttrain_dist.prepare import prepare
+class Run(NamedTuple):
+    """What one whole process did."""
 
-    config = complete(
-        RunConfig(
-            model=ModelConfig(path="tiny_base"),
-            data=DataConfig(train=data, workers=PROCESSES, cache=str(folder / "cache")),
-        )
-    )
-    config.model.weights = type(config.model.weights).random  # positions are not looked at
-    config.template.strict = False
-    config.data.max_length = 256
-    summary = prepare(config, folder / "prepared")
-    return sum(c.tokens for split in summary.splits.values() for c in split.values())
+    seconds: float
+    first_s: float  # from its start until rows came; 0 where that is not seen
+    peak_mib: float
+    tokens: int
 
 
-def mapped(data: str, folder: Path, batched: bool) -> int:
-    """datasets.map; returns the number of tokens."""
+def ours(data: str, folder: Path) -> tuple[float, int]:
+    """The command; returns when the first rows came, and the number of tokens."""
+    from posttrain_launch.cli import main as command
+
+    from posttrain_dist.data.prepared.summary import Summary
+    from posttrain_dist.prepare import build_dataset
+
+    store, came = build_dataset._store, list[float]()
+
+    def watched(*arguments: Any) -> None:
+        came.append(time.time())
+        store(*arguments)
+
+    build_dataset._store = watched
+    settings = [
+        *("model.path=tiny_base", "model.weights=random", f"data.train={data}", "name=run"),
+        *(f"data.workers={PROCESSES}", f"data.cache={folder / 'cache'}", "data.max_length=256"),
+        *("template.strict=false", f"output_root={folder}"),
+    ]
+    with contextlib.redirect_stdout(sys.stderr):
+        assert command(["prepare", *settings]) == 0
+    (prepared,) = (path.parent for path in (folder / "cache").glob("*/summary.json"))
+    splits = Summary.read(prepared).splits.values()
+    return came[0], sum(counts.tokens for split in splits for counts in split.values())
+
+
+def mapped(data: str, folder: Path, batched: bool) -> tuple[float, int]:
+    """datasets.map; returns 0 and the number of tokens."""
     import datasets
     from transformers import AutoTokenizer
 
@@ -95,7 +114,7 @@ def mapped(data: str, folder: Path, batched: bool) -> int:
     done = rows.map(encode, batched=batched, num_proc=PROCESSES, remove_columns=rows.column_names)
     import pyarrow.compute as pc
 
-    return int(pc.sum(pc.list_value_length(done.data.column("input_ids"))).as_py())
+    return 0.0, int(pc.sum(pc.list_value_length(done.data.column("input_ids"))).as_py())
 
 
 SIDES = {
@@ -105,19 +124,41 @@ SIDES = {
 }
 
 
-def timed(side: str, data: Path) -> tuple[float, int]:
-    """Wall time of a whole process, and its tokens."""
+def timed(side: str, data: Path) -> Run:
+    """Run a side in a process of its own."""
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, __file__, "--side", side, "--data", str(data), "--to", str(folder)]
     try:
-        start = time.perf_counter()
-        done = subprocess.run(
-            command, env=environment, check=True, capture_output=True, text=True, encoding="utf-8"
-        )
-        return time.perf_counter() - start, int(done.stdout.split()[-1])
+        start, began, peak = time.perf_counter(), time.time(), 0
+        with subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+        ) as process:
+            while process.poll() is None:
+                peak = max(peak, memory_kib(process.pid))
+                time.sleep(0.1)
+            seconds = time.perf_counter() - start
+            assert process.stdout is not None and process.returncode == 0
+            came, tokens = process.stdout.read().split()[-2:]
+        first = max(float(came) - began, 0.0)
+        return Run(seconds, first, peak / 1024, int(tokens))
     finally:
         shutil.rmtree(folder)
+
+
+def memory_kib(pid: int) -> int:
+    """Memory of a process and of those that it started; shared pages are shared out."""
+    total = 0
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        total += int(rollup.partition("\nPss:")[2].split()[0])
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            total += sum(map(memory_kib, map(int, (thread / "children").read_text().split())))
+    return total
 
 
 def main() -> None:
@@ -129,23 +170,28 @@ def main() -> None:
     parser.add_argument("--to", type=Path)
     arguments = parser.parse_args()
     if arguments.side:
-        print(SIDES[arguments.side](str(arguments.data), arguments.to))
+        print(*SIDES[arguments.side](str(arguments.data), arguments.to))
         return
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.jsonl"
         write_rows(data, arguments.rows)
         rounds = [{side: timed(side, data) for side in SIDES} for _ in range(arguments.rounds)]
-    seconds = {side: statistics.median(r[side][0] for r in rounds) for side in SIDES}
-    tokens = {side: rounds[0][side][1] for side in SIDES}
+
+    def middle(name: str) -> dict[str, float]:
+        return {side: statistics.median(getattr(r[side], name) for r in rounds) for side in SIDES}
+
+    seconds, tokens = middle("seconds"), {side: rounds[0][side].tokens for side in SIDES}
     row = {
         **results.facts(("datasets", "transformers", "tokenizers")),
         "rows": arguments.rows,
         "tokens": tokens,
         "seconds": {side: round(value, 2) for side, value in seconds.items()},
+        "first_rows_s": round(middle("first_s")["ours"], 2),
+        "peak_mib": {side: round(value) for side, value in middle("peak_mib").items()},
         "rows_per_s": {side: round(arguments.rows / value) for side, value in seconds.items()},
         "tokens_per_s": {side: round(tokens[side] / value) for side, value in seconds.items()},
         "times_faster": {
-            side: round(statistics.median(r[side][0] / r["ours"][0] for r in rounds), 2)
+            side: round(statistics.median(r[side].seconds / r["ours"].seconds for r in rounds), 2)
             for side in SIDES
             if side != "ours"
         },

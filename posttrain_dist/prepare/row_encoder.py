@@ -52,6 +52,7 @@ class RowEncoder:
 
     def __init__(self, job: Job, template: ChatTemplate | None = None) -> None:
         self._job = job
+        self._most_rows = _BATCH_ROWS  # of the next chunk
         self._encoder = Encoder(
             job.tokenizer,
             job.template,
@@ -71,10 +72,12 @@ class RowEncoder:
         """
         rows, more = task.reader.read(task.unit), True
         while more:
+            # The very first one is small: what is wrong with all rows is known at once.
+            most, self._most_rows = self._most_rows, CHUNK_ROWS
             texts = BottomK[Record](self._job.text_rows if task.keep_text else 0)
             facts = RowFacts(task.unit.file, texts)
             builder, num_rows = ChunkBuilder(facts), 0
-            while more and builder.num_tokens < CHUNK_TOKENS and num_rows < CHUNK_ROWS:
+            while more and builder.num_tokens < CHUNK_TOKENS and num_rows < most:
                 batch, more = _take(rows)
                 num_rows += len(batch)
                 for record, result in self._encoded(batch, facts):

@@ -21,7 +21,7 @@ from posttrain_dist.prepare.split import Split
 from posttrain_dist.prepare.tally import Tally
 
 # Upper edges of the histogram of lengths, in tokens: eight to an octave.
-EDGES = np.unique(np.round(2.0 ** np.arange(0, 24.01, 0.125)).astype(np.int64))
+EDGES = np.array(sorted({round(2.0 ** (i / 8)) for i in range(8 * 24 + 1)}), np.int64)
 _FIRST_SAMPLES = 200  # that show how turns end
 
 

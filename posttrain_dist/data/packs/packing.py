@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.signedinteger]
 
+_AT_ONCE = 1 << 17  # samples that are packed at once
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -79,22 +81,57 @@ def plan_in_order(lengths: Ints, max_length: int, window: int) -> Plan:
 def _pack(
     order: Ints, lengths: Ints, max_length: int, window: int, random: np.random.Generator | None
 ) -> Plan:
-    """Pack the windows of `order`; with `random`, in a random order inside each window."""
+    """Pack the windows of `order`; with `random`, in a random order inside each window.
+
+    Some windows at a time: what is known of a sample meanwhile takes a hundred bytes.
+    """
     num = len(order)
     if not num:
         return Plan(order, np.zeros(1, np.int64))
-    length = np.asarray(lengths)[order].astype(np.int64)
-    wrong = np.flatnonzero((length < 1) | (length > max_length))
-    assert not len(wrong), f"sample {order[wrong[0]]} has {length[wrong[0]]} tokens"
     num_windows = -(-num // window)
     starts = np.arange(num_windows + 1) * num // num_windows
+    most = max(1, _AT_ONCE // window)
+    packed, sizes = np.empty_like(order), [np.zeros(1, np.int64)]
+    for begin in range(0, num_windows, most):
+        bounds = starts[begin : begin + most + 1]
+        here = slice(bounds[0], bounds[-1])
+        length = np.asarray(lengths)[order[here]].astype(np.int64)
+        wrong = np.flatnonzero((length < 1) | (length > max_length))
+        assert not len(wrong), f"sample {order[here][wrong[0]]} has {length[wrong[0]]} tokens"
+        by_pack, sizes_here = _pack_windows(
+            begin, bounds - bounds[0], length, max_length, window, random
+        )
+        packed[here] = order[here][by_pack]
+        sizes.append(sizes_here)
+    return Plan(packed, np.cumsum(np.concatenate(sizes)))
+
+
+def _pack_windows(
+    first_window: int,
+    starts: Ints,
+    length: Ints,
+    max_length: int,
+    window: int,
+    random: np.random.Generator | None,
+) -> tuple[Ints, Ints]:
+    """Pack windows that follow each other.
+
+    Args:
+        first_window: number of the first one.
+        starts: places where the windows begin, and where the last one ends.
+        length: of each sample.
+
+    Returns:
+        Places of the samples, pack after pack, and the number of samples of each pack.
+    """
+    num, num_windows = len(length), len(starts) - 1
     window_of = np.repeat(np.arange(num_windows), np.diff(starts))
 
     # One number a sample: (window, longest first, place in the shuffled order), to sort at once.
     group = window_of * (max_length + 1) + (max_length - length)
     bits = num.bit_length()
     group_at = np.sort(group << bits | np.arange(num))
-    sorted_order = order[group_at & ((1 << bits) - 1)]
+    sorted_order = group_at & ((1 << bits) - 1)
     group = group_at >> bits
     heads = np.flatnonzero(np.diff(group, prepend=-1))  # first sample of each length of a window
     counts = np.diff(heads, append=num)
@@ -113,13 +150,13 @@ def _pack(
     placed += np.repeat(first[:-1], np.diff(ends, prepend=0))
     pack_of = np.repeat(placed, numbers)  # of each sample in sorted_order
     if random is not None:
-        chance = random.random(first[-1]) + np.repeat(np.arange(num_windows), packs)
+        numbers_W = first_window + np.arange(num_windows)
+        chance = random.random(first[-1]) + np.repeat(numbers_W, packs)
         rank = np.empty(first[-1], np.int64)
         rank[np.argsort(chance)] = np.arange(first[-1])
         pack_of = rank[pack_of]
     by_pack = np.sort(pack_of << bits | np.arange(num)) & ((1 << bits) - 1)
-    sizes = np.bincount(pack_of)
-    return Plan(sorted_order[by_pack], np.concatenate([[0], np.cumsum(sizes)]))
+    return sorted_order[by_pack], np.bincount(pack_of)
 
 
 def best_fit(

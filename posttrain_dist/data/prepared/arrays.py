@@ -173,7 +173,9 @@ class Examples:
         channels: list[str],
     ) -> None:
         # Of each sample, in the order of `index`:
-        self.lengths: npt.NDArray[np.int32] = np.diff(arrays["offsets"]).astype(np.int32)[index]
+        ends = arrays["offsets"]
+        sizes = np.subtract(ends[1:], ends[:-1], dtype=np.int32, casting="unsafe")
+        self.lengths: npt.NDArray[np.int32] = sizes[index]
         self.supervised: npt.NDArray[np.int32] = arrays["supervised"][index]  # its targets
         self.channel_ids: npt.NDArray[np.int16] = arrays["channels"][index]
         self.sources: npt.NDArray[np.int16] = arrays["sources"][index]

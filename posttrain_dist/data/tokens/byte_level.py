@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _MAX_WORDS = 1 << 17  # in the table, which is then emptied: about 30 MB
 _MAX_WORD = 64  # characters; longer ones hardly come again
-_NUM_PROBES = 200
+_NUM_PROBES = 120
 _WORDS = (
     *(
         "the",
@@ -192,7 +192,7 @@ class ByteLevel:
             lambda: chr(draw.randrange(LIMIT)),
             lambda: draw.choice(added) if added else "",
         ]
-        probes = ["".join(draw.choice(kinds)() for _ in range(25)) for _ in range(_NUM_PROBES)]
+        probes = ["".join(draw.choice(kinds)() for _ in range(20)) for _ in range(_NUM_PROBES)]
         wanted = self._backend.encode_batch(probes, add_special_tokens=False)
         return all(
             (found := self.encode(probe)) is None

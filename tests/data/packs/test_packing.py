@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from posttrain_dist.data.packs import packing
 from posttrain_dist.data.packs.packing import Plan, plan_epoch, plan_in_order
 
 LENGTHS = np.array([random.Random(3).randint(1, 64) for _ in range(500)], np.int32)
@@ -148,3 +149,19 @@ def test_best_fit_by_hand() -> None:
         plan_in_order(np.array([3, 11]), 10, 10)
     with pytest.raises(AssertionError, match="sample 0 has 0"):
         plan_in_order(np.array([0]), 10, 10)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_plans_are_the_same_however_many_windows_are_packed_at_once(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(seed)
+    num, most, window = (int(random.integers(1, high)) for high in (900, 60, 80))
+    lengths = random.integers(1, most + 1, num).astype(np.int32)
+    whole = plan_epoch(lengths, most, window, seed, 0), plan_in_order(lengths, most, window)
+    monkeypatch.setattr(packing, "_AT_ONCE", int(random.integers(1, 300)))
+    parts = plan_epoch(lengths, most, window, seed, 0), plan_in_order(lengths, most, window)
+    for one, other in zip(whole, parts, strict=True):
+        assert one.order.tolist() == other.order.tolist()
+        assert one.offsets.tolist() == other.offsets.tolist()
+    assert sorted(whole[0].order.tolist()) == list(range(num))
