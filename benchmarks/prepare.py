@@ -154,10 +154,11 @@ def memory_kib(pid: int) -> int:
     """Memory of a process and of those that it started; shared pages are shared out."""
     total = 0
     with contextlib.suppress(OSError, ValueError, IndexError):
-        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
         total += int(rollup.partition("\nPss:")[2].split()[0])
         for thread in Path(f"/proc/{pid}/task").iterdir():
-            total += sum(map(memory_kib, map(int, (thread / "children").read_text().split())))
+            children = (thread / "children").read_text(encoding="utf-8").split()
+            total += sum(map(memory_kib, map(int, children)))
     return total
 
 
