@@ -28,7 +28,10 @@ def type_problems(config: Any, key: str = "") -> list[ConfigError]:
         config: a dataclass of the configuration.
         key: that it stands below.
     """
-    hints = typing.get_type_hints(type(config))
+    try:
+        hints = typing.get_type_hints(type(config))
+    except NameError:  # of a class whose module cannot be found by its name: nothing is known
+        return None
     found = []
     for field in dataclasses.fields(config):
         name = f"{key}.{field.name}" if key else field.name

@@ -164,7 +164,8 @@ def test_an_address_that_nobody_typed_is_told_by_its_variable(base, tmp_path, mo
     for config, named in ((base, None), (asked, None), (asked, "127.0.0.1:7")):
         with contextlib.suppress(AttributeError), ray_driver.started(config, tmp_path, named):
             pass
-    sources = [(words[4], words[6]) for words in (each[1:] for each in seen)]
+    options = [dict(w[2:].split("=", 1) for w in each if w.startswith("--")) for each in seen]
+    sources = [(each["address"], each["given-by"]) for each in options]
     assert sources == [
         ("127.0.0.1:9", "the environment variable RAY_ADDRESS"),
         ("127.0.0.1:8", "cluster.address"),

@@ -17,6 +17,7 @@ def command(arguments: list[str], debug: bool) -> int:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],  # else argparse calls them required
         metavar="KEY=VALUE",
         help="train.resume=never starts again; a few others, such as train.steps, optimizer.lr",
     )
