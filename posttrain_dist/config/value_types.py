@@ -31,7 +31,7 @@ def type_problems(config: Any, key: str = "") -> list[ConfigError]:
     try:
         hints = typing.get_type_hints(type(config))
     except NameError:  # of a class whose module cannot be found by its name: nothing is known
-        return None
+        return []
     found = []
     for field in dataclasses.fields(config):
         name = f"{key}.{field.name}" if key else field.name
