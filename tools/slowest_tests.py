@@ -1,6 +1,6 @@
 """The table of the slowest tests, from pytest's JUnit file into a section of tests/SLOWEST.md.
 
-    python -m pytest -n 2 --junitxml=junit.xml
+    python -m pytest -n 3 --junitxml=junit.xml
     python tools/slowest_tests.py junit.xml after "2026-11-28, 2 idle cores, make test"
 
 A section of that name is replaced, others stay.
