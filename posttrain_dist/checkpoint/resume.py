@@ -82,22 +82,26 @@ def check_named(named: Path) -> None:
         read_manifest(inside[-1] if inside else named)
 
 
-def archive(run_folder: Path, which: list[Path] | None = None) -> None:
+def archive(run_folder: Path, which: list[Path] | None = None) -> dict[Path, Path]:
     """Move checkpoints of an earlier training of this folder to `checkpoints.old-N`.
 
     Args:
         which: of its checkpoints; None: all, with the folder that they are in.
+
+    Returns:
+        Where each was -> where it is.
     """
     old = run_folder / "checkpoints"
     taken = len(list(run_folder.glob("checkpoints.old-*")))
     aside = run_folder / f"checkpoints.old-{taken + 1}"
     if which is None:
-        if old.is_dir():
-            old.rename(aside)
-        return
-    for path in which:
-        aside.mkdir(exist_ok=True)
-        path.rename(aside / path.name)
+        moves = {old: aside} if old.is_dir() else {}
+    else:
+        moves = {path: aside / path.name for path in which}
+    for source, target in moves.items():
+        target.parent.mkdir(exist_ok=True)
+        source.rename(target)
+    return moves
 
 
 def check_compatible(folder: Path, run: Manifest, steps: int) -> Manifest:

@@ -216,6 +216,7 @@ def test_the_planted_pickles_do_run_in_a_plain_reader(runs, tmp_path):
             pickle.loads(path.read_bytes())
         else:
             torch.load(path, weights_only=False)
+        assert (tmp_path / "ran").exists(), form
         (tmp_path / "ran").unlink()
 
 

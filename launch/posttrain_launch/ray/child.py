@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -251,4 +250,4 @@ if __name__ == "__main__":  # JOB [TEMP_DIR]: what is left to do for a driver th
         os.kill(int(sys.argv[1]), signal.SIGKILL)
     kill_members(int(sys.argv[1]))
     for folder in sys.argv[2:]:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_temporary(Path(folder))

@@ -10,11 +10,13 @@ import pytest
 import yaml
 from posttrain_launch.cli import main
 from posttrain_launch.commands.run import run_overrides
+from posttrain_launch.run import driver
 
 from posttrain_dist.checkpoint import store
 from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, TrainConfig, complete
 from posttrain_dist.engine import AdamW
-from posttrain_dist.files import read_rows
+from posttrain_dist.errors import TrainingError
+from posttrain_dist.files import read_rows, write_atomic
 from posttrain_dist.metrics import LoggingConfig, WandbMode
 
 
@@ -89,10 +91,29 @@ def test_a_refused_start_leaves_the_run_as_it_was(run, capsys):
     assert main(["run", str(run), "train.steps=6"]) == 1  # late: once its data is looked at
     assert "lacks a file, or has one that was cut" in capsys.readouterr().err
     assert files() == before
+    for choice in ("never", run / "checkpoints" / "step-000002"):  # checkpoints are put back too
+        assert main(["run", str(run), f"train.resume={choice}"]) == 1
+        assert files() == before and not list(run.glob("checkpoints.old-*"))
+        assert names(run / "checkpoints") == ["step-000002", "step-000004"]
     assert main(["run", str(run), "foo=1", "train.stepz=3"]) == 2
     said = capsys.readouterr().err
     assert "foo: unknown key" in said and "train.steps" in said
     assert files() == before
+
+
+def test_what_a_training_began_with_stays_though_it_fails(run, monkeypatch, capsys):
+    """Also where it begins as the start before it did, and so writes the same plan."""
+    plan = (run / "logs" / "plan.json").read_text()
+
+    def fails(config, folder, *_):
+        write_atomic(folder / "logs" / "plan.json", plan)
+        raise TrainingError("the gradient is not finite", where="step 5")
+
+    monkeypatch.setattr(driver, "_drive", fails)
+    assert main(["run", str(run), "train.steps=6", "optimizer.lr=1e-3"]) == 1
+    assert "the gradient is not finite" in capsys.readouterr().err
+    assert RunConfig.from_yaml((run / "config.yaml").read_text()).optimizer.lr == 1e-3
+    assert not (run / "FINISHED").exists()
 
 
 def test_a_finished_run_goes_on_with_more_steps_and_another_rate_said_in_one_line(run, capsys):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -78,29 +78,47 @@ def applied(folder: Path, config: RunConfig, values: dict[str, Any]) -> Iterator
     """The changed run of `folder`, which nobody else drives meanwhile; the change is recorded.
 
     `train.resume` is an act of this start and no value of the run: `never` puts the checkpoints
-    aside, one of them those that are newer. If the run is refused before it trains, its files
-    become again what they were.
+    aside, one of them those that are newer. A start that ends before it trains, for whatever
+    reason, leaves the run as it was.
 
     Raises:
         PosttrainError: the run does not allow it; nothing was changed.
     """
     changed = _changed(config, values)
     _check_end(folder, changed, values)
-    plan = folder / "logs" / "plan.json"  # written as training begins
-    began = _content(plan)
+    plan = folder / "logs" / "plan.json"  # a new file as training begins
+    began = _identity(plan)
     kept = {path: _content(path) for path in (folder / name for name in WRITTEN)}
-    _act(folder, values.get(RESUME, "auto"))
-    _record(folder, changed, values)
+    moves = _put_aside(folder, values.get(RESUME, "auto"))
     try:
+        _record(folder, changed, values)
         yield changed
-    except PosttrainError:
-        if _content(plan) == began:
-            for path, content in kept.items():
-                if content is None:
-                    path.unlink(missing_ok=True)
-                else:
-                    write_atomic(path, content, to_disk=True)
+    except BaseException:
+        if _identity(plan) == began:
+            _restore(kept, moves)
         raise
+
+
+def _restore(kept: dict[Path, str | None], moves: dict[Path, Path]) -> None:
+    for path, content in kept.items():
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_atomic(path, content, to_disk=True)
+    for source, target in moves.items():
+        if not source.exists():
+            target.rename(source)
+    for aside in {target.parent for target in moves.values() if target.parent.is_dir()}:
+        with suppress(OSError):  # it holds others
+            aside.rmdir()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What is another one when the file was written again."""
+    if not path.is_file():
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 def _check_end(folder: Path, changed: RunConfig, values: dict[str, Any]) -> None:
@@ -165,13 +183,12 @@ def _changed(config: RunConfig, values: dict[str, Any]) -> RunConfig:
     return changed
 
 
-def _act(folder: Path, choice: str) -> None:
+def _put_aside(folder: Path, choice: str) -> dict[Path, Path]:
     """Put aside the checkpoints that `choice` of `train.resume` does not go on from."""
     if choice == "auto":
-        return
+        return {}
     if choice == "never":
-        resume.archive(folder)
-        return
+        return resume.archive(folder)
     named = Path(str(choice)).expanduser().absolute()
     own = store.checkpoints(folder)
     if named not in own:
@@ -181,7 +198,7 @@ def _act(folder: Path, choice: str) -> None:
             where=f"{RESUME}={choice}",
             fix="give never, or one of its checkpoints; from another run's, posttrain train starts",
         )
-    resume.archive(folder, own[own.index(named) + 1 :])
+    return resume.archive(folder, own[own.index(named) + 1 :])
 
 
 def _shown(value: Any) -> str:
