@@ -59,7 +59,7 @@ class Run(NamedTuple):
 
     seconds: float
     first_s: float  # from its start until rows came; 0 where that is not seen
-    peak_mib: float
+    peak_bytes: int
     tokens: int
 
 
@@ -139,26 +139,26 @@ def timed(side: str, data: Path) -> Run:
             encoding="utf-8",
         ) as process:
             while process.poll() is None:
-                peak = max(peak, memory_kib(process.pid))
+                peak = max(peak, memory_bytes(process.pid))
                 time.sleep(0.1)
             seconds = time.perf_counter() - start
             assert process.stdout is not None and process.returncode == 0
             came, tokens = process.stdout.read().split()[-2:]
         first = max(float(came) - began, 0.0)
-        return Run(seconds, first, peak / 1024, int(tokens))
+        return Run(seconds, first, peak, int(tokens))
     finally:
         shutil.rmtree(folder)
 
 
-def memory_kib(pid: int) -> int:
+def memory_bytes(pid: int) -> int:
     """Memory of a process and of those that it started; shared pages are shared out."""
     total = 0
     with contextlib.suppress(OSError, ValueError, IndexError):
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
-        total += int(rollup.partition("\nPss:")[2].split()[0])
+        total += 1024 * int(rollup.partition("\nPss:")[2].split()[0])
         for thread in Path(f"/proc/{pid}/task").iterdir():
             children = (thread / "children").read_text(encoding="utf-8").split()
-            total += sum(map(memory_kib, map(int, children)))
+            total += sum(map(memory_bytes, map(int, children)))
     return total
 
 
@@ -177,28 +177,28 @@ def main() -> None:
         data = Path(folder) / "rows.jsonl"
         write_rows(data, arguments.rows)
         rounds = [{side: timed(side, data) for side in SIDES} for _ in range(arguments.rounds)]
+    facts = results.facts(("datasets", "transformers", "tokenizers"))
+    found = [{**facts, **measured(side, rounds, arguments.rows)} for side in SIDES]
+    results.append("prepare", found)
+    print(json.dumps(found, indent=1))
 
-    def middle(name: str) -> dict[str, float]:
-        return {side: statistics.median(getattr(r[side], name) for r in rounds) for side in SIDES}
 
-    seconds, tokens = middle("seconds"), {side: rounds[0][side].tokens for side in SIDES}
+def measured(side: str, rounds: list[dict[str, Run]], num_rows: int) -> dict[str, Any]:
+    """The row of one side."""
+    runs = [each[side] for each in rounds]
+    seconds = [run.seconds for run in runs]
     row = {
-        **results.facts(("datasets", "transformers", "tokenizers")),
-        "rows": arguments.rows,
-        "tokens": tokens,
-        "seconds": {side: round(value, 2) for side, value in seconds.items()},
-        "first_rows_s": round(middle("first_s")["ours"], 2),
-        "peak_mib": {side: round(value) for side, value in middle("peak_mib").items()},
-        "rows_per_s": {side: round(arguments.rows / value) for side, value in seconds.items()},
-        "tokens_per_s": {side: round(tokens[side] / value) for side, value in seconds.items()},
-        "times_faster": {
-            side: round(statistics.median(r[side].seconds / r["ours"].seconds for r in rounds), 2)
-            for side in SIDES
-            if side != "ours"
-        },
+        "arm": {"batch": "batched map"}.get(side, side),
+        "rows": num_rows,
+        "tokens": runs[0].tokens,
+        **results.quantiles(seconds),
+        "rows_per_s": num_rows / statistics.median(seconds),
+        "peak_bytes": max(run.peak_bytes for run in runs),
+        "ours_times_faster": results.times_faster(seconds, [r["ours"].seconds for r in rounds]),
     }
-    results.append("prepare", [row])
-    print(json.dumps(row, indent=1))
+    if side == "ours":
+        row["first_s"] = statistics.median(run.first_s for run in runs)
+    return row
 
 
 if __name__ == "__main__":

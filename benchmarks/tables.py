@@ -188,6 +188,13 @@ LAUNCH: dict[str, Cell] = {
     "over": text("over"),
     "by s": number("over_s", 1),
 }
+PREPARE: dict[str, Cell] = {
+    **{key: LAUNCH[key] for key in ("arm", "s", "p20 to p80")},
+    "rows/s": number("rows_per_s", 0),
+    "times ours": number("ours_times_faster"),
+    "first rows after s": number("first_s", 1),
+    "peak MiB": number("peak_bytes", 0, MIB),
+}
 DEEPSPEED: dict[str, Cell] = {
     **texts(arm="arm", model="size", processes="processes", ZeRO="stage", tokens="tokens"),
     "ms": number("p50_s", 1, 1e3),
@@ -274,7 +281,7 @@ def step_goals() -> Iterator[Goal]:
 
 
 def process_goals() -> Iterator[Goal]:
-    """Of DeepSpeed and of launching."""
+    """Of DeepSpeed, of launching, and of preparing data."""
     for size in ("10m", "50m"):
         for stage, times in ((2, 1.15), (3, 1.40)):
             for n, several in ((1, "process"), (2, "processes")):
@@ -283,6 +290,10 @@ def process_goals() -> Iterator[Goal]:
                 yield Goal(what, "at most", times, "deepspeed_overhead", "ratio", where)
     what = "command to first step, cluster=local: seconds over a bare loop"
     yield Goal(what, "at most", 2.0, "launch", "over_s", {"arm": "local"})
+    what, where = "preparing data: times faster than datasets.map, batched", {"arm": "batched map"}
+    yield Goal(what, "at least", 1.5, "prepare", FASTER, where)
+    what = "preparing data: seconds from the command to the first rows"
+    yield Goal(what, "at most", 2.0, "prepare", "first_s", {"arm": "ours"})
     what = "an empty Ray Train job: its time over that of stock Ray Train"
     yield Goal(what, "at most", 0.5, "launch", share_of_stock, {"arm": "empty_ours"})
 
@@ -348,6 +359,7 @@ TABLES: dict[str, Table | Goals] = {
     "step-floor": Table(source="step", columns=FLOOR, where={"part": "floor", "kind": "mixed"}),
     "step-profile": Table(source="step", columns=PROFILE, where={"part": "profile"}),
     "launch": Table(source="launch", columns=LAUNCH),
+    "prepare": Table(source="prepare", columns=PREPARE),
     "deepspeed-overhead": Table(
         source="deepspeed_overhead", columns=DEEPSPEED, per=("size", "processes", "stage", "tokens")
     ),

@@ -34,11 +34,10 @@ from posttrain_dist.files import read_object, write_atomic
 from posttrain_dist.flow import Batch
 from posttrain_dist.models import Weights
 from posttrain_dist.models.finite import refuse_nonfinite
-from posttrain_dist.models.folder import check_folder, resolve
+from posttrain_dist.models.folder import read_shape, resolve
 from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
-from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.objectives.base import TokenLoss
 
 _log = logging.getLogger(__name__)
@@ -103,7 +102,7 @@ def pick_dtype(choice: Dtype, config: RunConfig | None = None) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     speedup = 1.0
     if config is not None:
-        shape = ModelShape.of(check_folder(resolve(config.model.path), need_weights=False))
+        shape = read_shape(config.model.path)
         speedup = product_speedup(
             torch.bfloat16,
             shape.hidden_size,
@@ -178,8 +177,7 @@ def make_source(
     config: RunConfig, examples: Examples, process: Process, *, mixed: bool = True
 ) -> PackedSource:
     """The batches of this rank; `mixed`: drawn from sources by weight, as training does."""
-    folder = resolve(config.model.path)
-    shape = ModelShape.of(check_folder(folder, need_weights=False), str(folder / "config.json"))
+    shape = read_shape(config.model.path)
     return PackedSource(
         examples,
         config.objective,
@@ -236,7 +234,8 @@ def _settings(config: RunConfig) -> dict[str, str]:
     if isinstance(config.engine, DeepSpeed) and config.engine.config:
         own = Path(config.engine.config).read_bytes()  # a copy in the run folder
         flat["engine.config"] = f"a JSON of digest {hashlib.sha256(own).hexdigest()[:8]}"
-    other = ("train.resume", "train.dtype", "train.batch_size")  # asked anew, layout, recipe
+    # The first is chosen at each start; the others are of the layout and of the recipe.
+    other = ("train.resume", "train.dtype", "train.batch_size")
     return {key: value for key, value in flat.items() if key not in other}
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-Progress = Callable[[int, int], None]  # (parts done, parts in all)
+ProgressCallback = Callable[[int, int], None]  # (parts done, parts in all)
 
 LOGGERS = ("posttrain_dist", "posttrain_kernels")
 NOTICES = Path("logs", "notices.jsonl")  # in a run folder; the driver shows each new row's text

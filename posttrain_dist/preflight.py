@@ -80,7 +80,7 @@ def _cluster_faults(config: RunConfig, verb: str) -> list[PosttrainError]:
         }[verb]
         found.append(ConfigError(what, where="cluster", fix=fix))
     if isinstance(cluster, Slurm) and verb == "submit":
-        found += _unsaid(cluster)
+        found += _missing_resources(cluster)
     if isinstance(cluster, Slurm) and isinstance(config.engine, Single):
         workers = cluster.nodes * max(1, cluster.gpus_per_node or 0)
         if cluster.workers is None and workers > 1:
@@ -88,7 +88,7 @@ def _cluster_faults(config: RunConfig, verb: str) -> list[PosttrainError]:
     return found
 
 
-def _unsaid(cluster: Slurm) -> list[PosttrainError]:
+def _missing_resources(cluster: Slurm) -> list[PosttrainError]:
     """What a job asks for and nobody can guess: a wrong one shows after hours in a queue."""
     missing = {
         "cluster.gpus_per_node": (cluster.gpus_per_node, "8, or 0 for a job on CPUs"),

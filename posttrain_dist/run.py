@@ -54,7 +54,7 @@ def run(config: RunConfig, folder: Path, *, progress: bool = True) -> Outcome:
             where="cluster",
             fix="leave cluster out, or start the run with `posttrain train`",
         )
-    log = _print if progress else _say_nothing
+    log = _print if progress else _discard_line
     if (folder / "FINISHED").is_file():
         log(finished_line(folder))
         return read_outcome(folder)
@@ -136,7 +136,7 @@ def _print(line: str) -> None:
     print(line, flush=True)
 
 
-def _say_nothing(line: str) -> None:
+def _discard_line(line: str) -> None:
     pass
 
 

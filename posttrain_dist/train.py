@@ -142,17 +142,17 @@ def _resume(
     config: RunConfig, run_folder: Path, engine: TrainEngine, run: Manifest, steps: int
 ) -> int:
     """Load the checkpoint that `train.resume` names; its step, 0 where there is none."""
-    choice, told = config.train.resume, Notices(run_folder)
+    choice, notices = config.train.resume, Notices(run_folder)
     if choice == "never":
         dist.on_main(lambda: resume.archive(run_folder))
-    found = resume.choose(choice, run_folder, step_of_file, told.add)
+    found = resume.choose(choice, run_folder, step_of_file, notices.add)
     if found is None:
         return 0
     there = resume.check_compatible(found, run, steps)
     if changed := resume.changed_settings(there, run):
-        told.add(f"going on from step {there.step} with other settings: {'; '.join(changed)}")
+        notices.add(f"going on from step {there.step} with other settings: {'; '.join(changed)}")
     engine.load_state(found / store.STATE)
-    told.record(found, there.step)
+    notices.record(found, there.step)
     return there.step
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import html
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -14,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import forkserver
 import pytest
@@ -214,3 +217,18 @@ def chromium() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def probed(chromium: Callable[..., str], tmp_path: Path) -> Callable[[str], Any]:
+    """probed(page): show a page that stands in tmp_path; the JSON that it made its title."""
+
+    def show(page: str) -> Any:
+        (tmp_path / "outer.html").write_text(page, encoding="utf-8")
+        flags = ("--allow-file-access-from-files", "--virtual-time-budget=3000", "--dump-dom")
+        dom = chromium(tmp_path / "profile", *flags, f"file://{tmp_path}/outer.html")
+        title = re.search(r"<title>(.*?)</title>", dom, re.DOTALL)
+        assert title, dom[:2000]
+        return json.loads(html.unescape(title.group(1)))
+
+    return show

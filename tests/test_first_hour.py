@@ -60,6 +60,16 @@ TYPED = {
         "no file has this name",
         "give a JSONL, JSON, parquet or CSV file",
     ),
+    "data=rows.jsonl": (
+        "data",
+        "is a group of keys, not one value",
+        "write data.train=rows.jsonl\n",
+    ),
+    "data.train=[a.jsonl,b.jsonl]": (
+        "data.train",
+        "is one place, and several were given",
+        "set data.train to a folder or a glob in quotes ('/data/*.jsonl'), or use data.sources\n",
+    ),
     "gradient_accumulation_steps=4": (
         "gradient_accumulation_steps",
         "unknown key",

@@ -21,8 +21,11 @@ DRIVER = "posttrain_launch.run"
 # Module -> which packages are there after its import, of HEAVY and HYDRA.
 ALLOWED = {
     "posttrain_launch.cli": [],
+    # What tokenises: it loads neither the configuration nor anything of the model.
+    "posttrain_dist.prepare.processes.fork_server": [],
     "posttrain_dist.config": CONFIG,
-    "posttrain_dist.prepare.similar": CONFIG,
+    "posttrain_dist.prepare.build_dataset": CONFIG,
+    "posttrain_dist.prepare.data_report": CONFIG,
     "posttrain_dist.preflight": CONFIG,
     "posttrain_dist.run": CONFIG,
     # A Ray worker, until it is placed.

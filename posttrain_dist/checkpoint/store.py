@@ -79,9 +79,8 @@ def save(
         if dist.is_connection_error(error):
             raise  # no fault of the disk: the worker is replaced and the run goes on
         file = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
-        told = reason(error) + file
         raise CheckpointError(
-            f"step {manifest.step} cannot be written: {told}",
+            f"step {manifest.step} cannot be written: {reason(error)}{file}",
             where=str(partial),
             fix="free space or set output_root to another disk; `posttrain run` goes on from the "
             "last whole checkpoint",

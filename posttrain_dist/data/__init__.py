@@ -13,6 +13,7 @@ recognise          formats/recognise.py      keys of the first rows -> Format; r
                    formats/plain.py          ... text and tokens
 records            formats/records.py        path -> Record, or Rejected with file, line and field
 template           chat/template.py          template.name + tokenizer -> ChatTemplate
+                   chat/jinja_environment.py ... what it may use: as in transformers
                    chat/causal.py            ... whether one rendering holds those of all prefixes
 escape             chat/controls.py          control tokens in content -> EscapedText
 render             chat/conversation.py      messages -> text, and each turn's inference prompt
@@ -21,8 +22,10 @@ mask               chat/turn_spans.py        text -> the characters of each turn
 check              chat/checks.py            text and spans -> names of failed checks
 supervise          chat/supervision.py       Record -> SupervisedText: characters with weights
 encode             chat/encoder.py           SupervisedText -> Example: tokens with weights
+                   tokens/byte_level.py      ... text -> tokens, word by word (tokens/patterns.py)
+                   tokens/text_tokens.py     ... the tokens of a text, with their characters
                    chat/token_weights.py     ... character weights -> token weights
-                   prepared/pieces.py          Example -> text for people
+                   prepared/pieces.py        Example -> text for people
 prepare            (posttrain_dist.prepare)  all files -> the prepared folder, split and counted
                    prepared/arrays.py        Examples as flat arrays on disk, mapped by workers
                    prepared/summary.py       what was found: counts, channels, digests

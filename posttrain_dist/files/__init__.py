@@ -238,7 +238,7 @@ class LineFile:
       it; `saved_bytes` finds it there, and a later LineFile that begins with that keeps it.
 
     Args:
-        path: of the file, which is written anew with `lines`, given without their line ends.
+        path: of the file, which is replaced by one with `lines`, given without their line ends.
         on_fault: called with the error when lines begin to be refused.
 
     Raises:

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from posttrain_dist.errors import ModelError, PosttrainError, raise_all
+from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.models.tokenizer import ModelTokenizer, read_tokenizer
 
 TINY_BASE = "tiny_base"
@@ -64,6 +65,16 @@ def check_folder(path: Path, need_weights: bool = True) -> dict[str, Any]:
     config, found = _read_config(path, state)
     raise_all([*found, *(_weight_problems(path, state) if need_weights else [])])
     return config
+
+
+def read_shape(path: str) -> ModelShape:
+    """The sizes of the model that `model.path` names, from its config.json.
+
+    Raises:
+        ModelError, SeveralErrors: what is wrong with the folder, or the size that is missing.
+    """
+    folder = resolve(path)
+    return ModelShape.of(check_folder(folder, need_weights=False), str(folder / "config.json"))
 
 
 def load_tokenizer(folder: Path, cache: Path | None = None) -> ModelTokenizer:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.errors import ConfigError, DataError, ModelError, PosttrainError
-from posttrain_dist.logs import Progress
+from posttrain_dist.logs import ProgressCallback
 
 if TYPE_CHECKING:
     from posttrain_dist.config import RunConfig
@@ -34,7 +34,7 @@ def prepare(
     folder: Path,
     *,
     only_heldout: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     say: Log = lambda line: None,
 ) -> Summary:
     """Check model folder and data, tokenise, and write `folder` whole or not at all.
@@ -77,7 +77,7 @@ def prepare_cached(
     config: RunConfig,
     *,
     only_heldout: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     say: Log = lambda line: None,
 ) -> Path:
     """As `prepare`, but in the cache alone: its folder, which is only to be read.

@@ -14,14 +14,14 @@ import numpy as np
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data import LongRows, OnBadRow
 from posttrain_dist.data.chat.checks import CHECKS
-from posttrain_dist.data.formats.records import MAX_ERRORS, Unit
+from posttrain_dist.data.formats.records import Unit
 from posttrain_dist.data.prepared.arrays import SplitWriter
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.data.read.bad_row import errors_by_cause
 from posttrain_dist.errors import DataError, PosttrainError, raise_all
 from posttrain_dist.flow import Record
-from posttrain_dist.logs import Progress
-from posttrain_dist.prepare.chunk import Chunk
+from posttrain_dist.logs import ProgressCallback
+from posttrain_dist.prepare.chunk import MAX_REJECTED, Chunk
 from posttrain_dist.prepare.fingerprint import Inputs, refuse_changed
 from posttrain_dist.prepare.processes.workers import SMALL_BYTES, encode
 from posttrain_dist.prepare.row_encoder import Job, Task
@@ -39,7 +39,11 @@ TEXT_ROWS = 256  # held-out rows of each channel that are kept as text
 
 
 def build_dataset(
-    config: RunConfig, inputs: Inputs, folder: Path, only_heldout: bool, progress: Progress | None
+    config: RunConfig,
+    inputs: Inputs,
+    folder: Path,
+    only_heldout: bool,
+    progress: ProgressCallback | None,
 ) -> None:
     """Fill `folder`, which is there and empty.
 
@@ -55,12 +59,12 @@ def _build(
     inputs: Inputs,
     folder: Path,
     only_heldout: bool,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
     tally: Tally,
 ) -> None:
-    _encode(config, inputs, folder / "samples", tally, progress)
+    complete = _encode(config, inputs, folder / "samples", tally, progress)
     refuse_changed(inputs)
-    _refuse_rows(config, tally)
+    _refuse_rows(config, tally, complete)
     split = _split(config, inputs, tally)
     if only_heldout:
         split.train_R[:] = False
@@ -84,8 +88,13 @@ def _build(
 
 
 def _encode(
-    config: RunConfig, inputs: Inputs, samples: Path, tally: Tally, progress: Progress | None
-) -> None:
+    config: RunConfig,
+    inputs: Inputs,
+    samples: Path,
+    tally: Tally,
+    progress: ProgressCallback | None,
+) -> bool:
+    """Encode all rows into `samples`; whether it was not left early, for too many bad ones."""
     seed = inputs.digest["seed"] or 0  # for the rows that are shown
     job = Job(inputs.tokenizer, config.template, config.data, seed, TEXT_ROWS)
     plan = [
@@ -107,11 +116,12 @@ def _encode(
     with SplitWriter(samples) as writer, contextlib.closing(answers):
         for done, ((index, _), chunks) in enumerate(zip(plan, answers, strict=True), start=1):
             for chunk in chunks:
+                if stop_early and len(tally.rejected) >= MAX_REJECTED:
+                    return False
                 _store(writer, chunk, tally, index)
-                if stop_early and len(tally.rejected) >= MAX_ERRORS:
-                    return
             if progress is not None:
                 progress(done, len(plan))
+    return True
 
 
 def _store(writer: SplitWriter, chunk: Chunk, tally: Tally, index: int) -> None:
@@ -136,17 +146,19 @@ def _split(config: RunConfig, inputs: Inputs, tally: Tally) -> Split:
 # ------------------------------------------------------------------------------- refusals
 
 
-def _refuse_rows(config: RunConfig, tally: Tally) -> None:
+def _refuse_rows(config: RunConfig, tally: Tally, complete: bool) -> None:
     """Rows that were rejected, and checks that too many rows fail."""
+    complete = complete and len(tally.rejected) == tally.num_rejected
     all_count = tally.ends_file or config.data.on_bad_row is OnBadRow.error
     if all_count or not tally.num_rows:
-        raise_all(errors_by_cause(tally.rejected, at_most=MAX_ERRORS))
+        raise_all(errors_by_cause(tally.rejected, complete=complete))
     if not config.template.strict:
         return
     problems: list[PosttrainError] = []
     for name, failed in sorted(tally.failed.items()):
         check = CHECKS[name]
-        if check.level != "error" or failed <= check.allowed * tally.num_rows:
+        refused = check.level == "error" and failed > check.allowed * tally.num_rows
+        if not refused and not (check.refused_if_all and failed == tally.num_rows):
             continue
         places = ", ".join(tally.failed_places[name][:3]) + (", ..." if failed > 3 else "")
         what = f"{failed} of {tally.num_rows} rows fail the check {name!r}: {check.explain}"

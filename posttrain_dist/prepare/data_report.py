@@ -27,8 +27,7 @@ from posttrain_dist.data.read.tables import HF
 from posttrain_dist.data.sources import file_sets
 from posttrain_dist.errors import DataError, PosttrainError
 from posttrain_dist.files import write_atomic
-from posttrain_dist.models.folder import check_folder, load_tokenizer, resolve
-from posttrain_dist.models.shape import ModelShape
+from posttrain_dist.models.folder import load_tokenizer, read_shape, resolve
 from posttrain_dist.prepare.cache import tokenizer_cache
 
 
@@ -174,8 +173,7 @@ def _first_pack(config: RunConfig, examples: Examples) -> dict[str, Any]:
     """
     if not len(examples):
         return {}
-    folder = resolve(config.model.path)
-    shape = ModelShape.of(check_folder(folder, need_weights=False), str(folder / "config.json"))
+    shape = read_shape(config.model.path)
     cost = Cost.of_model(shape.hidden_size, shape.num_layers, shape.vocab_size)
     packs = Order(
         examples.lengths,
@@ -187,7 +185,7 @@ def _first_pack(config: RunConfig, examples: Examples) -> dict[str, Any]:
     ).packs(1)
     costs = [cost.of(examples.lengths[pack], examples.supervised[pack]).sum() for pack in packs]
     pack = packs[assign_packs(np.array(costs), world=1)[0][0]]
-    tokenizer = load_tokenizer(folder, tokenizer_cache(config.data.cache))
+    tokenizer = load_tokenizer(resolve(config.model.path), tokenizer_cache(config.data.cache))
     found: list[list[Any]] = []
     for sample, index in enumerate(pack.tolist()):
         example = examples[index]

@@ -17,6 +17,7 @@ from posttrain_dist.prepare.split import content_key, draw_one
 
 CHUNK_TOKENS = 1 << 20  # after which a chunk is handed over
 CHUNK_ROWS = 1 << 14
+_FIRST_ROWS = 32  # of the very first chunk
 _BATCH_ROWS = 256  # that the tokenizer is given at once
 _BATCH_CHARACTERS = 1 << 22  # ... of about so many characters
 
@@ -52,7 +53,7 @@ class RowEncoder:
 
     def __init__(self, job: Job, template: ChatTemplate | None = None) -> None:
         self._job = job
-        self._most_rows = _BATCH_ROWS  # of the next chunk
+        self._most_rows = _FIRST_ROWS  # of the next chunk
         self._encoder = Encoder(
             job.tokenizer,
             job.template,
@@ -72,13 +73,13 @@ class RowEncoder:
         """
         rows, more = task.reader.read(task.unit), True
         while more:
-            # The very first one is small: what is wrong with all rows is known at once.
-            most, self._most_rows = self._most_rows, CHUNK_ROWS
+            # The first ones are small: what is wrong with all rows is known at once.
+            most, self._most_rows = self._most_rows, min(8 * self._most_rows, CHUNK_ROWS)
             texts = BottomK[Record](self._job.text_rows if task.keep_text else 0)
             facts = RowFacts(task.unit.file, texts)
             builder, num_rows = ChunkBuilder(facts), 0
             while more and builder.num_tokens < CHUNK_TOKENS and num_rows < most:
-                batch, more = _take(rows)
+                batch, more = _take(rows, min(_BATCH_ROWS, most))
                 num_rows += len(batch)
                 for record, result in self._encoded(batch, facts):
                     key = content_key(record)
@@ -104,11 +105,11 @@ class RowEncoder:
                 yield row, result
 
 
-def _take(rows: Iterator[Record | Rejected]) -> tuple[list[Record | Rejected], bool]:
-    """The next rows, few where they are large; whether there may be more."""
+def _take(rows: Iterator[Record | Rejected], most: int) -> tuple[list[Record | Rejected], bool]:
+    """The next rows, fewer where they are large; whether there may be more."""
     batch: list[Record | Rejected] = []
     num_characters = 0
-    while len(batch) < _BATCH_ROWS and num_characters < _BATCH_CHARACTERS:
+    while len(batch) < most and num_characters < _BATCH_CHARACTERS:
         row = next(rows, None)
         if row is None:
             return batch, False

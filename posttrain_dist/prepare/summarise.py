@@ -51,7 +51,7 @@ def summarise(inputs: Inputs, tally: Tally, split: Split, folder: Path) -> Summa
         splits=splits,
         duplicates_moved=split.moved,
         near_leaks=int(near_leaks(tally.bands, split.train_R, split.heldout_R).sum()),
-        rejected=sum(counts[2] for counts in tally.rows_of_file.values()),
+        rejected=tally.num_rejected,
         longest=tally.longest,
         largest_id=tally.largest_id,
         special_tokens=watched_tokens(inputs),

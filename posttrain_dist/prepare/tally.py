@@ -95,6 +95,11 @@ class Tally:
         """One value per row: "channel", "key", "truncated" or "dropped"."""
         return np.concatenate([np.empty(0, _COLUMNS[name]), *self._columns.get(name, [])])
 
+    @property
+    def num_rejected(self) -> int:
+        """Rows of all files that cannot be used; `rejected` has the first ones."""
+        return sum(counts[2] for counts in self.rows_of_file.values())
+
     def of_sets(self, chosen: Collection[int]) -> npt.NDArray[np.bool_]:
         """Whether each row is of one of the file sets."""
         sets, sizes = np.array([[-1, 0], *self.rows_of_set], np.int64).T

@@ -47,6 +47,30 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.parametrize(("bad", "told"), [(50, "50 rows, first"), (150, "100 or more rows")])
+def test_rows_with_one_fault_are_counted_to_the_end(
+    make: Any, builders: Any, tmp_path: Path, bad: int, told: str
+) -> None:
+    """All 50 stand in one chunk; of more than 100 only the first are kept."""
+    data = tmp_path / "rows.jsonl"
+    builders.write(data, [*builders.rows(9), *[{"messages": []}] * bad])
+    with pytest.raises(DataError, match=told):
+        prepare(make(train=str(data)), tmp_path / "prepared")
+
+
+def test_answers_that_are_all_empty_are_a_wrong_column(
+    make: Any, builders: Any, tmp_path: Path
+) -> None:
+    rows = [builders.chat(f"ask {i}", "", "t") for i in range(12)]
+    data = builders.write(tmp_path / "rows.jsonl", rows)
+    config = make(train=str(data), eval_fraction=0)
+    with pytest.raises(DataError, match=r"12 of 12 rows fail the check 'empty_turn'") as caught:
+        prepare(config, tmp_path / "prepared")
+    assert "data.columns" in caught.value.fix and "template.strict=false" in caught.value.fix
+    builders.write(data, [*rows, builders.chat("ask", "answer", "t")])  # one that speaks
+    assert prepare(config, tmp_path / "prepared").splits["train"]["t"].rows == 13
+
+
 def test_every_row_arrives_with_its_mask(make: Any, rows_file: Path, tmp_path: Path) -> None:
     config = make()
     folder = tmp_path / "prepared"

@@ -357,7 +357,7 @@ FRAME = '<iframe style="border: 0; width: {width}px; height: 900px" src="{name}"
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 800, 1400])
 def test_the_page_fits_and_draws_without_errors(
-    chromium: Any, folder: Path, tmp_path: Path, width: int
+    probed: Any, folder: Path, tmp_path: Path, width: int
 ) -> None:
     source = write_report(folder).read_text(encoding="utf-8")
     source = source.replace("<head>", "<head>" + FAULTS).replace("</body>", PROBE + "</body>")
@@ -367,17 +367,7 @@ def test_the_page_fits_and_draws_without_errors(
         "<script>addEventListener('load', () => setTimeout(() => { document.title ="
         " frames[0].document.documentElement.dataset.probe; }, 400));</script>"
     )
-    (tmp_path / "outer.html").write_text(outer)
-    dom = chromium(
-        tmp_path / "profile",
-        "--allow-file-access-from-files",
-        "--virtual-time-budget=3000",
-        "--dump-dom",
-        f"file://{tmp_path}/outer.html",
-    )
-    title = re.search(r"<title>(.*?)</title>", dom, re.DOTALL)
-    assert title, dom[:2000]
-    seen = json.loads(html.unescape(title.group(1)))
+    seen = probed(outer)
     assert seen["errors"] == [] and seen["cut"] == []
     assert seen["width"] == width and seen["over"] <= 0
     assert seen["plots"] == seen["drawn"] == 1 + len(CHANNELS) + 4

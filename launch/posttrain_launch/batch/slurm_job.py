@@ -55,7 +55,7 @@ def submit(config: RunConfig, run_folder: Path, dry_run: bool = False) -> str | 
         return None
     job_id = _sbatch(script)
     print(f"submitted job {job_id}")
-    print(f"  asks for:  {_asked(config.cluster)}")
+    print(f"  asks for:  {_resources(config.cluster)}")
     print(f"  state:     squeue --job {job_id}")
     print(f"  progress:  tail -F {shlex.quote(str(run_folder / 'logs' / f'slurm-{job_id}.log'))}")
     print(f"  cancel:    scancel {job_id}")
@@ -110,7 +110,7 @@ def options(name: str, cluster: Slurm, run_folder: Path) -> list[str]:
     return [*set_options, "--requeue", *cluster.extra]
 
 
-def _asked(cluster: Slurm) -> str:
+def _resources(cluster: Slurm) -> str:
     each = f"{cluster.gpus_per_node or 0} GPUs and {_cpus(cluster)} CPUs"
     return f"{cluster.nodes} nodes with {each} each, time {cluster.time or 'of the partition'}"
 

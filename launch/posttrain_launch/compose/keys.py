@@ -16,6 +16,9 @@ from posttrain_dist.config import SLOTS, type_name
 from posttrain_dist.errors import ConfigError
 from posttrain_launch.compose.spellings import foreign
 
+# A group of keys -> the one that is meant where the group is given one value.
+MAIN_KEYS = {"data": "data.train", "model": "model.path"}
+
 
 def value_problems(
     base: DictConfig, key: str, value: Any, where: str | None = None
@@ -46,6 +49,9 @@ def value_problems(
                     base, f"{key}.{name}", v, f"{where}.{name}" if where else None
                 )
             ]
+        if isinstance(value, str) and key in MAIN_KEYS:
+            fix = f"write {MAIN_KEYS[key]}={value}"
+            return [ConfigError("is a group of keys, not one value", where=place, fix=fix)]
         names = ", ".join(f"{key}.{name!s}" for name in target)
         return [
             ConfigError(
@@ -64,6 +70,10 @@ def value_problems(
         fits = False
     if fits:
         return []
+    if isinstance(value, list) and key in ("data.train", "data.eval"):
+        what = "is one place, and several were given"
+        fix = f"set {key} to a folder or a glob in quotes ('/data/*.jsonl'), or use data.sources"
+        return [ConfigError(what, where=place, fix=fix)]
     wanted, shown = type_name(hint), "null" if value is None else repr(value)
     return [ConfigError(f"{shown} is not {wanted}", where=place, fix=f"set {key} to {wanted}")]
 

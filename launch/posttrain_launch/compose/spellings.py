@@ -94,6 +94,7 @@ KEYS: dict[str, str] = {
     "gradient_checkpointing": "model.activation_checkpointing",
     # run
     "output_dir": "output_root",
+    "run_dir": "output_root",
     "run_name": "name",
     "wandb_project": "logging.project",
     "wandb_entity": "logging.entity",

@@ -29,6 +29,7 @@ class Check:
     explain: str
     fix: str
     allowed: float = 0.0  # share of the rows that may fail without an alarm
+    refused_if_all: bool = False  # a warning, but no row that passes is no accident
 
 
 CHECKS: dict[str, Check] = {
@@ -95,7 +96,8 @@ CHECKS: dict[str, Check] = {
         "warning",
         "A turn of the assistant without a word and without a tool call teaches to end at once.",
         "nothing is to be done where silence is the right answer; else leave such rows out, or "
-        'give the turn "train": false',
+        'give the turn "train": false; where every row says nothing, look at data.columns',
+        refused_if_all=True,
     ),
     "truncated_target": Check(
         "warning",

@@ -149,12 +149,14 @@ def read_records(path: str, rows: str) -> list[Record]:
     """
     records: list[Record] = []
     rejected: list[Rejected] = []
+    complete = True
     for row in Reader(path, format=Format[rows]):
+        if len(rejected) >= MAX_ERRORS:
+            complete = False
+            break
         if isinstance(row, Record):
             records.append(row)
-            continue
-        rejected.append(row)
-        if len(rejected) >= MAX_ERRORS:
-            break
-    raise_all(errors_by_cause(rejected, at_most=MAX_ERRORS))
+        else:
+            rejected.append(row)
+    raise_all(errors_by_cause(rejected, complete=complete))
     return records

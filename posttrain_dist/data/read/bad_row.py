@@ -71,17 +71,17 @@ class Rejected:
         return DataError(self.what, where=where, fix=self.fix)
 
 
-def errors_by_cause(rejected: Sequence[Rejected], at_most: int) -> list[PosttrainError]:
+def errors_by_cause(rejected: Sequence[Rejected], *, complete: bool) -> list[PosttrainError]:
     """One error for each cause, at the first of its rows: "15 rows, first at line 1: ...".
 
     Args:
         rejected: the first rows that cannot be used, in order.
-        at_most: so many rows ended the reading, if they are so many: there may be more.
+        complete: they are all: everything was read.
     """
     causes: dict[tuple[str, str], list[Rejected]] = {}
     for row in rejected:
         causes.setdefault(row.cause, []).append(row)
-    more = " or more" if len(rejected) >= at_most else ""
+    more = "" if complete else " or more"
     found: list[PosttrainError] = []
     for rows in causes.values():
         error = rows[0].error()

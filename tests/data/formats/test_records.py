@@ -139,6 +139,9 @@ def test_reading_stops_at_twenty_faults(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_records(str(_file(tmp_path, b"x\n" * 50)), "messages")
     assert "20 or more rows, first at line 1: is not valid JSON" in caught.value.what
+    with pytest.raises(DataError) as caught:  # the file has no more
+        read_records(str(_file(tmp_path, b"x\n" * 20)), "messages")
+    assert "20 rows, first at line 1: is not valid JSON" in caught.value.what
 
 
 def test_rows_with_one_fault_are_told_once(tmp_path: Path) -> None:
