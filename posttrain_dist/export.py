@@ -67,7 +67,7 @@ def _choose(run_folder: Path, step: int | None) -> Path:
     if step is None and whole:
         if there[-1] != whole[-1]:
             raise CheckpointError(
-                f"is newer than every whole checkpoint: {fault_of(there[-1])}",
+                f"is the newest checkpoint and damaged: {fault_of(there[-1])}",
                 where=str(there[-1]),
                 fix=_older(run_folder, there[-1]),
             )

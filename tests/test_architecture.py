@@ -10,10 +10,12 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
-from source_tree import LIBRARY, LIBRARY_FILES, module_of, name_of
+from source_tree import LIBRARY, LIBRARY_FILES, faults, module_of, name_of, text_of, tree_of
 
 LAYERS = {
     "posttrain_launch": 8,
@@ -62,9 +64,6 @@ CONFINED = {
     "triton": ("posttrain_kernels",),
 }
 
-each_library_file = pytest.mark.parametrize("path", LIBRARY_FILES, ids=name_of)
-
-
 # --------------------------------------------------------------------------- reading imports
 
 
@@ -80,8 +79,13 @@ def running_nodes(node: ast.AST) -> Iterator[ast.AST]:
             yield from running_nodes(child)
 
 
-def imported(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:
+@cache
+def imported(source: str, module: str, is_package: bool = False) -> list[tuple[int, str]]:
     """(line, dotted name) of each import; of `from a import b` the name is `a.b`."""
+    return list(_imported(source, module, is_package))
+
+
+def _imported(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
     for node in running_nodes(ast.parse(source)):
         for name in names_imported(node, module, is_package):
             yield node.lineno, name  # type: ignore[attr-defined]
@@ -166,7 +170,7 @@ def file_imports(path: Path, modules: dict[str, Path]) -> set[str]:
     """Modules of ours that a file imports, anywhere in it."""
     module = module_of(path)
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         for name in names_imported(node, module, path.name == "__init__.py"):
             target = name if name in modules else name.rpartition(".")[0]
             if target in modules and target != module:
@@ -204,19 +208,17 @@ def test_circles_are_seen() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [["b", "c"]]
 
 
-@each_library_file
-def test_imports_go_down(path: Path) -> None:
-    module = module_of(path)
-    unit = unit_of(module)
-    assert unit in {None, "posttrain_kernels", *LAYERS}, "no row in the table of layers"
-    source, is_package = path.read_text(), path.name == "__init__.py"
-    assert upward_imports(source, module, is_package) == []
+def test_every_file_has_a_layer() -> None:
+    rows = {None, "posttrain_kernels", *LAYERS}
+    assert faults(lambda path: unit_of(module_of(path)) not in rows, LIBRARY_FILES) == {}
 
 
-@each_library_file
-def test_dependencies_stay_in_their_place(path: Path) -> None:
-    is_package = path.name == "__init__.py"
-    assert misplaced_imports(path.read_text(), module_of(path), is_package) == []
+@pytest.mark.parametrize("check", [upward_imports, misplaced_imports])
+def test_imports_go_down_and_dependencies_stay_in_their_place(check: Any) -> None:
+    def found(path: Path) -> list[str]:
+        return check(text_of(path), module_of(path), path.name == "__init__.py")
+
+    assert faults(found, LIBRARY_FILES) == {}
 
 
 @pytest.mark.parametrize("name", ["flow", "errors", "dist"])
@@ -229,7 +231,7 @@ def test_one_sink_imports_wandb() -> None:
     users = [
         module_of(path)
         for path in LIBRARY_FILES
-        if any(re.match(r"wandb\b", n) for _, n in imported(path.read_text(), module_of(path)))
+        if any(re.match(r"wandb\b", n) for _, n in imported(text_of(path), module_of(path)))
     ]
     assert len(users) <= 1, users
 
@@ -296,7 +298,7 @@ def test_no_process_of_ours_imports_from_the_users_folder() -> None:
     calls = [
         (name_of(path), call)
         for path in LIBRARY_FILES
-        for call in re.findall(r"\[\s*sys\.executable,[^\]]*", path.read_text(encoding="utf-8"))
+        for call in re.findall(r"\[\s*sys\.executable,[^\]]*", text_of(path))
     ]
     assert len(calls) >= 7
     for name, call in calls:

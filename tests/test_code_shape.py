@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
-from source_tree import ALL_FILES, LIBRARY, LIBRARY_FILES, ROOT, name_of, source_files
+from source_tree import ALL_FILES, LIBRARY, LIBRARY_FILES, ROOT, faults, text_of, tree_of
 
 FORBIDDEN_WORDS = {"common", "helper", "helpers", "manager", "managers", "misc", "util", "utils"}
 FORBIDDEN_STEMS = {"base_trainer", "basetrainer"}
@@ -19,9 +20,6 @@ MAX_FOLDER_FILES = 12  # beside __init__.py
 
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-
-each_library_file = pytest.mark.parametrize("path", LIBRARY_FILES, ids=name_of)
-each_file = pytest.mark.parametrize("path", ALL_FILES, ids=name_of)
 
 
 # --------------------------------------------------------------------------- size and names
@@ -38,9 +36,10 @@ def code_lines(function: Function, lines: list[str]) -> int:
     return sum(1 for text in texts if text and not text.startswith("#"))
 
 
-def long_functions(source: str) -> list[str]:
+def long_functions(source: str, tree: ast.Module | None = None) -> list[str]:
     lines = source.splitlines()
-    functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, Function))
+    nodes = ast.walk(tree or ast.parse(source))
+    functions = (node for node in nodes if isinstance(node, Function))
     sizes = ((f"line {f.lineno}: {f.name}", code_lines(f, lines)) for f in functions)
     return [f"{where} has {size} lines" for where, size in sizes if size > MAX_FUNCTION_LINES]
 
@@ -51,14 +50,17 @@ def forbidden_parts(path: Path) -> list[str]:
     return [s for s in stems if s in FORBIDDEN_STEMS or FORBIDDEN_WORDS & set(s.split("_"))]
 
 
-@each_file
-def test_file_is_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
+def test_files_are_short() -> None:
+    def lines(path: Path) -> int:
+        number = len(text_of(path).splitlines())
+        return number if number > MAX_FILE_LINES else 0
+
+    assert faults(lines, ALL_FILES) == {}
 
 
-@pytest.mark.parametrize("path", [p for p in ALL_FILES if p.suffix == ".py"], ids=name_of)
-def test_functions_fit_a_screen(path: Path) -> None:
-    assert long_functions(path.read_text()) == []
+def test_functions_fit_a_screen() -> None:
+    python = [path for path in ALL_FILES if path.suffix == ".py"]
+    assert faults(lambda path: long_functions(text_of(path), tree_of(path)), python) == {}
 
 
 def test_the_loop_stays_short() -> None:
@@ -102,21 +104,20 @@ def test_crowds_and_repetitions_are_seen() -> None:
     assert repeated_names([*twice, Path("p/commands/read.py")], Path("p")) == ["read.py"]
 
 
-@each_file
-def test_name_says_the_subject(path: Path) -> None:
-    assert forbidden_parts(path.relative_to(ROOT)) == []
+def test_names_say_the_subject() -> None:
+    assert faults(lambda path: forbidden_parts(path.relative_to(ROOT)), ALL_FILES) == {}
 
 
 # --------------------------------------------------------------------------- docstrings
 
 
+@cache
 def protocol_methods() -> set[str]:
     """Methods that a Protocol of ours documents once, for all that implement it."""
     classes = [
         node
-        for path in source_files(*LIBRARY.values())
-        if path.suffix == ".py"
-        for node in ast.parse(path.read_text()).body
+        for path in LIBRARY_FILES
+        for node in tree_of(path).body
         if isinstance(node, ast.ClassDef) and "Protocol" in map(ast.unparse, node.bases)
     ]
     return {
@@ -125,9 +126,6 @@ def protocol_methods() -> set[str]:
         for item in node.body
         if isinstance(item, Function) and ast.get_docstring(item)
     }
-
-
-PROTOCOL_METHODS = protocol_methods()
 
 
 def undocumented(body: list[ast.stmt], prefix: str = "") -> Iterator[str]:
@@ -140,16 +138,15 @@ def undocumented(body: list[ast.stmt], prefix: str = "") -> Iterator[str]:
         if not isinstance(node, Function | ast.ClassDef) or node.name.startswith("_"):
             continue
         decorators = {ast.unparse(d).rpartition(".")[2] for d in node.decorator_list}
-        said = decorators & {"overload", "setter"} or (prefix and node.name in PROTOCOL_METHODS)
+        said = decorators & {"overload", "setter"} or (prefix and node.name in protocol_methods())
         if ast.get_docstring(node) is None and not said:
             yield f"line {node.lineno}: {prefix}{node.name}"
         if isinstance(node, ast.ClassDef):
             yield from undocumented(node.body, f"{prefix}{node.name}.")
 
 
-@each_library_file
-def test_public_names_have_a_docstring(path: Path) -> None:
-    assert list(undocumented(ast.parse(path.read_text()).body)) == []
+def test_public_names_have_a_docstring() -> None:
+    assert faults(lambda path: list(undocumented(tree_of(path).body)), LIBRARY_FILES) == {}
 
 
 def test_size_and_name_checks_see() -> None:

@@ -29,7 +29,7 @@ from ray_runs import (
 from posttrain_dist.files import read_rows
 
 POSTTRAIN = Path(sysconfig.get_path("scripts")) / "posttrain"
-SHORT = ["train.steps=12", "train.eval_every=6", "train.save_every=3"]
+SHORT = ["train.steps=6", "train.eval_every=3", "train.save_every=2"]
 SHORT += ["eval.generate_rows=2", "eval.samples=3"]
 
 
@@ -70,12 +70,12 @@ def test_one_command_trains_and_tells(demo):
     from posttrain_dist.data.embedded import CHANNELS, FIXED_CHANNELS
 
     folder, said = demo
-    assert json.loads((folder / "FINISHED").read_text()) == {"reason": "completed", "step": 12}
+    assert json.loads((folder / "FINISHED").read_text()) == {"reason": "completed", "step": 6}
 
     rows = read_rows(folder / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(13))
+    assert [row["step"] for row in rows] == list(range(7))
     evaluated = [row for row in rows if "eval/loss" in row]
-    assert [row["step"] for row in evaluated] == [0, 6, 12]
+    assert [row["step"] for row in evaluated] == [0, 3, 6]
     assert evaluated[-1]["eval/loss"] < evaluated[0]["eval/loss"] - 0.1
     for channel in CHANNELS:
         assert f"eval_channel_loss/{channel}" in evaluated[0]
@@ -113,7 +113,7 @@ def test_a_killed_worker_is_replaced_and_the_numbers_are_those_without_ray(
     shutil.copytree(folder / "prepared", tmp_path / "prepared")
     run_workers("train_runs.py", 2, tmp_path)
     assert losses(folder) == pytest.approx(losses(tmp_path), rel=1e-6)
-    assert len(losses(folder)) == 12
+    assert len(losses(folder)) == 6
 
 
 @pytest.mark.ray

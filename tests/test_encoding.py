@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from source_tree import LIBRARY_FILES, name_of
+from source_tree import LIBRARY_FILES, faults, text_of
 
 ROOT = Path(__file__).parent.parent
 TOOLS = [
@@ -56,9 +56,8 @@ def is_true(node: ast.expr | None) -> bool:
     return isinstance(node, ast.Constant) and node.value is True
 
 
-@pytest.mark.parametrize("path", [*LIBRARY_FILES, *TOOLS], ids=name_of)
-def test_no_text_is_in_the_encoding_of_the_locale(path: Path) -> None:
-    assert locale_calls(path.read_text(encoding="utf-8")) == []
+def test_no_text_is_in_the_encoding_of_the_locale() -> None:
+    assert faults(lambda path: locale_calls(text_of(path)), [*LIBRARY_FILES, *TOOLS]) == {}
 
 
 @pytest.mark.parametrize(

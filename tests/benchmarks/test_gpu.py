@@ -7,9 +7,12 @@ import pytest
 import torch
 
 
-def test_it_runs_every_section_and_prints_its_table_last(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("model", ["8B LoRA", pytest.param("3B full", marks=pytest.mark.slow)])
+def test_it_runs_every_section_and_prints_its_table_last(model, tmp_path, monkeypatch, capsys):
     import gpu
+    import gpu_steps
 
+    monkeypatch.setattr(gpu_steps, "RUNS", [run for run in gpu_steps.RUNS if run[0] == model])
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", "--results", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         gpu.main()
@@ -24,7 +27,7 @@ def test_it_runs_every_section_and_prints_its_table_last(tmp_path, monkeypatch, 
     assert len(cases) == len(heads) == 2 * 2 * 3
     assert all(row["gradient_error"] < 1e-5 for row in heads)
     steps = [row for row in rows if row["section"] == "steps"]
-    assert [row["model"] for row in steps] == ["3B full", "8B LoRA"]
+    assert [row["model"] for row in steps] == [model]
     for row in steps:
         assert min(row["norms"]) > 0
         assert abs(row["losses"][0] - 7.62) < 0.05  # ln 2048

@@ -115,7 +115,11 @@ def test_a_run_whose_terminal_goes_saves_and_leaves(tiny_llama, builders, tmp_pa
     words += ["data.max_length=128", "train.steps=5000", "train.batch_size=1", "logging.wandb=off"]
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     process = subprocess.Popen(
-        [*COMMAND, "train", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        [*COMMAND, "train", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # this may be under nohup
     )
     try:
         assert process.stdout is not None and process.stderr is not None

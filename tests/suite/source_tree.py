@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 # Package -> folder.
@@ -28,6 +32,26 @@ def name_of(path: Path) -> str:
 
 LIBRARY_FILES = [path for path in source_files(*LIBRARY.values()) if path.suffix == ".py"]
 ALL_FILES = source_files(*LIBRARY.values(), *(ROOT / name for name in OTHERS))
+
+
+@cache
+def text_of(path: Path) -> str:
+    """What a file holds."""
+    return path.read_text(encoding="utf-8")
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """What a Python file says; nobody may change it."""
+    return ast.parse(text_of(path))
+
+
+def faults(check: Callable[[Path], Any], paths: Iterable[Path]) -> dict[str, Any]:
+    """File -> what a check finds in it, of those where it finds something.
+
+    One test for all files: a case for each would be two thousand more.
+    """
+    return {name_of(path): found for path in paths if (found := check(path))}
 
 
 def module_of(path: Path) -> str:
