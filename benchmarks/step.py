@@ -15,6 +15,7 @@ benchmarks/results/step.jsonl.
     --channels       ours with and without the metrics of 8 channels
     --profile        where the time of our own step goes
     --floor          ours beside its matrix products alone, in each dtype that is fast here
+    --memory         ours in bfloat16 beside float32, fast here or not: what each needs
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from step_data import TINY, Sizes
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets")
 TUNED = "TRL 1 x 8, compiled"  # the best of --tune on two AVX2 cores, mixed and uniform
-PARTS = ("as_it_is", "tune", "channels", "profile", "floor")  # what a command measures; else "step"
+PARTS = ("as_it_is", "tune", "channels", "profile", "floor", "memory")  # else "step"
 
 
 def parse() -> argparse.Namespace:
@@ -56,7 +57,7 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.as_it_is:
         arguments.steps, arguments.warmup = 2, 1
-    if arguments.tune:
+    if arguments.tune or arguments.memory:
         arguments.steps = min(arguments.steps, arguments.warmup + 4)
     arguments.arms = arguments.arms or list(default_arms(arguments))
     return arguments
@@ -75,6 +76,8 @@ def default_arms(arguments: argparse.Namespace) -> list[str]:
 
         dtypes = [d for d in step_arms.FLOOR_DTYPES if multiplies_fast(getattr(torch, d))]
         return [f"{arm}, {dtype}" for dtype in dtypes for arm in ("ours", "products")]
+    if arguments.memory:
+        return ["ours, float32", "ours, bfloat16"]
     return ["reference", "ours", "ours, compiled", "TRL default, float32", "TRL 1 x 8", TUNED]
 
 
@@ -182,6 +185,9 @@ def row_of(
     if floor is not None and floor is not child and not floor.failed:
         pairs = zip(floor.steps[first:], child.steps[first:], strict=False)
         row["share_of_floor"] = statistics.median(p["seconds"] / s["seconds"] for p, s in pairs)
+    wide = children.get("ours, float32")
+    if wide is not None and wide.steps:
+        row["share_of_float32_memory"] = row["peak_bytes"] / wide.steps[-1]["peak_bytes"]
     truth, own = children.get("reference"), children.get("ours")
     if truth is not None and not truth.failed:
         for name, key in (("loss", "losses"), ("norm", "norms")):

@@ -275,6 +275,9 @@ def step_goals() -> Iterator[Goal]:
         where = {"part": "floor", "kind": "mixed", "arm": f"ours, {dtype}"}
         what = f"step, mixed, {dtype}: share of the speed of its products alone"
         yield Goal(what, "at least", limit, "step", "share_of_floor", where)
+    what = "step, mixed, bfloat16: memory over that in float32"
+    where = {"part": "memory", "kind": "mixed", "arm": "ours, bfloat16"}
+    yield Goal(what, "at most", 1.0, "step", "share_of_float32_memory", where)
     what = "step, mixed: cost of the metrics of 8 channels, %"
     where = {"part": "channels", "arm": "ours, no channels"}
     yield Goal(what, "at most", 1.0, "step", channel_cost, where)
