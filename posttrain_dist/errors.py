@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +79,24 @@ def unwritable(path: Path | str, error: OSError) -> PosttrainError:
         fix=f"{fixes.get(error.errno or 0, otherwise)}; started again, a run goes on from its "
         "newest checkpoint",
     )
+
+
+def refuse_undecoded(names: Iterable[str]) -> None:
+    """Refuse names of files that are no text here: neither JSON nor a page can hold them.
+
+    Raises:
+        PosttrainError: one has bytes that are no UTF-8, or that the locale does not decode.
+    """
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            own = sys.getfilesystemencoding().lower() == "utf-8"
+            raise PosttrainError(
+                "holds bytes that are no UTF-8" if own else "cannot be read in this locale",
+                where=name.encode(errors="surrogateescape").decode(errors="replace"),
+                fix="rename it" if own else "set LC_ALL=C.UTF-8, and unset PYTHONUTF8",
+            ) from error
 
 
 class SeveralErrors(PosttrainError):

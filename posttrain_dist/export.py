@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from posttrain_dist.checkpoint import store
-from posttrain_dist.checkpoint.manifest import fault_of, is_whole, read_manifest
+from posttrain_dist.checkpoint.manifest import fault_of, read_manifest
 from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import CheckpointError
 
@@ -82,16 +82,23 @@ def _choose(run_folder: Path, step: int | None) -> Path:
         + (f"; there are steps {steps}" if steps else "")
         + (f" ({damaged})" if damaged else ""),
         where=str(run_folder / "checkpoints"),
-        fix="train first (train.save_every=N saves on the way)"
-        if not steps
-        else "name one of these",
+        fix="name one of these" if steps else _start_again(run_folder, there),
     )
 
 
 def _older(run_folder: Path, damaged: Path) -> str:
     """What to do about a checkpoint that is damaged: never done unasked."""
+    from posttrain_dist.engine.state_files import step_of_file
+
     there = store.checkpoints(run_folder)
-    whole = [path for path in there[: there.index(damaged)] if is_whole(path)]
-    if not whole:
-        return "there is no whole one before it: copy it again, or train again"
-    return f"export an older one: --step {int(whole[-1].name.removeprefix('step-'))}"
+    for older in reversed(there[: there.index(damaged)]):
+        if not store.damage_of(older, step_of_file):
+            return f"export an older one: --step {int(older.name.removeprefix('step-'))}"
+    return f"there is no whole one before it: {_start_again(run_folder, there)}"
+
+
+def _start_again(run_folder: Path, there: list[Path]) -> str:
+    if not there:
+        return "train first (train.save_every=N saves on the way)"
+    again = f"`posttrain run {run_folder} train.resume=never` starts again and keeps them aside"
+    return f"copy one again; or {again}"

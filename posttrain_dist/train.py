@@ -149,9 +149,12 @@ def _resume(
     if found is None:
         return 0
     there = resume.check_compatible(found, run, steps)
-    if changed := resume.changed_settings(there, run):
-        notices.add(f"going on from step {there.step} with other settings: {'; '.join(changed)}")
+    changed = resume.changed_settings(there, run)
+    settings = f" with other settings: {'; '.join(changed)}" if changed else ""
     engine.load_state(found / store.STATE)
+    for moved in dist.from_main(lambda: resume.put_newer_aside(run_folder, found)):
+        notices.add(f"{moved.name} is kept in {moved.parent}")
+    notices.add(f"going on from step {there.step}{settings}")
     notices.record(found, there.step)
     return there.step
 

@@ -96,7 +96,8 @@ def test_one_command_trains_and_tells(demo):
     for place in (folder, folder / "report.html", folder / "export"):
         assert str(place) in said and place.exists()
 
-    assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
+    (wandb_run,) = {path.parent for path in (folder / "wandb").glob("offline-run-*/*.wandb")}
+    assert f"wandb sync {wandb_run}" in said
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "export")
     assert model.num_parameters() > 1e6
 

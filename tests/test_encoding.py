@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
 from pathlib import Path
 
 import pytest
 from source_tree import LIBRARY_FILES, faults, text_of
+
+from posttrain_dist.data.formats.records import find_files
+from posttrain_dist.errors import PosttrainError
 
 ROOT = Path(__file__).parent.parent
 TOOLS = [
@@ -58,6 +62,12 @@ def is_true(node: ast.expr | None) -> bool:
 
 def test_no_text_is_in_the_encoding_of_the_locale() -> None:
     assert faults(lambda path: locale_calls(text_of(path)), [*LIBRARY_FILES, *TOOLS]) == {}
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"gr\xf6sse.jsonl")).write_text('{"text": "x"}\n')
+    with pytest.raises(PosttrainError, match=r"gr\ufffdsse\.jsonl: holds bytes that are no UTF-8"):
+        find_files(str(tmp_path))
 
 
 @pytest.mark.parametrize(

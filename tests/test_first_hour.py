@@ -60,6 +60,11 @@ TYPED = {
         "no file has this name",
         "give a JSONL, JSON, parquet or CSV file",
     ),
+    "data.train={d}/gr\udcf6sse.jsonl": (
+        "data.train={d}/gr\ufffdsse.jsonl",
+        "holds bytes that are no UTF-8",
+        "rename it\n",
+    ),
     "data=rows.jsonl": (
         "data",
         "is a group of keys, not one value",

@@ -266,6 +266,10 @@ def test_a_damaged_file_is_never_trained_on_nor_exported(base, tmp_path):
     assert said in (folder / "logs" / "rank-0.log").read_text()
     (entry,) = read_object(folder / "run.json")["continued"]
     assert entry["step"] == 3 and entry["notices"][0].startswith(said)
+    assert entry["notices"][1:] == [
+        f"step-000006 is kept in {folder}/checkpoints.old-1",
+        "going on from step 3",
+    ]
     export_checkpoint(folder, tmp_path / "x")  # it was written again
 
 
@@ -279,7 +283,11 @@ def test_another_learning_rate_is_said_once_and_recorded(base, tmp_path):
     said = "going on from step 3 with other settings: optimizer.lr was 0.003, now 0.001"
     assert (folder / "logs" / "rank-0.log").read_text().count(said) == 1
     notices = [row["text"] for row in read_rows(folder / "logs" / "notices.jsonl")]
-    assert [said in text for text in notices] == [False, True]  # a torn one was passed over first
+    assert [said in text for text in notices] == [
+        False,
+        False,
+        True,
+    ]  # a torn one was passed over first
     assert read_object(folder / "run.json")["continued"][0]["notices"] == notices
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from posttrain_dist.logs import unfailing_output
 
@@ -111,9 +112,11 @@ def _main(arguments: list[str]) -> int:
     if name not in VERBS:
         return _unknown(name)
     verb = VERBS[name]
+    from posttrain_dist.errors import refuse_undecoded
     from posttrain_launch.failures import BAD_CONFIG, FAILED, STOPPED, is_bad_config, print_error
 
     try:
+        refuse_undecoded([*rest, str(Path.cwd())])
         command: Callable[[list[str], bool], int]
         command = importlib.import_module(f"posttrain_launch.commands.{verb.module}").command
         return command(rest, debug)

@@ -104,6 +104,16 @@ def archive(run_folder: Path, which: list[Path] | None = None) -> dict[Path, Pat
     return moves
 
 
+def put_newer_aside(run_folder: Path, found: Path) -> list[Path]:
+    """Move the checkpoints that were passed over for `found` aside; where they are.
+
+    They are damaged: in place they would count as checkpoints to keep, and be exported.
+    """
+    own = checkpoints(run_folder)
+    newer = own[own.index(found) + 1 :] if found in own else []
+    return list(archive(run_folder, newer).values())
+
+
 def check_compatible(folder: Path, run: Manifest, steps: int) -> Manifest:
     """The manifest of `folder`, if this run can go on from it.
 

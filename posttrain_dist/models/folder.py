@@ -160,7 +160,10 @@ def _read_config(
 ) -> tuple[dict[str, Any], list[PosttrainError]]:
     """config.json, and what is wrong with the model that it describes."""
     file = folder / "config.json"
-    config = _read_object(file, "the folder of a Hugging Face causal LM has one")
+    fix = "the folder of a Hugging Face causal LM has one"
+    if (folder / "export" / file.name).is_file():
+        fix = f"this is a run; the model that it made is {folder / 'export'}"
+    config = _read_object(file, fix)
     return config, _architecture_problems(config, file)
 
 

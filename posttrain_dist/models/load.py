@@ -79,8 +79,9 @@ def load_model(
 def _refuse_incomplete(report: dict[str, Any], folder: Path) -> None:
     missing = sorted(report.get("missing_keys", ()))
     if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(
-            f"{len(missing)} weights are not in the files, first of them {missing[0]}",
+            f"weights are not in the files: {missing[0]}{others}",
             where=str(folder),
             fix="copy the whole model folder again, or use model.weights=random to start afresh",
         )

@@ -136,6 +136,23 @@ def rewrite(folder, manifest, **changes):
 
 
 @pytest.mark.parametrize("run", ["single"], indirect=True)
+def test_an_export_names_no_damaged_checkpoint_and_a_run_keeps_none(run):
+    older, newest = (store.folder_of(run, step) for step in (1, 2))
+    kept = {}
+    for folder in (newest, older):
+        path = folder / "state" / "single.pt"
+        kept[folder] = path.read_bytes()
+        path.write_bytes(kept[folder][:-1] + b"?")
+    with pytest.raises(CheckpointError, match=r"no whole one before it: copy one again; or `post"):
+        export_checkpoint(run, run / "out")
+    (older / "state" / "single.pt").write_bytes(kept[older])
+    # What was passed over no longer counts among those that are kept.
+    assert resume.put_newer_aside(run, older) == [run / "checkpoints.old-1" / newest.name]
+    assert store.checkpoints(run) == [older]
+    assert resume.put_newer_aside(run, older) == []
+
+
+@pytest.mark.parametrize("run", ["single"], indirect=True)
 def test_an_edited_manifest_is_passed_over(run):
     path = store.folder_of(run, 2) / MANIFEST
     kept = json.loads(path.read_text())

@@ -92,7 +92,7 @@ def test_a_run_from_command_to_report(words, tmp_path, capsys):
     )
 
 
-def test_ctrl_c_saves_and_run_goes_on(words, tmp_path):
+def test_ctrl_c_saves_and_run_goes_on(words, tmp_path, capsys):
     command, output = tmp_path / "command.py", tmp_path / "output"
     command.write_text("import sys\nfrom posttrain_launch.cli import main\nsys.exit(main())\n")
     process = forkserver.start(command, "train", *words, "train.steps=2000", output=output)
@@ -120,7 +120,9 @@ def test_ctrl_c_saves_and_run_goes_on(words, tmp_path):
     frozen = folder / "config.yaml"
     frozen.write_text(frozen.read_text().replace("steps: 2000", f"steps: {end}"))
     before = [row for row in rows_of(folder) if row["step"] <= stopped["step"]]
+    capsys.readouterr()
     assert main(["run", str(folder)]) == 0
+    assert f"going on from step {stopped['step']}\n" in capsys.readouterr().out
     after = rows_of(folder)
     assert after[: len(before)] == before
     assert [row["step"] for row in after] == list(range(end + 1))
@@ -160,6 +162,23 @@ def test_inspect_marks_what_is_supervised(words, capsys):
     assert main(["inspect", *words]) == 0
     text = capsys.readouterr().out
     assert re.search(r"<\|user\|>copy (\w+) \d+<\|end\|><\|assistant\|>⟦\1<\|end\|>⟧", text)
+
+
+def test_inspect_shows_what_the_checks_refuse_and_why(words, builders, tmp_path, capsys):
+    data = builders.write(tmp_path / "silent.jsonl", [builders.chat("ask", "", "t")] * 8)
+    assert main(["inspect", words[0], f"data.train={data}", "data.eval_fraction=0"]) == 1
+    shown = capsys.readouterr()
+    assert "<|user|>ask<|end|><|assistant|>⟦<|end|>⟧" in shown.out
+    assert "8 of 8 rows fail the check 'empty_turn'" in shown.err
+
+
+def test_a_value_that_no_trial_can_have_is_refused_before_the_first(words, tmp_path, capsys):
+    sweep = ["optimizer.lr=1e-5,50", "train.batch_size=2,-1", "train.steps=1,2"]
+    assert main(["train", "-m", *words, *sweep]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: 2 problems:\n- optimizer.lr: is 50.0, must be above 0")
+    assert "- train.batch_size: is -1, must be at least 1" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_evaluate_scores_the_given_file_wholly(words, builders, tmp_path, capsys):

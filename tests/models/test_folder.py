@@ -128,6 +128,10 @@ def test_config_and_folder_that_cannot_be_read(folder: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(ModelError, match=r"has no config\.json"):
         check_folder(folder)
+    (folder / "export").mkdir()  # as a run has it
+    (folder / "export" / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"this is a run; the model that it made is .*/export"):
+        check_folder(folder)
     with pytest.raises(ModelError, match="no such model folder"):
         resolve(str(folder / "nowhere"))
 

@@ -74,12 +74,37 @@ def compose_checked(
 
 
 def check_sweep(composer: Composer, overrides: list[str], words: Words | None = None) -> None:
-    """Check overrides that may hold several values each; each run is checked when it comes.
+    """Check overrides that may hold several values each; the files of a run when it comes.
 
     Raises:
         PosttrainError, SeveralErrors: all that is wrong.
     """
     raise_all(_override_problems(composer, overrides, sweep=True, words=words))
+    raise_all(_trial_problems(composer, overrides))
+
+
+def _trial_problems(composer: Composer, overrides: list[str]) -> list[PosttrainError]:
+    """Values that no trial can be started with: each is tried with the first ones of the others."""
+    choices = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        if override.is_discrete_sweep()
+        else [text]
+        for text, override in _parse(overrides, [])
+        if not override.is_interval_sweep()
+    ]
+    first = [texts[0] for texts in choices]
+    trials = [
+        [*first[:i], text, *first[i + 1 :]]
+        for i, texts in enumerate(choices)
+        for text in texts
+        if len(texts) > 1
+    ]
+    found: dict[str, PosttrainError] = {}
+    for trial in trials:
+        with contextlib.suppress(*FAULTS):
+            problems_found = _contradictions(_compose(composer, trial), None)
+            found |= {str(problem): problem for problem in problems_found}
+    return list(found.values())
 
 
 def _holds_loose_flag(composer: Composer, overrides: list[str], composed: Composed) -> bool:

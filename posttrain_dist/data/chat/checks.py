@@ -95,8 +95,8 @@ CHECKS: dict[str, Check] = {
     "empty_turn": Check(
         "warning",
         "A turn of the assistant without a word and without a tool call teaches to end at once.",
-        "nothing is to be done where silence is the right answer; else leave such rows out, or "
-        'give the turn "train": false; where every row says nothing, look at data.columns',
+        'leave such rows out, or give the turn "train": false; where every row says nothing, look '
+        "at data.columns; a few are right where silence is the answer",
         refused_if_all=True,
     ),
     "truncated_target": Check(

@@ -165,7 +165,8 @@ def recognise(rows: Sequence[Set[str]], accepts: Set[Format], where: str) -> For
     raise ConfigError(
         f"the rows fit {' and '.join(names)}",
         where="data.format",
-        fix=f"set data.format={' or data.format='.join(names)}",
+        fix=f"set data.format={' or data.format='.join(names)}; files of several formats are "
+        "sources of their own (data.sources), each with its format",
     )
 
 
@@ -185,8 +186,13 @@ def _nothing_fits(keys: Set[str], wanted: list[Format], where: str) -> DataError
     shown = ", ".join(sorted(keys)) or "none"
     what = f"these are {others[0].name} rows" if others else f"no known format (keys: {shown})"
     examples = "".join(f"\n    {format.name}: {FORMATS[format].example}" for format in wanted)
-    names = "set data.columns where the keys have other names"
+    names = (
+        "set data.columns where the keys have other names, ours first: "
+        "'data.columns={prompt: question, completion: answer}'"
+    )
     other = or_objective(others[0]).removeprefix(", or ") if others else ""
+    if others and not other:
+        what += ", which no objective here trains on yet"
     fix = f"{other}{'; ' if other else ''}this objective reads rows such as{examples}"
     return DataError(what, where=where, fix=fix + ("" if others else f"\n  or {names}"))
 

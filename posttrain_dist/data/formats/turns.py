@@ -53,7 +53,8 @@ def read_text(value: Any, path: str, *, empty: bool = True) -> str:
     if not isinstance(value, str):
         raise bad_field(path, f"is {kind(value)}, expected text", _AS_TEXT)
     if not value and not empty:
-        raise bad_field(path, "is empty", "remove the row")
+        fix = "remove the row; where every row says so, set data.columns to the key that holds it"
+        raise bad_field(path, "is empty", fix)
     return value
 
 

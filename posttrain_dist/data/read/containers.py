@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 from posttrain_dist.data.read import json_array, tables
 from posttrain_dist.data.read.bad_row import BadFile, BadRow
 from posttrain_dist.data.read.json_lines import BLANK, BOM, SPLIT_IT, TOO_LONG, load, read_lines
-from posttrain_dist.errors import DataError
+from posttrain_dist.errors import DataError, refuse_undecoded
 
 _PACKED = (".gz", ".zst")
 _KINDS = {".jsonl": "lines", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -61,6 +61,7 @@ def find_files(path: str) -> list[Path]:
 
     Raises:
         DataError: there are none.
+        PosttrainError: the name of one is no UTF-8.
     """
     if path.startswith(tables.HF):
         mapped = tables.load_hf(path).cache_files
@@ -79,6 +80,7 @@ def find_files(path: str) -> list[Path]:
         kinds = "JSONL, JSON, parquet or CSV"
         fix = f"give a {kinds} file (JSONL also .gz or .zst), a folder of such files or a glob"
         raise DataError(what, where=str(path), fix=fix)
+    refuse_undecoded(map(str, files))
     return files
 
 

@@ -74,6 +74,8 @@ def _places(run_folder: Path) -> str:
     for name, part in (("report", "report.html"), ("export", "export")):
         if (run_folder / part).exists():
             lines.append((name, str(run_folder / part)))
+    if offline := sorted((run_folder / "wandb").glob("offline-run-*")):
+        lines.append(("W&B", f"offline; send it with: wandb sync {' '.join(map(str, offline))}"))
     return "\n".join(f"{name:<10}  {path}" for name, path in lines)
 
 

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from posttrain_dist.checkpoint import resume, store
 from posttrain_dist.checkpoint.manifest import read_manifest
-from posttrain_dist.config import RunConfig, complete, problems
+from posttrain_dist.config import GROUPS, RunConfig, complete, problems
 from posttrain_dist.errors import CheckpointError, ConfigError, PosttrainError, raise_all
 from posttrain_dist.files import read_object, write_atomic
 from posttrain_launch.compose.keys import has_key, unknown_key_fix, value_problems
@@ -57,7 +57,7 @@ def parse(words: list[str]) -> dict[str, Any]:
             values[key] = text
         if not equals:
             found.append(ConfigError("is no key=value", where=word, fix=f"such as {RESUME}=never"))
-        elif not has_key(base, key):
+        elif not has_key(base, key) and key not in (*GROUPS, "experiment"):
             fix = unknown_key_fix(base, key)
             found.append(ConfigError("unknown key", where=key, fix=fix))
         elif key not in ALLOWED:
