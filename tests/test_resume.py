@@ -283,11 +283,8 @@ def test_another_learning_rate_is_said_once_and_recorded(base, tmp_path):
     said = "going on from step 3 with other settings: optimizer.lr was 0.003, now 0.001"
     assert (folder / "logs" / "rank-0.log").read_text().count(said) == 1
     notices = [row["text"] for row in read_rows(folder / "logs" / "notices.jsonl")]
-    assert [said in text for text in notices] == [
-        False,
-        False,
-        True,
-    ]  # a torn one was passed over first
+    # A torn one was passed over and put aside first.
+    assert [said in text for text in notices] == [False, False, True]
     assert read_object(folder / "run.json")["continued"][0]["notices"] == notices
 
 

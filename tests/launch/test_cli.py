@@ -122,7 +122,7 @@ def test_ctrl_c_saves_and_run_goes_on(words, tmp_path, capsys):
     before = [row for row in rows_of(folder) if row["step"] <= stopped["step"]]
     capsys.readouterr()
     assert main(["run", str(folder)]) == 0
-    assert f"going on from step {stopped['step']}\n" in capsys.readouterr().out
+    assert f"going on from step {stopped['step']} with" in capsys.readouterr().out
     after = rows_of(folder)
     assert after[: len(before)] == before
     assert [row["step"] for row in after] == list(range(end + 1))
