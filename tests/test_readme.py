@@ -25,7 +25,8 @@ def test_the_python_example_trains(tmp_path):
     lines = output.read_text(encoding="utf-8").splitlines()
     assert lines[0] == f"run folder: {folder}"
     assert any(line.startswith("step 5/5  loss ") for line in lines)
-    assert lines[-2].split() == ["report", str(folder / "report.html")]
+    assert [line.split()[0] for line in lines[-4:]] == ["run", "report", "export", "W&B"]
+    assert lines[-3].split()[1] == str(folder / "report.html")
     rows = read_rows(folder / "metrics.jsonl")
     assert rows[-1]["step"] == 5
     assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]

@@ -108,8 +108,11 @@ def _read_tokenizer(
     try:
         return read_tokenizer(folder, cache)
     except Exception as error:  # tokenizers raise bare Exception on a damaged file
+        cause = f"the tokenizer cannot be loaded: {error}"
+        if not (folder / "tokenizer.json").is_file():
+            cause = f"has no tokenizer.json, and {cause.splitlines()[0]}"
         raise ModelError(
-            f"the tokenizer cannot be loaded: {error}",
+            cause,
             where=str(folder),
             fix="get tokenizer.json and tokenizer_config.json of this model",
         ) from error
