@@ -16,7 +16,7 @@ from posttrain_dist.engine import AdamW
 from posttrain_dist.engine.optimizers import adamw, parameter_groups
 
 # Elements of a bucket, whose gradients stand in float32 for the time of its update.
-BUCKET_ELEMENTS = 1 << 24
+BUCKET_ELEMENTS = 1 << 26
 PIECE_ELEMENTS = 1024
 
 

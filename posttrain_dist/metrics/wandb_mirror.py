@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import ssl
@@ -71,16 +72,16 @@ def _mirror(run_folder: Path, settings: dict[str, Any], offline: str | None) -> 
             return _cause(error)
         notify(run_folder, f"W&B is off: {_cause(error)}; metrics.jsonl has every number")
         return None
-    place = Path(run.settings.sync_dir)
+    sync = shlex.join(["wandb", "sync", str(Path(run.settings.sync_dir))])
     if offline is not None:
-        send = f"send it later with: wandb sync {place}"
+        send = f"send it later with: {sync}"
         notify(run_folder, f"W&B is not online ({offline}); the run is kept offline, {send}")
     try:
         _follow(run, run_folder, settings, ended)
         run.finish()
         _stop_service()
     except TimeoutError:
-        notify(run_folder, f"W&B did not take everything; send the rest: wandb sync {place}")
+        notify(run_folder, f"W&B did not take everything; send the rest: {sync}")
     except Exception as error:
         if online:
             return _cause(error)

@@ -173,8 +173,8 @@ def test_a_damaged_newest_is_passed_over_aloud_and_never_exported_around(tmp_pat
     assert found == before and f"going on from {before}" in caplog.text
     why = "state/x has 1 bytes, and 12 were written"
     assert said == [f"{final} is passed over, going on from step-000001: {why}"]
-    told = f"step-000002: is the newest checkpoint and damaged: {why}"
-    with pytest.raises(CheckpointError, match=rf"{told}(.|\n)*--step 1"):
+    fault = f"step-000002: is the newest checkpoint and damaged: {why}"
+    with pytest.raises(CheckpointError, match=rf"{fault}(.|\n)*--step 1"):
         export_checkpoint(tmp_path)
 
 

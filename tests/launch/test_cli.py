@@ -178,6 +178,8 @@ def test_a_value_that_no_trial_can_have_is_refused_before_the_first(words, tmp_p
     said = capsys.readouterr().err
     assert said.startswith("error: 2 problems:\n- optimizer.lr: is 50.0, must be above 0")
     assert "- train.batch_size: is -1, must be at least 1" in said
+    assert main(["train", "-m", *words, "optimizer.lr=interval(1e-5,50)"]) == 2  # of a sweeper
+    assert capsys.readouterr().err.startswith("error: optimizer.lr: is 50.0, must be above 0")
     assert not (tmp_path / "out").exists()
 
 

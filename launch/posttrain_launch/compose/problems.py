@@ -85,26 +85,27 @@ def check_sweep(composer: Composer, overrides: list[str], words: Words | None = 
 
 def _trial_problems(composer: Composer, overrides: list[str]) -> list[PosttrainError]:
     """Values that no trial can be started with: each is tried with the first ones of the others."""
-    choices = [
-        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-        if override.is_discrete_sweep()
-        else [text]
-        for text, override in _parse(overrides, [])
-        if not override.is_interval_sweep()
-    ]
+    choices = [_single(override, text) for text, override in _parse(overrides, [])]
     first = [texts[0] for texts in choices]
-    trials = [
-        [*first[:i], text, *first[i + 1 :]]
-        for i, texts in enumerate(choices)
-        for text in texts
-        if len(texts) > 1
-    ]
+    trials = dict.fromkeys(
+        (*first[:i], text, *first[i + 1 :]) for i, texts in enumerate(choices) for text in texts
+    )
     found: dict[str, PosttrainError] = {}
     for trial in trials:
         with contextlib.suppress(*FAULTS):
-            problems_found = _contradictions(_compose(composer, trial), None)
-            found |= {str(problem): problem for problem in problems_found}
+            others = _contradictions(_compose(composer, list(trial)), None)
+            found |= {str(problem): problem for problem in others}
     return list(found.values())
+
+
+def _single(override: Override, text: str) -> list[str]:
+    """The overrides of one value each that a sweep stands for; of an interval its ends."""
+    if override.is_interval_sweep():
+        return [f"{override.get_key_element()}={value}" for value in _values(override)]
+    if override.is_sweep_override():
+        values = override.sweep_string_iterator()
+        return [f"{override.get_key_element()}={value}" for value in values]
+    return [text]
 
 
 def _holds_loose_flag(composer: Composer, overrides: list[str], composed: Composed) -> bool:

@@ -186,10 +186,9 @@ def _nothing_fits(keys: Set[str], wanted: list[Format], where: str) -> DataError
     shown = ", ".join(sorted(keys)) or "none"
     what = f"these are {others[0].name} rows" if others else f"no known format (keys: {shown})"
     examples = "".join(f"\n    {format.name}: {FORMATS[format].example}" for format in wanted)
-    names = (
-        "set data.columns where the keys have other names, ours first: "
-        "'data.columns={prompt: question, completion: answer}'"
-    )
+    example = Format.prompt_completion if Format.prompt_completion in wanted else wanted[0]
+    pairs = ", ".join(f"{name}: YOURS" for name in FORMATS[example].needs)
+    names = f"set data.columns where the keys have other names: 'data.columns={{{pairs}}}'"
     other = or_objective(others[0]).removeprefix(", or ") if others else ""
     if others and not other:
         what += ", which no objective here trains on yet"

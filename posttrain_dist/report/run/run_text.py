@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,8 @@ def _places(run_folder: Path) -> str:
     for name, part in (("report", "report.html"), ("export", "export")):
         if (run_folder / part).exists():
             lines.append((name, str(run_folder / part)))
-    if offline := sorted((run_folder / "wandb").glob("offline-run-*")):
-        lines.append(("W&B", f"offline; send it with: wandb sync {' '.join(map(str, offline))}"))
+    if offline := sorted(map(str, (run_folder / "wandb").glob("offline-run-*"))):
+        lines.append(("W&B", f"offline; send it with: {shlex.join(['wandb', 'sync', *offline])}"))
     return "\n".join(f"{name:<10}  {path}" for name, path in lines)
 
 
