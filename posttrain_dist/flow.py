@@ -41,6 +41,8 @@ class Record:
     where: str  # "file:line", for every message about this row
     messages: tuple[Message, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()  # descriptions, as the chat template takes them
+    # What the chat template reads beside these: the row's `chat_template_kwargs`.
+    variables: Mapping[str, Any] = field(default_factory=dict)
     # One per message: its weight in the loss, 0 for none, null as the mask policy says; or empty.
     weights: tuple[float | None, ...] = ()
     text: str | None = None  # a row that no chat template is applied to

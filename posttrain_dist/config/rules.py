@@ -11,7 +11,7 @@ from posttrain_dist.checkpoint import checkpoint_rules
 from posttrain_dist.config.groups import Ray, cluster_rules, eval_rules, train_rules
 from posttrain_dist.config.run_config import SLOTS, RunConfig, untouched_slots
 from posttrain_dist.config.value_types import type_problems
-from posttrain_dist.data import data_rules
+from posttrain_dist.data import data_rules, template_rules
 from posttrain_dist.diagnosis.rule_table import diagnose_problems
 from posttrain_dist.engine import DeepSpeed, Single, engine_rules, optimizer_rules
 from posttrain_dist.engine.ds_config import deepspeed_config
@@ -61,6 +61,7 @@ def all_rules(config: RunConfig) -> list[Rule]:
     return [
         *train_rules(config.train),
         *data_rules(config.data),
+        *template_rules(config.template),
         *eval_rules(config.eval),
         *checkpoint_rules(config.checkpoint),
         *model_rules(config.model),

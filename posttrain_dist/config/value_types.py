@@ -63,7 +63,7 @@ def _problems(value: Any, hint: Any, key: str) -> Iterator[ConfigError]:
     elif origin is list and isinstance(value, list):
         for index, each in enumerate(value):
             yield from _problems(each, inner[0], f"{key}[{index}]")
-    elif not _is_of(value, hint):
+    elif hint is not Any and not _is_of(value, hint):
         wanted = type_name(hint)
         fix = f"set {key} to {wanted}"
         if isinstance(hint, type) and issubclass(hint, Enum):

@@ -12,9 +12,11 @@ recognise          formats/recognise.py      keys of the first rows -> Format; r
                    formats/pairs.py          ... rows that begin with a prompt
                    formats/plain.py          ... text and tokens
 records            formats/records.py        path -> Record, or Rejected with file, line and field
-template           chat/template.py          template.name + tokenizer -> ChatTemplate
-                   chat/jinja_environment.py ... what it may use: as in transformers
-                   chat/causal.py            ... whether one rendering holds those of all prefixes
+template           chat/rendering/           template.name + tokenizer -> TemplateSet
+                   .../template_choice.py    ... which template a row is rendered by
+                   .../chat_template.py      ... messages -> text, and what probes of it show
+                   .../jinja_environment.py  ... what it may use: as in transformers
+                   .../causal.py             ... whether one rendering holds those of all prefixes
 escape             chat/controls.py          control tokens in content -> EscapedText
 render             chat/conversation.py      messages -> text, and each turn's inference prompt
 mask               chat/turn_spans.py        text -> the characters of each turn
@@ -45,6 +47,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from posttrain_dist.errors import Rule, at_least
 
@@ -59,6 +62,7 @@ __all__ = [
     "MAX_PASSES",
     "MAX_WINDOW",
     "DataConfig",
+    "Form",
     "Format",
     "LongRows",
     "MixBy",
@@ -66,6 +70,7 @@ __all__ = [
     "Source",
     "Supervise",
     "Template",
+    "Thinking",
 ]
 
 
@@ -146,14 +151,68 @@ class Supervise(Enum):
     all = "all"  # every message but the results of tools
 
 
+class Form(Enum):
+    """What a sample of a conversation is."""
+
+    auto = "auto"  # the conversation where that is proven right, else its turns
+    conversation = "conversation"  # all of it, rendered once
+    turns = "turns"  # one sample for each supervised turn: its inference prompt, the turn, its end
+
+
+class Thinking(Enum):
+    """What becomes of the thoughts of an assistant."""
+
+    keep = "keep"  # they are trained on
+    last = "last"  # those of the last assistant turn are; all others are taken out
+    none = "none"  # they are taken out
+    # As `keep`; a turn without thoughts closes the block that is open before it, and learns to.
+    close = "close"
+
+
 @dataclass(kw_only=True, slots=True)
 class Template:
     """The group `template`: how a conversation becomes text, and what of it is supervised."""
 
     name: str = "tokenizer"  # the tokenizer's own; or one of data/chat/templates; or a .jinja file
+    variant: str | None = None  # of a tokenizer's own templates by name: the one for all rows
+    # What the template reads beside messages and tools, such as {enable_thinking: false}.
+    variables: dict[str, Any] = field(default_factory=dict)
+    form: Form = Form.auto
+    thinking: Thinking = Thinking.keep
     supervise: Supervise = Supervise.assistant
-    explode_turns: bool = False  # one sample for each assistant turn
+    end_of_turn: str | None = None  # a token, for templates that write none behind a turn
     strict: bool = True  # a failed check stops; false: it is reported
+
+
+# Names that `apply_chat_template` takes for itself.
+RESERVED_VARIABLES = frozenset(
+    {
+        *("messages", "conversation", "tools", "documents", "add_generation_prompt", "tokenize"),
+        *("chat_template", "continue_final_message", "return_dict", "return_tensors"),
+    }
+)
+
+
+def template_rules(template: Template) -> list[Rule]:
+    """What must hold among the values of the group `template`."""
+    return [
+        *(
+            Rule(
+                name not in RESERVED_VARIABLES,
+                f"template.variables.{name}",
+                "is no variable of a template: each row says it itself",
+                "leave it out; tools and messages are keys of the rows",
+            )
+            for name in template.variables
+        ),
+        Rule(
+            template.form is not Form.turns or template.supervise is not Supervise.all,
+            "template.form",
+            "is turns: one sample of each assistant turn, and template.supervise=all also "
+            "supervises the other turns",
+            "set template.supervise=assistant",
+        ),
+    ]
 
 
 def data_rules(data: DataConfig) -> list[Rule]:

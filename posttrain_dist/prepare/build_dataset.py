@@ -112,7 +112,7 @@ def _encode(
         return Task(inputs.readers[index], unit, in_order=own_heldout, keep_text=keep_text)
 
     stop_early = config.data.on_bad_row is OnBadRow.error
-    answers = encode(job, (task(*each) for each in plan), processes, inputs.template)
+    answers = encode(job, (task(*each) for each in plan), processes, inputs.templates)
     with SplitWriter(samples) as writer, contextlib.closing(answers):
         for done, ((index, _), chunks) in enumerate(zip(plan, answers, strict=True), start=1):
             for chunk in chunks:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_dist.config import RunConfig
-from posttrain_dist.data import Format
-from posttrain_dist.data.chat.template import ChatTemplate, load_template
+from posttrain_dist.data import Format, Template
+from posttrain_dist.data.chat.rendering.template_choice import TemplateSet, load_templates
 from posttrain_dist.data.formats.records import Reader
 from posttrain_dist.data.sources import FileSet, file_sets
 from posttrain_dist.errors import DataError, PosttrainError, raise_all
@@ -24,7 +24,7 @@ from posttrain_dist.prepare.digests import Digests, state
 # Version of what is written: the files of a prepared folder, and the tokens and masks that a row
 # gives. Raise it with every change of these, also with a fix: entries of the cache that were made
 # before are then prepared again, and a run that was begun keeps its own.
-FORMAT = 5
+FORMAT = 6
 LIBRARIES = ("jinja2", "tokenizers", "transformers")
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -45,7 +45,7 @@ class Inputs:
     model_folder: Path
     model: dict[str, Any]  # its config.json
     tokenizer: ModelTokenizer
-    template: ChatTemplate | None  # null: the objective reads no messages
+    templates: TemplateSet | None  # null: the objective reads no messages
     sets: list[FileSet]
     readers: list[Reader]  # one per file set
     states: dict[Path, tuple[int, int, int]]  # of the files of rows, when they were hashed
@@ -74,13 +74,13 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
     tokenizer = load_tokenizer(model_folder, tokenizer_cache(data.cache))
     check_tokenizer(tokenizer, model_folder)
     readers = _readers(sets, config)
-    template = None
+    templates = None
     own_template = config.template.name == "tokenizer"
     # A base model without one reads such rows all the same; one of them that is a conversation
     # after all asks for it then.
     bare = own_template and not tokenizer.chat_template
     if rows == "messages" and not (bare and all(each.format in PLAIN for each in readers)):
-        template = load_template(config.template, tokenizer, model_folder)
+        templates = load_templates(config.template, tokenizer, model_folder)
     own_heldout = any(each.split == "eval" for each in sets)
     digests = Digests(cache_folder(data.cache) / "hashes.json")
     states = {file: state(file) for each in sets for file in each.files}
@@ -96,10 +96,8 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
         "row_format": data.format.name,
         "columns": data.columns,
         "on_bad_row": data.on_bad_row.name,
-        "template": None if template is None else template.sha256,
-        "supervise": config.template.supervise.name,
-        "explode_turns": config.template.explode_turns,
-        "strict": config.template.strict,
+        "template": None if templates is None else templates.sha256,
+        **_of_template(config.template),
         # In their order: a sample knows its source by number.
         "sets": [[each.name, each.split, *each.identity] for each in sets],
         "data": {
@@ -113,7 +111,20 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
         },
     }
     digests.save()
-    return Inputs(model_folder, model, tokenizer, template, sets, readers, states, digest)
+    return Inputs(model_folder, model, tokenizer, templates, sets, readers, states, digest)
+
+
+def _of_template(template: Template) -> dict[str, Any]:
+    """What the group `template` says beside which one it is."""
+    return {
+        "variant": template.variant,
+        "variables": template.variables,
+        "form": template.form.name,
+        "thinking": template.thinking.name,
+        "supervise": template.supervise.name,
+        "end_of_turn": template.end_of_turn,
+        "strict": template.strict,
+    }
 
 
 def _readers(sets: list[FileSet], config: RunConfig) -> list[Reader]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from posttrain_dist.data import DataConfig, Template
 from posttrain_dist.data.chat.encoder import Encoder, RowExamples
-from posttrain_dist.data.chat.template import ChatTemplate
+from posttrain_dist.data.chat.rendering.template_choice import TemplateSet
 from posttrain_dist.data.formats.records import Reader, Rejected, Unit
 from posttrain_dist.errors import PosttrainError
 from posttrain_dist.flow import Record
@@ -48,10 +48,10 @@ class RowEncoder:
 
     Args:
         job: what is the same for all units.
-        template: the loaded template; null: it is loaded with the first conversation.
+        templates: the loaded ones; null: they are loaded with the first conversation.
     """
 
-    def __init__(self, job: Job, template: ChatTemplate | None = None) -> None:
+    def __init__(self, job: Job, templates: TemplateSet | None = None) -> None:
         self._job = job
         self._most_rows = _FIRST_ROWS  # of the next chunk
         self._encoder = Encoder(
@@ -59,7 +59,7 @@ class RowEncoder:
             job.template,
             max_length=job.data.max_length,
             long_rows=job.data.long_rows,
-            template=template,
+            templates=templates,
         )
 
     def load(self) -> None:

@@ -100,7 +100,7 @@ def watched_tokens(inputs: Inputs) -> dict[int, str]:
 
     Those that the chat template in use writes are among them; rows of text have no template.
     """
-    source = "" if inputs.template is None else inputs.template.source
+    source = "" if inputs.templates is None else "\n".join(inputs.templates.sources.values())
     return special_tokens(inputs.tokenizer, source)
 
 

@@ -146,7 +146,7 @@ def test_training_does_not_start_when_a_check_fails(
     words += ["train.steps=1", "data.eval_fraction=0"]
     assert main(["train", *words]) == 1
     text = capsys.readouterr().err
-    assert f"{data}:1" in text and "template.explode_turns=true" in text
+    assert f"{data}:1" in text and "template.form=turns" in text
     assert "6 rows, first at line 1: " in text
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
@@ -157,7 +157,7 @@ def test_training_does_not_start_when_a_check_fails(
     assert check["rows"] == [f"{data}:{line}" for line in range(1, 7)]
 
     # A row of each turn: every one reads as it did when it was written.
-    assert main(["prepare", *words, "template.explode_turns=true", "name=exploded"]) == 0
+    assert main(["prepare", *words, "template.form=turns", "name=exploded"]) == 0
     report = json.loads((tmp_path / "out" / "exploded" / "data_report.json").read_text())
     counts = report["splits"]["train"]["t"]
     assert (counts["rows"], counts["samples"]) == (6, 12)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, complete
-from posttrain_dist.data.chat import template as chat_template
+from posttrain_dist.data.chat.rendering import template_choice
 from posttrain_dist.data.prepared.arrays import Examples, SplitWriter, flatten
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.flow import Example
@@ -53,16 +53,16 @@ def test_rows_of_text_have_no_template(tmp_path: Path) -> None:
 
 def test_the_template_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
-    plain = chat_template.ChatTemplate
+    plain = template_choice.ChatTemplate
 
     class Counted(plain):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any) -> None:
             loaded.append("once")
             super().__init__(*args)
 
-    monkeypatch.setattr(chat_template, "ChatTemplate", Counted)
+    monkeypatch.setattr(template_choice, "ChatTemplate", Counted)
     prepare(config_of(tmp_path, [chat("a"), chat("b")]), tmp_path / "p")
-    assert fingerprint.load_template is chat_template.load_template
+    assert fingerprint.load_templates is template_choice.load_templates
     assert loaded == ["once"]
 
 

@@ -75,7 +75,7 @@ REPORT = {
         "template_sha256": "ab" * 32,
         "policy": "assistant",
         "long_rows": "truncate",
-        "explode_turns": False,
+        "form": "auto",
         "strict": True,
         "tokenizer": "some/tokenizer",
     },

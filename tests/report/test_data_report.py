@@ -113,7 +113,9 @@ def test_every_part_of_the_report(
         "template": "tokenizer",
         "template_sha256": made.inputs["template"],
         "supervise": "assistant",
-        "explode_turns": False,
+        "form": "auto",
+        "thinking": "keep",
+        "variables": {},
         "strict": False,
         "tokenizer": made.config.model.path,
     }

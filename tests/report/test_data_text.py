@@ -49,7 +49,7 @@ REPORT = {
             "name": "prefix",
             "level": "error",
             "explain": "Because of " + "reasons " * 30,
-            "fix": "template.explode_turns=true",
+            "fix": "template.form=turns",
             "checked": 5023,
             "failed": 153,
             "rows": [f"f.jsonl:{k}" for k in range(100, 120)],
@@ -95,7 +95,7 @@ def test_tables_fit_and_are_whole(width: int) -> None:
         assert word in flat
     assert LONG in flat if width > 100 else "[bold]" in flat
     assert "prefix 153 of 5,023 fail" in flat and "and 148 more" in flat
-    assert "To fix it: template.explode_turns=true" in flat
+    assert "To fix it: template.form=turns" in flat
     assert "f.jsonl:10 (byte 10,000)" in flat and "f.jsonl:11 " not in flat
     assert f"a.b w{SPELLED}; x" in flat and "and 24 more" in flat
     assert "conversations" not in flat and "E0" not in flat

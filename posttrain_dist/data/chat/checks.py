@@ -15,7 +15,7 @@ import numpy as np
 
 from posttrain_dist.data.chat.controls import REASONING, Span
 from posttrain_dist.data.chat.conversation import Conversation
-from posttrain_dist.data.chat.template import WITH_TOOLS
+from posttrain_dist.data.chat.rendering.chat_template import WITH_TOOLS
 from posttrain_dist.data.chat.turn_ends import ends_turn, stops_early
 from posttrain_dist.data.tokens.text_tokens import Ints
 from posttrain_dist.errors import DataError
@@ -37,7 +37,7 @@ CHECKS: dict[str, Check] = {
         "error",
         "Training must show the text that inference shows: the tokens of each inference prompt "
         "begin the training tokens, and a turn reads as it did when it was written.",
-        "set template.explode_turns=true (one sample for each assistant turn) where the template "
+        "set template.form=turns (one sample for each assistant turn) where the template "
         "rewrites earlier turns; else move spaces or line breaks from the end of the prompt "
         "to the beginning of the answer, or correct the template",
     ),

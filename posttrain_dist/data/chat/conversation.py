@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from posttrain_dist.data.chat.template import ChatTemplate
+from posttrain_dist.data.chat.rendering.chat_template import ChatTemplate
 from posttrain_dist.data.prefix import common_prefix_length
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Message

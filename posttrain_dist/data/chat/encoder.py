@@ -6,22 +6,22 @@ Record -> supervised texts -> one call of the tokenizer -> Examples
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from posttrain_dist.data import LongRows, Supervise, Template
+from posttrain_dist.data import Form, LongRows, Template, template_rules
 from posttrain_dist.data.chat import checks
 from posttrain_dist.data.chat.checks import Faults
+from posttrain_dist.data.chat.rendering.template_choice import TemplateSet, load_templates
 from posttrain_dist.data.chat.supervision import SupervisedText, Supervision
-from posttrain_dist.data.chat.template import ChatTemplate, load_template
 from posttrain_dist.data.chat.token_weights import token_weights
 from posttrain_dist.data.formats.plain import IGNORED
 from posttrain_dist.data.tokens.byte_level import ByteLevel
 from posttrain_dist.data.tokens.text_tokens import TextTokens
-from posttrain_dist.errors import ConfigError, DataError, PosttrainError
+from posttrain_dist.errors import DataError, PosttrainError, raise_all
 from posttrain_dist.flow import Example, Record
 
 # What the tokenizer is given at once: its answer takes some hundred bytes per character.
@@ -47,7 +47,7 @@ class Encoder:
         choice: which template, and what is supervised.
         max_length: tokens per sample at most.
         long_rows: what becomes of longer ones.
-        template: the loaded template; null: it is loaded with the first conversation.
+        templates: the loaded ones; null: they are loaded with the first conversation.
 
     Raises:
         ConfigError: the choices contradict each other.
@@ -60,15 +60,9 @@ class Encoder:
         *,
         max_length: int,
         long_rows: LongRows = LongRows.truncate,
-        template: ChatTemplate | None = None,
+        templates: TemplateSet | None = None,
     ) -> None:
-        if choice.explode_turns and choice.supervise is Supervise.all:
-            raise ConfigError(
-                "makes one sample of each assistant turn, and template.supervise=all also "
-                "supervises the other turns",
-                where="template.explode_turns",
-                fix="set template.supervise=assistant",
-            )
+        raise_all([rule.error() for rule in template_rules(choice) if not rule.holds])
         self._tokenizer, self._choice = tokenizer, choice
         self._max_length, self._long_rows = max_length, long_rows
         self._backend = tokenizer.backend_tokenizer
@@ -79,26 +73,26 @@ class Encoder:
         # Kept here: a tokenizer looks them up each time.
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._bos_name = str(tokenizer.bos_token)
-        self._loaded = template
-        self._supervision = Supervision(choice, lambda: self.template)
+        self._loaded = templates
+        self._supervision = Supervision(choice, lambda: self.templates)
         self._tails: dict[str, list[int]] = {}
 
     @property
-    def template(self) -> ChatTemplate:
-        """The chat template.
+    def templates(self) -> TemplateSet:
+        """The chat templates.
 
         Raises:
-            ConfigError, ModelError: it cannot be used.
+            ConfigError, ModelError: they cannot be used.
         """
         if self._loaded is None:
-            self._loaded = load_template(self._choice, self._tokenizer)
+            self._loaded = load_templates(self._choice, self._tokenizer)
         return self._loaded
 
     def load(self) -> None:
         """Make now what is otherwise made when needed; errors of the template wait for a row."""
         self._byte_level, self._is_loaded = ByteLevel.of(self._backend), True
         with contextlib.suppress(PosttrainError):
-            template = self.template
+            template = self.templates.plain
             _ = template.additions, template.trailer
 
     def encode(self, record: Record) -> RowExamples:
@@ -210,7 +204,7 @@ class Encoder:
     def _finish(self, text: SupervisedText, tokens: TextTokens | None) -> list[Example]:
         if tokens is None:
             whole = slice(0, None)
-            encoded = self.template.controls.encode_aliased(text.escaped, whole, text.where)
+            encoded = text.own_controls.encode_aliased(text.escaped, whole, text.where)
             tokens = TextTokens.of(*encoded)
         eos = self._eos
         if text.is_plain and (not len(tokens.ids_L) or tokens.ids_L[-1] != eos):
@@ -229,7 +223,7 @@ class Encoder:
             text.faults.note("control_tokens", checks.quote_fault(ids_L, self._bos, eos))
         weight_L = self._weigh(text, tokens)
         self._refuse_no_target(weight_L, text.faults)
-        if len(ids_L) > self._max_length and self._choice.explode_turns and text.prompts:
+        if len(ids_L) > self._max_length and self._choice.form is Form.turns and text.prompts:
             text.num_filling = self._filling(text, tokens)
         has_turns = bool(text.spans) and not text.is_plain
         return self._cut(ids_L, weight_L, text.faults, has_turns)
@@ -242,8 +236,8 @@ class Encoder:
     def _weigh(self, text: SupervisedText, tokens: TextTokens) -> npt.NDArray[np.float32]:
         if text.is_plain and not text.prompts:
             return np.ones(len(tokens.ids_L), np.float32)
-        if not text.is_plain and self.template.controls.strip_ids:
-            tokens = self._unpadded(text.text, tokens)
+        if text.controls is not None and text.controls.strip_ids:
+            tokens = _unpadded(text.text, tokens, text.controls.strip_ids)
         for length, name, fix in text.prompts:
             if "prompt_prefix" not in text.faults.names:
                 fault = self._token_fault(text, tokens, length, name)
@@ -252,15 +246,6 @@ class Encoder:
         if text.is_plain:
             weight_L[-1] = 1  # the end token
         return weight_L
-
-    def _unpadded(self, text: str, tokens: TextTokens) -> TextTokens:
-        """Tokens of which the special ones are without the white space that they swallow."""
-        start_L, end_L = tokens.start_L.copy(), tokens.end_L.copy()
-        for i in np.flatnonzero(np.isin(tokens.ids_L, list(self.template.controls.strip_ids))):
-            start, whole = int(start_L[i]), text[start_L[i] : end_L[i]]
-            start_L[i] = start + len(whole) - len(whole.lstrip())
-            end_L[i] = start_L[i] + len(whole.strip())
-        return TextTokens(tokens.ids_L, start_L, end_L)
 
     def _token_fault(self, text: SupervisedText, tokens: TextTokens, length: int, name: str) -> str:
         """The prompt's text begins the training text; do its tokens?
@@ -274,7 +259,7 @@ class Encoder:
             if tail and tail[-1] == self._eos:
                 del tail[-1]
             return checks.prompt_token_fault(ids_L, 0, tail, name)
-        controls = self.template.controls
+        controls = text.own_controls
         first = int(np.searchsorted(tokens.end_L, length + 1)) - 1
         known = controls.numbers if controls.are_borders else ()
         while first > 0 and int(ids_L[first]) not in known:
@@ -339,7 +324,7 @@ class Encoder:
         """
         if text.is_plain or text.escaped.aliased or self._long_rows is LongRows.split:
             return 0
-        controls = self.template.controls
+        controls = text.own_controls
         if not controls.are_borders:
             return 0
         behind = slice(self._max_length, None)
@@ -351,6 +336,16 @@ class Encoder:
             if token in controls.numbers:
                 return int(end)
         return 0
+
+
+def _unpadded(text: str, tokens: TextTokens, special: Collection[int]) -> TextTokens:
+    """Tokens of which the special ones are without the white space that they swallow."""
+    start_L, end_L = tokens.start_L.copy(), tokens.end_L.copy()
+    for i in np.flatnonzero(np.isin(tokens.ids_L, list(special))):
+        start, whole = int(start_L[i]), text[start_L[i] : end_L[i]]
+        start_L[i] = start + len(whole) - len(whole.lstrip())
+        end_L[i] = start_L[i] + len(whole.strip())
+    return TextTokens(tokens.ids_L, start_L, end_L)
 
 
 def _example(

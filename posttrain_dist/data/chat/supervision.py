@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from posttrain_dist.data import Supervise, Template
+from posttrain_dist.data import Form, Supervise, Template
 from posttrain_dist.data.chat import checks
 from posttrain_dist.data.chat.checks import Faults
-from posttrain_dist.data.chat.controls import EscapedText, Span
+from posttrain_dist.data.chat.controls import ControlTokens, EscapedText, Span
 from posttrain_dist.data.chat.conversation import OTHER_PROMPT, Conversation
-from posttrain_dist.data.chat.template import ChatTemplate
+from posttrain_dist.data.chat.rendering.chat_template import ChatTemplate
+from posttrain_dist.data.chat.rendering.template_choice import TemplateSet
 from posttrain_dist.data.chat.turn_spans import content_span, turn_spans
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Message, Record
@@ -32,8 +33,19 @@ class SupervisedText:
     faults: Faults
     # Of each turn: length, name, and a fix if its last token is another in training.
     prompts: list[tuple[int, str, str]] = field(default_factory=list)
-    is_plain: bool = False  # no template: the tokenizer adds its own special tokens
+    controls: ControlTokens | None = None  # of its template; null where there is none
     num_filling: int = 0  # characters before the first target that alone fill the limit
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is no template: the tokenizer adds its own special tokens."""
+        return self.controls is None
+
+    @property
+    def own_controls(self) -> ControlTokens:
+        """Those of its template."""
+        assert self.controls is not None, "plain text has none"
+        return self.controls
 
     @property
     def text(self) -> str:
@@ -51,11 +63,11 @@ class Supervision:
 
     Args:
         choice: what is supervised.
-        template: gives the chat template; called with the first conversation.
+        templates: gives the chat templates; called with the first conversation.
     """
 
-    def __init__(self, choice: Template, template: Callable[[], ChatTemplate]) -> None:
-        self._choice, self._template = choice, template
+    def __init__(self, choice: Template, templates: Callable[[], TemplateSet]) -> None:
+        self._choice, self._templates = choice, templates
 
     def texts(self, record: Record) -> Iterator[SupervisedText]:
         """The texts of a row of messages or of plain text; one for each sample.
@@ -79,19 +91,22 @@ class Supervision:
         start, faults = record.supervised_from, Faults(record.where, self._choice.strict)
         escaped, spans = EscapedText(text, None, (), ()), [(start, len(text), 1.0)]
         prompts = [(start, "", _MERGES)] if start else []
-        return SupervisedText(escaped, spans, faults, prompts, is_plain=True)
+        return SupervisedText(escaped, spans, faults, prompts)
 
     def _chat(self, record: Record) -> Iterator[SupervisedText]:
         weights = self._weights(record)
-        messages, tools, breaker = self._template().controls.escape(record.messages, record.tools)
-        if not self._choice.explode_turns or not any(weights):
-            yield self._conversation(record, messages, tools, breaker, weights)
+        template = self._templates().of(record.where, record.tools, record.variables)
+        messages, tools, breaker = template.controls.escape(record.messages, record.tools)
+        if self._choice.form is not Form.turns or not any(weights):
+            yield self._conversation(template, record, messages, tools, breaker, weights)
             return
         first = 0
         for turn, weight in enumerate(weights):
             if weight:
                 only = [0.0] * turn + [weight]
-                yield self._conversation(record, messages[: turn + 1], tools, breaker, only, first)
+                yield self._conversation(
+                    template, record, messages[: turn + 1], tools, breaker, only, first
+                )
                 first = turn + 1
 
     def _weights(self, record: Record) -> list[float]:
@@ -123,17 +138,18 @@ class Supervision:
                     where=record.where,
                     fix="remove the weight: the results of tools are not trained on",
                 )
-            if weight and roles[i] != "assistant" and self._choice.explode_turns:
+            if weight and roles[i] != "assistant" and self._choice.form is Form.turns:
                 raise DataError(
                     f"messages[{i}] is of the {roles[i]} and has a weight in the loss, and "
-                    "template.explode_turns=true trains on turns of the assistant only",
+                    "template.form=turns trains on turns of the assistant only",
                     where=record.where,
-                    fix="remove the weight, or set template.explode_turns=false",
+                    fix="remove the weight, or set template.form=conversation",
                 )
         return weights
 
     def _conversation(
         self,
+        template: ChatTemplate,
         record: Record,
         messages: Sequence[Message],
         tools: Sequence[Any],
@@ -143,9 +159,10 @@ class Supervision:
     ) -> SupervisedText:
         """One text; calls before messages[first] are not checked again."""
         where = record.where
-        rendered = Conversation(self._template(), messages, where, tools)
-        escaped = self._template().controls.restore(rendered.text, breaker, where)
-        text = SupervisedText(escaped, [], Faults(where, self._choice.strict))
+        rendered = Conversation(template, messages, where, tools)
+        escaped = template.controls.restore(rendered.text, breaker, where)
+        faults = Faults(where, self._choice.strict)
+        text = SupervisedText(escaped, [], faults, controls=template.controls)
         if escaped.forged:
             text.faults.note("control_tokens", "the content quotes a control token")
         if tools or any("tool_calls" in message for message in messages):
@@ -162,7 +179,9 @@ class Supervision:
         return text
 
     def _check_tools(self, rendered: Conversation, first: int, faults: Faults) -> None:
-        plain = self._template().render(rendered.messages, rendered.where) if rendered.tools else ""
+        plain = (
+            rendered.template.render(rendered.messages, rendered.where) if rendered.tools else ""
+        )
         is_called = any(message.get("tool_calls") for message in rendered.messages)
         name = "tools_shown" if is_called else "tools_listed"
         faults.note(name, checks.unseen_fault(rendered, plain, first))

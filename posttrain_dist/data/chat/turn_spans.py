@@ -138,7 +138,7 @@ def _owner(conversation: Conversation, turns: list[int], span: Span) -> int:
         f"the chat template marks {len(conversation.marks)} stretches of text for {len(turns)} "
         "assistant turns, and which is whose cannot be proved",
         where=conversation.where,
-        fix=f"{ADD_MARKS}; or set template.explode_turns=true",
+        fix=f"{ADD_MARKS}; or set template.form=turns",
     )
 
 
@@ -161,7 +161,7 @@ def _prefix_spans(conversation: Conversation, chosen: list[int]) -> dict[int, li
                 f"(seen at messages[{turn}]), so the assistant's text cannot be separated from "
                 "the rest",
                 where=conversation.where,
-                fix=f"{ADD_MARKS}; or set template.explode_turns=true",
+                fix=f"{ADD_MARKS}; or set template.form=turns",
             )
         spans[turn] = [(len(prompt), end)]
     return spans

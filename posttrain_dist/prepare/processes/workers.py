@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from typing import IO
 
-from posttrain_dist.data.chat.template import ChatTemplate
+from posttrain_dist.data.chat.rendering.template_choice import TemplateSet
 from posttrain_dist.prepare.chunk import Chunk
 from posttrain_dist.prepare.processes import fork_server
 from posttrain_dist.prepare.row_encoder import Job, RowEncoder, Task
@@ -26,18 +26,18 @@ SMALL_BYTES = 4 << 20  # below, starting a process takes longer than the work
 
 
 def encode(
-    job: Job, tasks: Iterable[Task], processes: int, template: ChatTemplate | None = None
+    job: Job, tasks: Iterable[Task], processes: int, templates: TemplateSet | None = None
 ) -> Generator[Iterable[Chunk], None, None]:
     """The chunks of each task, in the order of the tasks; each is to be used up before the next.
 
     Args:
-        template: the loaded template, for work that is done in this process.
+        templates: the loaded ones, for work that is done in this process.
 
     Raises:
         PosttrainError: as RowEncoder raised it.
     """
     if processes < 2:
-        encoder = RowEncoder(job, template)
+        encoder = RowEncoder(job, templates)
         for task in tasks:
             yield encoder.chunks(task)
         return

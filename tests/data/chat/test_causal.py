@@ -10,7 +10,8 @@ import pytest
 
 from posttrain_dist.data import Template
 from posttrain_dist.data.chat.conversation import Conversation
-from posttrain_dist.data.chat.template import ChatTemplate, load_template, template_names
+from posttrain_dist.data.chat.rendering.chat_template import ChatTemplate
+from posttrain_dist.data.chat.rendering.template_choice import load_templates, template_names
 from posttrain_dist.errors import DataError
 
 TokenizerOf = Callable[..., Any]
@@ -43,7 +44,7 @@ def compare(template: ChatTemplate, messages: list[dict[str, str]]) -> None:
 
 @pytest.mark.parametrize("family", template_names())
 def test_shipped_templates(family: str, family_tokenizer: TokenizerOf) -> None:
-    template = load_template(Template(name=family), family_tokenizer(family))
+    template = load_templates(Template(name=family), family_tokenizer(family)).plain
     # These two look for the last question before they begin.
     assert (template.additions is None) == (family in ("qwen", "mistral"))
     draw = random.Random(family)

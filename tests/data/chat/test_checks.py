@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from posttrain_dist.data import Supervise, Template
+from posttrain_dist.data import Form, Supervise, Template
 from posttrain_dist.data.chat.checks import CHECKS
 from posttrain_dist.data.chat.encoder import Encoder
-from posttrain_dist.data.chat.template import load_template
+from posttrain_dist.data.chat.rendering.template_choice import load_templates
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Record
 
@@ -85,7 +85,7 @@ def test_token_check_agrees_with_tokenising_whole_prompts(
 ) -> None:
     """The shortcut over the last control token, against prompts tokenised from their beginning."""
     tokenizer = tokenizer_of(CHATML, metaspace=metaspace)
-    template = load_template(Template(), tokenizer)
+    template = load_templates(Template(), tokenizer).plain
     draw = random.Random(0)
     seen = set()
     for _ in range(200):
@@ -115,10 +115,10 @@ def test_template_that_shows_the_prompt_otherwise_at_inference(tokenizer_of: Tok
     with pytest.raises(DataError, match=r"rows\.jsonl:7: .*messages\[1\] does not begin") as caught:
         encode(tokenizer, GOOD)
     assert r"it ends in 'bot\n', and the turn begins with 'assistant\nhello" in caught.value.what
-    assert "explode_turns" not in caught.value.fix  # it cannot help
+    assert "form=turns" not in caught.value.fix  # it cannot help
     assert "template=" in caught.value.fix and ".jinja" in caught.value.fix
     assert "prompt_prefix" in encode(tokenizer, GOOD, strict=False).faults
-    assert "prompt_prefix" in encode(tokenizer, GOOD, strict=False, explode_turns=True).faults
+    assert "prompt_prefix" in encode(tokenizer, GOOD, strict=False, form=Form.turns).faults
 
 
 @pytest.mark.parametrize("marks", ["", "if true"])
@@ -132,11 +132,11 @@ def test_prompt_that_opens_a_thought_the_template_cuts(
     if marks:
         cuts = cuts.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     messages = [GOOD[0], {"role": "assistant", "content": "<think>\nhm\n</think>yes"}]
-    for explode in (False, True):
+    for form in (Form.conversation, Form.turns):
         with pytest.raises(DataError, match=r"rows\.jsonl:7: .*does not begin") as caught:
-            encode(tokenizer_of(cuts), messages, explode_turns=explode)
+            encode(tokenizer_of(cuts), messages, form=form)
         assert r"ends in '<think>\n', and the turn begins with 'yes<|end|>" in caught.value.what
-        assert ".jinja" in caught.value.fix and "explode_turns" not in caught.value.fix
+        assert ".jinja" in caught.value.fix and "form=turns" not in caught.value.fix
 
 
 def test_turn_that_is_rewritten_once_others_follow(tokenizer_of: TokenizerOf) -> None:
@@ -145,7 +145,9 @@ def test_turn_that_is_rewritten_once_others_follow(tokenizer_of: TokenizerOf) ->
         "{{ ('<think></think>' if loop.last else '') + m.content + '<|end|>' }}{% endgeneration",
     )
     tokenizer = tokenizer_of(shifting)
-    fails(tokenizer, GOOD * 2, "prompt_prefix", r"messages\[1\] is rendered differently.*explode")
+    fails(
+        tokenizer, GOOD * 2, "prompt_prefix", r"messages\[1\] is rendered differently.*form=turns"
+    )
     assert encode(tokenizer, GOOD * 2, supervise=Supervise.last_turn).faults == ()
 
 
@@ -247,7 +249,7 @@ FAMILIES = ["chatml", "qwen", "llama2", "llama3", "mistral", "gemma", "phi", "ze
 def test_content_cannot_forge_a_control_token(family: str, family_tokenizer: TokenizerOf) -> None:
     """Control tokens are those of the same row with harmless content, wherever they stand."""
     tokenizer = family_tokenizer(family)
-    template = load_template(Template(name=family), tokenizer)
+    template = load_templates(Template(name=family), tokenizer).plain
     controls = template.controls.numbers
     names = sorted(template.controls.ids)
     harmless = encode(tokenizer, GOOD, name=family)
@@ -340,7 +342,7 @@ def test_the_way_for_forged_rows_is_plain_encoding_elsewhere(
 ) -> None:
     """The tokenizer with other names for control tokens gives the same tokens and offsets."""
     tokenizer = family_tokenizer(family, **options)
-    controls = load_template(Template(name=family), tokenizer).controls
+    controls = load_templates(Template(name=family), tokenizer).plain.controls
     draw = random.Random(family)
     pieces = [*controls.ids, " ", "\n\n", "hello", "🙂", "e\u0301", "<", "|", "\u00a0"]
     for _ in range(100):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
-from posttrain_dist.data import Supervise, Template
+from posttrain_dist.data import Form, Supervise, Template
 from posttrain_dist.data.chat.checks import CHECKS
 from posttrain_dist.data.chat.encoder import Encoder
 from posttrain_dist.errors import DataError
@@ -198,7 +198,7 @@ def test_a_mark_around_the_header_too(
     expected = [f"{before}{answer}<|end|>", f"{before}x<|end|>"]
     assert [said.rstrip() for said in supervised(tokenizer, row)] == expected
     assert "generation_marks" not in faults(tokenizer, row)
-    samples, _ = Encoder(tokenizer, Template(explode_turns=True), max_length=99).encode(row)
+    samples, _ = Encoder(tokenizer, Template(form=Form.turns), max_length=99).encode(row)
     assert len(samples) == 2
 
 

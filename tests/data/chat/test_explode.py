@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from posttrain_dist.data import LongRows, Template
+from posttrain_dist.data import Form, LongRows, Template
 from posttrain_dist.data.chat import encoder as masking
 from posttrain_dist.data.chat.checks import CHECKS
 from posttrain_dist.data.chat.encoder import Encoder
@@ -29,18 +29,18 @@ def record(messages: Sequence[dict[str, Any]], *weights: float | None) -> Record
 
 
 def encoder(tokenizer: Any, max_length: int = 999, **choice: Any) -> Encoder:
-    choice = {"name": "chatml", "explode_turns": True, **choice}
+    choice = {"name": "chatml", "form": Form.turns, **choice}
     return Encoder(tokenizer, Template(**choice), max_length=max_length)
 
 
 def test_a_row_that_is_switched_off_is_refused(family_tokenizer: TokenizerOf) -> None:
     tokenizer = family_tokenizer("chatml")
     off = record(CHAT * 2, None, 0.0, None, 0.0)
-    for explode in (True, False):
+    for form in (Form.turns, Form.conversation):
         with pytest.raises(DataError, match=r"r\.jsonl:7: .*no supervised token") as caught:
-            encoder(tokenizer, explode_turns=explode).encode(off)
+            encoder(tokenizer, form=form).encode(off)
         assert caught.value.fix == CHECKS["no_target"].fix
-        kept = one(encoder(tokenizer, explode_turns=explode, strict=False).encode(off))
+        kept = one(encoder(tokenizer, form=form, strict=False).encode(off))
         assert (kept.faults, kept.weight_L.any()) == (("no_target",), False)
 
 
@@ -48,7 +48,7 @@ def test_weight_on_another_role_is_refused(family_tokenizer: TokenizerOf) -> Non
     tokenizer = family_tokenizer("chatml")
     with pytest.raises(DataError, match=r"r\.jsonl:7: messages\[2\] is of the user") as caught:
         encoder(tokenizer, strict=False).encode(record(CHAT * 2, None, None, 1.0, None))
-    assert "template.explode_turns=false" in caught.value.fix
+    assert "template.form=conversation" in caught.value.fix
     assert len(encoder(tokenizer).encode(record(CHAT * 2, 0.0, None, None, 0.0)).examples) == 1
 
 
@@ -104,7 +104,7 @@ def test_turns_behind_the_limit_are_left_out(
     tokenizer = family_tokenizer("chatml")
     monkeypatch.setattr(masking, "_BATCH_CHARACTERS", 1)
     row = record([{**m, "content": m["content"] + " the user" * 3} for m in CHAT * 9])
-    choice = Template(name="chatml", explode_turns=True)
+    choice = Template(name="chatml", form=Form.turns)
     ours = Encoder(tokenizer, choice, max_length=limit, long_rows=long_rows)
     inner, tokenised = ours._tokenise, []
 

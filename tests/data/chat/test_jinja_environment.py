@@ -9,12 +9,12 @@ from typing import Any
 import jinja2
 import pytest
 
-from posttrain_dist.data.chat.jinja_environment import (
+from posttrain_dist.data.chat.rendering.jinja_environment import (
     OutputBuffer,
     compile_template,
     with_thoughts,
 )
-from posttrain_dist.data.chat.template import FOLDER, template_names
+from posttrain_dist.data.chat.rendering.template_choice import FOLDER, template_names
 
 VARIABLES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 CALL = {
@@ -94,7 +94,7 @@ def fixed_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.utils import chat_template_utils
 
     monkeypatch.setattr(chat_template_utils, "datetime", Fixed)
-    monkeypatch.setattr("posttrain_dist.data.chat.jinja_environment.datetime", Fixed)
+    monkeypatch.setattr("posttrain_dist.data.chat.rendering.jinja_environment.datetime", Fixed)
 
 
 def ours(source: str, messages: list[Any], tools: Any, prompt: bool) -> tuple[str, list[Any]]:

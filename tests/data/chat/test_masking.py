@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from posttrain_dist.data import LongRows, Supervise, Template
+from posttrain_dist.data import Form, LongRows, Supervise, Template
 from posttrain_dist.data.chat.conversation import Conversation
 from posttrain_dist.data.chat.encoder import Encoder
-from posttrain_dist.data.chat.template import ChatTemplate
+from posttrain_dist.data.chat.rendering.chat_template import ChatTemplate
 from posttrain_dist.data.chat.token_weights import token_weights
 from posttrain_dist.data.chat.turn_spans import turn_spans
 from posttrain_dist.data.tokens.text_tokens import TextTokens
@@ -238,7 +238,7 @@ def test_results_of_tools_are_never_learned(tokenizer_of: TokenizerOf) -> None:
 
 def test_one_sample_for_each_turn(tokenizer_of: TokenizerOf) -> None:
     tokenizer = tokenizer_of(SHIFTING)
-    encoder = Encoder(tokenizer, Template(explode_turns=True), max_length=999)
+    encoder = Encoder(tokenizer, Template(form=Form.turns), max_length=999)
     samples, _ = encoder.encode(record(*[(m["role"], m["content"]) for m in FOUR.messages]))
     assert [runs(tokenizer, sample) for sample in samples] == [
         ["<think></think>hello<|end|>"],
@@ -246,8 +246,8 @@ def test_one_sample_for_each_turn(tokenizer_of: TokenizerOf) -> None:
     ]
     second = tokenizer.decode(samples[1].input_ids_L)
     assert "assistant\nhello<|end|>" in second  # the earlier turn as inference shows it
-    with pytest.raises(ConfigError, match=r"template\.explode_turns"):
-        Encoder(tokenizer, Template(explode_turns=True, supervise=Supervise.all), max_length=9)
+    with pytest.raises(ConfigError, match=r"template\.form"):
+        Encoder(tokenizer, Template(form=Form.turns, supervise=Supervise.all), max_length=9)
 
 
 # ------------------------------------------------------------------------------- long rows

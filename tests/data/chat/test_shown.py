@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from posttrain_dist.data import Template
+from posttrain_dist.data import Form, Template
 from posttrain_dist.data.chat.checks import CHECKS
 from posttrain_dist.data.chat.encoder import Encoder, RowExamples
 from posttrain_dist.errors import DataError
@@ -73,7 +73,7 @@ def hidden(tokenizer: Any, messages: list[dict[str, Any]], match: str, **rest: A
 def test_calls_that_are_never_written(tokenizer_of: TokenizerOf, source: str, content: str) -> None:
     """The function's name stands in the description of the tools, and in what is said."""
     messages = [ASK, say(content, tool_calls=[call(city="Paris")]), RESULT, say("sunny")]
-    for choice in ({}, {"explode_turns": True}, {"supervise": "last_turn"}):
+    for choice in ({}, {"form": Form.turns}, {"supervise": "last_turn"}):
         with pytest.raises(DataError, match=r"does not show messages\[1\]\.tool_calls") as caught:
             encode(tokenizer_of(template("", source)), messages, TOOLS, **choice)
         assert "template that knows tools" in caught.value.fix
@@ -147,7 +147,7 @@ def test_thoughts_that_are_cut_off_even_the_last_turn(
     tokenizer = tokenizer_of(source)
     messages = [ASK, say("<think>\n2 and 2 is 4\n</think>\n\n4")]
     hidden(tokenizer, messages, r"messages\[1\]\.content")
-    hidden(tokenizer, messages * 2, r"messages\[1\]\.content", explode_turns=True)
+    hidden(tokenizer, messages * 2, r"messages\[1\]\.content", form=Form.turns)
     assert encode(tokenizer, [ASK, say("  4\n")], strict=False).faults == []
 
 
@@ -178,9 +178,9 @@ def test_thoughts_of_earlier_turns_lead_to_one_sample_a_turn(
     tokenizer = family_tokenizer("qwen")
     for first in (say("<think>a</think>x"), say("x", reasoning_content="a")):
         messages = [ASK, first, ASK, say("<think>b</think>y")]
-        with pytest.raises(DataError, match=r"(?s)rows\.jsonl:7: .*explode_turns=true"):
+        with pytest.raises(DataError, match=r"(?s)rows\.jsonl:7: .*form=turns"):
             encode(tokenizer, messages, name="qwen")
-        samples, faults = encode(tokenizer, messages, name="qwen", explode_turns=True)
+        samples, faults = encode(tokenizer, messages, name="qwen", form=Form.turns)
         assert (len(samples), faults) == (2, [])
         assert text(tokenizer, samples[0]) == "<think>\na\n</think>\n\nx<|im_end|>"
 
@@ -195,7 +195,7 @@ def test_words_beside_a_call(family_tokenizer: TokenizerOf) -> None:
     )
     for family in ("chatml", "qwen"):
         tokenizer = family_tokenizer(family)
-        samples, faults = encode(tokenizer, messages, TOOLS, name=family, explode_turns=True)
+        samples, faults = encode(tokenizer, messages, TOOLS, name=family, form=Form.turns)
         assert (len(samples), faults) == (2, [])
         assert "Let me see." in text(family_tokenizer(family), samples[0])
     # The model's own template has no place for them.
@@ -212,7 +212,7 @@ def test_words_beside_a_call_that_are_as_the_call(
     said = "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}"
     only = source.replace("{{ m.content }}SAID", said + "{{ '' if m.tool_calls else m.content }}")
     messages = [ASK, say(content, tool_calls=[call(city="Paris")]), RESULT, say("sunny")]
-    for choice in ({}, {"explode_turns": True}):
+    for choice in ({}, {"form": Form.turns}):
         with pytest.raises(DataError, match=r"does not write all of messages\[1\]\.content"):
             encode(tokenizer_of(only), messages, TOOLS, **choice)
     both = source.replace("{{ m.content }}SAID", "{{ m.content }}" + said)
@@ -246,6 +246,6 @@ def test_fix_of_a_completion_that_merges_with_its_prompt(tokenizer_of: Tokenizer
     row = Record(channel="c", where="t:1", text="x the", supervised_from=3)
     with pytest.raises(DataError, match="merge with the prompt's last") as caught:
         Encoder(tokenizer_of(None), Template(), max_length=99).encode(row)
-    assert "explode_turns" not in caught.value.fix
+    assert "form=turns" not in caught.value.fix
     assert "template" not in caught.value.fix
     assert "end of the prompt" in caught.value.fix

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from posttrain_dist.data import Template
+from posttrain_dist.data import Form, Template
 from posttrain_dist.data.chat.conversation import Conversation
 from posttrain_dist.data.chat.encoder import Encoder
-from posttrain_dist.data.chat.template import load_template, template_names
+from posttrain_dist.data.chat.rendering.template_choice import load_templates, template_names
 from posttrain_dist.data.chat.turn_spans import turn_spans
 from posttrain_dist.errors import ConfigError, DataError, ModelError
 from posttrain_dist.flow import Record
@@ -189,7 +189,7 @@ def test_all_families_are_shipped_with_their_option() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chat_in_the_published_format(family: str, family_tokenizer: TokenizerOf) -> None:
-    template = load_template(Template(name=family), family_tokenizer(family))
+    template = load_templates(Template(name=family), family_tokenizer(family)).plain
     assert template.render(CHAT, "w") == plain(CHATS[family])
     prompt = template.render([ASK], "w", generation_prompt=True)
     assert prompt.endswith(PROMPTS[family])
@@ -202,9 +202,11 @@ def test_chat_in_the_published_format(family: str, family_tokenizer: TokenizerOf
 def test_tools_in_the_published_format(family: str, family_tokenizer: TokenizerOf) -> None:
     tokenizer = family_tokenizer(family)
     row = record(ASK, CALL, RESULT, END, tools=(TOOL,))
-    text = load_template(Template(name=family), tokenizer).render(row.messages, "w", tools=[TOOL])
+    text = load_templates(Template(name=family), tokenizer).plain.render(
+        row.messages, "w", tools=[TOOL]
+    )
     assert text == plain(TOOL_CHATS[family])
-    choice = Template(name=family, explode_turns=True)
+    choice = Template(name=family, form=Form.turns)
     last = [
         supervised(tokenizer, e)
         for e in Encoder(tokenizer, choice, max_length=9999).encode(row).examples
@@ -223,7 +225,7 @@ def test_arguments_as_json_text_are_written_as_they_are(family_tokenizer: Tokeni
     }
     messages = [ASK, {**CALL, "content": None, "tool_calls": [call]}, RESULT, END]
     for family, golden in TOOL_CHATS.items():
-        template = load_template(Template(name=family), family_tokenizer(family))
+        template = load_templates(Template(name=family), family_tokenizer(family)).plain
         assert template.render(messages, "w", tools=[TOOL]) == plain(golden)
 
 
@@ -246,7 +248,7 @@ def test_golden_mask(family: str, family_tokenizer: TokenizerOf) -> None:
 def test_marks_and_prefixes_agree(
     family: str, messages: list[dict[str, str]], family_tokenizer: TokenizerOf
 ) -> None:
-    template = load_template(Template(name=family), family_tokenizer(family))
+    template = load_templates(Template(name=family), family_tokenizer(family)).plain
     marked = turn_spans(Conversation(template, messages, "w"))
     rewrites = family == "qwen" and len(messages) > 2
     rewrites = rewrites or (family == "mistral" and messages is CHAT)
@@ -255,7 +257,7 @@ def test_marks_and_prefixes_agree(
         with pytest.raises(DataError, match=r"renders earlier turns differently.*messages\["):
             turn_spans(by_prefix)
         choice = Template(name=family)
-        with pytest.raises(DataError, match=r"(?s)rows\.jsonl:7.*template\.explode_turns=true"):
+        with pytest.raises(DataError, match=r"(?s)rows\.jsonl:7.*template\.form=turns"):
             Encoder(family_tokenizer(family), choice, max_length=999).encode(record(*messages))
     else:
         assert turn_spans(by_prefix) == marked
@@ -263,7 +265,7 @@ def test_marks_and_prefixes_agree(
 
 def test_qwen_keeps_thoughts_behind_the_last_question_only(family_tokenizer: TokenizerOf) -> None:
     tokenizer = family_tokenizer("qwen")
-    template = load_template(Template(name="qwen"), tokenizer)
+    template = load_templates(Template(name="qwen"), tokenizer).plain
     first = {"role": "assistant", "content": "<think>\nwhy\n</think>\n\nHello"}
     last = {"role": "assistant", "content": "Bye", "reasoning_content": "so\n"}
     text = template.render([ASK, first, MORE, last], "w")
@@ -272,7 +274,7 @@ def test_qwen_keeps_thoughts_behind_the_last_question_only(family_tokenizer: Tok
         "<|im_start|>user\nMore<|im_end|>\n"
         "<|im_start|>assistant\n<think>\nso\n</think>\n\nBye<|im_end|>\n"
     )
-    exploded = Encoder(tokenizer, Template(name="qwen", explode_turns=True), max_length=999)
+    exploded = Encoder(tokenizer, Template(name="qwen", form=Form.turns), max_length=999)
     samples, faults = exploded.encode(record(ASK, first, MORE, last))
     assert [supervised(tokenizer, sample) for sample in samples] == [
         ["<think>\nwhy\n</think>\n\nHello<|im_end|>"],
@@ -298,35 +300,35 @@ def test_conversation_that_begins_with_the_assistant(family_tokenizer: Tokenizer
 
 
 def test_digest_is_that_of_the_source(family_tokenizer: TokenizerOf) -> None:
-    template = load_template(Template(name="phi"), family_tokenizer("phi"))
+    template = load_templates(Template(name="phi"), family_tokenizer("phi"))
     assert template.sha256 == hashlib.sha256(source_of("phi").encode()).hexdigest()
 
 
 def test_unknown_name_gives_the_nearest(family_tokenizer: TokenizerOf) -> None:
     with pytest.raises(ConfigError, match=r"template\.name: .*'chatlm', did you mean 'chatml'"):
-        load_template(Template(name="chatlm"), family_tokenizer("chatml"))
+        load_templates(Template(name="chatlm"), family_tokenizer("chatml"))
 
 
 def test_template_of_another_family_names_the_tokens_that_are_missing(
     family_tokenizer: TokenizerOf,
 ) -> None:
     with pytest.raises(ConfigError, match=r"(?s)<\|im_start\|>, <\|im_end\|>.*split into pieces"):
-        load_template(Template(name="chatml"), family_tokenizer("zephyr"))
+        load_templates(Template(name="chatml"), family_tokenizer("zephyr"))
     with pytest.raises(ConfigError, match="bos_token"):
-        load_template(Template(name="gemma"), family_tokenizer("chatml"))
+        load_templates(Template(name="gemma"), family_tokenizer("chatml"))
 
 
 def test_template_from_a_file(family_tokenizer: TokenizerOf, tmp_path: Path) -> None:
     path = tmp_path / "mine.jinja"
     path.write_text("{{ messages[0].content }}|")
-    template = load_template(Template(name=str(path)), family_tokenizer("chatml"))
+    template = load_templates(Template(name=str(path)), family_tokenizer("chatml")).plain
     assert template.render([ASK], "w") == "Hi|"
     with pytest.raises(ConfigError, match=r"template\.name: .*no\.jinja"):
-        load_template(Template(name=str(tmp_path / "no.jinja")), family_tokenizer("chatml"))
+        load_templates(Template(name=str(tmp_path / "no.jinja")), family_tokenizer("chatml"))
 
 
 def test_tokenizer_without_a_template_is_told_to_choose_one(
     family_tokenizer: TokenizerOf,
 ) -> None:
     with pytest.raises(ModelError, match=r"(?s)/models/x: .*no chat template.*zephyr"):
-        load_template(Template(), family_tokenizer("chatml"), Path("/models/x"))
+        load_templates(Template(), family_tokenizer("chatml"), Path("/models/x"))

@@ -117,7 +117,7 @@ def test_one_row_that_cannot_be_proved_does_not_end_the_others(
     assert not isinstance(first, DataError) and not isinstance(last, DataError)
     assert len(first.examples) == len(last.examples) == 1
     assert isinstance(refused, DataError)
-    assert refused.where == "rows.jsonl:7" and "explode_turns" in refused.fix
+    assert refused.where == "rows.jsonl:7" and "form=turns" in refused.fix
 
 
 def test_content_of_another_role_that_cannot_be_proved(tokenizer_of: TokenizerOf) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from posttrain_dist.data import Template
 from posttrain_dist.data.chat.encoder import Encoder
-from posttrain_dist.data.chat.template import load_template
+from posttrain_dist.data.chat.rendering.template_choice import load_templates
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Record
 
@@ -71,13 +71,13 @@ def test_arguments_that_come_out_neither_way(tokenizer_of: TokenizerOf) -> None:
         learned(tokenizer)
     assert "tojson" in caught.value.fix
     plain = Record(channel="c", where="w", messages=({**MESSAGES[0]}, {**MESSAGES[0]}))
-    assert "weather?" in load_template(Template(), tokenizer).render(plain.messages, "w")
+    assert "weather?" in load_templates(Template(), tokenizer).plain.render(plain.messages, "w")
 
 
 def test_text_is_written_as_it_is_and_no_row_is_changed(tokenizer_of: TokenizerOf) -> None:
-    template = load_template(
+    template = load_templates(
         Template(), tokenizer_of(source("{{ c.function.name + c.function.arguments }}"))
-    )
+    ).plain
     text = '{"a":  1}'
     call = {"function": {"name": "f", "arguments": text}}
     assert text in template.render([{**MESSAGES[1], "tool_calls": [call]}], "w")

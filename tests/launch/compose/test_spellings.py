@@ -9,7 +9,7 @@ import pytest
 from posttrain_launch.compose.spellings import EXPLAINED, KEYS, TEMPLATES, foreign, foreign_template
 
 from posttrain_dist.config import SLOTS, RunConfig
-from posttrain_dist.data.chat.template import template_names
+from posttrain_dist.data.chat.rendering.template_choice import template_names
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 

@@ -1,39 +1,33 @@
-"""Chat templates: which there are, and a conversation as the text that one writes."""
+"""A chat template, and a conversation as the text that it writes."""
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from posttrain_dist.data import Template
-from posttrain_dist.data.chat.causal import TracedMessages, is_causal
 from posttrain_dist.data.chat.controls import ControlTokens, Span
-from posttrain_dist.data.chat.jinja_environment import (
+from posttrain_dist.data.chat.rendering.causal import TracedMessages, is_causal
+from posttrain_dist.data.chat.rendering.jinja_environment import (
     THOUGHTS,
     OutputBuffer,
     compile_template,
     with_thoughts,
 )
 from posttrain_dist.data.prefix import common_prefix_length
-from posttrain_dist.errors import ConfigError, DataError, ModelError
+from posttrain_dist.errors import DataError, ModelError
 from posttrain_dist.flow import Message
 
-FOLDER = Path(__file__).parent / "templates"
 WITH_TOOLS = (
     "choose a template that knows tools, that of the model's family: template=chatml, llama3, "
     "mistral or qwen; or leave them out of the row"
 )
 _MARK = re.compile(r"\{%-?\+?\s*generation\s*-?\+?%\}")
-_NEEDS = re.compile(r"\{#-?\s*tokens:(.*?)-?#\}", re.DOTALL)
 # Content in the conversation that shows a template's skeleton; roles that it refuses are left out.
 _PROBES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
 _THOUGHTS = frozenset(THOUGHTS)
@@ -51,110 +45,34 @@ _ASK, _SAY = {"role": "user", "content": "probe q"}, {"role": "assistant", "cont
 _TURNS = ([_ASK, _SAY], [{"role": "system", "content": "probe s"}, _ASK, _SAY])
 
 
-# ------------------------------------------------------------------------------------ choosing
-
-
-def template_names() -> list[str]:
-    """The names of the templates that come with the package."""
-    return sorted(path.stem for path in FOLDER.glob("*.jinja"))
-
-
-def load_template(
-    choice: Template, tokenizer: Any, model_folder: Path | None = None
-) -> ChatTemplate:
-    """The template that `choice.name` means: "tokenizer", a shipped one, or a .jinja file.
-
-    Raises:
-        ConfigError: there is no such template, or it needs tokens that the tokenizer lacks.
-        ModelError: the template is broken, or the tokenizer was to have one and has none.
-    """
-    name = choice.name
-    if name == "tokenizer":
-        if not tokenizer.chat_template:
-            raise ModelError(
-                "the tokenizer has no chat template",
-                where=str(model_folder or "tokenizer"),
-                fix=_template_advice(tokenizer),
-            )
-        return ChatTemplate(tokenizer)
-    if name.endswith(".jinja"):
-        path = Path(name).expanduser()
-    else:
-        path = FOLDER / f"{name}.jinja"
-        if name not in template_names():
-            names = ["tokenizer", *template_names()]
-            near = difflib.get_close_matches(name, names, n=1)
-            raise ConfigError(
-                f"there is no template {name!r}" + (f", did you mean {near[0]!r}?" if near else ""),
-                where="template.name",
-                fix=f"use one of {', '.join(names)}, or the path of a .jinja file",
-            )
-    try:
-        source = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"the template file {path} cannot be read: {error}",
-            where="template.name",
-            fix="give the path of a .jinja file",
-        ) from error
-    _refuse_missing_tokens(name, source, tokenizer, model_folder)
-    return ChatTemplate(tokenizer, source)
-
-
-def _template_advice(tokenizer: Any) -> str:
-    """Which of the shipped templates a tokenizer without one has the tokens for."""
-    sources = {name: (FOLDER / f"{name}.jinja").read_text("utf-8") for name in template_names()}
-    fit = [name for name, source in sources.items() if not _missing_tokens(source, tokenizer)]
-    first = f"set template={fit[0]}" if fit else "set template.name=<a .jinja file>"
-    others = f" (or {', '.join(fit[1:])}: this tokenizer has their tokens)" if fit[1:] else ""
-    return (
-        f"{first}{others}, best the one of the model's instruct sibling; rows of prompt and "
-        "completion as text need none"
-    )
-
-
-def _missing_tokens(source: str, tokenizer: Any) -> list[str]:
-    """The special tokens that a template is written with and a tokenizer lacks."""
-    declared = _NEEDS.search(source)
-    needed = declared[1].split() if declared else []
-    added = {str(token.content) for token in tokenizer.added_tokens_decoder.values()}
-    variables = {n for n in needed if n in ("bos_token", "eos_token")}
-    missing = [n for n in needed if n not in variables and n not in added]
-    return missing + [n for n in sorted(variables) if not tokenizer.special_tokens_map.get(n)]
-
-
-def _refuse_missing_tokens(
-    name: str, source: str, tokenizer: Any, model_folder: Path | None
-) -> None:
-    missing = _missing_tokens(source, tokenizer)
-    if missing:
-        raise ConfigError(
-            f"template {name!r} is written with {', '.join(missing)}, which the tokenizer of "
-            f"{model_folder or 'this model'} does not have: they would be split into pieces of "
-            "text",
-            where="template.name",
-            fix="choose the template of the model's own family (template=tokenizer where the "
-            "model brings one), or add the tokens to the tokenizer and the embeddings",
-        )
-
-
-# ----------------------------------------------------------------------------------- rendering
-
-
 class ChatTemplate:
     """A chat template with the special tokens of a tokenizer.
 
     Args:
         tokenizer: a fast tokenizer of transformers.
         source: Jinja; null: the tokenizer's own.
+        variables: name -> value that the template may read, beside the messages and tools.
+        controls: of a template with other variables; null: they are found.
     """
 
-    def __init__(self, tokenizer: Any, source: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        source: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        controls: ControlTokens | None = None,
+    ) -> None:
         self.source: str = tokenizer.get_chat_template() if source is None else source
-        self.sha256 = hashlib.sha256(self.source.encode()).hexdigest()
+        self.variables = dict(variables or {})
         self.marks_assistant = bool(_MARK.search(self.source))
-        self._variables = dict(tokenizer.special_tokens_map)
-        self.controls = ControlTokens(tokenizer, self._skeleton())
+        self._tokenizer = tokenizer
+        self._given = {**tokenizer.special_tokens_map, **self.variables}
+        self.controls = controls or ControlTokens(tokenizer, self._skeleton())
+
+    def with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:
+        """The same template with more variables; they go before its own."""
+        merged = {**self.variables, **variables}
+        return ChatTemplate(self._tokenizer, self.source, merged, self.controls)
 
     def render(
         self,
@@ -210,7 +128,7 @@ class ChatTemplate:
             given = list(messages) if starts is None else TracedMessages(messages, output, starts)
             recording = compiled.environment.record_marks(output, spans) if marks else _NOTHING
             variables = {
-                **self._variables,
+                **self._given,
                 "messages": given,
                 "tools": list(tools) or None,
                 "documents": None,

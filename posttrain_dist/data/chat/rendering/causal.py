@@ -17,7 +17,7 @@ from typing import Any, SupportsIndex
 import jinja2
 from jinja2 import nodes
 
-from posttrain_dist.data.chat.jinja_environment import OutputBuffer
+from posttrain_dist.data.chat.rendering.jinja_environment import OutputBuffer
 
 _BACKWARD = {"first", "index", "index0", "previtem", "depth", "depth0", "cycle", "changed"}
 _ELSEWHERE = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends, nodes.Block)
