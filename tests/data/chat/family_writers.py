@@ -8,37 +8,17 @@ pieces of the text are the assistant's: all that a model says behind its inferen
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+described = runpy.run_path(str(Path(__file__).with_name("family_tools.py")))
+TOOL: dict[str, Any] = described["TOOL"]
 
 Message = dict[str, Any]
 Parts = list[tuple[str, bool]]  # pieces of text, and whether the assistant says them
 Writer = Callable[..., Parts]
-
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "add",
-        "description": "Adds",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "unit": {"type": "string", "enum": ["m", "km"], "default": "m"},
-                "a": {"type": "integer", "description": "First"},
-                "more": {"type": "array", "items": {"type": "number"}},
-                "Any": {"type": "array"},
-                "note": {"type": ["string", "null"]},
-                "how": {
-                    "type": "object",
-                    "properties": {"exact": {"type": "boolean"}},
-                    "required": ["exact"],
-                },
-            },
-            "required": ["a"],
-        },
-    },
-}
-TOOL_JSON = json.dumps(TOOL)
 
 
 def joined(parts: Parts) -> tuple[str, list[tuple[int, int]]]:
@@ -107,23 +87,12 @@ def _response(messages: Sequence[Message], i: int, start: str, end: str) -> str:
     return before + text + ("" if _role(messages, i + 1) == "tool" else end)
 
 
-GRANITE_TOOLS = (
-    "You are a helpful assistant with access to the following tools. You may call one or more "
-    "tools to assist with the user query.\n\nYou are provided with function signatures within "
-    f"<tools></tools> XML tags:\n<tools>\n{TOOL_JSON}\n</tools>\n\nFor each tool call, return a "
-    "json object with function name and arguments within <tool_call></tool_call> XML tags:\n"
-    '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>. If a '
-    "tool does not exist in the provided list of tools, notify the user that you do not have the "
-    "ability to fulfill the request."
-)
-
-
 def granite(messages: Sequence[Message], tools: bool, prompt: bool) -> Parts:
     start, end = "<|start_of_role|>{}<|end_of_role|>", "<|end_of_text|>"
     parts: Parts = []
     if tools:
         system = [m["content"] for m in messages[:1] if m["role"] == "system"]
-        text = "\n\n".join([*system, GRANITE_TOOLS])
+        text = "\n\n".join([*system, described["GRANITE_TOOLS"]])
         parts.append((start.format("system") + text + end + "\n", False))
     for i, m in enumerate(messages):
         if m["role"] == "assistant":
@@ -140,21 +109,6 @@ def granite(messages: Sequence[Message], tools: bool, prompt: bool) -> Parts:
     return [*parts, (start.format("assistant") if prompt else "", False)]
 
 
-QWEN_TOOLS = (
-    "# Tools\n\nYou have access to the following functions:\n\n<tools>\n"
-    f"{TOOL_JSON}\n</tools>\n\nIf you choose to call a function ONLY reply in the following format "
-    "with NO suffix:\n\n<tool_call>\n<function=example_function_name>\n"
-    "<parameter=example_parameter_1>\nvalue_1\n</parameter>\n<parameter=example_parameter_2>\n"
-    "This is the value for the second parameter\nthat can span\nmultiple lines\n</parameter>\n"
-    "</function>\n</tool_call>\n\n<IMPORTANT>\nReminder:\n- Function calls MUST follow the "
-    "specified format: an inner <function=...></function> block must be nested within "
-    "<tool_call></tool_call> XML tags\n- Required parameters MUST be specified\n- You may provide "
-    "optional reasoning for your function call in natural language BEFORE the function call, but "
-    "NOT after\n- If there is no function call available, answer the question like normal with "
-    "your current knowledge and do not tell the user about function calls\n</IMPORTANT>"
-)
-
-
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
@@ -165,7 +119,7 @@ def qwen35(
     parts: Parts = []
     system = [m["content"].strip() for m in messages[:1] if m["role"] == "system"]
     if tools or system:
-        text = "\n\n".join([QWEN_TOOLS, *system] if tools else system)
+        text = "\n\n".join([described["QWEN_TOOLS"], *system] if tools else system)
         parts.append((f"<|im_start|>system\n{text}<|im_end|>\n", False))
     for i, m in enumerate(messages):
         thought, words = _split(m)
@@ -194,20 +148,11 @@ def qwen35(
 
 # ------------------------------------------------------------------ turns without an own end
 
-GLM_TOOLS = (
-    "<|system|>\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-    f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
-    f"{TOOL_JSON}\n</tools>\n\nFor each function call, output the function name and arguments "
-    "within the following XML format:\n<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>\n"
-    "<arg_value>{arg-value-1}</arg_value>\n<arg_key>{arg-key-2}</arg_key>\n"
-    "<arg_value>{arg-value-2}</arg_value>\n...\n</tool_call>"
-)
-
 
 def glm(
     messages: Sequence[Message], tools: bool, prompt: bool, enable_thinking: bool = True
 ) -> Parts:
-    parts: Parts = [("[gMASK]<sop>" + (GLM_TOOLS if tools else ""), False)]
+    parts: Parts = [("[gMASK]<sop>" + (described["GLM_TOOLS"] if tools else ""), False)]
     marks = {"tool": "<|observation|>"}
     for i, m in enumerate(messages):
         thought, words = _split(m)
@@ -238,15 +183,6 @@ def glm(
     return parts
 
 
-GEMMA_TOOL = (
-    "<|tool>declaration:add{description:^Adds^,parameters:{properties:{"
-    "a:{description:^First^,type:^INTEGER^},Any:{type:^ARRAY^},"
-    "how:{properties:{exact:{type:^BOOLEAN^}},required:[^exact^],type:^OBJECT^},"
-    "more:{items:{type:^NUMBER^},type:^ARRAY^},note:{type:^STRING^},"
-    "unit:{enum:[^m^,^km^],type:^STRING^}},required:[^a^],type:^OBJECT^}}<tool|>"
-).replace("^", '<|"|>')
-
-
 def _gemma(value: Any) -> str:
     if isinstance(value, str):
         return f'<|"|>{value}<|"|>'
@@ -264,7 +200,10 @@ def gemma4(
     system = [m["content"].strip() for m in messages[:1] if m["role"] == "system"]
     parts: Parts = [("<bos>", False)]
     if system or tools or enable_thinking:
-        think, tool = ("<|think|>\n" if enable_thinking else ""), (GEMMA_TOOL if tools else "")
+        think, tool = (
+            ("<|think|>\n" if enable_thinking else ""),
+            (described["GEMMA_TOOL"] if tools else ""),
+        )
         parts.append((f"<|turn>system\n{think}{''.join(system)}{tool}<turn|>\n", False))
     names: dict[str, str] = {}
     for i, m in enumerate(messages):
@@ -292,23 +231,13 @@ def gemma4(
 
 # ------------------------------------------------------------------------- several closers
 
-COHERE_TOOLS = (
-    "## Available Tools\nHere is the list of tools that you have available to you.\nYou can ONLY "
-    "use the tools listed here. When a tool is not listed below, it is NOT available and you "
-    "should NEVER attempt to use it.\nEach tool is represented as a JSON object with fields like "
-    '"name", "description", "parameters" (per JSON Schema), and optionally, "responses" (per JSON '
-    'Schema).\n\n```json\n[\n    {"name": "add", "description": "Adds", "parameters": '
-    + json.dumps(TOOL["function"]["parameters"])  # type: ignore[index]
-    + ', "responses": null}\n]\n```'
-)
-
 
 def cohere(messages: Sequence[Message], tools: bool, prompt: bool) -> Parts:
     start, end = "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"
     system = [m["content"] for m in messages[:1] if m["role"] == "system"]
     parts: Parts = [("<BOS_TOKEN>", False)]
     if system or tools:
-        text = "\n\n".join([*system, COHERE_TOOLS] if tools else system)
+        text = "\n\n".join([*system, described["COHERE_TOOLS"]] if tools else system)
         parts.append((f"{start}<|SYSTEM_TOKEN|>{text}{end}", False))
     ids: list[str] = []
     for i, m in enumerate(messages):
@@ -340,14 +269,6 @@ def cohere(messages: Sequence[Message], tools: bool, prompt: bool) -> Parts:
     return [*parts, (f"{start}<|CHATBOT_TOKEN|>" if prompt else "", False)]
 
 
-HARMONY_TOOL = (
-    "# Tools\n\n## functions\n\nnamespace functions {\n\n// Adds\ntype add = (_: {\n"
-    'unit?: "m" | "km", // default: m\n// First\na: number,\nmore?: number[],\n'
-    "Any?: any[],\nnote?: string | null,\n"
-    "how?: {\nexact: boolean,\n},\n}) => any;\n\n} // namespace functions"
-)
-
-
 def harmony(
     messages: Sequence[Message],
     tools: bool,
@@ -369,7 +290,7 @@ def harmony(
     instructions = [
         "# Instructions\n\n" + m["content"] for m in messages[:1] if m["role"] == "system"
     ]
-    sections = [*instructions, HARMONY_TOOL] if tools else instructions
+    sections = [*instructions, described["HARMONY_TOOL"]] if tools else instructions
     text = message("system", system)
     text += message("developer", "\n\n".join(sections)) if sections else ""
     parts: Parts = [(text, False)]

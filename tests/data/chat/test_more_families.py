@@ -19,6 +19,7 @@ from posttrain_dist.flow import Example, Record
 writers = runpy.run_path(str(Path(__file__).with_name("family_writers.py")))
 WRITERS, TOOL, joined = (writers[name] for name in ("WRITERS", "TOOL", "joined"))
 Message = dict[str, Any]
+Sample = tuple[str, list[str]]  # text, and the runs of it that have a weight
 
 
 def ask(content: str) -> Message:
@@ -84,7 +85,9 @@ VARIABLES: dict[str, list[dict[str, Any]]] = {
     "gpt-oss": [{}, {"reasoning_effort": "high", "current_date": "2031-05-04"}],
 }
 CASES = [
-    (family, name, variables)
+    pytest.param(
+        family, name, variables, id="-".join([family, name, *map(str, variables.values())])
+    )
     for family, known in KNOWN.items()
     for name in CONVERSATIONS
     for variables in VARIABLES.get(family, [{}])
@@ -92,33 +95,29 @@ CASES = [
 ]
 
 
-class Case:
-    """A conversation in a format: as the writer has it, and as the template."""
+class Family:
+    """A format with the variables of a run: its writer, its template and its samples."""
 
-    def __init__(self, family: str, name: str, variables: dict[str, Any], tokenizer: Any) -> None:
-        self.messages, self.variables, self.tokenizer = CONVERSATIONS[name], variables, tokenizer
-        self.tools = [TOOL] if any("tool_calls" in m for m in self.messages) else []
-        self.family, self._writer = family, WRITERS[family]
-        self.turns = [i for i, m in enumerate(self.messages) if m["role"] == "assistant"]
+    def __init__(self, name: str, variables: dict[str, Any], tokenizer: Any) -> None:
+        self.tokenizer, self._writer, self._variables = tokenizer, WRITERS[name], variables
+        choices = {f: Template(name=name, variables=variables, form=f) for f in Form}
+        self._encoders = {f: Encoder(tokenizer, choices[f], max_length=9999) for f in Form}
+        self.template = load_templates(choices[Form.turns], tokenizer).plain
 
-    def written(self, length: int, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
-        """Text of the first messages, and what of it the assistant says."""
-        parts = self._writer(self.messages[:length], bool(self.tools), prompt, **self.variables)
-        text, runs = joined(parts)
+    def write(
+        self, messages: list[Message], tools: list[Message], prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and what of it the assistant says."""
+        text, runs = joined(self._writer(messages, bool(tools), prompt, **self._variables))
         return text, runs
 
-    def encode(self, form: Form) -> list[Example]:
-        choice = Template(name=self.family, variables=self.variables, form=form)
+    def encode(self, messages: list[Message], tools: list[Message], form: Form) -> list[Sample]:
         row = Record(
-            channel="c",
-            where="rows.jsonl:7",
-            messages=tuple(self.messages),
-            tools=tuple(self.tools),
+            channel="c", where="rows.jsonl:7", messages=tuple(messages), tools=tuple(tools)
         )
-        return Encoder(self.tokenizer, choice, max_length=9999).encode(row).examples
+        return [self._decode(example) for example in self._encoders[form].encode(row).examples]
 
-    def decoded(self, example: Example) -> tuple[str, list[str]]:
-        """The text of a sample, and the runs of it that have a weight."""
+    def _decode(self, example: Example) -> Sample:
         runs: list[list[int]] = [[]]
         for token, weight in zip(example.input_ids_L, example.weight_L, strict=True):
             if weight:
@@ -130,70 +129,89 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def case_of(family_tokenizer: Callable[..., Any]) -> Callable[..., Case]:
-    tokenizer = cache(family_tokenizer)
+def family_of(family_tokenizer: Callable[..., Any]) -> Callable[..., Family]:
+    made: dict[str, Family] = {}
+    tokenizer_of = cache(family_tokenizer)
 
-    def make(family: str, name: str, variables: dict[str, Any]) -> Case:
-        return Case(family, name, variables, tokenizer(family))
+    def get(name: str, variables: dict[str, Any]) -> Family:
+        key = name + repr(variables)
+        if key not in made:
+            made[key] = Family(name, variables, tokenizer_of(name))
+        return made[key]
 
-    return make
+    return get
 
 
-@pytest.mark.parametrize(("family", "name", "variables"), CASES)
+def tools_of(messages: list[Message]) -> list[Message]:
+    return [TOOL] if any("tool_calls" in m for m in messages) else []
+
+
+@pytest.mark.parametrize(("name", "chat", "variables"), CASES)
 def test_text_marks_and_prompts(
-    family: str, name: str, variables: dict[str, Any], case_of: Callable[..., Case]
+    name: str, chat: str, variables: dict[str, Any], family_of: Callable[..., Family]
 ) -> None:
-    case = case_of(family, name, variables)
-    choice = Template(name=family, variables=variables)
-    template = load_templates(choice, case.tokenizer).plain
-    for length in range(1, len(case.messages) + 1):
-        begun = case.messages[:length]
-        text, runs = case.written(length)
-        assert template.render_marked(begun, "w", case.tools, False, marks=True) == (text, runs)
-        prompt, _ = case.written(length, prompt=True)
-        asked = template.render(begun, "w", tools=case.tools, generation_prompt=True)
-        assert asked == prompt
-    theirs = case.tokenizer.apply_chat_template(
-        case.messages,
-        tools=case.tools,
-        chat_template=template.source,
-        tokenize=False,
-        **variables,
+    family, messages = family_of(name, variables), CONVERSATIONS[chat]
+    template, tools = family.template, tools_of(messages)
+    for length in range(1, len(messages) + 1):
+        begun = messages[:length]
+        written = family.write(begun, tools)
+        assert template.render_marked(begun, "w", tools, False, marks=True) == written
+        asked = template.render(begun, "w", tools=tools, generation_prompt=True)
+        assert asked == family.write(begun, tools, prompt=True)[0]
+    theirs = family.tokenizer.apply_chat_template(
+        messages, tools=tools, chat_template=template.source, tokenize=False, **variables
     )
-    assert theirs == text
+    assert theirs == written[0]
 
 
-@pytest.mark.parametrize(("family", "name", "variables"), CASES)
+@pytest.mark.parametrize(("name", "chat", "variables"), CASES)
 def test_samples(
-    family: str, name: str, variables: dict[str, Any], case_of: Callable[..., Case]
+    name: str, chat: str, variables: dict[str, Any], family_of: Callable[..., Family]
 ) -> None:
     """One a turn, and the whole conversation where later turns leave the earlier as they were."""
-    case = case_of(family, name, variables)
-    text, runs = case.written(len(case.messages))
-    prompts = [case.written(turn, prompt=True)[0] for turn in case.turns]
-    alone = [case.written(turn + 1) for turn in case.turns]
+    family, messages = family_of(name, variables), CONVERSATIONS[chat]
+    tools = tools_of(messages)
+    text, runs = family.write(messages, tools)
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    prompts = [family.write(messages[:turn], tools, prompt=True)[0] for turn in turns]
+    alone = [family.write(messages[: turn + 1], tools) for turn in turns]
+    ended = [upto[: spans[-1][1]] for upto, spans in alone]  # without white space behind the end
     said = [upto[slice(*spans[-1])] for upto, spans in alone]
     if any(p.endswith("\n") and s[0] == "\n" for p, s in zip(prompts, said, strict=True)):
         # The line break that closes an empty thought merges with the one that opened it.
-        assert family in ("r1", "qwen3.5") and variables != OFF
+        assert name in ("r1", "qwen3.5") and variables != OFF
         return
-    if all(upto.startswith(p) for p, (upto, _) in zip(prompts, alone, strict=True)):
-        samples = [case.decoded(sample) for sample in case.encode(Form.turns)]
+    if all(upto.startswith(p) for p, upto in zip(prompts, ended, strict=True)):
+        samples = family.encode(messages, tools, Form.turns)
         assert [runs for _, runs in samples] == [[words] for words in said]
-        for (sample, _), (upto, spans) in zip(samples, alone, strict=True):
-            assert sample.rstrip() == upto.rstrip()
-            assert sample.startswith(upto[: spans[-1][1]])
-    else:  # the prompt closes a thought, and the row has one
-        assert variables == OFF and "thought" in name
+        assert [sample.rstrip() for sample, _ in samples] == [upto.rstrip() for upto in ended]
+    else:
+        assert variables == OFF and "thought" in chat
         with pytest.raises(DataError, match=r"rows\.jsonl:7: the inference prompt of messages"):
-            case.encode(Form.turns)
-    is_kept = [
-        text.startswith(p) and text.startswith(upto[: spans[-1][1]])
-        for p, (upto, spans) in zip(prompts, alone, strict=True)
-    ]
-    if all(is_kept):
-        (sample,) = case.encode(Form.conversation)
-        assert case.decoded(sample) == (text, [text[slice(*run)] for run in runs])
+            family.encode(messages, tools, Form.turns)
+    if all(text.startswith(begun) for begun in (*prompts, *ended)):
+        whole = (text, [text[slice(*run)] for run in runs])
+        assert family.encode(messages, tools, Form.conversation) == [whole]
     else:
         with pytest.raises(DataError, match=r"rows\.jsonl:7: "):
-            case.encode(Form.conversation)
+            family.encode(messages, tools, Form.conversation)
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "what"),
+    [
+        ("phi4", [ask("Hi"), say("", CALL), result(1, "2"), say("Bye")], "no role tool"),
+        ("r1", [ask("Hi"), say("", CALL)], "no place for tools"),
+        ("r1", [ask("Hi"), SYSTEM, say("Bye")], "no role system here"),
+        ("gpt-oss", [ask("Hi"), say("", CALL, call(2))], "one tool call a turn"),
+        ("cohere", [ask("Hi"), say("Let me see.", CALL)], r"not write all of .*\.content"),
+        ("granite", [ask("Hi"), say("Bye", reasoning_content="why")], "reasoning_content"),
+        # Nobody says whose turn it is next, so nothing would stop the model.
+        ("glm", [ask("Hi"), say("Hello"), say("Bye")], r"end-of-turn token .*messages\[1\]"),
+    ],
+)
+def test_what_a_format_has_no_place_for(
+    name: str, messages: list[Message], what: str, family_of: Callable[..., Family]
+) -> None:
+    with pytest.raises(DataError, match=rf"rows\.jsonl:7: .*{what}"):
+        family_of(name, {}).encode(messages, [], Form.conversation)
