@@ -139,7 +139,7 @@ def findings(inputs: Inputs, tally: Tally, folder: Path) -> dict[str, Any]:
         folder: as for `summarise`.
 
     Returns:
-        files: one object a file: path, split, source, format, rows, rejected.
+        files: one object a file: path, split, source, format, rows, rejected, left_out.
         num_rows: rows that were checked.
         failed: check -> number of rows that fail it, and the places of the first ones.
         rejected: the first rows that could not be used.
@@ -154,8 +154,9 @@ def findings(inputs: Inputs, tally: Tally, folder: Path) -> dict[str, Any]:
                 "format": inputs.readers[index].format.name,
                 "rows": rows,
                 "rejected": rejected,
+                "left_out": left_out,
             }
-            for path, (index, rows, rejected) in tally.rows_of_file.items()
+            for path, (index, rows, rejected, left_out) in tally.rows_of_file.items()
         ],
         "num_rows": tally.num_rows,
         "failed": {

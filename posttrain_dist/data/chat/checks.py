@@ -99,6 +99,13 @@ CHECKS: dict[str, Check] = {
         "at data.columns; a few are right where silence is the answer",
         refused_if_all=True,
     ),
+    "null_arguments": Check(
+        "warning",
+        "A call has an argument that is null by itself, and the model learns to write it: that of "
+        "a parameter of its tool, or of a tool that the row does not describe.",
+        "nothing is to be done where null is meant; else leave the argument out, and where Arrow "
+        "added it, write arguments as JSON text, or the row's tools with their parameters",
+    ),
     "truncated_target": Check(
         "warning",
         "The row was cut before its first supervised token, so it is left out.",

@@ -244,7 +244,7 @@ class Encoder:
                 text.faults.note("prompt_prefix", fault, fix)
         weight_L = token_weights(tokens, text.spans)
         if text.is_plain:
-            weight_L[-1] = 1  # the end token
+            weight_L[-1] = text.spans[-1][2]  # the end token
         return weight_L
 
     def _token_fault(self, text: SupervisedText, tokens: TextTokens, length: int, name: str) -> str:

@@ -89,7 +89,7 @@ class Supervision:
 
     def _plain(self, record: Record, text: str) -> SupervisedText:
         start, faults = record.supervised_from, Faults(record.where, self._choice.strict)
-        escaped, spans = EscapedText(text, None, (), ()), [(start, len(text), 1.0)]
+        escaped, spans = EscapedText(text, None, (), ()), [(start, len(text), record.weight)]
         prompts = [(start, "", _MERGES)] if start else []
         return SupervisedText(escaped, spans, faults, prompts)
 
@@ -128,7 +128,7 @@ class Supervision:
             supervised = [role != "tool" for role in roles]
         given = record.weights or (None,) * len(roles)
         weights = [
-            float(default) if weight is None else weight
+            record.weight * (float(default) if weight is None else weight)
             for default, weight in zip(supervised, given, strict=True)
         ]
         for i, weight in enumerate(weights):
@@ -161,7 +161,7 @@ class Supervision:
         where = record.where
         rendered = Conversation(template, messages, where, tools)
         escaped = template.controls.restore(rendered.text, breaker, where)
-        faults = Faults(where, self._choice.strict)
+        faults = Faults(where, self._choice.strict, list(record.notes))
         text = SupervisedText(escaped, [], faults, controls=template.controls)
         if escaped.forged:
             text.faults.note("control_tokens", "the content quotes a control token")
