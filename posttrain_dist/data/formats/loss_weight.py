@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from posttrain_dist.data.read.bad_row import bad_field
+from posttrain_dist.data.read.bad_row import BadRow, bad_field
+from posttrain_dist.data.read.json_lines import load
 
 WEIGHT_LIMIT = 1_000_000  # a weight is below it
 _RANGE = f"write a number from 0 to below {WEIGHT_LIMIT:,}"
@@ -55,7 +56,7 @@ def read_row_weight(row: dict[str, Any]) -> float:
         BadRow: it says so under a key that is not read, or with no such value.
     """
     refuse_weights(row, SPELLINGS, _READ)
-    weight = read_weight(row, "")
+    weight = read_weight({name: _of_text(row.get(name)) for name in ROW_KEYS}, "")
     return 1.0 if weight is None else weight
 
 
@@ -66,7 +67,17 @@ def refuse_weights(row: dict[str, Any], names: Iterable[str], fix: str) -> None:
         BadRow: one of them would.
     """
     for name in names:
-        value = row.get(name)
+        value = _of_text(row.get(name))
         if value not in (None, "", [], {}, *SPELLINGS.get(name, _ALL)):
             what = "is not read, and it would change what is trained"
             raise bad_field(name, what, fix)
+
+
+def _of_text(value: Any) -> Any:
+    """What the text of a cell means: CSV has nothing but text, and pandas writes True and False."""
+    if not isinstance(value, str) or not value:
+        return value
+    try:
+        return load(value.lower().encode())
+    except BadRow:
+        return value

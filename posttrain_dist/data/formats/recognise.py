@@ -359,7 +359,7 @@ def _misspelt(format: Format, keys: frozenset[str]) -> tuple[str, str] | None:
     if format is Format.prompt:  # its other columns are its own
         known = {"task_type", "tools", TEMPLATE_KWARGS}
     absent = known - keys
-    for name in sorted(keys - {*known, *CHANNEL_KEYS, *shape.needs}):
+    for name in sorted(keys - {*known, *CHANNEL_KEYS, *shape.needs, *SPELLINGS}):
         near = difflib.get_close_matches(name, absent, n=1, cutoff=0.75)
         if near:
             return name, near[0]
