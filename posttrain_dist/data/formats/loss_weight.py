@@ -56,7 +56,8 @@ def read_row_weight(row: dict[str, Any]) -> float:
         BadRow: it says so under a key that is not read, or with no such value.
     """
     refuse_weights(row, SPELLINGS, _READ)
-    weight = read_weight({name: _of_text(row.get(name)) for name in ROW_KEYS}, "")
+    said = {name: _of_text(row[name]) for name in ROW_KEYS if name in row}
+    weight = read_weight(said, "") if said else None
     return 1.0 if weight is None else weight
 
 
@@ -66,8 +67,8 @@ def refuse_weights(row: dict[str, Any], names: Iterable[str], fix: str) -> None:
     Raises:
         BadRow: one of them would.
     """
-    for name in names:
-        value = _of_text(row.get(name))
+    for name in [name for name in names if name in row]:
+        value = _of_text(row[name])
         if value not in (None, "", [], {}, *SPELLINGS.get(name, _ALL)):
             what = "is not read, and it would change what is trained"
             raise bad_field(name, what, fix)

@@ -26,7 +26,7 @@ _Read = Callable[[Any, str], Any]  # value, its path -> value
 class JsonCell(NamedTuple):
     """The JSON text of a row's own cell; what it holds depends on our name for the column."""
 
-    text: str
+    text: str | bytes
 
     def read(self, name: str) -> Any:
         """The value, under our name.
@@ -45,7 +45,7 @@ def row_reader(schema: Any) -> Callable[[Any], Any] | None:
     """
     readers: dict[str, _Read] = {}
     for field in schema:
-        read: _Read | None = _wrap if _is_json(field.type) else _reader(field.type, field.name)
+        read: _Read | None = _wrap if _is_json(field) else _reader(field, field.name)
         if read is not None:
             readers[field.name] = read
 
@@ -58,19 +58,20 @@ def row_reader(schema: Any) -> Callable[[Any], Any] | None:
     return read_row if readers else None
 
 
-def _reader(kind: Any, name: str) -> _Read | None:
-    """What reads values of an Arrow type under the key `name`; null: nothing has to be done."""
+def _reader(field: Any, name: str) -> _Read | None:
+    """What reads values of an Arrow field under the key `name`; null: nothing has to be done."""
     from pyarrow import types  # type: ignore[import-untyped]
 
-    if _is_json(kind):
+    kind = field.type
+    if _is_json(field):
         return lambda text, path: _read_text(text, name, path)
     if types.is_struct(kind):
-        fields = ((kind.field(i), kind.field(i).name) for i in range(kind.num_fields))
-        found = ((key, _reader(field.type, key)) for field, key in fields)
+        fields = (kind.field(i) for i in range(kind.num_fields))
+        found = ((each.name, _reader(each, each.name)) for each in fields)
         readers = {key: read for key, read in found if read is not None}
         return (lambda value, path: _read_fields(value, readers, f"{path}.")) if readers else None
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return _list_reader(_reader(kind.value_type, name))
+        return _list_reader(_reader(kind.value_field, name))
     return None
 
 
@@ -94,23 +95,26 @@ def _wrap(text: Any, path: str) -> JsonCell:
     return JsonCell(text)
 
 
-def _is_json(kind: Any) -> bool:
-    return getattr(kind, "extension_name", None) == "arrow.json"
+def _is_json(field: Any) -> bool:
+    # Before pyarrow 19 the type is not known: its name is beside the bytes.
+    beside = (field.metadata or {}).get(b"ARROW:extension:name")
+    return getattr(field.type, "extension_name", None) == "arrow.json" or beside == b"arrow.json"
 
 
-def _read_text(text: str, name: str, path: str) -> Any:
+def _read_text(text: str | bytes, name: str, path: str) -> Any:
     """The value of a cell under the key `name`.
 
     `datasets` stores a text that happens to be valid JSON as it stands: `5` may have been "5".
     So where text belongs, whatever is neither text nor a list of objects is the text itself.
     """
+    raw = text if isinstance(text, bytes) else text.encode()
     try:
-        value = load(text.encode())
+        value = load(raw)
     except BadRow as error:
         if name in _TEXTS:
-            return text
+            return raw.decode(errors="replace")
         raise BadRow(f"{path} {error.what}", _REWRITE, field=path) from error
     if name not in _TEXTS or isinstance(value, str):
         return value
     is_objects = isinstance(value, list) and value and all(isinstance(v, dict) for v in value)
-    return value if is_objects else text
+    return value if is_objects else raw.decode()

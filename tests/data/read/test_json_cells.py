@@ -10,6 +10,7 @@ import pytest
 
 from posttrain_dist.data import Format
 from posttrain_dist.data.formats.records import Reader, Rejected
+from posttrain_dist.data.read.json_cells import row_reader
 from posttrain_dist.flow import Record
 
 
@@ -162,6 +163,27 @@ def test_text_that_is_json_stays_text(tmp_path: Path) -> None:
     texts = ["1", "2", "3", "4", "5", "hello {"]
     parquet.write_table(pa.table({"text": pa.array(texts, pa.json_())}), tmp_path / "b.parquet")
     assert [row["text"] for row in contents(f"{tmp_path}/b.parquet", Format.text)] == texts
+
+
+def test_a_pyarrow_that_does_not_know_the_type() -> None:
+    """It gives bytes, and the name of the type beside them (seen with 17.0)."""
+    import pyarrow as pa
+
+    beside = {"ARROW:extension:name": "arrow.json"}
+    cell = pa.field("content", pa.binary(), metadata=beside)
+    item = pa.field("item", pa.struct([("role", pa.string()), cell]))
+    schema = pa.schema([pa.field("messages", pa.list_(item)), cell.with_name("tools")])
+    read = row_reader(schema)
+    assert read is not None and row_reader(pa.schema([("content", pa.binary())])) is None
+    row = {
+        "messages": [
+            {"role": "user", "content": content} for content in (b'"q"', b"5", b"{", None)
+        ],
+        "tools": '[{"name": "é"}]'.encode(),
+    }
+    found = read(row)
+    assert [turn["content"] for turn in found["messages"]] == ["q", "5", "{", None]
+    assert found["tools"].read("tools") == [{"name": "é"}]
 
 
 def test_json_that_is_not_valid_is_a_bad_row(tmp_path: Path) -> None:
