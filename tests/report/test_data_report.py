@@ -128,6 +128,7 @@ def test_every_part_of_the_report(
             "format": "messages",
             "rows": num_rows,
             "rejected": rejected,
+            "left_out": 0,
         }
         for source, (split, num_rows, rejected) in kinds.items()
     ]

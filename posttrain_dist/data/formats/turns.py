@@ -6,7 +6,7 @@ import difflib
 import functools
 from typing import Any, NamedTuple
 
-from posttrain_dist.data.formats.loss_weight import read_weight
+from posttrain_dist.data.formats.loss_weight import SPELLINGS, read_weight
 from posttrain_dist.data.formats.nulls import clean_schema
 from posttrain_dist.data.read.bad_row import BadRow, bad_field, kind
 from posttrain_dist.data.read.json_lines import load
@@ -31,8 +31,7 @@ _THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # the first one that
 # Keys that would change what is trained; any other unknown key of a turn is the user's own note.
 _NEVER = {
     *("image", "images", "video", "videos", "audio", "audios", "documents", "tools", "functions"),
-    *("loss", "mask", "masked", "loss_mask", "loss_weight", "train_detail", "training"),
-    *("trainable", "thought", "thoughts"),
+    *("thought", "thoughts", *SPELLINGS),
 }
 TURN = '{"role": "user", "content": "..."}'
 _AS_TEXT = "write it as a JSON string"

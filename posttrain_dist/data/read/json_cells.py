@@ -6,6 +6,7 @@ their types; DuckDB writes them for its columns of JSON.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -86,8 +87,9 @@ def _list_reader(item: _Read | None) -> _Read | None:
 
 def _read_fields(value: dict[str, Any], readers: dict[str, _Read], path: str) -> dict[str, Any]:
     for key, read in readers.items():
-        if value.get(key) is not None:
-            value[key] = read(value[key], f"{path}{key}")
+        item = value.get(key)
+        if item is not None and item is not math.nan:  # the null of an argument
+            value[key] = read(item, f"{path}{key}")
     return value
 
 

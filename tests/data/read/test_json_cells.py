@@ -146,6 +146,26 @@ def test_columns_of_json_and_of_other_names(tmp_path: Path) -> None:
     assert [turn["content"] for turn in first["messages"]] == said
 
 
+def test_arguments_of_which_some_are_json(tmp_path: Path) -> None:
+    """`x` is a number here and a list there, so Json(); where a call has none, it is null."""
+    import datasets
+
+    calls = [call("f", x=1, y="a"), call("f", x=[{"z": None}], y="b"), call("g", n=1)]
+    rows = [{"messages": [says("", tool_calls=[each])], "tools": [tool("g", "n")]}
+            for each in calls]  # fmt: skip
+    text = datasets.Value("string")
+    of_call = {"x": datasets.Json(), "y": text, "n": datasets.Value("int64")}
+    of_tool = {"type": text, "function": {"name": text, "parameters": datasets.Json()}}
+    made = {"type": text, "function": {"name": text, "arguments": of_call}}
+    turn = {"role": text, "content": text, "tool_calls": datasets.List(made)}
+    features = {"messages": datasets.List(turn), "tools": datasets.List(of_tool)}
+    at = write(tmp_path, rows, datasets.Features(features))
+    wanted = contents(at["lines"], Format.messages)
+    for kind in ("parquet", "saved"):
+        found = contents(at[kind], Format.messages)
+        assert [row["messages"] for row in found] == [row["messages"] for row in wanted]
+
+
 def test_text_that_is_json_stays_text(tmp_path: Path) -> None:
     """`datasets` stores such a text as it stands; only `"a"` cannot be told from the JSON of a."""
     import pyarrow as pa
