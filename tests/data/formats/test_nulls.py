@@ -196,8 +196,9 @@ def test_a_null_argument_is_a_warning_of_the_row(tmp_path: Path, tokenizer_of: A
     rows = [{"messages": conversation(("f", {"a": value}))} for value in (None, "b")]
     tokenizer = tokenizer_of(source)
     encoder = Encoder(tokenizer, Template(), max_length=999)
-    ((kept,), faults), ((_,), none) = map(encoder.encode, lines(tmp_path / "a.jsonl", *rows))
-    assert (faults, none) == ([NULL_ARGUMENTS], [])
+    null, other = map(encoder.encode, lines(tmp_path / "a.jsonl", *rows))
+    assert (null.faults, other.faults) == ([NULL_ARGUMENTS], [])
+    (kept,) = null.examples
     assert CHECKS[NULL_ARGUMENTS].level == "warning"
     said = tokenizer.decode(kept.input_ids_L[kept.weight_L > 0])
     assert said == '{"name": "f", "arguments": {"a": null}}<|end|>'

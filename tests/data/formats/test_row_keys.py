@@ -142,8 +142,9 @@ def test_the_weight_of_a_row_times_those_of_its_turns(tmp_path: Path, tokenizer_
 
     def weights(format: Format, row: dict[str, Any]) -> list[tuple[float, int]]:
         """The weights of the row's targets in order, each with its number of tokens."""
-        ((example,), faults) = encoder.encode(good(tmp_path, format, row))
-        assert faults == []
+        encoded = encoder.encode(good(tmp_path, format, row))
+        (example,) = encoded.examples
+        assert encoded.faults == []
         found: list[tuple[float, int]] = []
         for weight in example.weight_L[example.weight_L > 0].tolist():
             same = found and found[-1][0] == weight
