@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from posttrain_dist.checkpoint import store
 from posttrain_dist.checkpoint.manifest import fault_of, read_manifest
 from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import CheckpointError
+
+_log = logging.getLogger(__name__)
 
 
 def export_checkpoint(
@@ -15,6 +20,7 @@ def export_checkpoint(
     out: Path | None = None,
     step: int | None = None,
     dtype: str | None = None,
+    notice: Callable[[str], None] = _log.info,
 ) -> Path:
     """Write a checkpoint of a run as a model folder that plain transformers loads.
 
@@ -22,14 +28,17 @@ def export_checkpoint(
         out: the new folder; None: `export/` of the run.
         step: which checkpoint; None: the newest.
         dtype: of the weights, "bfloat16" or "float32"; None: what the run trained in.
+        notice: called with what the user should know of the folder.
 
     Raises:
         CheckpointError: there is no whole checkpoint, a file of it is damaged, or `out` is already
-            there.
+            there; a training row's prompt comes out otherwise than it was trained.
+        DataError: the prepared data of the run is damaged.
     """
     import torch
 
-    from posttrain_dist.checkpoint.hf_folder import write_hf_folder
+    from posttrain_dist.checkpoint.hf_folder import RunFacts, write_hf_folder
+    from posttrain_dist.data.chat.rendering.served import Served
     from posttrain_dist.engine.state_files import step_of_file
     from posttrain_dist.models.folder import resolve
 
@@ -57,8 +66,19 @@ def export_checkpoint(
         resolve(config.model.path),
         target,
         dtype=getattr(torch, dtype or manifest.layout.dtype),
-        end_token_id=manifest.lineage.get("end_token_id"),
+        facts=RunFacts(
+            manifest.recipe.model,
+            _end_token_ids(manifest.lineage),
+            Served.read(run_folder / "prepared"),
+        ),
+        notice=notice,
     )
+
+
+def _end_token_ids(lineage: dict[str, Any]) -> list[int]:
+    """Those of a checkpoint; earlier ones name one token at most."""
+    one = lineage.get("end_token_id")
+    return list(lineage.get("end_token_ids", [] if one is None else [one]))
 
 
 def _choose(run_folder: Path, step: int | None) -> Path:
