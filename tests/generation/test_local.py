@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from posttrain_dist.data.chat.rendering.served import Prompt
-from posttrain_dist.errors import ConfigError, ModelError
+from posttrain_dist.errors import ConfigError, DataError, ModelError
 from posttrain_dist.generation import local
 from posttrain_dist.generation.base import Completion, Sampling, StopReason
 from posttrain_dist.generation.local import LocalGenerator
@@ -96,6 +96,44 @@ def test_a_failure_while_streaming_reaches_the_reader(generator: LocalGenerator)
     generator.model.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="broken forward"):
         list(generator.stream(PROMPTS[0], Sampling(max_new_tokens=4)))
+
+
+def test_each_row_is_asked_with_its_own_tools_and_variables(
+    folder: Path, generator: LocalGenerator
+) -> None:
+    reads = "{{ mood }}{% for tool in tools or [] %}{{ tool.name }}{% endfor %}"
+    generator.tokenizer.chat_template = reads + byte_llama.TEMPLATE
+    ask = CONVERSATIONS[0]
+    rows = [
+        Prompt(ask, variables={"mood": "low"}),
+        Prompt(ask, tools=[{"name": "f"}, {"name": "g"}]),
+        Prompt(ask, [{"name": "h"}], {"mood": "high"}),
+    ]
+    texts = [f"{start}<|user|>a<|end|><|assistant|>" for start in ("low", "fg", "highh")]
+    expected = [greedy(folder, text, 6) for text in texts]
+    replies = generator.reply(rows, Sampling(max_new_tokens=6))
+    assert [reply.text for reply in replies] == expected
+    assert len(set(expected)) == 3, "the model must not ignore its prompt"
+    streamed = ["".join(generator.stream(row, Sampling(max_new_tokens=6))) for row in rows]
+    assert streamed == expected
+
+
+def test_a_conversation_that_the_template_refuses_is_an_error_of_the_user(
+    generator: LocalGenerator,
+) -> None:
+    template = "{{ raise_exception('only two roles') if messages[0].role == 'system' }}"
+    generator.tokenizer.chat_template = template + byte_llama.TEMPLATE
+    with pytest.raises(DataError, match="refuses this conversation: only two roles"):
+        generator.reply(PROMPTS, Sampling(max_new_tokens=1))
+
+
+def test_a_template_that_refuses_a_plain_answer_names_no_end(folder: Path) -> None:
+    tokenizer = byte_llama.build_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    generator = LocalGenerator.load(folder, tokenizer=tokenizer, end_token_ids=[9])
+    assert generator.end_ids == [byte_llama.SPECIAL.index("<|text_end|>"), 9]
+    tokenizer.chat_template = {"tool_use": byte_llama.TEMPLATE}  # none for rows without tools
+    assert LocalGenerator.load(folder, tokenizer=tokenizer).end_ids == generator.end_ids[:1]
 
 
 # ---------------------------------------------------------------------------------- tokens

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_dist.data.chat.rendering.served_template import CLOCK, with_defaults
-from posttrain_dist.data.chat.rendering.template_choice import DEFAULT
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Message
 
@@ -67,11 +66,6 @@ class Served:
     # The day, as in 2026-01-31, on which the tokens of `rows` were made, where the templates look
     # at the clock; null: they do not, or the day is written into them.
     date: str | None = None
-
-    @property
-    def chat_template(self) -> str | dict[str, str]:
-        """The templates as a tokenizer of transformers holds them."""
-        return self.templates[DEFAULT] if list(self.templates) == [DEFAULT] else self.templates
 
     def encode(self, row: ServedRow, tokenizer: Any) -> list[int]:
         """The token ids of a row's prompt by `tokenizer` and its template, on the day of `date`."""
