@@ -1,4 +1,4 @@
-"""An export renders what was trained: template, variables, end tokens, and the files for it."""
+"""An export renders what was trained: template, variables, end tokens and network."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from posttrain_launch.cli import main
 
 from posttrain_dist.checkpoint import store
 from posttrain_dist.checkpoint.hf_folder import RunFacts, write_hf_folder
-from posttrain_dist.checkpoint.manifest import MANIFEST, Manifest, network_of, read_manifest
+from posttrain_dist.checkpoint.manifest import MANIFEST, network_of, read_manifest
 from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, TrainConfig, complete
 from posttrain_dist.data import Template
 from posttrain_dist.data.chat.rendering.served import Served
@@ -97,18 +98,14 @@ def prompt_of(tokenizer: Any, messages: list[dict[str, Any]], **variables: Any) 
     return text
 
 
-def write(model: Path, folder: Path, **facts: Any) -> Path:
-    """An export of the model as it is, in `folder / "export"`, and its notices."""
+def write(model: Path, folder: Path, served: Served) -> Path:
+    """An export of the model as it is."""
     from safetensors.torch import load_file
 
-    tensors = load_file(model / "model.safetensors").items()
-    said: list[str] = []
-    out = write_hf_folder(
-        tensors, model, folder / "export", dtype=torch.float32, facts=RunFacts(**facts),
-        notice=said.append,
-    )  # fmt: skip
-    (folder / "notices").write_text("\n".join(said))
-    return out
+    tensors, facts = load_file(model / "model.safetensors"), RunFacts(served=served)
+    return write_hf_folder(
+        tensors.items(), model, folder / "export", dtype=torch.float32, facts=facts
+    )
 
 
 def served_of(config: RunConfig, folder: Path) -> Served:
@@ -258,42 +255,37 @@ def test_a_checkpoint_of_an_earlier_format_is_exported_as_it_was(
     (folder / "prepared" / "served.json").unlink()
     checkpoint = store.whole_checkpoints(folder)[-1]
     values = read_object(checkpoint / MANIFEST)
-    del values["digest"], values["recipe"]["model"], values["lineage"]["end_token_ids"]
+    del values["digest"], values["recipe"]["model"]
     values |= {"format": 4, "lineage": {"end_token_id": 7}}
-    manifest = Manifest(**{**values, "recipe": read_manifest(checkpoint).recipe})
-    text = json.loads(manifest.to_json())
-    del text["recipe"]["model"]
-    (checkpoint / MANIFEST).write_text(_signed(text))
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
+    (checkpoint / MANIFEST).write_text(json.dumps({**values, "digest": digest}))
     out = export_checkpoint(folder, tmp_path / "out")
     assert read_object(out / "generation_config.json")["eos_token_id"][0] == 7
     assert not (out / "chat_template.jinja").exists()
-
-
-def _signed(values: dict[str, Any]) -> str:
-    """The text of a manifest, whose digest is made again."""
-    import xxhash
-
-    content = {key: value for key, value in values.items() if key != "digest"}
-    digest = xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
-    return json.dumps({**content, "digest": digest})
 
 
 # -------------------------------------------------------------------------------- templates
 
 
 def test_another_template_and_its_variables_replace_the_old_one(
-    tiny_llama: Path, rows: Path, tmp_path: Path
+    tiny_llama: Path, rows: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     (tmp_path / "other.jinja").write_text(OTHER)
     config = config_of(tiny_llama, rows, name=str(tmp_path / "other.jinja"), variables=MOOD)
     served = served_of(config, tmp_path)
     assert len(served.rows) == 3
-    out = write(tiny_llama, tmp_path, served=served)
+    out = write(tiny_llama, tmp_path, served)
     tokenizer = tokenizer_of(out)
     messages = [{"role": "user", "content": "hi"}]
-    assert prompt_of(tokenizer, messages) == f"{SAID}<|user|> hi<|end|><|assistant|> "
+    said = prompt_of(tokenizer, messages)
+    assert said == f"{SAID}<|user|> hi<|end|><|assistant|> "
     other = prompt_of(tokenizer, messages, mood={"names": ["b"]}, tone=None)
     assert other == "<|system|>b None<|end|><|user|> hi<|end|><|assistant|> "
+    for given, text in (("{}", said), ("{mood: {names: [b]}, tone: null}", other)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+        assert main(["chat", str(out), "--max-new-tokens", "4", "--variables", given]) == 0
+        answer = greedy(out, tokenizer, text, {0})
+        assert capsys.readouterr().out == answer.strip().replace("\n", "\\n") + "\n"
     # Prepared again from the export alone, the same rows give the same tokens.
     again = config_of(out, rows)
     prepare(again, tmp_path / "again")
@@ -330,7 +322,7 @@ def test_the_rows_that_check_an_export_are_trained_on(
     tokenizer = tokenizer_of(tiny_llama)
     text = "<|user|>say 1<|end|><|assistant|>1<|end|><|user|>say 2<|end|><|assistant|>"
     assert served.rows[0].token_ids == tokenizer(text)["input_ids"]
-    write(tiny_llama, tmp_path, served=served)
+    write(tiny_llama, tmp_path, served)
 
 
 def test_named_templates_are_all_served(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:
@@ -343,7 +335,7 @@ def test_named_templates_are_all_served(tiny_llama: Path, rows: Path, tmp_path: 
     settings["chat_template"] = [{"name": n, "template": t} for n, t in named.items()]
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     config = config_of(model, rows, variant="spaced", variables={"tone": "low"})
-    out = write(model, tmp_path, served=served_of(config, tmp_path))
+    out = write(model, tmp_path, served_of(config, tmp_path))
     tokenizer = tokenizer_of(out)
     assert sorted(tokenizer.chat_template) == ["default", "spaced"]
     messages = [{"role": "user", "content": "hi"}]
@@ -355,7 +347,7 @@ def test_named_templates_are_all_served(tiny_llama: Path, rows: Path, tmp_path: 
     settings["chat_template"] = [{"name": n, "template": t} for n, t in named.items()]
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     served = served_of(config_of(model, rows), tmp_path / "plain")
-    out = write(model, tmp_path / "plain", served=served)
+    out = write(model, tmp_path / "plain", served)
     assert tokenizer_of(out).chat_template == named
     assert {path.name for path in (out / "additional_chat_templates").iterdir()} == {
         "tool_use.jinja", "spaced.jinja",
@@ -377,80 +369,9 @@ def test_a_template_that_looks_at_the_clock_is_checked_on_the_day_of_its_tokens(
         for row in served.rows
     ]
     moved = [replace(row, token_ids=each) for row, each in zip(served.rows, ids, strict=True)]
-    write(tiny_llama, tmp_path, served=replace(served, rows=moved, date="2024-07-26"))
+    write(tiny_llama, tmp_path, replace(served, rows=moved, date="2024-07-26"))
     with pytest.raises(CheckpointError, match="is another text than it was in training"):
-        write(tiny_llama, tmp_path, served=replace(served, rows=moved))
-
-
-# ------------------------------------------------------------------------------------ files
-
-
-def test_only_what_a_model_needs_is_carried(tiny_llama: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(tiny_llama, model)
-    carried = (
-        *("LICENSE", "NOTICE.txt", "USE_POLICY.md", "merges.txt", "vocab.json", "spiece.model"),
-        *("tokenizer.model.v3", "qwen.tiktoken", "tekken.json", "added_tokens.json"),
-        "special_tokens_map.json",
-    )
-    left = (
-        *("README.md", "pytorch_model.bin", "optimizer.pt", "tokenization_x.py", "license.py"),
-        *("model-00001-of-00002.safetensors", "trainer_state.json", "chat_template.json"),
-        "preprocessor_config.json",
-    )
-    for name in (*carried, *left):
-        (model / name).write_text("{}")
-    for name in ("tokenizer", "LICENSES", "vocab.d"):
-        (model / name).mkdir()
-        (model / name / "inside.json").write_text("{}")
-    (model / "NOTICE").symlink_to("nowhere")
-    (model / "notices").symlink_to(model / "tokenizer")
-    (model / "USE_POLICY").symlink_to(model / "LICENSE")
-    with (model / "huge.model").open("wb") as stream:
-        stream.truncate(1 << 30)  # no room on the disk
-    for name in ("config.json", "tokenizer_config.json"):
-        values = read_object(model / name)
-        (model / name).write_text(json.dumps({**values, "auto_map": {"AutoX": "x.X"}}))
-    own = (model / "chat_template.jinja").read_text()
-    out = write(model, tmp_path, served=Served({"default": own}))
-    written = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
-    written |= {"tokenizer_config.json", "chat_template.jinja", "USE_POLICY"}
-    assert {path.name for path in out.iterdir()} == {*carried, *written}
-    assert not any(path.is_symlink() for path in out.iterdir())
-    assert "huge.model is not carried" in (tmp_path / "notices").read_text()
-    for name in ("config.json", "tokenizer_config.json"):
-        assert "auto_map" not in read_object(out / name)
-    assert (out / "chat_template.jinja").read_text() == own
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "generation", "expected"),
-    [
-        ({"pad_token": None}, {}, 7),  # none anywhere: an end token, and it is said
-        ({"pad_token": None}, {"pad_token_id": 2}, 2),
-        ({}, {"pad_token_id": None}, None),  # the tokenizer has one
-    ],
-)
-def test_a_pad_token_is_set_where_generation_has_none(
-    tiny_llama: Path, tmp_path: Path, tokenizer: Any, generation: Any, expected: int | None
-) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(tiny_llama, model)
-    settings = read_object(model / "tokenizer_config.json")
-    (model / "tokenizer_config.json").write_text(json.dumps({**settings, **tokenizer}))
-    (model / "generation_config.json").write_text(json.dumps(generation))
-    out = write(model, tmp_path, end_token_ids=[7])
-    assert read_object(out / "generation_config.json").get("pad_token_id") == expected
-    assert ("no pad token" in (tmp_path / "notices").read_text()) == (expected == 7)
-
-
-def test_a_generation_config_that_is_no_json_is_left_out(tiny_llama: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(tiny_llama, model)
-    (model / "generation_config.json").write_text("{")
-    out = write(model, tmp_path, end_token_ids=[7])
-    assert read_object(out / "generation_config.json") == {"eos_token_id": 7}
-    assert "generation_config.json is not carried" in (tmp_path / "notices").read_text()
+        write(tiny_llama, tmp_path, replace(served, rows=moved))
 
 
 def test_the_summary_of_a_run_names_its_ends(finished: Path) -> None:

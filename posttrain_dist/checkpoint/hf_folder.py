@@ -87,7 +87,7 @@ def write_hf_folder(
                 _write_templates(facts.served, partial)
             _write_generation_config(source, partial, facts.end_token_ids, notice)
             if facts.served is not None:
-                check_served(partial, facts.served, target)
+                check_served(partial, facts.served, target, notice)
             commit_folder(partial, target, replace=True)
 
     dist.on_main(finish)

@@ -20,9 +20,10 @@ MANIFEST = "MANIFEST.json"
 FORMAT = 5
 READABLE = (4, FORMAT)  # 4 has no `recipe.model`
 WITHOUT_DIGEST = (1, 2, 3)  # formats whose manifest has none of itself
-# Of config.json, what changes no network: how it is stored, who wrote it, a cache of generation.
+# Of config.json, what changes no network: how it is stored, who wrote it, a cache of generation,
+# code that is never run.
 _NO_NETWORK = frozenset(
-    {"torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache"}
+    {"torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache", "auto_map"}
 )
 
 

@@ -155,8 +155,8 @@ def check_compatible(folder: Path, run: Manifest, steps: int) -> Manifest:
         raise CheckpointError(
             f"is of another network: config.json of the model changed: {'; '.join(changed)}",
             where=str(folder),
-            fix="put the old values back into config.json of the model folder; to train the "
-            "changed one, start a new run or set train.resume=never",
+            fix="give the model folder that was trained (model.path), with its config.json as it "
+            "was; to train another network, start a new run or set train.resume=never",
         )
     if manifest.step > steps:
         raise CheckpointError(

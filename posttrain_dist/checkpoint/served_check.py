@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ _FIX = (
 )
 
 
-def check_served(folder: Path, served: Served, target: Path) -> None:
+def check_served(folder: Path, served: Served, target: Path, notice: Callable[[str], None]) -> None:
     """Compare the prompts of a few training rows, as plain transformers makes them of `folder`.
 
     Args:
         folder: with tokenizer and chat templates written.
         target: what the folder will be called, for errors.
+        notice: called with a line if there is no row to compare.
 
     Raises:
         CheckpointError: transformers cannot load the tokenizer, the template refuses a row, or a
@@ -37,6 +39,10 @@ def check_served(folder: Path, served: Served, target: Path) -> None:
         raise CheckpointError(
             f"the tokenizer of the export cannot be loaded: {error}", where=str(target), fix=_FIX
         ) from error
+    if not served.rows:
+        notice(
+            "no training row has a prompt that the chat template of the export can be checked by"
+        )
     for number, row in enumerate(served.rows, start=1):
         try:
             ids = served.encode(row, tokenizer)

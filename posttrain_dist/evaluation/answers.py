@@ -20,7 +20,7 @@ from posttrain_dist.generation.base import Sampling
 from posttrain_dist.generation.local import LocalGenerator
 from posttrain_dist.models import Weights
 
-_END_OF_THOUGHTS = re.compile(r"</think(?:ing)?>|</seed:think>|\[/THINK\]")
+_END_OF_THOUGHTS = re.compile(r"</[\w:]*think(?:ing)?>|\[/THINK\]|◁/think▷")
 
 
 def exact_match(rows: list[dict[str, Any]], answers: list[str]) -> dict[str, dict[str, int]]:

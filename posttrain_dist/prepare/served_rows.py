@@ -43,6 +43,7 @@ def write_served(
 
     Raises:
         ModelError: a template of the tokenizer has a name that no file can have.
+        ConfigError: what is given for a template's clock is no date.
     """
     if inputs.templates is None:
         (folder / SERVED).write_text("null", encoding="utf-8")

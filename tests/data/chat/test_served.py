@@ -11,7 +11,7 @@ import pytest
 
 from posttrain_dist.data.chat.rendering.served import Prompt, Served, ServedRow
 from posttrain_dist.data.chat.rendering.served_template import served_templates, with_defaults
-from posttrain_dist.errors import DataError, ModelError
+from posttrain_dist.errors import ConfigError, DataError, ModelError
 
 TokenizerOf = Callable[..., Any]
 MESSAGES = [{"role": "user", "content": "a question"}]
@@ -91,6 +91,9 @@ def test_the_date_of_a_run_is_served(tokenizer_of: TokenizerOf) -> None:
     other = with_defaults("{{ strftime_now(form) }}", {"strftime_now": "2024-07-26"})
     with pytest.raises(Exception, match="no date in the format %A"):
         rendered(tokenizer, other, form="%A")
+    with pytest.raises(ConfigError, match="no date") as caught:
+        with_defaults(source, {"strftime_now": "26 Jul 2024"})
+    assert caught.value.where == "template.variables.strftime_now"
 
 
 def test_the_chosen_variant_is_served_with_tools_and_without(tokenizer_of: TokenizerOf) -> None:

@@ -21,7 +21,7 @@ from jinja2 import TemplateSyntaxError, nodes
 
 from posttrain_dist.data.chat.rendering.jinja_environment import compile_template
 from posttrain_dist.data.chat.rendering.template_choice import DEFAULT, TOOL_USE
-from posttrain_dist.errors import ModelError
+from posttrain_dist.errors import ConfigError, ModelError
 
 CLOCK = "strftime_now"  # what a template asks for the date; as a variable: the date that it gives
 
@@ -43,6 +43,7 @@ def served_templates(
 
     Raises:
         ModelError: a name cannot be that of a file.
+        ConfigError: what is given for the clock is no date.
     """
     chosen = dict(sources)
     if variant is not None:
@@ -65,6 +66,9 @@ def with_defaults(source: str, variables: Mapping[str, Any], *, fixed: Collectio
         source: Jinja.
         variables: JSON values; those that the template never names are left out.
         fixed: of these variables the value given here always holds.
+
+    Raises:
+        ConfigError: what is given for the clock is no date.
     """
     named = _names(source) if variables else set()
     lines = []
@@ -102,7 +106,14 @@ def _clock(source: str, day: str) -> str:
     tree = _parse(source)
     found = [] if tree is None else [each.value for each in tree.find_all(nodes.Const)]
     formats = sorted({each for each in found if isinstance(each, str) and "%" in each})
-    dates = {each: date.fromisoformat(day).strftime(each) for each in formats}
+    try:
+        dates = {each: date.fromisoformat(day).strftime(each) for each in formats}
+    except ValueError as error:
+        raise ConfigError(
+            f"is {day!r}, no date that the clock of a chat template could give",
+            where=f"template.variables.{CLOCK}",
+            fix="write it as in 2026-01-31",
+        ) from error
     known = f"{_literal(dates)}.get(format)"
     refusal = 'raise_exception("this template has no date in the format " ~ format)'
     return f"{{% macro {CLOCK}(format) %}}{{{{ {known} or {refusal} }}}}{{% endmacro %}}\n"
