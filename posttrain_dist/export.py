@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.checkpoint import store
-from posttrain_dist.checkpoint.manifest import fault_of, read_manifest
+from posttrain_dist.checkpoint.manifest import WITH_NETWORK, Manifest, fault_of, read_manifest
 from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from posttrain_dist.data.chat.rendering.served import Served
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +41,6 @@ def export_checkpoint(
     import torch
 
     from posttrain_dist.checkpoint.hf_folder import RunFacts, write_hf_folder
-    from posttrain_dist.data.chat.rendering.served import Served
     from posttrain_dist.engine.state_files import step_of_file
     from posttrain_dist.models.folder import resolve
 
@@ -69,10 +71,35 @@ def export_checkpoint(
         facts=RunFacts(
             manifest.recipe.model,
             _end_token_ids(manifest.lineage),
-            Served.read(run_folder / "prepared"),
+            _served(run_folder, manifest),
         ),
         notice=notice,
     )
+
+
+def _served(run_folder: Path, manifest: Manifest) -> Served | None:
+    """The chat templates of a run; null for one that used none, or of an earlier version.
+
+    Raises:
+        CheckpointError: they are gone with the prepared data.
+    """
+    from posttrain_dist.data.chat.rendering.served import SERVED, WITH_SERVED, Served
+    from posttrain_dist.data.prepared.summary import Summary
+
+    prepared = run_folder / "prepared"
+    served = Served.read(prepared)
+    used_one = manifest.format >= WITH_NETWORK and manifest.lineage.get("template_sha256")
+    if served is None and used_one:
+        has_data = (prepared / "summary.json").is_file()
+        if has_data and Summary.read(prepared).inputs.get("format", 0) < WITH_SERVED:
+            return None
+        raise CheckpointError(
+            "is gone, and it has the chat template that the model was trained with",
+            where=str(prepared / SERVED),
+            fix=f"put it back; or remove FINISHED, and `posttrain run {run_folder}` prepares the "
+            "data again and writes the export",
+        )
+    return served
 
 
 def _end_token_ids(lineage: dict[str, Any]) -> list[int]:

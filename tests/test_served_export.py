@@ -250,9 +250,17 @@ def test_a_changed_network_does_not_go_on_and_the_trained_one_is_exported(
 def test_a_checkpoint_of_an_earlier_format_is_exported_as_it_was(
     finished: Path, tmp_path: Path
 ) -> None:
+    """No template was kept then; of a run that keeps one, it is missed."""
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     (folder / "prepared" / "served.json").unlink()
+    with pytest.raises(CheckpointError, match=r"served\.json: is gone"):
+        export_checkpoint(folder, tmp_path / "out")
+    summary = folder / "prepared" / "summary.json"
+    values = read_object(summary)
+    values["inputs"]["format"] = 6  # a run that was begun goes on with the data that it has
+    summary.write_text(json.dumps(values))
+    assert export_checkpoint(folder, tmp_path / "begun").is_dir()
     checkpoint = store.whole_checkpoints(folder)[-1]
     values = read_object(checkpoint / MANIFEST)
     del values["digest"], values["recipe"]["model"]

@@ -22,7 +22,7 @@ CARRIED = (
     *("*.model", "*.model.v*", "*.spm", "*.tiktoken", "*.tokenizer", "tekken.json"),
     *("license*", "licence*", "notice*", "use_policy*"),
 )
-TEMPLATES = ("chat_template.jinja", "chat_template.json")
+TEMPLATE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 _NEVER = (".py", ".safetensors", ".bin", ".pt", ".pth", ".gguf")
 MAX_BYTES = 256 << 20  # the largest tokenizers have some 40 MiB
@@ -64,7 +64,7 @@ def carry_files(source: Path, target: Path, *, templates: bool, notice: Notice) 
 def _is_carried(path: Path, templates: bool) -> bool:
     name = path.name.lower()
     wanted = any(fnmatch(name, pattern) for pattern in CARRIED)
-    wanted = wanted or (templates and path.name in TEMPLATES)
+    wanted = wanted or (templates and path.name in (TEMPLATE, "chat_template.json"))
     return wanted and not name.endswith(_NEVER) and path.is_file()
 
 

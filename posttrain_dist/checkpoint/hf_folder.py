@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from posttrain_dist import dist
-from posttrain_dist.checkpoint.carried_files import TEMPLATE_FOLDER, TEMPLATES, carry_files
+from posttrain_dist.checkpoint.carried_files import TEMPLATE, TEMPLATE_FOLDER, carry_files
 from posttrain_dist.checkpoint.manifest import with_network
 from posttrain_dist.checkpoint.served_check import check_served
 from posttrain_dist.data.chat.rendering.served import Served
@@ -186,7 +186,7 @@ def _write_config(config: dict[str, Any], folder: Path, dtype: torch.dtype) -> N
 def _write_templates(served: Served, folder: Path) -> None:
     """The chat templates, as transformers' `save_pretrained` lays them out."""
     for name, source in served.templates.items():
-        path = folder / TEMPLATES[0]
+        path = folder / TEMPLATE
         if name != DEFAULT:
             path = folder / TEMPLATE_FOLDER / f"{name}.jinja"
             path.parent.mkdir(exist_ok=True)

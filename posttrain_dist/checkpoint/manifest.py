@@ -18,7 +18,8 @@ from posttrain_dist.files import FileDigest
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 5
-READABLE = (4, FORMAT)  # 4 has no `recipe.model`
+READABLE = (4, FORMAT)
+WITH_NETWORK = 5  # first format that has `recipe.model`, of a run with prepared/served.json
 WITHOUT_DIGEST = (1, 2, 3)  # formats whose manifest has none of itself
 # Of config.json, what changes no network: how it is stored, who wrote it, a cache of generation,
 # code that is never run.

@@ -11,14 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from posttrain_dist.data.chat.rendering.served import SERVED
+from posttrain_dist.data.chat.rendering.served import SERVED, WITH_SERVED
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.errors import DataError, PosttrainError
 from posttrain_dist.files import commit_folder, partial_of
 
 KEPT_DAYS = 30  # that an entry stays after its last use
-_WITH_SERVED = 7  # first format that has served.json
 _ENTRY = re.compile(r"[0-9a-f]{32}")
 
 Build = Callable[[Path], None]  # fills an empty folder
@@ -91,7 +90,7 @@ def is_whole(folder: Path) -> bool:
     except PosttrainError:
         return False
     names = ["findings.json", "heldout_records.jsonl"]
-    if inputs.get("format", 0) >= _WITH_SERVED:
+    if inputs.get("format", 0) >= WITH_SERVED:
         names.append(SERVED)
     return all((folder / name).is_file() for name in names)
 

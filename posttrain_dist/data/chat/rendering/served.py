@@ -18,6 +18,7 @@ from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Message
 
 SERVED = "served.json"
+WITH_SERVED = 7  # first format of prepared data that has it
 
 
 @dataclass(frozen=True, slots=True)
