@@ -45,7 +45,7 @@ def check_served(folder: Path, served: Served, target: Path, notice: Callable[[s
         )
     for number, row in enumerate(served.rows, start=1):
         try:
-            ids = served.encode(row, tokenizer)
+            ids = row.prompt.encode(tokenizer)
         except Exception as error:  # as above, and whatever a template may raise
             raise CheckpointError(
                 f"its chat template refuses the prompt of training row {number}: {error}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,7 +13,6 @@ from posttrain_dist.data import Template
 from posttrain_dist.data.chat.rendering.served import SERVED, Prompt, Served, ServedRow
 from posttrain_dist.data.chat.rendering.served_template import (
     CLOCK,
-    reads_clock,
     served_templates,
     with_defaults,
 )
@@ -30,6 +28,7 @@ from posttrain_dist.prepare.tally import Tally
 _ROWS = 3  # that are kept
 _LOOKED_AT = 20  # first rows of each file set of training rows
 _SETS = 10
+_OTHER_DAY = "2001-02-03"
 
 
 def write_served(
@@ -54,16 +53,12 @@ def write_served(
         variant=choice.variant,
         fixed=inputs.tokenizer.special_tokens_map,
     )
-    day, pinned = None, templates
-    if CLOCK not in choice.variables and any(map(reads_clock, templates.values())):
-        day = datetime.datetime.now().date().isoformat()
-        pinned = {name: with_defaults(text, {CLOCK: day}) for name, text in templates.items()}
-    samples = _Samples(tally, split, Examples.open(folder, "all", tally.channels))
+    pinned = {name: with_defaults(text, {CLOCK: _OTHER_DAY}) for name, text in templates.items()}
     served = inputs.templates
-    if choice.variant is not None or pinned != served.sources:
+    if pinned != served.sources:
         served = TemplateSet(inputs.tokenizer, pinned, Template())
-    rows = _choose(_rows_of(inputs, served, samples))
-    Served(templates, rows, day).write(folder)
+    samples = _Samples(tally, split, Examples.open(folder, "all", tally.channels))
+    Served(templates, _choose(_rows_of(inputs, served, samples))).write(folder)
 
 
 def _choose(rows: Iterator[ServedRow]) -> list[ServedRow]:
@@ -81,7 +76,11 @@ def _rows_of(inputs: Inputs, served: TemplateSet, samples: _Samples) -> Iterator
     """The first training rows whose prompt, by the served templates, begins one of their samples.
 
     Others are passed over: a row that quotes a control token has other tokens than a server makes
-    of it, and one that was cut may have lost its answer.
+    of it, one that was cut may have lost its answer, and what the clock writes is another text on
+    the day of the check.
+
+    Args:
+        served: whose clock shows a day that is long past.
     """
     trained = [
         reader

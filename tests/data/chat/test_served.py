@@ -111,11 +111,11 @@ def test_the_chosen_variant_is_served_with_tools_and_without(tokenizer_of: Token
 def test_served_json_is_read_as_it_was_written(tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     prompt = Prompt([{"role": "user", "content": "é\u2028"}], tools, {"think": None})
-    served = Served({"default": "a", "rag": "b"}, [ServedRow(prompt, [3, 1])], "2026-01-31")
+    served = Served({"default": "a", "rag": "b"}, [ServedRow(prompt, [3, 1])])
     served.write(tmp_path)
     assert Served.read(tmp_path) == served
     assert Served.read(tmp_path / "nowhere") is None
-    for text in ("", "[]", '{"templates": {}}', '{"templates": [], "rows": [], "date": null}'):
+    for text in ("", "[]", '{"templates": {}}', '{"templates": [], "rows": []}'):
         (tmp_path / "served.json").write_text(text)
         with pytest.raises(DataError, match="cannot be read") as caught:
             Served.read(tmp_path)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain_dist.data.chat.rendering.served_template import CLOCK, with_defaults
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Message
 
@@ -29,11 +28,8 @@ class Prompt:
     tools: Sequence[dict[str, Any]] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)  # `chat_template_kwargs`
 
-    def encode(self, tokenizer: Any, chat_template: str | None = None) -> list[int]:
+    def encode(self, tokenizer: Any) -> list[int]:
         """Its token ids, by a tokenizer of transformers and its chat template.
-
-        Args:
-            chat_template: Jinja; null: the tokenizer's own.
 
         Raises:
             Exception: whatever the template raises on a conversation that it refuses.
@@ -41,7 +37,6 @@ class Prompt:
         text = tokenizer.apply_chat_template(
             list(self.messages),
             tools=list(self.tools) or None,
-            chat_template=chat_template,
             add_generation_prompt=True,
             tokenize=False,
             **self.variables,
@@ -64,16 +59,6 @@ class Served:
 
     templates: dict[str, str]  # name -> Jinja, as the model folder gets it
     rows: list[ServedRow] = field(default_factory=list)
-    # The day, as in 2026-01-31, on which the tokens of `rows` were made, where the templates look
-    # at the clock; null: they do not, or the day is written into them.
-    date: str | None = None
-
-    def encode(self, row: ServedRow, tokenizer: Any) -> list[int]:
-        """The token ids of a row's prompt by `tokenizer` and its template, on the day of `date`."""
-        if self.date is None:
-            return row.prompt.encode(tokenizer)
-        source = tokenizer.get_chat_template(tools=list(row.prompt.tools) or None)
-        return row.prompt.encode(tokenizer, with_defaults(source, {CLOCK: self.date}))
 
     def write(self, folder: Path) -> None:
         """Write served.json."""
@@ -86,7 +71,7 @@ class Served:
             }
             for row in self.rows
         ]
-        values = {"templates": self.templates, "rows": rows, "date": self.date}
+        values = {"templates": self.templates, "rows": rows}
         text = json.dumps(values, ensure_ascii=False, indent=1)
         (folder / SERVED).write_bytes(text.encode())
 
@@ -112,7 +97,7 @@ class Served:
                 for row in values["rows"]
             ]
             templates = {str(name): str(source) for name, source in values["templates"].items()}
-            return cls(templates, rows, values["date"])
+            return cls(templates, rows)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"what the chat template is checked by cannot be read: {error}",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from datetime import date
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,6 @@ def with_defaults(source: str, variables: Mapping[str, Any], *, fixed: Collectio
     return "".join(lines) + source
 
 
-def reads_clock(source: str) -> bool:
-    """Whether a template may ask for the date."""
-    return CLOCK in source and CLOCK in _names(source)
-
-
 def _names(source: str) -> set[str]:
     tree = _parse(source)
     return set() if tree is None else {name.name for name in tree.find_all(nodes.Name)}
@@ -107,7 +102,7 @@ def _clock(source: str, day: str) -> str:
     found = [] if tree is None else [each.value for each in tree.find_all(nodes.Const)]
     formats = sorted({each for each in found if isinstance(each, str) and "%" in each})
     try:
-        dates = {each: date.fromisoformat(day).strftime(each) for each in formats}
+        dates = {each: datetime.fromisoformat(day).strftime(each) for each in formats}
     except ValueError as error:
         raise ConfigError(
             f"is {day!r}, no date that the clock of a chat template could give",
