@@ -37,8 +37,10 @@ SIZE: dict[str, Any] = {
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k"), 2),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
     "first_k_dense_replace": 0,
-    **dict.fromkeys(("mamba_n_heads", "linear_num_key_heads", "linear_num_value_heads"), 4),
-    **dict.fromkeys(("mamba_d_head", "linear_key_head_dim", "linear_value_head_dim"), 16),
+    **dict.fromkeys(("mamba_n_heads", "linear_num_heads"), 4),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("mamba_d_head", "linear_head_dim"), 16),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
     **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size"), 8),
 }
 _FLAT_HEADS = {"num_key_value_heads": 4}

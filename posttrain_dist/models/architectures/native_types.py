@@ -12,12 +12,8 @@ from typing import NamedTuple
 _SCRIPT = """
 import json, sys
 sys.modules["torch"] = None
-from transformers import __version__
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-found = [name in table for name in sys.argv[1:]
-         for table in (CONFIG_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)]
-print(json.dumps([*found, __version__]))
+from posttrain_dist.models.architectures.native_types import look_up
+print(json.dumps(look_up(sys.argv[1])))
 """
 
 
@@ -31,7 +27,25 @@ class Native(NamedTuple):
 
 @lru_cache
 def native(model_type: str) -> Native | None:
-    """What transformers has under `model_type`; None: it could not be asked (2 s)."""
+    """What transformers has under `model_type`; None: it could not be asked.
+
+    Where it is not imported yet, a process of its own looks, in 2 s.
+    """
+    if "transformers.models.auto.modeling_auto" in sys.modules:
+        return look_up(model_type)
     command = [sys.executable, "-P", "-c", _SCRIPT, model_type]
     done = subprocess.run(command, capture_output=True, check=False)
     return Native(*json.loads(done.stdout.splitlines()[-1])) if done.returncode == 0 else None
+
+
+def look_up(model_type: str) -> Native:
+    """What transformers has under `model_type`; imports it."""
+    from transformers import __version__
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return Native(
+        model_type in CONFIG_MAPPING_NAMES,
+        model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        __version__,
+    )
