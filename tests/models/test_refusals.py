@@ -22,6 +22,7 @@ from posttrain_dist.models.architectures import native_types, refusals
 from posttrain_dist.models.architectures.failures import named_failures
 from posttrain_dist.models.architectures.known import LEARNED_POSITIONS, REFUSED, TRAINED
 from posttrain_dist.models.architectures.positions import check_row_length
+from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.preflight import input_problems
 from posttrain_dist.run import run
 
@@ -54,6 +55,14 @@ def test_the_table_decides_without_transformers(never_asked):
     for model_type, reason in REFUSED.items():
         (problem,) = problems(model_type=model_type, architectures=["XForCausalLM"])
         assert problem.startswith(f"{FILE}: {model_type} {reason}\n  fix: use a dense text-only")
+
+
+def test_what_transformers_writes_of_a_trained_type_is_accepted(never_asked):
+    for model_type in sorted(TRAINED):
+        config = small_config(model_type)
+        shape = ModelShape.of(config.to_dict())
+        assert refusals.architecture_problems(config.to_dict(), FILE) == [], model_type
+        assert (shape.hidden_size, shape.num_layers, shape.num_heads) == (32, 2, 4), model_type
 
 
 def test_a_check_of_a_folder_imports_no_torch(tmp_path):

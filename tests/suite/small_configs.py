@@ -44,11 +44,15 @@ SIZE: dict[str, Any] = {
     **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size"), 8),
 }
 _FLAT_HEADS = {"num_key_value_heads": 4}
-_GEMMA4 = {"vocab_size_per_layer_input": 220, "hidden_size_per_layer_input": 8}
+_GEMMA4 = {
+    "vocab_size_per_layer_input": 220,
+    "hidden_size_per_layer_input": 8,
+    "num_experts": None,
+}
 # What an architecture needs beside its sizes, or what makes a part of it show.
 CHANGES: dict[str, dict[str, Any]] = {
     "gemma4_text": {**_GEMMA4, "layer_types": [SLIDING, FULL], "global_head_dim": 16},
-    "gemma4_unified_text": {"layer_types": [SLIDING, FULL], "global_head_dim": 16},
+    "gemma4_unified_text": {**_GEMMA4, "layer_types": [SLIDING, FULL], "global_head_dim": 16},
     "minicpm3": {**_FLAT_HEADS, "dim_model_base": 8},
     "youtu": _FLAT_HEADS,
     "hyperclovax": {"logits_scaling": 0.5, "attention_multiplier": 0.5},
@@ -70,7 +74,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"layer_types": ["conv", FULL]},
     "gemma3n_text": {
-        **_GEMMA4,
+        "vocab_size_per_layer_input": 220,
+        "hidden_size_per_layer_input": 8,
         "num_kv_shared_layers": 0,
         "laurel_rank": 4,
         "layer_types": [SLIDING, FULL],

@@ -29,10 +29,15 @@ def check_row_length(config: Mapping[str, Any], max_length: int) -> None:
         )
 
 
+def learned_positions(config: Mapping[str, Any]) -> int | None:
+    """How many positions a model has learned, tokens of a sample at most; None: any, by rule."""
+    size = config.get(LEARNED_POSITIONS.get(str(config.get("model_type")), ""))
+    return size if isinstance(size, int) else None
+
+
 def _limits(config: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
     """(tokens, what is at that length)."""
-    size = config.get(LEARNED_POSITIONS.get(str(config.get("model_type")), ""))
-    if isinstance(size, int):
+    if size := learned_positions(config):
         yield size, f"the model has learned {size} positions"
     for rope in _ropes(config):
         kind = rope.get("rope_type") or rope.get("type")
