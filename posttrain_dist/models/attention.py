@@ -92,7 +92,7 @@ def _refuse_unknown(
         what = f"{name} is not told where samples begin"
     elif attention_mask is not None:
         what = f"{name} has an attention mask of its own"
-    elif not row.get("is_causal", True) or not getattr(module, "is_causal", True):
+    elif row.get("is_causal") is False or getattr(module, "is_causal", None) is False:
         what = f"{name} attends in both directions"
     elif others:
         what = f"{name} gives its attention {others[0]}, which is not known here"

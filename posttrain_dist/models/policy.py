@@ -143,8 +143,10 @@ class Policy(nn.Module):
         dtype: torch.dtype = self.head.module.weight.dtype  # type: ignore[assignment]
         places_N = parity.some_targets(batch)
         weight_N = batch.weight_N[places_N]
+        with self._named_failures():
+            hidden_ND = self.hidden(batch)
         found = self.head.compare(
-            self.hidden(batch)[places_N],
+            hidden_ND[places_N],
             batch.labels_N[places_N],
             token_weight=weight_N,
             denominator=float(weight_N.sum()),

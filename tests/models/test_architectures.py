@@ -131,6 +131,19 @@ def test_so_have_layers_that_compute_their_activations_again(model_type):
     assert_exact(config, checkpointing=True)
 
 
+def test_a_backbone_that_keeps_all_rows_runs_its_last_mlp_on_the_supervised_ones():
+    policy = Policy(build(small_config("gpt2"), SDPA), KERNELS, 2)
+    batch, seen = collate(samples()), {}
+    for name in ("h.0.mlp.c_fc", "h.1.mlp.c_fc", "ln_f"):
+        module = policy.causal_lm.transformer.get_submodule(name)
+        module.register_forward_pre_hook(lambda _, args, n=name: seen.update({n: args[0].shape}))
+    hidden_ND = policy.hidden(batch)
+    num_rows = len(batch.supervised_N)
+    assert num_rows != len(batch.input_ids_T) == 35
+    assert seen["h.1.mlp.c_fc"] == (1, num_rows, 32) and seen["h.0.mlp.c_fc"] == (1, 35, 32)
+    assert seen["ln_f"] == (1, 35, 32) and hidden_ND.shape == (num_rows, 32)
+
+
 # ------------------------------------------------------------------------------- what is refused
 
 

