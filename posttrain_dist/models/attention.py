@@ -39,6 +39,7 @@ _log = logging.getLogger(__name__)
 _KNOWN = {
     *("cu_seqlens", "bounds_S", "max_seqlen", "parent_S", "supervised_N", "position_ids"),
     *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "is_causal"),
+    "cache_position",
 }
 
 
