@@ -34,12 +34,12 @@ VARLEN, FLASH = "posttrain_varlen", "posttrain_flash"
 
 _log = logging.getLogger(__name__)
 
+ROW_KEYWORDS = ("cu_seqlens", "bounds_S", "max_seqlen", "parent_S")
 # What layers hand to their attention beside its own keywords: the row, and what attention inside
 # a sample does not depend on. Whatever else there is would be left out without a word.
 _KNOWN = {
-    *("cu_seqlens", "bounds_S", "max_seqlen", "parent_S", "supervised_N", "position_ids"),
-    *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "is_causal"),
-    "cache_position",
+    *(*ROW_KEYWORDS, "supervised_N", "position_ids", "is_causal"),
+    *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
 }
 
 

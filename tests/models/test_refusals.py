@@ -96,7 +96,8 @@ def test_other_types_are_those_that_transformers_has(monkeypatch):
     (problem,) = problems(model_type="chatglm")
     assert f"transformers {transformers.__version__} has no model type chatglm" in problem
     assert "update transformers" in problem
-    (problem,) = problems(model_type="chatglm", auto_map={"AutoConfig": "x.Y"})
+    own = {"auto_map": {"AutoConfig": "x.Y"}, "architectures": ["ChatGLMModel"]}
+    (problem,) = problems(model_type="chatglm", **own)
     assert "needs Python code of its own (auto_map)" in problem and "never run" in problem
 
 
@@ -106,6 +107,8 @@ def test_other_types_are_those_that_transformers_has(monkeypatch):
         ({"hidden_size": None}, "has no hidden_size"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers is 'two'"),
         ({"logit_scale": "large"}, "holds a size that is none: could not convert"),
+        ({"per_layer_config": [1]}, "holds a size that is none: 'list' object"),
+        ({"architectures": ["LlamaModel"]}, "not a causal LM: its architecture is LlamaModel"),
         ({"use_bidirectional_attention": True}, "attends in both directions"),
     ],
 )

@@ -35,7 +35,8 @@ def architecture_problems(config: dict[str, Any], file: Path) -> list[PosttrainE
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         found.append(ModelError("has no model_type", where=str(file), fix=_SAVED))
-    what, fix = _kind_fault(config) or _type_fault(config, model_type) or ("", "")
+    fault = _kind_fault(config) or _type_fault(config, model_type) or _name_fault(config)
+    what, fix = fault or ("", "")
     if what:
         found.append(ModelError(what, where=str(file), fix=fix))
     if config.get("quantization_config"):
@@ -61,6 +62,12 @@ def _kind_fault(config: dict[str, Any]) -> tuple[str, str] | None:
     if config.get("use_bidirectional_attention") in (True, "all"):
         what = "attends in both directions (use_bidirectional_attention): it is not a causal LM"
         return what, _DENSE
+    return None
+
+
+def _name_fault(config: dict[str, Any]) -> tuple[str, str] | None:
+    """(what, fix) of a folder that holds another class of a type that has a causal LM."""
+    architectures = config.get("architectures") or []
     if architectures and not any("CausalLM" in n or "LMHead" in n for n in architectures):
         return f"is not a causal LM: its architecture is {architectures[0]}", _DENSE
     return None
@@ -93,6 +100,6 @@ def _size_problems(config: dict[str, Any], file: Path) -> list[PosttrainError]:
         ModelShape.of(config, str(file))
     except ModelError as error:
         return [error]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         return [ModelError(f"holds a size that is none: {error}", where=str(file), fix=_SAVED)]
     return []

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from posttrain_dist.models.attention import ROW_KEYWORDS
 from posttrain_dist.models.layers import decoder_layers
-
-ROW_KEYWORDS = ("cu_seqlens", "bounds_S", "max_seqlen", "parent_S")
 
 
 def hand_row_to_attention(backbone: nn.Module) -> None:
