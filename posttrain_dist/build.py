@@ -83,11 +83,13 @@ def open_prepared(folder: Path) -> PreparedData:
 
 
 def make_probe(examples: Examples) -> Batch:
-    """The first tokens of the first sample, every second one supervised."""
-    example = examples[0]
-    ids_L = example.input_ids_L[:64]
-    weight_L = (torch.arange(len(ids_L)) % 2 == 1).float().numpy()
-    return collate([replace(example, input_ids_L=ids_L, weight_L=weight_L)])
+    """The first tokens of the first sample and of the last, every second one supervised."""
+    probes = []
+    for example in (examples[0], examples[len(examples) - 1]):
+        ids_L = example.input_ids_L[:64]
+        weight_L = (torch.arange(len(ids_L)) % 2 == 1).float().numpy()
+        probes.append(replace(example, input_ids_L=ids_L, weight_L=weight_L))
+    return collate(probes)
 
 
 # -------------------------------------------------------------------------- engine and model

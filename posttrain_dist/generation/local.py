@@ -18,6 +18,7 @@ from posttrain_dist.errors import DataError, ModelError
 from posttrain_dist.generation.base import Completion, Reply, Sampling, StopReason
 from posttrain_dist.generation.local_folder import end_ids, load_model, load_tokenizer
 from posttrain_dist.generation.weight_digest import weight_digest
+from posttrain_dist.models.architectures.positions import learned_positions
 
 if TYPE_CHECKING:
     import torch
@@ -237,11 +238,21 @@ class LocalGenerator:
             more |= {"do_sample": True, "temperature": sampling.temperature}
             more |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
         generator: Any = self.model
+        most = self._room(sampling.max_new_tokens, after=inputs["input_ids"].shape[1])
         with torch.inference_mode():
-            output_BT: torch.Tensor = generator.generate(
-                **inputs, max_new_tokens=sampling.max_new_tokens, **more
-            )
+            output_BT: torch.Tensor = generator.generate(**inputs, max_new_tokens=most, **more)
         return output_BT[:, inputs["input_ids"].shape[1] :]
+
+    def _room(self, asked: int, *, after: int) -> int:
+        """How many of `asked` new tokens a model of learned positions has left behind a prompt."""
+        positions = learned_positions(self.model.config.to_dict())
+        if positions is not None and after >= positions:
+            raise ModelError(
+                f"the model has learned {positions} positions, and a prompt has {after} tokens",
+                where=self._where,
+                fix="ask with a shorter conversation",
+            )
+        return asked if positions is None else min(asked, positions - after)
 
     def _until_end(self, row: list[int]) -> tuple[list[int], StopReason]:
         for place, token in enumerate(row):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from posttrain_dist.data.chat.rendering.served import Prompt
 from posttrain_dist.errors import ConfigError, DataError, ModelError
@@ -36,6 +36,26 @@ def generator(folder: Path) -> LocalGenerator:
 
 def prompts(generator: LocalGenerator) -> list[list[int]]:
     return [byte_llama.prompt_ids(generator.tokenizer, messages) for messages in CONVERSATIONS]
+
+
+def test_an_answer_ends_where_learned_positions_do(generator: LocalGenerator) -> None:
+    config = GPT2Config(
+        n_positions=16,
+        n_embd=8,
+        n_layer=1,
+        n_head=1,
+        vocab_size=400,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    own = LocalGenerator(GPT2LMHeadModel(config).eval(), generator.tokenizer)
+    own.end_ids = []
+    (short,) = own.generate([[7] * 10], Sampling(max_new_tokens=6))
+    (cut,) = own.generate([[7] * 10], Sampling(max_new_tokens=50))
+    assert cut == short and len(cut.token_ids) == 6 and cut.stop_reason is StopReason.length
+    with pytest.raises(ModelError, match="has learned 16 positions, and a prompt has 16 tokens"):
+        own.generate([[7] * 16], Sampling(max_new_tokens=1))
 
 
 # ------------------------------------------------------------------------------------ text
