@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_dist.data import CLOCK
-from posttrain_dist.data.chat.rendering.jinja_environment import fixed_clock
+from posttrain_dist.data.chat.rendering.served_template import with_defaults
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Message
 
@@ -28,7 +28,8 @@ class Prompt:
 
     messages: Sequence[Message]
     tools: Sequence[dict[str, Any]] = ()
-    variables: Mapping[str, Any] = field(default_factory=dict)  # `chat_template_kwargs`
+    # `chat_template_kwargs`; of `strftime_now` the day that the clock shows, as in 2026-01-31.
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self, tokenizer: Any) -> list[int]:
         """Its token ids, by a tokenizer of transformers and its chat template.
@@ -36,12 +37,14 @@ class Prompt:
         Raises:
             Exception: whatever the template raises on a conversation that it refuses.
         """
-        variables = dict(self.variables)
-        if isinstance(variables.get(CLOCK), str):
-            variables[CLOCK] = fixed_clock(variables[CLOCK])
+        variables, tools = dict(self.variables), list(self.tools) or None
+        if CLOCK in variables:  # a function, which transformers takes from nobody
+            own = tokenizer.get_chat_template(tools=tools)
+            day = {CLOCK: variables.pop(CLOCK)}
+            variables["chat_template"] = with_defaults(own, day)
         text = tokenizer.apply_chat_template(
             list(self.messages),
-            tools=list(self.tools) or None,
+            tools=tools,
             add_generation_prompt=True,
             tokenize=False,
             **variables,
