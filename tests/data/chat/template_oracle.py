@@ -1,0 +1,263 @@
+"""What a row may train on, by `apply_chat_template` and the tokenizer alone.
+
+Loaded by path: tests/ is no package. Nothing of the project is imported. For assistant message k
+of a row, two public calls are made:
+
+    prompt_k = apply_chat_template(messages[:k], add_generation_prompt=True)
+    upto_k   = apply_chat_template(messages[:k + 1])
+
+and the tokens of a prompt are tokenizer(prompt_k, add_special_tokens=False), which is what
+`tokenize=True` gives. From them follows, of samples (token ids, weights):
+
+1.  Supervised tokens come in runs, which are also cut where a prompt ends whose tokens begin the
+    sample. A run belongs to the turn of the longest such prompt that ends at or before it; without
+    one it trains on what is given.
+2.  Each turn of the assistant that has a prompt is trained in exactly one run of one sample, and
+    that run begins where the tokens of its prompt end. Only an empty thinking block may stand
+    between.
+3.  What is said, the decoded run, holds the message's thoughts, content, and each call's name and
+    arguments, one behind the other, and no word that only other messages have.
+4.  Its last token is one of the shape's end tokens.
+5.  Where prompt_k begins upto_k, what is said is the rest of upto_k up to its last end token, and
+    that token; a rest without one is followed by one. A leading empty thinking block may lack.
+6.  Where the prompt leaves a thinking block open, what is said closes it before the content.
+7.  A row that quotes the end token has no more control tokens than the same row without the quote:
+    its prompts are compared as text, token counts as those of that row.
+
+So a prompt's own part is never trained, but for the runs of earlier turns of the same sample.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import groupby, pairwise
+from typing import Any
+
+Sample = tuple[list[int], list[float]]  # ids and weights of one sample's tokens
+_PLAIN = "unquoted"  # stands for a quoted token
+
+
+class Oracle:
+    """Judges the samples of one row.
+
+    Args:
+        tokenizer: with the template, as `apply_chat_template` takes it.
+        messages: as the template reads them (the key of thoughts, arguments of calls).
+        tools, variables: what the template reads beside them.
+        ends: tokens that may end a turn.
+        thinks: pairs of marks around thoughts.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[Any],
+        variables: dict[str, Any],
+        ends: Sequence[str],
+        thinks: Sequence[Sequence[str]],
+    ) -> None:
+        self._tokenizer, self._messages = tokenizer, list(messages)
+        self._tools, self._variables = list(tools) or None, dict(variables)
+        self._ends, self._thinks = tuple(ends), [tuple(pair) for pair in thinks]
+        blocks = (re.escape(opens) + r"\s*" + re.escape(closes) for opens, closes in thinks)
+        self._empty_block = re.compile(rf"\s*(?:{'|'.join(blocks)})\s*")
+        self._turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        quoting = json.dumps(self._messages, ensure_ascii=False)
+        self._quotes = [end for end in self._ends if end in quoting]
+
+    def fault(self, samples: Sequence[Sample]) -> str:
+        """What is wrong with the samples of the row, the first thing; empty: nothing."""
+        trained: list[int] = []
+        for number, (ids, weights) in enumerate(samples):
+            prompts = dict(self._prompts_of(ids))
+            for start, end in _runs(weights, prompts.values()):
+                owners = [turn for turn, length in prompts.items() if length <= start]
+                said = self._decode(ids[start:end])
+                if not owners:
+                    return f"sample {number}: {said!r} is trained on before any whole prompt"
+                turn = max(owners, key=prompts.__getitem__)
+                if turn in trained:
+                    return f"messages[{turn}] is trained in more than one run, again as {said!r}"
+                trained.append(turn)
+                gap = self._decode(ids[prompts[turn] : start])
+                found = self._gap_fault(gap) or self._said_fault(turn, gap, ids[start:end])
+                if found:
+                    return f"messages[{turn}]: {found}"
+        missing = [turn for turn, _, _ in self._prompts if turn not in trained]
+        return f"messages{missing} are trained nowhere" if missing else ""
+
+    # -------------------------------------------------------------------------------- rendering
+
+    def _render(self, number: int, prompt: bool, plain: bool = False) -> str | None:
+        """The first messages as text; null where the template refuses them."""
+        messages = self._unquoted if plain else self._messages
+        try:
+            (text,) = self._tokenizer.apply_chat_template(
+                [messages[:number]],  # a batch of one: no messages at all are refused otherwise
+                tools=self._tools,
+                add_generation_prompt=prompt,
+                tokenize=False,
+                **self._variables,
+            )
+        except Exception:
+            return None  # templates raise what they like
+        return str(text)
+
+    @cached_property
+    def _unquoted(self) -> list[dict[str, Any]]:
+        text = json.dumps(self._messages, ensure_ascii=False)
+        for end in self._quotes:
+            text = text.replace(end, _PLAIN)
+        return list(json.loads(text))
+
+    @cached_property
+    def _prompts(self) -> list[tuple[int, str, list[int]]]:
+        """Turn, prompt, and its tokens: those of the row without quotes, where it has some."""
+        found = []
+        for turn in self._turns:
+            text = self._render(turn, prompt=True)
+            plain = self._render(turn, prompt=True, plain=True) if self._quotes else text
+            if text is not None and plain is not None:
+                found.append((turn, text, self._encode(plain)))
+        return found
+
+    def _prompts_of(self, ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Each turn whose prompt begins the tokens, and how many of them it is."""
+        for turn, text, tokens in self._prompts:
+            if not self._quotes:
+                if list(ids[: len(tokens)]) == tokens:
+                    yield turn, len(tokens)
+                continue
+            for length in range(1, len(ids) + 1):
+                if self._decode(ids[:length]) == text:
+                    if self._controls(ids[:length]) == self._controls(tokens):
+                        yield turn, length
+                    break
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(
+            self._tokenizer.decode(
+                ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def _controls(self, ids: Sequence[int]) -> Counter[int]:
+        return Counter(i for i in ids if i in self._control_ids)
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.added_tokens_decoder)
+
+    # --------------------------------------------------------------------------------- one turn
+
+    def _gap_fault(self, gap: str) -> str:
+        is_given = not gap or self._empty_block.fullmatch(gap)
+        return "" if is_given else f"{gap!r} is neither in the prompt nor trained on"
+
+    def _said_fault(self, turn: int, gap: str, ids: Sequence[int]) -> str:
+        said, last = self._decode(ids), self._decode(ids[-1:])
+        if last not in self._ends or ids[-1] not in self._control_ids:
+            return f"{said!r} ends in {last!r}, which ends no turn"
+        return (
+            self._content_fault(turn, said)
+            or self._leak_fault(turn, said)
+            or self._remainder_fault(turn, gap, said)
+            or self._closing_fault(turn, said)
+            or self._quote_fault(turn, ids)
+        )
+
+    def _content_fault(self, turn: int, said: str) -> str:
+        """Thoughts, content and calls in order; templates trim them."""
+        at = 0
+        for part in self._parts(self._messages[turn]):
+            found = said.find(part, at)
+            if found < 0:
+                return f"{said!r} lacks {part!r}, or has it elsewhere"
+            at = found + len(part)
+        return ""
+
+    def _parts(self, message: dict[str, Any]) -> Iterator[str]:
+        marks = "|".join(re.escape(mark) for pair in self._thinks for mark in pair)
+        for key in ("reasoning_content", "thinking", "content"):
+            pieces = re.split(marks, message.get(key) or "")
+            yield from (piece.strip() for piece in pieces if piece.strip())
+        for call in message.get("tool_calls", ()):
+            yield call["function"]["name"]
+            arguments = call["function"]["arguments"]
+            given = json.loads(arguments) if isinstance(arguments, str) else arguments
+            for key, value in sorted(given.items()):
+                yield from (key, value if isinstance(value, str) else json.dumps(value))
+
+    def _leak_fault(self, turn: int, said: str) -> str:
+        messages = self._unquoted
+        others = (m for i, m in enumerate(messages) if i != turn)
+        foreign = {word for message in others for word in _words(message)} - _words(messages[turn])
+        leaked = sorted(word for word in foreign if re.search(rf"\b{word}\b", said))
+        return f"{said!r} has {leaked[0]!r} of another message" if leaked else ""
+
+    def _remainder_fault(self, turn: int, gap: str, said: str) -> str:
+        prompt, upto = self._render(turn, prompt=True), self._render(turn + 1, prompt=False)
+        if prompt is None or upto is None or not upto.startswith(prompt):
+            return ""
+        rest = upto[len(prompt) :]
+        end = max((rest.rfind(e) + len(e) for e in self._ends if e in rest), default=0)
+        expected = [rest[:end]] if end else [rest + e for e in self._ends]
+        if gap + said in expected:
+            return ""
+        bare = [self._empty_block.sub("", text, count=1) for text in expected]
+        is_bare = all(self._empty_block.match(text) for text in expected)
+        if not gap and is_bare and said in bare:
+            return ""
+        return f"{gap + said!r} is trained on, and inference continues with {expected[0]!r}"
+
+    def _closing_fault(self, turn: int, said: str) -> str:
+        prompt = self._render(turn, prompt=True) or ""
+        for opens, closes in self._thinks:
+            if not prompt.rstrip().endswith(opens):
+                continue
+            content = (self._messages[turn].get("content") or "").split(closes)[-1].strip()
+            before = said[: said.find(content)] if content else said
+            if closes not in before:
+                return f"the prompt opens {opens!r}, which {said!r} does not close"
+        return ""
+
+    def _quote_fault(self, turn: int, ids: Sequence[int]) -> str:
+        if not self._quotes or turn not in (t for t, _, _ in self._prompts):
+            return ""
+        prompt, upto = (self._render(turn + k, k == 0, plain=True) or "" for k in (0, 1))
+        if not upto.startswith(prompt):
+            return ""
+        plain = self._controls(self._encode(upto[len(prompt) :]))
+        if any(self._controls(ids)[i] > plain[i] for i in self._control_ids if i != ids[-1]):
+            return "a quoted token is a control token"
+        quoted = [self._encode(end)[0] for end in self._quotes]
+        if any(self._controls(ids)[i] > max(plain[i], int(i == ids[-1])) for i in quoted):
+            return "a quoted end token ends the turn"
+        return ""
+
+
+def _runs(weights: Sequence[float], cuts: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Where weights above 0 stand, run by run; none goes beyond a cut."""
+    at = 0
+    for is_trained, run in groupby(weights, key=lambda weight: weight > 0):
+        length = len(list(run))
+        if is_trained:
+            borders = [at, *sorted(cut for cut in set(cuts) if at < cut < at + length), at + length]
+            yield from pairwise(borders)
+        at += length
+
+
+def _words(message: dict[str, Any]) -> set[str]:
+    """Words of at least five letters in all that a message says."""
+    said = [message.get(key) or "" for key in ("content", "reasoning_content", "thinking")]
+    said.append(json.dumps(message.get("tool_calls", "")))
+    return set(re.findall(r"[^\W\d_]{5,}", " ".join(said)))
