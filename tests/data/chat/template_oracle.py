@@ -20,6 +20,7 @@ and the tokens of a prompt are tokenizer(prompt_k, add_special_tokens=False), wh
 4.  Its last token is one of the shape's end tokens.
 5.  Where prompt_k begins upto_k, what is said is the rest of upto_k up to its last end token, and
     that token; a rest without one is followed by one. A leading empty thinking block may lack.
+    Tokens that swallow white space decode without it: tokens are compared where texts differ.
 6.  Where the prompt leaves a thinking block open, what is said closes it before the content.
 7.  A row that quotes the end token has no more control tokens than the same row without the quote:
     its prompts are compared as text, token counts as those of that row.
@@ -116,15 +117,19 @@ class Oracle:
             text = text.replace(end, _PLAIN)
         return list(json.loads(text))
 
+    def _quoted(self, text: str) -> str:
+        return text.replace(_PLAIN, self._quotes[0]) if self._quotes else text
+
     @cached_property
     def _prompts(self) -> list[tuple[int, str, list[int]]]:
-        """Turn, prompt, and its tokens: those of the row without quotes, where it has some."""
+        """Turn, prompt as it is decoded, and its tokens: those of the row without quotes."""
         found = []
         for turn in self._turns:
             text = self._render(turn, prompt=True)
             plain = self._render(turn, prompt=True, plain=True) if self._quotes else text
             if text is not None and plain is not None:
-                found.append((turn, text, self._encode(plain)))
+                tokens = self._encode(plain)
+                found.append((turn, self._quoted(self._decode(tokens)), tokens))
         return found
 
     def _prompts_of(self, ids: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -170,7 +175,7 @@ class Oracle:
         return (
             self._content_fault(turn, said)
             or self._leak_fault(turn, said)
-            or self._remainder_fault(turn, gap, said)
+            or self._remainder_fault(turn, gap, said, ids)
             or self._closing_fault(turn, said)
             or self._quote_fault(turn, ids)
         )
@@ -204,20 +209,27 @@ class Oracle:
         leaked = sorted(word for word in foreign if re.search(rf"\b{word}\b", said))
         return f"{said!r} has {leaked[0]!r} of another message" if leaked else ""
 
-    def _remainder_fault(self, turn: int, gap: str, said: str) -> str:
+    def _remainder_fault(self, turn: int, gap: str, said: str, ids: Sequence[int]) -> str:
         prompt, upto = self._render(turn, prompt=True), self._render(turn + 1, prompt=False)
         if prompt is None or upto is None or not upto.startswith(prompt):
             return ""
         rest = upto[len(prompt) :]
         end = max((rest.rfind(e) + len(e) for e in self._ends if e in rest), default=0)
         expected = [rest[:end]] if end else [rest + e for e in self._ends]
-        if gap + said in expected:
+        if gap + said in expected or self._is_swallowed(prompt, expected, ids):
             return ""
         bare = [self._empty_block.sub("", text, count=1) for text in expected]
         is_bare = all(self._empty_block.match(text) for text in expected)
         if not gap and is_bare and said in bare:
             return ""
         return f"{gap + said!r} is trained on, and inference continues with {expected[0]!r}"
+
+    def _is_swallowed(self, prompt: str, expected: Sequence[str], ids: Sequence[int]) -> bool:
+        """Whether these are the tokens that one of the texts has behind the prompt."""
+        length = len(self._encode(prompt))
+        return not self._quotes and any(
+            self._encode(prompt + text)[length:] == list(ids) for text in expected
+        )
 
     def _closing_fault(self, turn: int, said: str) -> str:
         prompt = self._render(turn, prompt=True) or ""

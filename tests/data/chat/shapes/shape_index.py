@@ -28,6 +28,7 @@ class Shape:
     bos: str | None = None
     files: dict[str, str] = field(default_factory=dict)
     special: list[str] = field(default_factory=list)
+    strips: list[str] = field(default_factory=list)
     added: list[str] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
     stops: list[str] = field(default_factory=list)
@@ -106,7 +107,9 @@ def _tokenizer(name: str) -> Any:
     shape = Shape(**{**_entries()[name], "name": name, "variables": {}})
     inner = Tokenizer.from_str(_blank())
     special = [*([shape.bos] if shape.bos else []), shape.eos, *shape.special, "<|pad|>"]
-    inner.add_special_tokens([AddedToken(text, normalized=False) for text in special])
+    inner.add_special_tokens(
+        [AddedToken(text, normalized=False, rstrip=text in shape.strips) for text in special]
+    )
     inner.add_tokens([AddedToken(text, special=False, normalized=False) for text in shape.added])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=inner,
