@@ -46,6 +46,7 @@ class Inputs:
     model: dict[str, Any]  # its config.json
     tokenizer: ModelTokenizer
     templates: TemplateSet | None  # null: the objective reads no messages
+    ends: tuple[str, ...]  # tokens at which generation stops, by generation_config.json
     sets: list[FileSet]
     readers: list[Reader]  # one per file set
     states: dict[Path, tuple[int, int, int]]  # of the files of rows, when they were hashed
@@ -74,13 +75,13 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
     tokenizer = load_tokenizer(model_folder, tokenizer_cache(data.cache))
     check_tokenizer(tokenizer, model_folder)
     readers = _readers(sets, config)
-    templates = None
+    templates, ends = None, _generation_ends(model_folder, tokenizer)
     own_template = config.template.name == "tokenizer"
     # A base model without one reads such rows all the same; one of them that is a conversation
     # after all asks for it then.
     bare = own_template and not tokenizer.chat_template
     if rows == "messages" and not (bare and all(each.format in PLAIN for each in readers)):
-        templates = load_templates(config.template, tokenizer, model_folder)
+        templates = load_templates(config.template, tokenizer, model_folder, ends)
     own_heldout = any(each.split == "eval" for each in sets)
     digests = Digests(cache_folder(data.cache) / "hashes.json")
     states = {file: state(file) for each in sets for file in each.files}
@@ -98,6 +99,7 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
         "on_bad_row": data.on_bad_row.name,
         "template": None if templates is None else templates.sha256,
         **_of_template(config.template),
+        "ends": list(ends),
         # In their order: a sample knows its source by number.
         "sets": [[each.name, each.split, *each.identity] for each in sets],
         "data": {
@@ -111,7 +113,19 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
         },
     }
     digests.save()
-    return Inputs(model_folder, model, tokenizer, templates, sets, readers, states, digest)
+    return Inputs(model_folder, model, tokenizer, templates, ends, sets, readers, states, digest)
+
+
+def _generation_ends(model_folder: Path, tokenizer: ModelTokenizer) -> tuple[str, ...]:
+    """The tokens at which generation stops; none where generation_config.json names none."""
+    try:
+        found = json.loads((model_folder / "generation_config.json").read_bytes())["eos_token_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+    ids = found if isinstance(found, list) else [found]
+    backend = tokenizer.backend_tokenizer
+    names = (backend.id_to_token(i) for i in ids if type(i) is int and i >= 0)
+    return tuple(name for name in names if name)
 
 
 def _of_template(template: Template) -> dict[str, Any]:

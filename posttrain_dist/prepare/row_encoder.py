@@ -31,6 +31,7 @@ class Job:
     data: DataConfig
     seed: int
     text_rows: int  # rows of each channel that are kept as text
+    ends: tuple[str, ...] = ()  # tokens at which generation stops, by the model's own config
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class RowEncoder:
             max_length=job.data.max_length,
             long_rows=job.data.long_rows,
             templates=templates,
+            ends=job.ends,
         )
 
     def load(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from posttrain_dist.data.chat.controls import REASONING, Span
 from posttrain_dist.data.chat.conversation import Conversation
 from posttrain_dist.data.chat.rendering.chat_template import WITH_TOOLS
+from posttrain_dist.data.chat.thoughts import split_thoughts
 from posttrain_dist.data.chat.turn_ends import ends_turn, stops_early
 from posttrain_dist.data.tokens.text_tokens import Ints
 from posttrain_dist.errors import DataError
@@ -40,6 +42,13 @@ CHECKS: dict[str, Check] = {
         "set template.form=turns (one sample for each assistant turn) where the template "
         "rewrites earlier turns; else move spaces or line breaks from the end of the prompt "
         "to the beginning of the answer, or correct the template",
+    ),
+    "open_thinking": Check(
+        "error",
+        "The inference prompt opens a block of thoughts, and the turn has none: a model that is "
+        "trained to answer inside of it would be served with its answers taken for thoughts.",
+        "set template.thinking=close (the block is closed empty, and the model learns to close "
+        "it), or give the answers thoughts (reasoning_content)",
     ),
     "generation_prompt": Check(
         "error",
@@ -91,6 +100,20 @@ CHECKS: dict[str, Check] = {
         "A row without a supervised token teaches nothing.",
         "give the assistant something to say, or its turns a weight; if every row says this, the "
         "chat template's {% generation %} marks are misplaced",
+    ),
+    "empty_thinking": Check(
+        "warning",
+        "The template begins an answer without thoughts with an empty block of them. The block is "
+        "not supervised: the prompt gives it where thinking is switched off.",
+        "serve with thinking switched off; or set template.thinking=close, so that the model "
+        "learns to write the block itself",
+    ),
+    "assistant_first": Check(
+        "warning",
+        "The row begins with the assistant. No inference prompt leads to that turn, so it is not "
+        "supervised.",
+        'nothing is to be done where it is a greeting; "weight": 1 on the turn has it trained, if '
+        "the template writes an inference prompt for it",
     ),
     "empty_turn": Check(
         "warning",
@@ -164,6 +187,16 @@ def prompt_token_fault(ids_L: Ints, first: int, tail: Sequence[int], turn: str) 
     )
 
 
+def open_thinking_fault(rendered: Conversation, turn: int) -> str:
+    """A turn without thoughts whose inference prompt ends in an open block of them."""
+    message = rendered.messages[turn]
+    if not rendered.template.probes.opens_thoughts(rendered.prompt(turn)):
+        return ""
+    if split_thoughts(message).words:
+        return ""
+    return f"the inference prompt of messages[{turn}] opens its thoughts, and it has none"
+
+
 def gap_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
     """Text between the generation prompt and what is supervised of the turn."""
     prompt = rendered.prompt(turn)
@@ -171,6 +204,13 @@ def gap_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
     if not gap or not rendered.text.startswith(prompt):
         return ""
     return f"the generation prompt of messages[{turn}] stops before {gap!r}"
+
+
+def hole_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
+    """Text inside of a turn that the template does not mark: its middle is never trained."""
+    holes = (rendered.text[a[1] : b[0]].strip() for a, b in pairwise(spans))
+    hole = next(filter(None, holes), "")
+    return f"the chat template does not mark {hole!r} inside of messages[{turn}]" if hole else ""
 
 
 def end_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
@@ -182,6 +222,17 @@ def end_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
             return ""
         return f"not all of the tokens that end messages[{turn}] are supervised"
     return f"no end-of-turn token is supervised in messages[{turn}]"
+
+
+def end_fix(rendered: Conversation) -> str:
+    """What to do about a template that ends no turn; empty: the usual."""
+    mark = rendered.template.probes.next_mark
+    if not mark:
+        return ""
+    return (
+        f"the next turn begins with {mark}: if the model stops there, set "
+        f"template.end_of_turn='{mark}', else to the token that ends its turns"
+    )
 
 
 def bos_fault(ids_L: Ints, bos: int | None, eos: int | None, name: str) -> str:

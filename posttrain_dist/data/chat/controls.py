@@ -205,6 +205,9 @@ class ControlTokens:
             model["vocab"] = {self._aliases.get(k, k): i for k, i in model["vocab"].items()}
         elif isinstance(model.get("vocab"), list):  # Unigram: [piece, score]
             model["vocab"] = [[self._aliases.get(p[0], p[0]), *p[1:]] for p in model["vocab"]]
+        if isinstance(model.get("merges"), list):
+            # A tokenizer may be able to spell such a token out of its pieces: here it is text.
+            model["merges"] = [m for m in model["merges"] if not self._spells_control(m)]
         if model.get("unk_token"):
             model["unk_token"] = self._aliases.get(model["unk_token"], model["unk_token"])
         twin = Tokenizer.from_str(json.dumps(described))
@@ -218,6 +221,11 @@ class ControlTokens:
             if here is not None and there is not None and here != there:
                 moved[here] = there
         return twin, moved
+
+    def _spells_control(self, merge: Any) -> bool:
+        """Whether a merge, "a b" or [a, b], makes a control token, or goes on from one."""
+        first, second = merge.split(" ") if isinstance(merge, str) else merge
+        return bool({first, second, first + second} & self.ids.keys())
 
 
 class _Risky:

@@ -45,9 +45,10 @@ class Conversation:
         self._starts: dict[int, int] = {}  # message -> its place, where the template is causal
         self._additions = template.additions if cut else None
         starts = self._starts if self._additions else None
-        self.text, self.marks = template.render_marked(
+        text, self.marks = template.render_marked(
             messages, where, tools, generation_prompt=False, marks=self.by_marks, starts=starts
         )
+        self.text = self._ended(text, len(messages) - 1)
         # Turn -> where its mark begins, if that is before the turn; `turn_spans` finds them.
         self.early: dict[int, int] = {}
         self._last_prompt = (0, "")  # the prompt that was last cut from the text, and its turn
@@ -80,12 +81,29 @@ class Conversation:
     def upto(self, turn: int) -> str:
         """The conversation as it was when message `turn` was its last."""
         if self._additions and turn + 1 < len(self.messages) and turn + 1 in self._starts:
-            return self.text[: self._starts[turn + 1]] + self._additions[1]
+            text = self.text[: self._starts[turn + 1]] + self._additions[1]
+            return self._ended(text, turn)
         if turn + 1 not in self._prefixes:
-            self._prefixes[turn + 1] = self.template.render(
-                self.messages[: turn + 1], self.where, tools=self.tools
-            )
+            text = self.template.render(self.messages[: turn + 1], self.where, tools=self.tools)
+            self._prefixes[turn + 1] = self._ended(text, turn)
         return self._prefixes[turn + 1]
+
+    def twin(self, messages: Sequence[Message]) -> str:
+        """The text of other messages of the same roles."""
+        text = self.template.render(messages, self.where, tools=self.tools)
+        return self._ended(text, len(messages) - 1)
+
+    def _ended(self, text: str, last: int) -> str:
+        """The text of messages up to `last`, with the end that the template does not write there.
+
+        A generation prompt that it writes without being asked is not part of the conversation.
+        """
+        probes = self.template.probes
+        text = text.removesuffix(probes.always_prompt)
+        if last < 0 or self.messages[last]["role"] != "assistant":
+            return text
+        end = probes.missing_end(bool(self.messages[last].get("tool_calls")))
+        return text.rstrip() + end if end else text
 
     def own_text(self, turn: int) -> str:
         """What message `turn` adds to the conversation; the whole where it cannot be the last."""

@@ -6,7 +6,7 @@ Record -> supervised texts -> one call of the tokenizer -> Examples
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +17,9 @@ from posttrain_dist.data.chat import checks
 from posttrain_dist.data.chat.checks import Faults
 from posttrain_dist.data.chat.rendering.template_choice import TemplateSet, load_templates
 from posttrain_dist.data.chat.supervision import SupervisedText, Supervision
+from posttrain_dist.data.chat.text_tokenizer import TextTokenizer, unpadded
 from posttrain_dist.data.chat.token_weights import token_weights
 from posttrain_dist.data.formats.plain import IGNORED
-from posttrain_dist.data.tokens.byte_level import ByteLevel
 from posttrain_dist.data.tokens.text_tokens import TextTokens
 from posttrain_dist.errors import DataError, PosttrainError, raise_all
 from posttrain_dist.flow import Example, Record
@@ -27,7 +27,6 @@ from posttrain_dist.flow import Example, Record
 # What the tokenizer is given at once: its answer takes some hundred bytes per character.
 _BATCH = 256  # texts
 _BATCH_CHARACTERS = 1 << 20
-_MANY_TEXTS = 1000  # that are worth the making of a table of words
 # Channels and samples have numbers only once the rows of all files are known.
 _NUMBERED_LATER = -1
 
@@ -37,6 +36,7 @@ class RowExamples(NamedTuple):
 
     examples: list[Example]  # none: the row is left out; `channel` and `sample_id` are -1 yet
     faults: list[str]  # the checks that it fails: names of CHECKS, each once
+    by_turns: bool = False  # each example is one turn of a conversation
 
 
 class Encoder:
@@ -48,6 +48,7 @@ class Encoder:
         max_length: tokens per sample at most.
         long_rows: what becomes of longer ones.
         templates: the loaded ones; null: they are loaded with the first conversation.
+        ends: tokens at which generation stops, by the model's generation config.
 
     Raises:
         ConfigError: the choices contradict each other.
@@ -61,21 +62,17 @@ class Encoder:
         max_length: int,
         long_rows: LongRows = LongRows.truncate,
         templates: TemplateSet | None = None,
+        ends: Sequence[str] = (),
     ) -> None:
         raise_all([rule.error() for rule in template_rules(choice) if not rule.holds])
         self._tokenizer, self._choice = tokenizer, choice
         self._max_length, self._long_rows = max_length, long_rows
-        self._backend = tokenizer.backend_tokenizer
-        self._backend.no_truncation()  # a tokenizer.json may bring its own limits
-        self._backend.no_padding()
-        self._byte_level: ByteLevel | None = None
-        self._num_texts, self._is_loaded = 0, False
+        self._texts = TextTokenizer(tokenizer)
         # Kept here: a tokenizer looks them up each time.
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._bos_name = str(tokenizer.bos_token)
-        self._loaded = templates
+        self._loaded, self._ends = templates, ends
         self._supervision = Supervision(choice, lambda: self.templates)
-        self._tails: dict[str, list[int]] = {}
 
     @property
     def templates(self) -> TemplateSet:
@@ -85,15 +82,15 @@ class Encoder:
             ConfigError, ModelError: they cannot be used.
         """
         if self._loaded is None:
-            self._loaded = load_templates(self._choice, self._tokenizer)
+            self._loaded = load_templates(self._choice, self._tokenizer, ends=self._ends)
         return self._loaded
 
     def load(self) -> None:
         """Make now what is otherwise made when needed; errors of the template wait for a row."""
-        self._byte_level, self._is_loaded = ByteLevel.of(self._backend), True
+        self._texts.load()
         with contextlib.suppress(PosttrainError):
             template = self.templates.plain
-            _ = template.additions, template.trailer
+            _ = template.additions, template.probes.trailer
 
     def encode(self, record: Record) -> RowExamples:
         """The examples of one row.
@@ -115,18 +112,50 @@ class Encoder:
 
         Only a DataError is returned; others say that no row can be encoded, and are raised.
         """
+        form, strict = self._choice.form, self._choice.strict
+        if form is not Form.auto:
+            return self._encode_as(records, form, strict)
+        results = self._encode_as(records, Form.conversation, strict=True)
+        refused = [
+            i
+            for i, (record, result) in enumerate(zip(records, results, strict=True))
+            if isinstance(result, PosttrainError) and self._supervision.has_turns(record)
+        ]
+        self._encode_again(records, refused, results, Form.turns, strict=True)
+        if not strict:
+            refused = [i for i, result in enumerate(results) if isinstance(result, PosttrainError)]
+            self._encode_again(records, refused, results, Form.conversation, strict=False)
+        return results
+
+    def _encode_again(
+        self,
+        records: Sequence[Record],
+        refused: Sequence[int],
+        results: list[RowExamples | PosttrainError],
+        form: Form,
+        strict: bool,
+    ) -> None:
+        """Replace the results of some rows."""
+        again = self._encode_as([records[i] for i in refused], form, strict)
+        for i, result in zip(refused, again, strict=True):
+            results[i] = result
+
+    def _encode_as(
+        self, records: Sequence[Record], form: Form, strict: bool
+    ) -> list[RowExamples | PosttrainError]:
+        """As `encode_many`, in one form."""
         results: list[RowExamples | PosttrainError] = []
         batch: list[tuple[int, SupervisedText]] = []
         num_characters = 0
         for i, record in enumerate(records):
-            row = RowExamples([], [])
+            row = RowExamples([], [], form is Form.turns and bool(record.messages))
             results.append(row)
             full = None  # a text of this row whose prompt fills the limit
             try:
                 if record.input_ids:
-                    self._take_tokens(record, row)
+                    self._take_tokens(record, row, strict)
                     continue
-                for text in self._supervision.texts(record):
+                for text in self._supervision.texts(record, form, strict):
                     if full and _begins_alike(text, full):
                         self._leave_out(text, row)
                         continue
@@ -149,7 +178,8 @@ class Encoder:
         results: list[RowExamples | PosttrainError],
     ) -> None:
         """Tokenise the texts, and put the examples of each to those of its row."""
-        for (i, text), tokens in zip(batch, self._tokenise(batch), strict=True):
+        found = self._texts.tokenise([text for _, text in batch])
+        for (i, text), tokens in zip(batch, found, strict=True):
             row = results[i]
             if isinstance(row, PosttrainError):
                 continue
@@ -163,43 +193,17 @@ class Encoder:
         if self._long_rows is LongRows.truncate:
             _add(row, row.examples[-1:], text.faults)
 
-    def _take_tokens(self, record: Record, row: RowExamples) -> None:
+    def _take_tokens(self, record: Record, row: RowExamples, strict: bool) -> None:
         """A row of tokens is taken as it is."""
         weight_L = np.ones(len(record.input_ids), np.float32)
         if record.labels:
             weight_L = (np.array(record.labels) != IGNORED).astype(np.float32)
-        faults = Faults(record.where, self._choice.strict)
+        faults = Faults(record.where, strict)
         ids_L = np.array(record.input_ids, np.int32)
         fault = checks.bos_fault(ids_L, self._bos, self._eos, self._bos_name)
         faults.note("double_bos", fault)
         self._refuse_no_target(weight_L, faults)
         _add(row, self._cut(ids_L, weight_L, faults, has_turns=False), faults)
-
-    # ---------------------------------------------------------------------------- text -> tokens
-
-    def _tokenise(self, batch: Sequence[tuple[int, SupervisedText]]) -> Iterator[TextTokens | None]:
-        """The tokens of each text; nothing where some of its control tokens are forged."""
-        self._num_texts += len(batch)
-        if self._num_texts > _MANY_TEXTS and not self._is_loaded:
-            self.load()
-        found: list[TextTokens | None] = [None] * len(batch)
-        chats, texts = [], []  # those that `tokenizers` is asked for
-        for i, (_, text) in enumerate(batch):
-            if text.escaped.aliased is not None:
-                continue
-            if text.is_plain:
-                texts.append(i)
-            elif self._byte_level is not None:
-                found[i] = self._byte_level.encode(text.text)
-            if found[i] is None and not text.is_plain:
-                chats.append(i)
-        # The template has written BOS and all other special tokens of a chat itself.
-        for asked, adds_special in ((chats, False), (texts, True)):
-            given = [batch[i][1].text for i in asked]
-            encodings = self._backend.encode_batch(given, add_special_tokens=adds_special)
-            for i, encoding in zip(asked, encodings, strict=True):
-                found[i] = TextTokens.of_encoding(encoding)
-        return iter(found)
 
     def _finish(self, text: SupervisedText, tokens: TextTokens | None) -> list[Example]:
         if tokens is None:
@@ -209,6 +213,8 @@ class Encoder:
         eos = self._eos
         if text.is_plain and (not len(tokens.ids_L) or tokens.ids_L[-1] != eos):
             tokens = tokens.with_end(eos, len(text.text))
+        if text.is_turn:
+            tokens = self._texts.behind_prompt(text, tokens)
         ids_L = tokens.ids_L
         if not len(ids_L):
             raise DataError(
@@ -223,7 +229,7 @@ class Encoder:
             text.faults.note("control_tokens", checks.quote_fault(ids_L, self._bos, eos))
         weight_L = self._weigh(text, tokens)
         self._refuse_no_target(weight_L, text.faults)
-        if len(ids_L) > self._max_length and self._choice.form is Form.turns and text.prompts:
+        if len(ids_L) > self._max_length and text.is_turn:
             text.num_filling = self._filling(text, tokens)
         has_turns = bool(text.spans) and not text.is_plain
         return self._cut(ids_L, weight_L, text.faults, has_turns)
@@ -237,53 +243,15 @@ class Encoder:
         if text.is_plain and not text.prompts:
             return np.ones(len(tokens.ids_L), np.float32)
         if text.controls is not None and text.controls.strip_ids:
-            tokens = _unpadded(text.text, tokens, text.controls.strip_ids)
+            tokens = unpadded(text.text, tokens, text.controls.strip_ids)
         for length, name, fix in text.prompts:
             if "prompt_prefix" not in text.faults.names:
-                fault = self._token_fault(text, tokens, length, name)
+                fault = self._texts.prompt_fault(text, tokens, length, name)
                 text.faults.note("prompt_prefix", fault, fix)
         weight_L = token_weights(tokens, text.spans)
         if text.is_plain:
             weight_L[-1] = 1  # the end token
         return weight_L
-
-    def _token_fault(self, text: SupervisedText, tokens: TextTokens, length: int, name: str) -> str:
-        """The prompt's text begins the training text; do its tokens?
-
-        No merge crosses a control token. So only what stands from the prompt's last control
-        token on has to be tokenised, and that is the same few characters in most rows.
-        """
-        ids_L = tokens.ids_L
-        if text.is_plain:
-            tail = self._backend.encode(text.text[:length]).ids
-            if tail and tail[-1] == self._eos:
-                del tail[-1]
-            return checks.prompt_token_fault(ids_L, 0, tail, name)
-        controls = text.own_controls
-        first = int(np.searchsorted(tokens.end_L, length + 1)) - 1
-        known = controls.numbers if controls.are_borders else ()
-        while first > 0 and int(ids_L[first]) not in known:
-            first -= 1
-        first = max(first, 0)
-        start = int(tokens.start_L[first]) if first else 0
-        if text.escaped.aliased is not None:
-            part = slice(start, length)
-            tail, _ = controls.encode_aliased(text.escaped, part, text.where)
-        else:
-            tail = self._tail(text.text[start:length])
-        return checks.prompt_token_fault(ids_L, first, tail, name)
-
-    def _tail(self, text: str) -> list[int]:
-        found = self._tails.get(text)
-        if found is None:
-            tokens = self._byte_level.encode(text) if self._byte_level else None
-            if tokens is not None:
-                found = tokens.ids_L.tolist()
-            else:
-                found = self._backend.encode(text, add_special_tokens=False).ids
-            if len(self._tails) < 1000:
-                self._tails[text] = found
-        return found
 
     # -------------------------------------------------------------------------------- the limit
 
@@ -336,16 +304,6 @@ class Encoder:
             if token in controls.numbers:
                 return int(end)
         return 0
-
-
-def _unpadded(text: str, tokens: TextTokens, special: Collection[int]) -> TextTokens:
-    """Tokens of which the special ones are without the white space that they swallow."""
-    start_L, end_L = tokens.start_L.copy(), tokens.end_L.copy()
-    for i in np.flatnonzero(np.isin(tokens.ids_L, list(special))):
-        start, whole = int(start_L[i]), text[start_L[i] : end_L[i]]
-        start_L[i] = start + len(whole) - len(whole.lstrip())
-        end_L[i] = start_L[i] + len(whole.strip())
-    return TextTokens(tokens.ids_L, start_L, end_L)
 
 
 def _example(

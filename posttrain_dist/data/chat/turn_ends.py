@@ -30,16 +30,20 @@ def stops_early(conversation: Conversation, turn: int, span: Span) -> bool:
     return upto[:end] == text[:end] and _behind_all(conversation, upto, end) > span[1]
 
 
-def end_of_turn(conversation: Conversation, turn: int) -> int:
+def end_of_turn(conversation: Conversation, turn: int, first: int | None = None) -> int:
     """End of the turn in `conversation.upto(turn)`: behind the special token that closes it.
 
     Of a template without an end token, only its separator shows where the turn ends.
+
+    Args:
+        first: where what the assistant says begins; null: behind the inference prompt.
 
     Raises:
         DataError: that cannot be proved for this row.
     """
     upto = conversation.upto(turn)
-    first, last = len(conversation.prompt(turn)), _own_end(conversation, upto)
+    first = len(conversation.prompt(turn)) if first is None else first
+    last = _own_end(conversation, upto)
     found = [m.span() for m in conversation.controls.closing.finditer(upto, first, last)]
     if not found:
         return last
@@ -78,7 +82,7 @@ def widen(conversation: Conversation, turn: int, end: int) -> int:
 
 def _own_end(conversation: Conversation, upto: str) -> int:
     """Where `upto` ends without what the template adds to each conversation."""
-    trailer = conversation.template.trailer
+    trailer = conversation.template.probes.trailer
     return len(upto) - len(trailer) if trailer and upto.endswith(trailer) else len(upto)
 
 
@@ -108,7 +112,7 @@ def _content_end(conversation: Conversation, turn: int) -> int:
     bare = content.rstrip()
     signed = {**message, "content": bare + sentinel + content[len(bare) :]}
     messages = [*conversation.messages[:turn], signed]
-    twin = conversation.template.render(messages, conversation.where, tools=conversation.tools)
+    twin = conversation.twin(messages)
     if twin.count(sentinel) != 1 or twin.replace(sentinel, "") != conversation.upto(turn):
         raise DataError(
             f"where messages[{turn}] ends in the text of the chat template cannot be proved",

@@ -28,11 +28,30 @@ def turn_spans(
         found = _marked_spans(conversation, turns, chosen)
     else:
         found = _prefix_spans(conversation, chosen)
-    return {turn: [s for s in spans if s[0] < s[1]] for turn, spans in found.items()}
+    return {turn: _ended(conversation, spans) for turn, spans in found.items()}
+
+
+def _ended(conversation: Conversation, spans: list[Span]) -> list[Span]:
+    """Spans without what stands behind the token that ends their turn: a model stops there."""
+    spans = [span for span in spans if span[0] < span[1]]
+    if spans and ends_turn(conversation, spans[-1]):
+        start, end = spans[-1]
+        spans[-1] = start, start + len(conversation.text[start:end].rstrip())
+    return spans
 
 
 def content_span(conversation: Conversation, index: int) -> list[Span]:
     """Where the content of any message stands, with the special token that ends it.
+
+    Raises:
+        DataError: that cannot be proved for this row.
+    """
+    place = content_place(conversation, index)
+    return [(place[0], widen(conversation, index, place[1]))] if place else []
+
+
+def content_place(conversation: Conversation, index: int) -> Span | None:
+    """Where the content of any message stands, white space around it apart; null: it has none.
 
     The message is rendered a second time between two sentinels; it stands where they are, if
     the text is the same without them.
@@ -42,13 +61,13 @@ def content_span(conversation: Conversation, index: int) -> list[Span]:
     """
     content = conversation.messages[index].get("content")
     if not isinstance(content, str) or not content.strip():
-        return []
+        return None
     left, right = conversation.sentinels()
     bare = content.strip()
     signed = content.replace(bare, left + bare + right, 1)
     messages = [*conversation.messages]
     messages[index] = {**conversation.messages[index], "content": signed}
-    twin = conversation.template.render(messages, conversation.where, tools=conversation.tools)
+    twin = conversation.twin(messages)
     start, end = twin.find(left), twin.find(right) - 1
     once = twin.count(left) == twin.count(right) == 1 and start < end
     if not once or twin.replace(left, "").replace(right, "") != conversation.text:
@@ -58,7 +77,7 @@ def content_span(conversation: Conversation, index: int) -> list[Span]:
             where=conversation.where,
             fix="set template.supervise=assistant, and no weight on messages of other roles",
         )
-    return [(start, widen(conversation, index, end))]
+    return start, end
 
 
 # ------------------------------------------------------------------------------- by marks

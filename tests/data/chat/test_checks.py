@@ -35,7 +35,7 @@ def record(messages: list[dict[str, Any]], **rest: Any) -> Record:
 
 
 def encode(tokenizer: Any, messages: list[dict[str, Any]], **choice: Any) -> Any:
-    encoder = Encoder(tokenizer, Template(**choice), max_length=9999)
+    encoder = Encoder(tokenizer, Template(**{"form": Form.conversation, **choice}), max_length=9999)
     return one(encoder.encode(record(messages)))
 
 
@@ -115,28 +115,34 @@ def test_template_that_shows_the_prompt_otherwise_at_inference(tokenizer_of: Tok
     with pytest.raises(DataError, match=r"rows\.jsonl:7: .*messages\[1\] does not begin") as caught:
         encode(tokenizer, GOOD)
     assert r"it ends in 'bot\n', and the turn begins with 'assistant\nhello" in caught.value.what
-    assert "form=turns" not in caught.value.fix  # it cannot help
     assert "template=" in caught.value.fix and ".jinja" in caught.value.fix
     assert "prompt_prefix" in encode(tokenizer, GOOD, strict=False).faults
-    assert "prompt_prefix" in encode(tokenizer, GOOD, strict=False, form=Form.turns).faults
+    # A turn of its own is behind the prompt that it has at inference.
+    turn = encode(tokenizer, GOOD, form=Form.turns)
+    text = tokenizer.decode(turn.input_ids_L)
+    assert text == "<|start|>user\nhi<|end|>\n<|start|>bot\nhello<|end|>"
+    assert tokenizer.decode(turn.input_ids_L[turn.weight_L > 0]) == "hello<|end|>"
 
 
 @pytest.mark.parametrize("marks", ["", "if true"])
 def test_prompt_that_opens_a_thought_the_template_cuts(
     tokenizer_of: TokenizerOf, marks: str
 ) -> None:
-    """As the distilled R1: no setting helps, only another template."""
+    """As the distilled R1: trained turn by turn, as it is asked."""
     cuts = CHATML.replace("m.content + '<|end|>' }}{% end", "m.content.split('</think>')[-1] }}"
         "<|end|>{% end")  # fmt: skip
     cuts = cuts.replace("<|start|>assistant\n", "<|start|>assistant\n<think>\n")
     if marks:
         cuts = cuts.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     messages = [GOOD[0], {"role": "assistant", "content": "<think>\nhm\n</think>yes"}]
-    for form in (Form.conversation, Form.turns):
-        with pytest.raises(DataError, match=r"rows\.jsonl:7: .*does not begin") as caught:
-            encode(tokenizer_of(cuts), messages, form=form)
-        assert r"ends in '<think>\n', and the turn begins with 'yes<|end|>" in caught.value.what
-        assert ".jinja" in caught.value.fix and "form=turns" not in caught.value.fix
+    tokenizer = tokenizer_of(cuts)
+    with pytest.raises(DataError, match=r"rows\.jsonl:7: .*does not begin") as caught:
+        encode(tokenizer, messages)
+    assert r"ends in '<think>\n', and the turn begins with 'yes<|end|>" in caught.value.what
+    turn = encode(tokenizer, messages, form=Form.auto)
+    assert turn.faults == ()
+    assert tokenizer.decode(turn.input_ids_L).endswith("assistant\n<think>\nhm\n</think>yes<|end|>")
+    assert tokenizer.decode(turn.input_ids_L[turn.weight_L > 0]) == "hm\n</think>yes<|end|>"
 
 
 def test_turn_that_is_rewritten_once_others_follow(tokenizer_of: TokenizerOf) -> None:
@@ -148,7 +154,8 @@ def test_turn_that_is_rewritten_once_others_follow(tokenizer_of: TokenizerOf) ->
     fails(
         tokenizer, GOOD * 2, "prompt_prefix", r"messages\[1\] is rendered differently.*form=turns"
     )
-    assert encode(tokenizer, GOOD * 2, supervise=Supervise.last_turn).faults == ()
+    last = encode(tokenizer, GOOD * 2, supervise=Supervise.last_turn)
+    assert last.faults == ("empty_thinking",)
 
 
 def test_header_that_the_generation_prompt_leaves_out(tokenizer_of: TokenizerOf) -> None:
@@ -163,7 +170,16 @@ def test_turn_without_an_end(tokenizer_of: TokenizerOf) -> None:
     endless = CHATML.replace(
         "m.content + '<|end|>' }}{% endgeneration", "m.content }}{% endgeneration"
     )
-    fails(tokenizer_of(endless), GOOD, "end_of_turn", r"messages\[1\]")
+    tokenizer = tokenizer_of(endless)
+    with pytest.raises(DataError, match=r"rows\.jsonl:7: no end-of-turn token.*s\[1\]") as caught:
+        encode(tokenizer, GOOD)
+    assert "template.end_of_turn='<|start|>'" in caught.value.fix
+    assert encode(tokenizer, GOOD, strict=False).faults == ("end_of_turn",)
+    # Said by the user, it is supervised where the template writes it next, and behind the last.
+    for form in (Form.conversation, Form.turns):
+        ended = encode(tokenizer, GOOD, form=form, end_of_turn="<|end|>")
+        said = tokenizer.decode(ended.input_ids_L[ended.weight_L > 0])
+        assert (said, ended.faults) == ("hello<|end|>", ())
 
 
 def test_bos_is_never_doubled(tokenizer_of: TokenizerOf) -> None:
@@ -181,7 +197,7 @@ def test_rows_of_text_that_quote_the_begin_or_end(tokenizer_of: TokenizerOf, str
         if options:
             add = TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
             tokenizer.backend_tokenizer.post_processor = add
-        encoder = Encoder(tokenizer, Template(strict=strict), max_length=99)
+        encoder = Encoder(tokenizer, Template(form=Form.conversation, strict=strict), max_length=99)
         encoded = one(encoder.encode(Record(channel="c", where="t:1", text=text)))
         return encoded.faults
 
@@ -204,9 +220,13 @@ def test_row_without_a_target(tokenizer_of: TokenizerOf) -> None:
     with pytest.raises(
         DataError, match=r"rows\.jsonl:7: the row has no supervised token"
     ) as caught:
-        Encoder(tokenizer, Template(), max_length=99).encode(off)
+        Encoder(tokenizer, Template(form=Form.conversation), max_length=99).encode(off)
     assert caught.value.fix == CHECKS["no_target"].fix
-    kept = one(Encoder(tokenizer, Template(strict=False), max_length=99).encode(off))
+    kept = one(
+        Encoder(tokenizer, Template(form=Form.conversation, strict=False), max_length=99).encode(
+            off
+        )
+    )
     assert kept.faults == ("no_target",)
 
 
@@ -215,8 +235,8 @@ def test_row_without_a_target(tokenizer_of: TokenizerOf) -> None:
 
 def test_tools_that_the_template_does_not_show(tokenizer_of: TokenizerOf) -> None:
     tokenizer, tools = tokenizer_of(CHATML), ({"type": "function"},)
-    encoder = Encoder(tokenizer, Template(), max_length=999)
-    lax = Encoder(tokenizer, Template(strict=False), max_length=999)
+    encoder = Encoder(tokenizer, Template(form=Form.conversation), max_length=999)
+    lax = Encoder(tokenizer, Template(form=Form.conversation, strict=False), max_length=999)
     function = {"name": "weather", "arguments": {}}
     call: dict[str, Any] = {**GOOD[1], "tool_calls": [{"function": function}]}
     for row, what in (
@@ -233,7 +253,9 @@ def test_tools_that_the_template_does_not_show(tokenizer_of: TokenizerOf) -> Non
 
 def test_tools_that_nobody_calls(tokenizer_of: TokenizerOf) -> None:
     for strict in (True, False):
-        encoder = Encoder(tokenizer_of(CHATML), Template(strict=strict), max_length=999)
+        encoder = Encoder(
+            tokenizer_of(CHATML), Template(form=Form.conversation, strict=strict), max_length=999
+        )
         encoded = one(encoder.encode(record(GOOD, tools=({"type": "function"},))))
         assert encoded.faults == ("tools_listed",)
     assert (CHECKS["tools_shown"].level, CHECKS["tools_listed"].level) == ("error", "warning")

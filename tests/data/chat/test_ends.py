@@ -61,7 +61,11 @@ def closing(tokenizer_of: TokenizerOf, template: str) -> Any:
 
 
 def faults(tokenizer: Any, row: Record) -> tuple[str, ...]:
-    encoded = one(Encoder(tokenizer, Template(strict=False), max_length=9999).encode(row))
+    encoded = one(
+        Encoder(tokenizer, Template(form=Form.conversation, strict=False), max_length=9999).encode(
+            row
+        )
+    )
     return encoded.faults
 
 
@@ -198,7 +202,7 @@ def test_a_mark_around_the_header_too(
     expected = [f"{before}{answer}<|end|>", f"{before}x<|end|>"]
     assert [said.rstrip() for said in supervised(tokenizer, row)] == expected
     assert "generation_marks" not in faults(tokenizer, row)
-    samples, _ = Encoder(tokenizer, Template(form=Form.turns), max_length=99).encode(row)
+    samples, _, _ = Encoder(tokenizer, Template(form=Form.turns), max_length=99).encode(row)
     assert len(samples) == 2
 
 

@@ -60,14 +60,14 @@ def test_batches_are_bounded_in_characters(
     expected = encoder(tokenizer).encode_many(rows)
     seen: list[int] = []
     ours = encoder(tokenizer)
-    inner = ours._tokenise
+    inner = ours._texts.tokenise
 
     def counted(batch: Any) -> Any:
         batch = list(batch)
-        seen.append(sum(len(each.text) for _, each in batch))
+        seen.append(sum(len(each.text) for each in batch))
         return inner(batch)
 
-    monkeypatch.setattr(ours, "_tokenise", counted)
+    monkeypatch.setattr(ours._texts, "tokenise", counted)
     monkeypatch.setattr(masking, "_BATCH_CHARACTERS", 500)
     for found, wanted in zip(ours.encode_many(rows), expected, strict=True):
         assert not isinstance(found, DataError) and not isinstance(wanted, DataError)
@@ -85,7 +85,7 @@ def test_samples_of_a_long_row_are_not_held_in_whole(family_tokenizer: Tokenizer
     ours = encoder(tokenizer, max_length=64)
     ours.encode(record(CHAT))
     tracemalloc.start()
-    kept, _ = ours.encode(record(messages))
+    kept, _, _ = ours.encode(record(messages))
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert held < len(kept) * (64 * 8 + 1000) + 100_000
@@ -106,15 +106,15 @@ def test_turns_behind_the_limit_are_left_out(
     row = record([{**m, "content": m["content"] + " the user" * 3} for m in CHAT * 9])
     choice = Template(name="chatml", form=Form.turns)
     ours = Encoder(tokenizer, choice, max_length=limit, long_rows=long_rows)
-    inner, tokenised = ours._tokenise, []
+    inner, tokenised = ours._texts.tokenise, []
 
     def noted(batch: Any) -> Any:
         tokenised.extend(batch)
         return inner(batch)
 
-    monkeypatch.setattr(ours, "_tokenise", noted)
-    found, faults = ours.encode(row)
-    monkeypatch.setattr(ours, "_tokenise", inner)
+    monkeypatch.setattr(ours._texts, "tokenise", noted)
+    found, faults, _ = ours.encode(row)
+    monkeypatch.setattr(ours._texts, "tokenise", inner)
     alone: list[Example] = []
     faults_alone: set[str] = set()
     for turn in range(1, 18, 2):

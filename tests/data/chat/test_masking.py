@@ -65,7 +65,11 @@ TWO = record(*[(m["role"], m["content"]) for m in CHAT.messages], ("assistant", 
 
 
 def encode(tokenizer: Any, row: Record, max_length: int = 999, **choice: Any) -> Any:
-    return one(Encoder(tokenizer, Template(**choice), max_length=max_length).encode(row))
+    return one(
+        Encoder(
+            tokenizer, Template(**{"form": Form.conversation, **choice}), max_length=max_length
+        ).encode(row)
+    )
 
 
 def runs(tokenizer: Any, encoded: Any) -> list[str]:
@@ -140,7 +144,10 @@ def test_a_turn_marked_in_two_places_and_one_not_marked(tokenizer_of: TokenizerO
     row = record(("user", "x"), ("assistant", "skip"), ("user", "y"), ("assistant", "abc"))
     tokenizer = tokenizer_of(template)
     assert supervised(tokenizer, row, strict=False) == ["a", "<|end|>"]
-    assert supervised(tokenizer, row, supervise=Supervise.last_turn) == ["a", "<|end|>"]
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:7: .*does not mark 'bc' inside of messages\[3\]"
+    ):
+        supervised(tokenizer, row, supervise=Supervise.last_turn)
     weighed = encode(tokenizer, replace(row, weights=(None, 9.0, None, 0.5)), strict=False)
     assert weighed.faults == ("generation_marks",)
     assert set(weighed.weight_L.tolist()) == {0.0, 0.5}
@@ -156,7 +163,7 @@ def test_template_whose_prefixes_do_not_nest_is_refused(tokenizer_of: TokenizerO
     with pytest.raises(DataError, match=r"(?s)rows\.jsonl:7.*messages\[2\].*\{% generation %\}"):
         supervised(tokenizer, TWO)
     single = record(("user", "x"), ("assistant", "y"))
-    assert supervised(tokenizer, single) == ["<think></think>y<|end|>"]
+    assert supervised(tokenizer, single) == ["y<|end|>"]
 
 
 def test_template_that_refuses_a_row_names_the_row(tokenizer_of: TokenizerOf) -> None:
@@ -239,10 +246,10 @@ def test_results_of_tools_are_never_learned(tokenizer_of: TokenizerOf) -> None:
 def test_one_sample_for_each_turn(tokenizer_of: TokenizerOf) -> None:
     tokenizer = tokenizer_of(SHIFTING)
     encoder = Encoder(tokenizer, Template(form=Form.turns), max_length=999)
-    samples, _ = encoder.encode(record(*[(m["role"], m["content"]) for m in FOUR.messages]))
+    samples, _, _ = encoder.encode(record(*[(m["role"], m["content"]) for m in FOUR.messages]))
     assert [runs(tokenizer, sample) for sample in samples] == [
-        ["<think></think>hello<|end|>"],
-        ["<think></think>it says<|end|>"],
+        ["hello<|end|>"],
+        ["it says<|end|>"],
     ]
     second = tokenizer.decode(samples[1].input_ids_L)
     assert "assistant\nhello<|end|>" in second  # the earlier turn as inference shows it
@@ -274,7 +281,9 @@ def test_long_rows_are_dropped(tokenizer_of: TokenizerOf) -> None:
     tokenizer = tokenizer_of(CHATML)
     length = len(encode(tokenizer, LONG).input_ids_L)
     for limit, kept in ((length, 1), (length - 1, 0)):
-        encoder = Encoder(tokenizer, Template(), max_length=limit, long_rows=LongRows.drop)
+        encoder = Encoder(
+            tokenizer, Template(form=Form.conversation), max_length=limit, long_rows=LongRows.drop
+        )
         assert len(encoder.encode(LONG).examples) == kept
 
 
@@ -282,8 +291,10 @@ def test_long_rows_are_dropped(tokenizer_of: TokenizerOf) -> None:
 def test_split_rows_keep_every_target_once(tokenizer_of: TokenizerOf, limit: int) -> None:
     tokenizer = tokenizer_of(CHATML)
     whole = encode(tokenizer, LONG)
-    encoder = Encoder(tokenizer, Template(), max_length=limit, long_rows=LongRows.split)
-    pieces, _ = encoder.encode(LONG)
+    encoder = Encoder(
+        tokenizer, Template(form=Form.conversation), max_length=limit, long_rows=LongRows.split
+    )
+    pieces, _, _ = encoder.encode(LONG)
     assert max(len(piece.input_ids_L) for piece in pieces) <= limit
     for piece in pieces:
         assert piece.weight_L[0] == 0
@@ -360,7 +371,7 @@ def test_rows_of_other_objectives_are_refused(tokenizer_of: TokenizerOf) -> None
 
 
 def test_many_rows_give_what_each_gives_alone(tokenizer_of: TokenizerOf) -> None:
-    encoder = Encoder(tokenizer_of(MARKED), Template(), max_length=999)
+    encoder = Encoder(tokenizer_of(MARKED), Template(form=Form.conversation), max_length=999)
     quoted = record(("user", "<|end|>"), ("assistant", "hello"))
     tokens = Record(channel="c", where="t:1", input_ids=(5, 6))
     bad = record(("user", "only"))

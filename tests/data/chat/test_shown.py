@@ -50,7 +50,9 @@ def encode(
     tokenizer: Any, messages: list[dict[str, Any]], tools: Any = (), **choice: Any
 ) -> RowExamples:
     row = Record(channel="c", where="rows.jsonl:7", messages=tuple(messages), tools=tuple(tools))
-    return Encoder(tokenizer, Template(**choice), max_length=9999).encode(row)
+    return Encoder(
+        tokenizer, Template(**{"form": Form.conversation, **choice}), max_length=9999
+    ).encode(row)
 
 
 def text(tokenizer: Any, encoded: Any) -> str:
@@ -97,7 +99,7 @@ def test_calls_as_templates_write_them(tokenizer_of: TokenizerOf, how: str) -> N
     arguments = {"city": 'Pa"ris\né', "days": 3, "real": 1.5, "on": True, "of": None}
     deep = {} if how == "python" else {"deep": [{"a": ["x", 1]}, ""]}
     calls = [call(**arguments, **deep), call(city="Rome")]
-    _, faults = encode(
+    _, faults, _ = encode(
         tokenizer_of(template(said)), [ASK, say("Let me see.", tool_calls=calls)], TOOLS
     )
     assert faults == []
@@ -127,7 +129,9 @@ def test_thoughts_that_are_never_written(
     for said in ("<t>{{ m.reasoning_content }}</t>", "{{ m.reasoning_content | trim }}"):
         encoded = one(encode(tokenizer_of(template(said, source)), messages))
         assert encoded.faults == ()
-    _, faults = encode(tokenizer_of(template("", source)), [ASK, say("42", reasoning_content="\n")])
+    _, faults, _ = encode(
+        tokenizer_of(template("", source)), [ASK, say("42", reasoning_content="\n")]
+    )
     assert faults == []
 
 
@@ -147,7 +151,11 @@ def test_thoughts_that_are_cut_off_even_the_last_turn(
     tokenizer = tokenizer_of(source)
     messages = [ASK, say("<think>\n2 and 2 is 4\n</think>\n\n4")]
     hidden(tokenizer, messages, r"messages\[1\]\.content")
-    hidden(tokenizer, messages * 2, r"messages\[1\]\.content", form=Form.turns)
+    # Turn by turn they are what the model says.
+    samples, faults, _ = encode(tokenizer, messages * 2, form=Form.turns)
+    assert faults == []
+    said = [text(tokenizer, sample) for sample in samples]
+    assert said == ["<think>\n2 and 2 is 4\n</think>\n\n4<|end|>"] * 2
     assert encode(tokenizer, [ASK, say("  4\n")], strict=False).faults == []
 
 
@@ -167,7 +175,9 @@ def test_qwen_rewrites_thoughts(
     tokenizer = family_tokenizer("qwen")
     if is_shown:
         encoded = one(encode(tokenizer, [ASK, say(content)], name="qwen"))
-        assert encoded.faults == ()
+        thinks = "<think>" in content
+        assert encoded.faults == (() if thinks else ("empty_thinking",))
+        assert text(tokenizer, encoded).startswith("<think>") == thinks
     else:
         hidden(tokenizer, [ASK, say(content)], r"messages\[1\]\.content", name="qwen")
 
@@ -180,7 +190,7 @@ def test_thoughts_of_earlier_turns_lead_to_one_sample_a_turn(
         messages = [ASK, first, ASK, say("<think>b</think>y")]
         with pytest.raises(DataError, match=r"(?s)rows\.jsonl:7: .*form=turns"):
             encode(tokenizer, messages, name="qwen")
-        samples, faults = encode(tokenizer, messages, name="qwen", form=Form.turns)
+        samples, faults, _ = encode(tokenizer, messages, name="qwen", form=Form.turns)
         assert (len(samples), faults) == (2, [])
         assert text(tokenizer, samples[0]) == "<think>\na\n</think>\n\nx<|im_end|>"
 
@@ -195,8 +205,8 @@ def test_words_beside_a_call(family_tokenizer: TokenizerOf) -> None:
     )
     for family in ("chatml", "qwen"):
         tokenizer = family_tokenizer(family)
-        samples, faults = encode(tokenizer, messages, TOOLS, name=family, form=Form.turns)
-        assert (len(samples), faults) == (2, [])
+        samples, faults, _ = encode(tokenizer, messages, TOOLS, name=family, form=Form.turns)
+        assert (len(samples), faults) == (2, ["empty_thinking"] if family == "qwen" else [])
         assert "Let me see." in text(family_tokenizer(family), samples[0])
     # The model's own template has no place for them.
     llama = family_tokenizer("llama3")
@@ -245,7 +255,7 @@ def test_an_empty_turn_is_counted(family_tokenizer: TokenizerOf) -> None:
 def test_fix_of_a_completion_that_merges_with_its_prompt(tokenizer_of: TokenizerOf) -> None:
     row = Record(channel="c", where="t:1", text="x the", supervised_from=3)
     with pytest.raises(DataError, match="merge with the prompt's last") as caught:
-        Encoder(tokenizer_of(None), Template(), max_length=99).encode(row)
+        Encoder(tokenizer_of(None), Template(form=Form.conversation), max_length=99).encode(row)
     assert "form=turns" not in caught.value.fix
     assert "template" not in caught.value.fix
     assert "end of the prompt" in caught.value.fix

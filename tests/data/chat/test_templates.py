@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from posttrain_dist.data import Form, Template
+from posttrain_dist.data import Form, Template, Thinking
 from posttrain_dist.data.chat.conversation import Conversation
 from posttrain_dist.data.chat.encoder import Encoder
 from posttrain_dist.data.chat.rendering.template_choice import load_templates, template_names
@@ -211,9 +211,8 @@ def test_tools_in_the_published_format(family: str, family_tokenizer: TokenizerO
         supervised(tokenizer, e)
         for e in Encoder(tokenizer, choice, max_length=9999).encode(row).examples
     ]
-    expected = runs(TOOL_CHATS[family])
-    if family == "qwen":  # the call is the last turn of its sample: its think block is empty
-        expected[0] = f"<think>\n\n</think>\n\n{expected[0]}"
+    # Where a turn has no thoughts, their block is the prompt's.
+    expected = [run.removeprefix("<think>\n\n</think>\n\n") for run in runs(TOOL_CHATS[family])]
     assert last == [[run] for run in expected]
 
 
@@ -233,7 +232,7 @@ def test_arguments_as_json_text_are_written_as_they_are(family_tokenizer: Tokeni
 def test_golden_mask(family: str, family_tokenizer: TokenizerOf) -> None:
     """By hand, and by transformers' own mask."""
     tokenizer = family_tokenizer(family, source_of(family))
-    choice = Template(name=family, strict=False)
+    choice = Template(name=family, form=Form.conversation, thinking=Thinking.close, strict=False)
     encoded = one(Encoder(tokenizer, choice, max_length=999).encode(record(*CHAT)))
     assert supervised(tokenizer, encoded) == runs(CHATS[family])
     theirs = tokenizer.apply_chat_template(
@@ -256,7 +255,7 @@ def test_marks_and_prefixes_agree(
     if rewrites:
         with pytest.raises(DataError, match=r"renders earlier turns differently.*messages\["):
             turn_spans(by_prefix)
-        choice = Template(name=family)
+        choice = Template(name=family, form=Form.conversation)
         with pytest.raises(DataError, match=r"(?s)rows\.jsonl:7.*template\.form=turns"):
             Encoder(family_tokenizer(family), choice, max_length=999).encode(record(*messages))
     else:
@@ -275,7 +274,7 @@ def test_qwen_keeps_thoughts_behind_the_last_question_only(family_tokenizer: Tok
         "<|im_start|>assistant\n<think>\nso\n</think>\n\nBye<|im_end|>\n"
     )
     exploded = Encoder(tokenizer, Template(name="qwen", form=Form.turns), max_length=999)
-    samples, faults = exploded.encode(record(ASK, first, MORE, last))
+    samples, faults, _ = exploded.encode(record(ASK, first, MORE, last))
     assert [supervised(tokenizer, sample) for sample in samples] == [
         ["<think>\nwhy\n</think>\n\nHello<|im_end|>"],
         ["<think>\nso\n</think>\n\nBye<|im_end|>"],
@@ -286,12 +285,22 @@ def test_qwen_keeps_thoughts_behind_the_last_question_only(family_tokenizer: Tok
 def test_conversation_that_begins_with_the_assistant(family_tokenizer: TokenizerOf) -> None:
     tokenizer = family_tokenizer("zephyr")
     row = record(SAY, ASK, END)
-    encoded = one(Encoder(tokenizer, Template(name="zephyr"), max_length=99).encode(row))
+    encoder = Encoder(tokenizer, Template(name="zephyr"), max_length=99)
+    encoded = one(encoder.encode(row))
+    assert supervised(tokenizer, encoded) == ["Bye</s>"]
+    assert encoded.faults == ("assistant_first",)
+    # By its own wish, for this template writes an inference prompt without a question.
+    encoded = one(encoder.encode(replace(row, weights=(1.0, None, None))))
     assert supervised(tokenizer, encoded) == ["Hello</s>", "Bye</s>"]
+    assert encoded.faults == ()
+    with pytest.raises(DataError, match=r"rows\.jsonl:7: .*which nobody asked") as caught:
+        encoder.encode(record(SAY, ASK))
+    assert 'messages[0] "weight": 1' in caught.value.fix
     tokenizer = family_tokenizer("deepseek", "{{ messages[0].role[:0] }}" + source_of("deepseek"))
-    encoder = Encoder(tokenizer, Template(), max_length=99)
-    with pytest.raises(DataError, match=r"rows\.jsonl:7: begins with the assistant"):
-        encoder.encode(row)
+    encoder = Encoder(tokenizer, Template(form=Form.conversation), max_length=99)
+    with pytest.raises(DataError, match=r"rows\.jsonl:7: .*stands before any question"):
+        encoder.encode(replace(row, weights=(1.0, None, None)))
+    assert supervised(tokenizer, one(encoder.encode(row))) == ["Bye<｜end▁of▁sentence｜>"]
     encoded = one(encoder.encode(replace(row, weights=(0.0, None, None))))
     assert supervised(tokenizer, encoded) == ["Bye<｜end▁of▁sentence｜>"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
-from posttrain_dist.data import Supervise, Template
+from posttrain_dist.data import Form, Supervise, Template
 from posttrain_dist.data.chat.checks import CHECKS
 from posttrain_dist.data.chat.encoder import Encoder
 from posttrain_dist.errors import DataError
@@ -59,7 +59,11 @@ def record(*messages: dict[str, Any], weights: tuple[float | None, ...] = ()) ->
 
 
 def faults(tokenizer: Any, row: Record, **choice: Any) -> tuple[str, ...]:
-    encoder = Encoder(tokenizer, Template(strict=False, **choice), max_length=9999)
+    encoder = Encoder(
+        tokenizer,
+        Template(**{"form": Form.conversation, "strict": False, **choice}),
+        max_length=9999,
+    )
     encoded = one(encoder.encode(row))
     return encoded.faults
 
@@ -111,7 +115,9 @@ def test_a_turn_whose_place_cannot_be_proved_refuses_the_row_alone(
 def test_one_row_that_cannot_be_proved_does_not_end_the_others(
     tokenizer_of: TokenizerOf, strict: bool
 ) -> None:
-    encoder = Encoder(tokenizer_of(SHIFTING), Template(strict=strict), max_length=999)
+    encoder = Encoder(
+        tokenizer_of(SHIFTING), Template(form=Form.conversation, strict=strict), max_length=999
+    )
     good, bad = record(ASK, say("4")), record(ASK, say("4"), ASK, say("4"))
     first, refused, last = encoder.encode_many([good, bad, good])
     assert not isinstance(first, DataError) and not isinstance(last, DataError)
@@ -124,7 +130,7 @@ def test_content_of_another_role_that_cannot_be_proved(tokenizer_of: TokenizerOf
     twice = "{% for m in messages %}" + OTHERS.replace("m.content", "m.content + m.content")
     encoder = Encoder(
         tokenizer_of(twice + "{% endfor %}" + PROMPT),
-        Template(supervise=Supervise.all, strict=False),
+        Template(form=Form.conversation, supervise=Supervise.all, strict=False),
         max_length=999,
     )
     (refused,) = encoder.encode_many([record(ASK, say("4"))])
@@ -221,7 +227,7 @@ def test_thoughts_are_tokens_where_the_tokenizer_calls_them_special(
         [AddedToken(n, special=True, normalized=False) for n in ("<think>", "</think>")]
     )
     row = record({"role": "user", "content": "<think>"}, say("<think>h</think>4 <|end|>"))
-    encoded = one(Encoder(tokenizer, Template(), max_length=99).encode(row))
+    encoded = one(Encoder(tokenizer, Template(form=Form.conversation), max_length=99).encode(row))
     names = [tokenizer.convert_ids_to_tokens(int(i)) for i in encoded.input_ids_L]
     said = names[names.index("assistant") + 2 :]
     assert said[:4] == ["<think>", "h", "</think>", "4"]

@@ -36,7 +36,7 @@ def source(written: str) -> str:
 
 
 def learned(tokenizer: Any) -> str:
-    (encoded,), faults = Encoder(tokenizer, Template(), max_length=999).encode(ROW)
+    (encoded,), faults, _ = Encoder(tokenizer, Template(), max_length=999).encode(ROW)
     assert faults == []
     return str(tokenizer.decode(encoded.input_ids_L[encoded.weight_L > 0]))
 

@@ -19,7 +19,7 @@ from posttrain_dist.data.chat.rendering.jinja_environment import (
     compile_template,
     with_thoughts,
 )
-from posttrain_dist.data.prefix import common_prefix_length
+from posttrain_dist.data.chat.rendering.template_probes import TemplateProbes
 from posttrain_dist.errors import DataError, ModelError
 from posttrain_dist.flow import Message
 
@@ -40,9 +40,6 @@ _REFUSALS = (
 )
 _ARGUMENTS = {"probe_key": "probe value"}
 _ANSWER = {"role": "assistant", "content": "a"}
-# A question and an answer, and how the conversation goes on.
-_ASK, _SAY = {"role": "user", "content": "probe q"}, {"role": "assistant", "content": "probe a"}
-_TURNS = ([_ASK, _SAY], [{"role": "system", "content": "probe s"}, _ASK, _SAY])
 
 
 class ChatTemplate:
@@ -52,6 +49,8 @@ class ChatTemplate:
         tokenizer: a fast tokenizer of transformers.
         source: Jinja; null: the tokenizer's own.
         variables: name -> value that the template may read, beside the messages and tools.
+        ends: tokens at which generation stops, by the model's generation config.
+        end_of_turn: the token that ends a turn where the template writes none.
         controls: of a template with other variables; null: they are found.
     """
 
@@ -60,11 +59,15 @@ class ChatTemplate:
         tokenizer: Any,
         source: str | None = None,
         variables: Mapping[str, Any] | None = None,
+        ends: Sequence[str] = (),
+        end_of_turn: str | None = None,
         controls: ControlTokens | None = None,
     ) -> None:
         self.source: str = tokenizer.get_chat_template() if source is None else source
         self.variables = dict(variables or {})
         self.marks_assistant = bool(_MARK.search(self.source))
+        self.end_tokens, self.end_of_turn = tuple(ends), end_of_turn
+        self.bos = str(tokenizer.bos_token)
         self._tokenizer = tokenizer
         self._given = {**tokenizer.special_tokens_map, **self.variables}
         self.controls = controls or ControlTokens(tokenizer, self._skeleton())
@@ -72,7 +75,28 @@ class ChatTemplate:
     def with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:
         """The same template with more variables; they go before its own."""
         merged = {**self.variables, **variables}
-        return ChatTemplate(self._tokenizer, self.source, merged, self.controls)
+        return ChatTemplate(
+            self._tokenizer,
+            self.source,
+            merged,
+            self.end_tokens,
+            self.end_of_turn,
+            self.controls,
+        )
+
+    @cached_property
+    def probes(self) -> TemplateProbes:
+        """What the template shows of itself."""
+        return TemplateProbes(self)
+
+    @property
+    def environment(self) -> jinja2.Environment:
+        """In which it is compiled.
+
+        Raises:
+            jinja2.TemplateSyntaxError: it is not valid.
+        """
+        return self._compiled.environment
 
     def render(
         self,
@@ -159,7 +183,7 @@ class ChatTemplate:
 
         Null where that depends on the messages, or earlier ones on later ones.
         """
-        if not is_causal(self.source, self._compiled.environment):
+        if not is_causal(self.source, self.environment):
             return None
         found = []
         for generation_prompt in (True, False):
@@ -173,26 +197,6 @@ class ChatTemplate:
                 return None
             found.append(text[starts[1] :])
         return found[0], found[1]
-
-    @cached_property
-    def trailer(self) -> str:
-        """What stands behind the end of the last turn, and behind that of no inner one.
-
-        Empty where the template refuses the probe, or where an inner turn has no end of its own.
-        """
-        for turns in _TURNS:
-            try:
-                last, inner = self._render(turns, "")[0], self._render([*turns, _ASK], "")[0]
-            except DataError:
-                continue
-            shared = common_prefix_length(last, inner)
-            content_end = last.rfind(_SAY["content"]) + len(_SAY["content"])
-            # Two different tokens may begin alike.
-            tokens = [m.span() for m in self.controls.closing.finditer(last, content_end)]
-            shared = next((a for a, b in tokens if a < shared < b), shared)
-            is_closed = any(b <= shared for _, b in tokens)
-            return last[shared:] if content_end <= shared and is_closed else ""
-        return ""
 
     def _arguments_as_text(self, where: str) -> bool:
         """Whether the template is given the arguments of tool calls as JSON text.

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,19 @@ class TemplateSet:
         tokenizer: a fast tokenizer of transformers.
         sources: name -> Jinja.
         choice: which of them, and the variables of the run.
+        ends: tokens at which generation stops, by the model's generation config.
     """
 
-    def __init__(self, tokenizer: Any, sources: Mapping[str, str], choice: Template) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        sources: Mapping[str, str],
+        choice: Template,
+        ends: Sequence[str] = (),
+    ) -> None:
         self.sources, self.variables = dict(sources), dict(choice.variables)
         self._tokenizer, self._variant = tokenizer, choice.variant
+        self._ends, self._end_of_turn = tuple(ends), choice.end_of_turn
         self._of_run: dict[str, ChatTemplate] = {}
         self._of_rows: dict[tuple[str, str], ChatTemplate] = {}
 
@@ -82,8 +90,13 @@ class TemplateSet:
 
     def _named(self, name: str) -> ChatTemplate:
         if name not in self._of_run:
-            made = ChatTemplate(self._tokenizer, self.sources[name], self.variables)
-            self._of_run[name] = made
+            self._of_run[name] = ChatTemplate(
+                self._tokenizer,
+                self.sources[name],
+                self.variables,
+                self._ends,
+                self._end_of_turn,
+            )
         return self._of_run[name]
 
 
@@ -93,7 +106,10 @@ def template_names() -> list[str]:
 
 
 def load_templates(
-    choice: Template, tokenizer: Any, model_folder: Path | None = None
+    choice: Template,
+    tokenizer: Any,
+    model_folder: Path | None = None,
+    ends: Sequence[str] = (),
 ) -> TemplateSet:
     """The templates that `choice.name` means: "tokenizer", a shipped one, or a .jinja file.
 
@@ -118,7 +134,7 @@ def load_templates(
         own = tokenizer.chat_template
         sources = {DEFAULT: own} if isinstance(own, str) else dict(own)
         _refuse_unknown_variant(choice, sources)
-        return TemplateSet(tokenizer, sources, choice)
+        return TemplateSet(tokenizer, sources, choice, ends)
     if name.endswith(".jinja"):
         path = Path(name).expanduser()
     else:
@@ -140,7 +156,7 @@ def load_templates(
             fix="give the path of a .jinja file",
         ) from error
     _refuse_missing_tokens(name, source, tokenizer, model_folder)
-    return TemplateSet(tokenizer, {DEFAULT: source}, choice)
+    return TemplateSet(tokenizer, {DEFAULT: source}, choice, ends)
 
 
 def _template_advice(tokenizer: Any) -> str:

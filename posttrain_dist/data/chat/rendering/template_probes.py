@@ -1,0 +1,238 @@
+"""What a chat template shows of itself when it renders small conversations.
+
+Where a probe is refused, or shows nothing, the property says so by an empty value: what it would
+prove is then not proved.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jinja2
+from jinja2 import meta
+
+from posttrain_dist.data.prefix import common_prefix_length
+from posttrain_dist.errors import DataError
+from posttrain_dist.flow import Message
+
+if TYPE_CHECKING:
+    from posttrain_dist.data.chat.rendering.chat_template import ChatTemplate
+
+_Q, _A, _R, _T, _S = "probe q", "probe a", "probe r", "probe t", "probe s"
+_ASK, _SAY = {"role": "user", "content": _Q}, {"role": "assistant", "content": _A}
+_AGAIN = {"role": "user", "content": _R}
+_SYSTEM = {"role": "system", "content": _S}
+_TAG = r"(?:<[^<>\s]+>|\[/?[A-Z_]+\]|◁[^◁▷\s]+▷)"
+_TAG_BEFORE = re.compile(rf"({_TAG})\s*\Z")
+_TAG_BEHIND = re.compile(rf"\s*({_TAG})")
+_THINK, _END_THINK = "<think>", "</think>"
+# What transformers gives to every template, beside special tokens.
+_GIVEN = {
+    *("messages", "tools", "documents", "add_generation_prompt", "raise_exception"),
+    *("strftime_now", "namespace", "range", "dict", "lipsum", "cycler", "joiner", "loop"),
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+}
+
+
+class ThoughtForm(NamedTuple):
+    """How a template writes thoughts before an answer."""
+
+    open_tag: str
+    before: str  # from the tag, with it, to the thoughts
+    between: str  # from the thoughts to the answer, with the closing tag
+    is_shown: bool  # seen in a rendering; else what the model of such a template says
+
+
+class TemplateProbes:
+    """The probes of one template; each is made when it is asked for."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self._template = template
+        self._closing = template.controls.closing
+
+    # ------------------------------------------------------------------------ around a turn
+
+    @cached_property
+    def trailer(self) -> str:
+        """What stands behind the end of the last turn, and behind that of no inner one.
+
+        Empty where the template refuses the probe, or where an inner turn has no end of its own.
+        """
+        for last, inner in self._last_and_inner([_ASK, _SAY]):
+            shared = common_prefix_length(last, inner)
+            content_end = last.rfind(_A) + len(_A)
+            # Two different tokens may begin alike.
+            tokens = self._token_spans(last, content_end)
+            shared = next((a for a, b in tokens if a < shared < b), shared)
+            end = self._inner_end(inner)
+            if end:
+                shared = min(shared, content_end + len(end))
+            is_closed = any(b <= shared for _, b in tokens)
+            return last[shared:] if content_end <= shared and is_closed else ""
+        return ""
+
+    def missing_end(self, calls: bool) -> str:
+        """The end of a turn that the template does not write behind the last one.
+
+        It is what inner turns end with; else the mark of the next role, where the model's
+        generation config, or `template.end_of_turn`, says that generation stops there; else
+        `template.end_of_turn`.
+
+        Args:
+            calls: of a turn that calls tools.
+        """
+        return self._missing_of_calls if calls else self._missing_of_answers
+
+    @cached_property
+    def next_mark(self) -> str:
+        """The token that opens what follows an answer, of a template that ends none; else empty."""
+        for last, inner in self._last_and_inner([_ASK, _SAY]):
+            if not self._has_end(last, inner):
+                return self._first_token(inner[inner.rfind(_A) + len(_A) : inner.rfind(_R)])
+        return ""
+
+    def _has_end(self, last: str, inner: str) -> bool:
+        tail = last[last.rfind(_A) + len(_A) :].removesuffix(self.always_prompt)
+        return bool(self._closing.search(tail) or self._closing.search(self._inner_end(inner)))
+
+    @cached_property
+    def _missing_of_answers(self) -> str:
+        for last, inner in self._last_and_inner([_ASK, _SAY]):
+            tail = last[last.rfind(_A) + len(_A) :].removesuffix(self.always_prompt)
+            if self._closing.search(tail):
+                return ""
+            end = self._inner_end(inner)
+            return end.strip() if self._closing.search(end) else self._said_end(self.next_mark)
+        return self._said_end("")
+
+    @cached_property
+    def _missing_of_calls(self) -> str:
+        if not self._missing_of_answers:
+            return ""
+        function = {"name": "probe", "arguments": {}}
+        call = {"type": "function", "id": "a23456789", "function": function}
+        turn: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        result = {"role": "tool", "content": _R, "tool_call_id": "a23456789"}
+        last, inner = self._render([_ASK, turn]), self._render([_ASK, turn, result])
+        if last and inner.startswith(last):
+            mark = self._first_token(inner[len(last) : inner.rfind(_R)])
+            return self._said_end(mark)
+        return self._missing_of_answers
+
+    def _said_end(self, mark: str) -> str:
+        template = self._template
+        return mark if mark and mark in template.end_tokens else template.end_of_turn or ""
+
+    def _first_token(self, text: str) -> str:
+        found = self._closing.match(text.lstrip())
+        return found[0] if found else ""
+
+    @cached_property
+    def always_prompt(self) -> str:
+        """The generation prompt of a template that writes it whether it is asked for or not."""
+        for last, inner in self._last_and_inner([_ASK, _SAY]):
+            if self._render([_ASK, _SAY], generation_prompt=True) == last:
+                return last[last.rfind(_A) + len(_A) :].removeprefix(self._inner_end(inner))
+        return ""
+
+    @cached_property
+    def generation_prompt(self) -> str:
+        """How an inference prompt ends, from the header of the assistant on; empty: unknown."""
+        if self.always_prompt:
+            return self.always_prompt
+        for first in ([], [_SYSTEM]):
+            plain = self._render([*first, _ASK])
+            asked = self._render([*first, _ASK], generation_prompt=True)
+            if plain and asked.startswith(plain) and len(asked) > len(plain):
+                return asked[len(plain) :]
+            if asked:
+                behind = asked[asked.rfind(_Q) + len(_Q) :]
+                tokens = [m.start() for m in self._closing.finditer(behind)]
+                return behind[tokens[-1] :] if tokens else behind.strip()
+        return ""
+
+    def _inner_end(self, inner: str) -> str:
+        """What ends an answer before the next question; empty where that cannot be told.
+
+        Between both stand the end of the one and the header of the other. The header also stands
+        before the first question; else it begins with the token with which a conversation begins.
+        """
+        at = inner.rfind(_A) + len(_A)
+        between, first = inner[at : inner.rfind(_R)], inner[: inner.find(_Q)]
+        header = common_prefix_length(between[::-1], first[::-1])
+        cut = len(between) - header
+        # Two different tokens may end alike.
+        cut = next((b for a, b in self._token_spans(between) if a < cut < b), cut)
+        if 0 < cut < len(between):
+            return between[:cut]
+        begins = [m[0] for m in self._closing.finditer(inner, 0, at) if m[0] != self._template.bos]
+        place = between.rfind(begins[0]) if begins else -1
+        return between[: max(place, 0)]
+
+    def _token_spans(self, text: str, at: int = 0) -> list[tuple[int, int]]:
+        return [m.span() for m in self._closing.finditer(text, at)]
+
+    def _last_and_inner(self, turns: list[Message]) -> Iterator[tuple[str, str]]:
+        """A conversation that ends with an answer, and as it goes on; none where it is refused."""
+        for first in ([], [_SYSTEM]):
+            last = self._render([*first, *turns])
+            inner = self._render([*first, *turns, _AGAIN])
+            if _A in last and _A in inner and _R in inner:
+                yield last, inner
+
+    # ----------------------------------------------------------------------------- thoughts
+
+    @cached_property
+    def thought_form(self) -> ThoughtForm | None:
+        """How thoughts are written between tags of their own; null: they are not."""
+        beside: Message = {**_SAY, "reasoning_content": _T}
+        inside = {**_SAY, "content": f"{_THINK}\n{_T}\n{_END_THINK}\n\n{_A}"}
+        for message in (beside, inside):
+            text = self._render([_ASK, message]) or self._render([_SYSTEM, _ASK, message])
+            at, answer = text.rfind(_T), text.rfind(_A)
+            opened = _TAG_BEFORE.search(text, 0, at) if 0 <= at < answer else None
+            closed = _TAG_BEHIND.match(text, at + len(_T)) if opened else None
+            if opened and closed and "think" in opened[1].lower():
+                between = text[at + len(_T) : answer]
+                return ThoughtForm(opened[1], text[opened.start() : at], between, True)
+        if _END_THINK in self._template.source:
+            return ThoughtForm(_THINK, f"{_THINK}\n", f"\n{_END_THINK}\n\n", False)
+        return None
+
+    @cached_property
+    def empty_thoughts(self) -> re.Pattern[str]:
+        """A block of thoughts without any, with the white space around it."""
+        form = self.thought_form
+        if form is None:
+            return re.compile(r"(?!)")
+        closed = _TAG_BEHIND.match(form.between)
+        tag = re.escape(closed[1]) if closed else re.escape(_END_THINK)
+        return re.compile(rf"\s*{re.escape(form.open_tag)}\s*{tag}\s*")
+
+    def opens_thoughts(self, prompt: str) -> bool:
+        """Whether an inference prompt ends in an open block of thoughts."""
+        form = self.thought_form
+        tags = {_THINK, "<thinking>", *([form.open_tag] if form else ())}
+        return prompt.rstrip().endswith(tuple(tags))
+
+    # ---------------------------------------------------------------------------- variables
+
+    @cached_property
+    def variables(self) -> tuple[str, ...]:
+        """The names that the template reads, beside what every template is given."""
+        try:
+            tree = self._template.environment.parse(self._template.source)
+        except jinja2.TemplateSyntaxError:
+            return ()
+        return tuple(sorted(meta.find_undeclared_variables(tree) - _GIVEN))
+
+    def _render(self, messages: list[Message], generation_prompt: bool = False) -> str:
+        """A conversation; empty where the template refuses it."""
+        arguments: dict[str, Any] = {"generation_prompt": generation_prompt}
+        try:
+            return self._template.render(messages, "probe", **arguments)
+        except DataError:
+            return ""
