@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from posttrain_dist.data import Form, Template
+from posttrain_dist.data import Form, Template, Thinking
 from posttrain_dist.data.chat.encoder import Encoder
+from posttrain_dist.data.chat.rendering.template_choice import load_templates
 from posttrain_dist.errors import PosttrainError
 from posttrain_dist.flow import Record
 
@@ -69,15 +70,19 @@ AGREED = Outcome("", "")
 
 
 def read_shapes() -> list[Any]:
-    """Every shape of tests/data/chat/shapes, once with each of its sets of variables."""
+    """Every shape of tests/data/chat/shapes, once more with each of its variables and options."""
     return list(_shapes["read_shapes"]())
 
 
 def judge(shape: Any, names: Sequence[str], form: Form) -> Iterator[tuple[str, Outcome]]:
     """Encode some conversations with a shape, and ask the oracle about what was taken."""
     tokenizer = shape.tokenizer()
-    choice = Template(form=form, variables=dict(shape.variables))
-    encoder = Encoder(tokenizer, choice, max_length=1 << 16)
+    options = dict(shape.choice)
+    if "thinking" in options:
+        options["thinking"] = Thinking[options["thinking"]]
+    choice = Template(form=form, variables=dict(shape.variables), **options)
+    templates = load_templates(choice, tokenizer, ends=[shape.eos, *shape.stops])
+    encoder = Encoder(tokenizer, choice, max_length=1 << 16, templates=templates)
     chats = _chats["conversations"](shape.ends[0], shape.call_id)
     for name in names:
         chat = chats[name]
@@ -85,7 +90,7 @@ def judge(shape: Any, names: Sequence[str], form: Form) -> Iterator[tuple[str, O
             channel="c", where=name, messages=tuple(chat.messages), tools=tuple(chat.tools)
         )
         try:
-            examples, _ = encoder.encode(record)
+            examples = encoder.encode(record).examples
         except PosttrainError as error:
             yield name, Outcome(str(error), "")
             continue
@@ -115,7 +120,7 @@ def matrix() -> str:
         rows.append(f"| {' | '.join([f'`{shape.title}`', *cells])} |")
     num_names = len({shape.name for shape in shapes})
     lines = [
-        f"{num_names} shapes, {len(shapes)} with their variables; {len(CONVERSATIONS)} "
+        f"{num_names} shapes, {len(shapes)} with their variables and options; {len(CONVERSATIONS)} "
         f"conversations in {len(FORMS)} forms: {num_agreed} agree, {num_refused} are refused, "
         f"{len(shapes) * len(CONVERSATIONS) * len(FORMS) - num_agreed - num_refused} disagree.",
         "",

@@ -9,20 +9,25 @@ of a row, two public calls are made:
 and the tokens of a prompt are tokenizer(prompt_k, add_special_tokens=False), which is what
 `tokenize=True` gives. From them follows, of samples (token ids, weights):
 
-1.  Supervised tokens come in runs, which are also cut where a prompt ends whose tokens begin the
-    sample. A run belongs to the turn of the longest such prompt that ends at or before it; without
-    one it trains on what is given.
-2.  Each turn of the assistant that has a prompt is trained in exactly one run of one sample, and
-    that run begins where the tokens of its prompt end. Only an empty thinking block may stand
-    between.
+1.  Supervised tokens come in runs, which are also cut behind an end token where a prompt ends whose
+    tokens begin the sample. A run belongs to the turn of the longest such prompt that ends at or
+    before it; without one it trains on what is given.
+2.  Each turn of the assistant is trained in exactly one run of one sample, and that run begins
+    where the tokens of its prompt end. Only an empty thinking block may stand between. Turns
+    without a prompt, and those before any question, may be left out.
 3.  What is said, the decoded run, holds the message's thoughts, content, and each call's name and
     arguments, one behind the other, and no word that only other messages have.
 4.  Its last token is one of the shape's end tokens.
 5.  Where prompt_k begins upto_k, what is said is the rest of upto_k up to its last end token, and
-    that token; a rest without one is followed by one. A leading empty thinking block may lack.
-    Tokens that swallow white space decode without it: tokens are compared where texts differ.
-6.  Where the prompt leaves a thinking block open, what is said closes it before the content.
-7.  A row that quotes the end token has no more control tokens than the same row without the quote:
+    that token; a rest without one is followed by one, with or without the white space at its end.
+    A leading empty thinking block may lack. Where the template cuts the message's thoughts out of
+    that rest, they stand before it between marks of the shape. Tokens that swallow white space
+    decode without it: tokens are compared where texts differ.
+6.  Where prompt_k does not begin upto_k, what is said behind the thoughts is how upto_k ends, up to
+    its last end token, and begins neither before both part nor with what the prompt ends in.
+7.  Where the prompt leaves a thinking block open, what is said closes it before the content; where
+    it ends in a closed one, what is said opens none.
+8.  A row that quotes the end token has no more control tokens than the same row without the quote:
     its prompts are compared as text, token counts as those of that row.
 
 So a prompt's own part is never trained, but for the runs of earlier turns of the same sample.
@@ -39,6 +44,7 @@ from itertools import groupby, pairwise
 from typing import Any
 
 Sample = tuple[list[int], list[float]]  # ids and weights of one sample's tokens
+_HALF_TAG = re.compile(r"[<\[][^<>\[\]]*\Z")
 _PLAIN = "unquoted"  # stands for a quoted token
 
 
@@ -77,7 +83,9 @@ class Oracle:
         trained: list[int] = []
         for number, (ids, weights) in enumerate(samples):
             prompts = dict(self._prompts_of(ids))
-            for start, end in _runs(weights, prompts.values()):
+            ends = {self._tokenizer.convert_tokens_to_ids(end) for end in self._ends}
+            cuts = [length for length in prompts.values() if ids[length - 1] in ends]
+            for start, end in _runs(weights, cuts):
                 owners = [turn for turn, length in prompts.items() if length <= start]
                 said = self._decode(ids[start:end])
                 if not owners:
@@ -90,7 +98,7 @@ class Oracle:
                 found = self._gap_fault(gap) or self._said_fault(turn, gap, ids[start:end])
                 if found:
                     return f"messages[{turn}]: {found}"
-        missing = [turn for turn, _, _ in self._prompts if turn not in trained]
+        missing = [turn for turn in self._asked if turn not in trained]
         return f"messages{missing} are trained nowhere" if missing else ""
 
     # -------------------------------------------------------------------------------- rendering
@@ -162,6 +170,12 @@ class Oracle:
     def _control_ids(self) -> frozenset[int]:
         return frozenset(self._tokenizer.added_tokens_decoder)
 
+    @cached_property
+    def _asked(self) -> list[int]:
+        """Turns that have a prompt and stand behind a question."""
+        roles = [message["role"] for message in self._messages]
+        return [turn for turn, _, _ in self._prompts if {"user", "tool"} & set(roles[:turn])]
+
     # --------------------------------------------------------------------------------- one turn
 
     def _gap_fault(self, gap: str) -> str:
@@ -175,8 +189,8 @@ class Oracle:
         return (
             self._content_fault(turn, said)
             or self._leak_fault(turn, said)
-            or self._remainder_fault(turn, gap, said, ids)
             or self._closing_fault(turn, said)
+            or self._remainder_fault(turn, gap, said, ids)
             or self._quote_fault(turn, ids)
         )
 
@@ -210,19 +224,58 @@ class Oracle:
         return f"{said!r} has {leaked[0]!r} of another message" if leaked else ""
 
     def _remainder_fault(self, turn: int, gap: str, said: str, ids: Sequence[int]) -> str:
-        prompt, upto = self._render(turn, prompt=True), self._render(turn + 1, prompt=False)
-        if prompt is None or upto is None or not upto.startswith(prompt):
+        plain = bool(self._quotes)
+        prompt = self._render(turn, prompt=True, plain=plain)
+        upto = self._render(turn + 1, prompt=False, plain=plain)
+        if prompt is None or upto is None:
             return ""
+        if not upto.startswith(prompt):
+            return self._composed_fault(turn, prompt, upto, said)
         rest = upto[len(prompt) :]
-        end = max((rest.rfind(e) + len(e) for e in self._ends if e in rest), default=0)
-        expected = [rest[:end]] if end else [rest + e for e in self._ends]
+        expected = self._ended(rest)
         if gap + said in expected or self._is_swallowed(prompt, expected, ids):
             return ""
         bare = [self._empty_block.sub("", text, count=1) for text in expected]
         is_bare = all(self._empty_block.match(text) for text in expected)
         if not gap and is_bare and said in bare:
             return ""
+        words = self._behind_cut_thoughts(turn, rest, gap + said)
+        if words is not None and words.lstrip() in {text.lstrip() for text in bare}:
+            return ""
         return f"{gap + said!r} is trained on, and inference continues with {expected[0]!r}"
+
+    def _ended(self, text: str) -> list[str]:
+        """A text up to its last end token, or with one behind it where it has none."""
+        end = max((text.rfind(e) + len(e) for e in self._ends if e in text), default=0)
+        ended = [text[:end]] if end else [t + e for t in (text, text.rstrip()) for e in self._ends]
+        return [self._quoted(each) for each in ended]
+
+    def _composed_fault(self, turn: int, prompt: str, upto: str, said: str) -> str:
+        """A turn that the template does not begin as its prompt ends."""
+        words = said
+        for _, closes in self._thinks:
+            words = words.partition(closes)[2] if closes in words else words
+        words = words.lstrip()
+        same = 0 if self._quotes else _common_length(prompt, upto)
+        half = _HALF_TAG.search(upto[:same])
+        tail = upto[half.start() if half else same :]
+        ends_alike = any(text.endswith(words) for text in self._ended(tail))
+        before = next((m["content"] for m in self._messages[turn - 1 :: -1] if m["content"]), "")
+        header = prompt[prompt.rfind(before.strip()) + len(before.strip()) :].strip()
+        if ends_alike and not (turn and header and words.startswith(header)):
+            return ""
+        return f"behind its thoughts, {said!r} is not how the turn ends in {tail!r}"
+
+    def _behind_cut_thoughts(self, turn: int, rest: str, said: str) -> str | None:
+        """What follows the thoughts in what is said; null where `rest` holds them too."""
+        content = (self._messages[turn].get("content") or "").strip()
+        thoughts = [part for part in self._parts(self._messages[turn]) if part not in rest]
+        for opens, closes in self._thinks:
+            block, closed, behind = said.partition(closes)
+            inside = block.strip().removeprefix(opens).strip()
+            if closed and thoughts == [inside] and inside != content:
+                return behind
+        return None
 
     def _is_swallowed(self, prompt: str, expected: Sequence[str], ids: Sequence[int]) -> bool:
         """Whether these are the tokens that one of the texts has behind the prompt."""
@@ -240,6 +293,10 @@ class Oracle:
             before = said[: said.find(content)] if content else said
             if closes not in before:
                 return f"the prompt opens {opens!r}, which {said!r} does not close"
+        is_closed = prompt.rstrip().endswith(tuple(closes for _, closes in self._thinks))
+        opened = [opens for opens, _ in self._thinks if opens in said]
+        if is_closed and opened:
+            return f"the prompt closes the thoughts, and {said!r} opens {opened[0]!r}"
         return ""
 
     def _quote_fault(self, turn: int, ids: Sequence[int]) -> str:
@@ -266,6 +323,12 @@ def _runs(weights: Sequence[float], cuts: Iterable[int]) -> Iterator[tuple[int, 
             borders = [at, *sorted(cut for cut in set(cuts) if at < cut < at + length), at + length]
             yield from pairwise(borders)
         at += length
+
+
+def _common_length(one: str, other: str) -> int:
+    """Characters with which both texts begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _words(message: dict[str, Any]) -> set[str]:

@@ -7,7 +7,7 @@ breaks together, as those of Llama 3 and Qwen do, so that an answer may merge wi
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class Shape:
     ends: list[str] = field(default_factory=list)
     stops: list[str] = field(default_factory=list)
     variables: dict[str, Any] = field(default_factory=dict)
+    choice: dict[str, str] = field(default_factory=dict)
     thinks: list[list[str]] = field(default_factory=lambda: [["<think>", "</think>"]])
     thoughts: str = "reasoning_content"
     arguments: str = "object"
@@ -41,8 +42,8 @@ class Shape:
 
     @property
     def title(self) -> str:
-        """The name, with the variables."""
-        given = ", ".join(f"{name}={value}" for name, value in self.variables.items())
+        """The name, with the variables and options."""
+        given = ", ".join(f"{k}={v}" for k, v in {**self.variables, **self.choice}.items())
         return f"{self.name} ({given})" if given else self.name
 
     def tokenizer(self) -> Any:
@@ -50,8 +51,24 @@ class Shape:
         return _tokenizer(self.name)
 
     def as_read(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Messages with thoughts and arguments where, and as what, the template looks for them."""
-        return [self._as_read(message) for message in messages]
+        """Messages with thoughts and arguments where, and as what, the template looks for them.
+
+        Thoughts that the options take out are gone.
+        """
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        kept = {"none": [], "last": turns[-1:]}.get(self.choice.get("thinking", ""), turns)
+        return [
+            self._as_read(message if i in kept else self._without_thoughts(message))
+            for i, message in enumerate(messages)
+        ]
+
+    def _without_thoughts(self, message: dict[str, Any]) -> dict[str, Any]:
+        left = {key: value for key, value in message.items() if key != "reasoning_content"}
+        if left["role"] == "assistant":
+            for _, closes in self.thinks:
+                left["content"] = left["content"].split(closes)[-1]
+            left["content"] = left["content"] if left == message else left["content"].lstrip("\n")
+        return left
 
     def _as_read(self, message: dict[str, Any]) -> dict[str, Any]:
         read = dict(message)
@@ -63,13 +80,20 @@ class Shape:
 
 
 def read_shapes() -> list[Shape]:
-    """Every shape, once with each of its sets of variables."""
+    """Every shape, once more with each of its sets of variables and each of its options."""
     found = []
     for name, entry in _entries().items():
-        given = {key: value for key, value in entry.items() if key != "variables"}
-        given = {"ends": [entry["eos"]], **given, "name": name}
-        found += [Shape(**given, variables=v) for v in ({}, *entry.get("variables", ()))]
+        plain = _plain(name)
+        found.append(plain)
+        found += [replace(plain, variables=each) for each in entry.get("variables", ())]
+        found += [replace(plain, choice=each) for each in entry.get("choices", ())]
     return found
+
+
+def _plain(name: str) -> Shape:
+    entry = _entries()[name]
+    given = {key: value for key, value in entry.items() if key not in ("variables", "choices")}
+    return Shape(**{"ends": [entry["eos"]], **given, "name": name})
 
 
 @cache
@@ -104,7 +128,7 @@ def _tokenizer(name: str) -> Any:
     from tokenizers import AddedToken, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    shape = Shape(**{**_entries()[name], "name": name, "variables": {}})
+    shape = _plain(name)
     inner = Tokenizer.from_str(_blank())
     special = [*([shape.bos] if shape.bos else []), shape.eos, *shape.special, "<|pad|>"]
     inner.add_special_tokens(
