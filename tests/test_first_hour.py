@@ -140,8 +140,8 @@ READ = {
     "model.path={d}/base": (
         "{d}/base",
         "the tokenizer has no chat template",
-        "set template=chatml (or qwen, zephyr: this tokenizer has their tokens), best the one of "
-        "the model's instruct sibling; rows of prompt and completion as text need none\n",
+        "set template=chatml (or qwen, qwen3.5, zephyr: this tokenizer has their tokens), best the "
+        "one of the model's instruct sibling; rows of prompt and completion as text need none\n",
     ),
     "data.train={d}/tools.jsonl": (
         "{d}/tools.jsonl:1",

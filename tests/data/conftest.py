@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+_TAGS = [
+    *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+]
 # Family -> (BOS, EOS, other special tokens, added tokens that are not called special).
 FAMILIES: dict[str, tuple[str | None, str, list[str], list[str]]] = {
     "chatml": (None, "<|im_end|>", ["<|im_start|>"], []),
@@ -36,6 +39,46 @@ FAMILIES: dict[str, tuple[str | None, str, list[str], list[str]]] = {
         "<｜end▁of▁sentence｜>",
         [],
         ["<｜User｜>", "<｜Assistant｜>"],
+    ),
+    "r1": (
+        "<｜begin▁of▁sentence｜>",
+        "<｜end▁of▁sentence｜>",
+        [],
+        ["<｜User｜>", "<｜Assistant｜>", *_TAGS[:2]],
+    ),
+    "qwen3.5": (None, "<|im_end|>", ["<|im_start|>"], _TAGS),
+    "phi4": (None, "<|im_end|>", ["<|im_start|>", "<|im_sep|>"], []),
+    "granite": (None, "<|end_of_text|>", ["<|start_of_role|>", "<|end_of_role|>"], _TAGS[2:]),
+    "glm": (
+        None,
+        "<|endoftext|>",
+        ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"],
+        [*_TAGS, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"],
+    ),
+    "cohere": (
+        "<BOS_TOKEN>",
+        "<|END_OF_TURN_TOKEN|>",
+        [
+            *("<|START_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"),
+            *("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_THINKING|>", "<|END_THINKING|>"),
+            *("<|START_ACTION|>", "<|END_ACTION|>", "<|START_TOOL_RESULT|>", "<|END_TOOL_RESULT|>"),
+        ],
+        [],
+    ),
+    "gemma4": (
+        "<bos>",
+        "<eos>",
+        [
+            *("<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|think|>", '<|"|>', "<|tool>"),
+            *("<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>"),
+        ],
+        [],
+    ),
+    "gpt-oss": (
+        "<|startoftext|>",
+        "<|return|>",
+        ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|call|>"],
+        [],
     ),
 }
 # Line breaks stay together whatever follows, as in the tokenizers of Llama 3 and Qwen.

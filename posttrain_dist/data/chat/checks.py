@@ -7,7 +7,7 @@ refusal of the row; else its name is noted in the sample's `faults`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -50,6 +50,13 @@ CHECKS: dict[str, Check] = {
         "set template.thinking=close (the block is closed empty, and the model learns to close "
         "it), or give the answers thoughts (reasoning_content)",
     ),
+    "closed_thinking": Check(
+        "error",
+        "The inference prompt closes the block of thoughts before the turn, and the turn has "
+        "some: it would be trained to think where thinking is switched off.",
+        "set template.variables so that the template lets the model think; or "
+        "template.thinking=none, which leaves thoughts out",
+    ),
     "generation_prompt": Check(
         "error",
         "What stands between the generation prompt and the supervised text is given by nobody "
@@ -69,8 +76,8 @@ CHECKS: dict[str, Check] = {
         "What the assistant says, thinks and calls stands in the text; a template may leave out "
         "what it does not know, and the model would be trained on the rest.",
         "choose a template that writes it; or write thoughts into the content as "
-        "<think>...</think>, and what stands beside a tool call into a turn of its own; or take "
-        "it out of the row",
+        "<think>...</think> (template.thinking=none leaves them out), and what stands beside a "
+        "tool call into a turn of its own; or take it out of the row",
     ),
     "tools_shown": Check(
         "error",
@@ -197,6 +204,15 @@ def open_thinking_fault(rendered: Conversation, turn: int) -> str:
     return f"the inference prompt of messages[{turn}] opens its thoughts, and it has none"
 
 
+def closed_thinking_fault(rendered: Conversation, turn: int) -> str:
+    """A turn with thoughts whose inference prompt ends where thoughts are over."""
+    if not rendered.template.probes.closes_thoughts(rendered.prompt(turn)):
+        return ""
+    if not split_thoughts(rendered.messages[turn]).words:
+        return ""
+    return f"the inference prompt of messages[{turn}] closes its thoughts, and it has some"
+
+
 def gap_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
     """Text between the generation prompt and what is supervised of the turn."""
     prompt = rendered.prompt(turn)
@@ -226,7 +242,13 @@ def end_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
 
 def end_fix(rendered: Conversation) -> str:
     """What to do about a template that ends no turn; empty: the usual."""
-    mark = rendered.template.probes.next_mark
+    probes = rendered.template.probes
+    mark = probes.next_mark
+    if not mark and not probes.ends_turns:
+        return (
+            "the template ends no turn: set template.end_of_turn to the token that does, such as "
+            f"{rendered.controls.eos!r}; it is then supervised behind each turn"
+        )
     if not mark:
         return ""
     return (
@@ -235,14 +257,30 @@ def end_fix(rendered: Conversation) -> str:
     )
 
 
-def bos_fault(ids_L: Ints, bos: int | None, eos: int | None, name: str) -> str:
-    """A begin-of-text token that stands neither first nor behind the end of a text."""
+def bos_fault(
+    ids_L: Ints,
+    bos: int | None,
+    eos: int | None,
+    name: str,
+    is_space: Callable[[int], bool] = lambda i: False,
+) -> str:
+    """A begin-of-text token that stands neither first nor behind the end of a text or turn.
+
+    Args:
+        is_space: whether token i is white space, which may stand between both.
+    """
     if bos is None or bos == eos or np.count_nonzero(ids_L == bos) < 2:
         return ""
     ids = ids_L.tolist()
     if ids[0] == ids[1] == bos:
         return f"begins with two {name} tokens"
-    wrong = [i for i in range(1, len(ids)) if ids[i] == bos and ids[i - 1] != eos]
+    wrong = []
+    for i in (np.flatnonzero(ids_L[1:] == bos) + 1).tolist():
+        before = i - 1
+        while before > 0 and is_space(before):
+            before -= 1
+        if ids[before] != eos:
+            wrong.append(i)
     return f"holds a second {name} token, as its token {wrong[0]}" if wrong else ""
 
 

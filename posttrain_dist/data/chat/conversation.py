@@ -103,7 +103,7 @@ class Conversation:
         if last < 0 or self.messages[last]["role"] != "assistant":
             return text
         end = probes.missing_end(bool(self.messages[last].get("tool_calls")))
-        return text.rstrip() + end if end else text
+        return text.removesuffix(probes.last_space) + end if end else text
 
     def own_text(self, turn: int) -> str:
         """What message `turn` adds to the conversation; the whole where it cannot be the last."""

@@ -223,7 +223,15 @@ class Encoder:
         # In a row of plain text, special tokens are what they say.
         is_added = not text.is_plain or tokens.start_L[0] == tokens.end_L[0]
         own_L = ids_L[:2] if text.is_plain else ids_L
-        fault = checks.bos_fault(own_L, self._bos, eos, self._bos_name) if is_added else ""
+        fault = ""
+        if is_added:
+            fault = checks.bos_fault(
+                own_L,
+                self._bos,
+                eos,
+                self._bos_name,
+                lambda i: text.text[tokens.start_L[i] : tokens.end_L[i]].isspace(),
+            )
         text.faults.note("double_bos", fault)
         if text.is_plain and not fault:
             text.faults.note("control_tokens", checks.quote_fault(ids_L, self._bos, eos))

@@ -231,7 +231,7 @@ class Supervision:
         messages = row.messages[: turn + 1]
         rendered = Conversation(row.template, messages, row.where, row.tools, by_marks=False)
         _check_tools(rendered, first, faults)
-        faults.note("open_thinking", self._open_fault(rendered, turn))
+        self._check_thoughts(rendered, turn, faults)
         rendered.text, prompt = turn_text(rendered)
         text = row.supervised(rendered.text, faults)
         text.is_turn = True
@@ -249,7 +249,7 @@ class Supervision:
         fault = checks.prompt_text_fault(rendered, turn, spans)
         fix = OTHER_PROMPT if fault and not rendered.begins_as_prompted(turn) else ""
         faults.note("prompt_prefix", fault, fix)
-        faults.note("open_thinking", self._open_fault(rendered, turn))
+        self._check_thoughts(rendered, turn, faults)
         faults.note("generation_prompt", checks.gap_fault(rendered, turn, spans))
         faults.note("generation_marks", checks.mark_fault(rendered, turn, spans))
         faults.note("generation_marks", checks.hole_fault(rendered, turn, spans))
@@ -257,10 +257,10 @@ class Supervision:
         if "prompt_prefix" not in faults.names:
             text.add_prompt(len(rendered.prompt(turn)), turn, rendered.messages[turn])
 
-    def _open_fault(self, rendered: Conversation, turn: int) -> str:
-        if self._choice.thinking is Thinking.close:
-            return ""
-        return checks.open_thinking_fault(rendered, turn)
+    def _check_thoughts(self, rendered: Conversation, turn: int, faults: Faults) -> None:
+        if self._choice.thinking is not Thinking.close:
+            faults.note("open_thinking", checks.open_thinking_fault(rendered, turn))
+        faults.note("closed_thinking", checks.closed_thinking_fault(rendered, turn))
 
     def _without_empty_thoughts(
         self, rendered: Conversation, turn: int, spans: list[Span], faults: Faults

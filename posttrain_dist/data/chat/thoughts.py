@@ -10,9 +10,9 @@ from posttrain_dist.data import Thinking
 from posttrain_dist.data.chat.rendering.jinja_environment import THOUGHTS
 from posttrain_dist.flow import Message
 
-# Tags of thoughts that stand in what an assistant says: <think>, <seed:think>, [THINK], ◁think▷.
+# Tags of thoughts in what an assistant says: <think>, <thought>, <seed:think>, [THINK], ◁think▷.
 _INSIDE = re.compile(
-    r"\s*(?P<open><(?P<name>[\w:]*think(?:ing)?)>|\[THINK\]|◁think▷|<\|START_THINKING\|>)"
+    r"\s*(?P<open><(?P<name>[\w:]*(?:think|thought|reason)\w*)>|\[THINK\]|◁think▷|<\|START_THINKING\|>)"
     r"(?P<words>.*?)"
     r"(?P<close></(?P=name)>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>)(?P<gap>\s*)",
     re.DOTALL,

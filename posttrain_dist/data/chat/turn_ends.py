@@ -48,10 +48,13 @@ def end_of_turn(conversation: Conversation, turn: int, first: int | None = None)
     if not found:
         return last
     is_last = not upto[found[-1][1] : last].strip()
+    probes = conversation.template.probes
+    if probes.missing_end(bool(conversation.messages[turn].get("tool_calls"))):
+        return last  # put there by `Conversation`
     if conversation.messages[turn].get("tool_calls"):  # may be full of special tokens
         return found[-1][1] if is_last else last
-    if is_last and len(found) == 1 and conversation.has_output(turn):
-        return found[0][1]  # no content can stand behind it
+    if is_last and len(found) == 1 and (conversation.has_output(turn) or probes.generation_prompt):
+        return found[0][1]  # no content can stand behind it, and no header behind the prompt
     # The header, or a thought, has some too, or may quote the content.
     content_end = _content_end(conversation, turn)
     end = next((end for start, end in found if start >= content_end), 0)

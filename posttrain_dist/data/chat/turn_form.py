@@ -17,13 +17,13 @@ import re
 from typing import NamedTuple
 
 from posttrain_dist.data.chat.conversation import Conversation
-from posttrain_dist.data.chat.rendering.template_probes import ThoughtForm
+from posttrain_dist.data.chat.rendering.template_probes import usual_thoughts
 from posttrain_dist.data.chat.thoughts import Thoughts, split_thoughts
 from posttrain_dist.data.chat.turn_ends import end_of_turn
 from posttrain_dist.data.chat.turn_spans import content_place
 from posttrain_dist.data.prefix import common_prefix_length
+from posttrain_dist.errors import DataError
 
-_THINK = ThoughtForm("<think>", "<think>\n", "\n</think>\n\n", False)
 _HALF_TAG = re.compile(r"[<\[◁][^<>\[\]◁▷\s]*\Z")
 
 
@@ -49,6 +49,11 @@ def turn_text(conversation: Conversation) -> TurnText:
 
 
 def _said(conversation: Conversation, turn: int, prompt: str, thoughts: Thoughts) -> str:
+    probes = conversation.template.probes
+    open_tag = probes.opens_thoughts(prompt)
+    form = probes.thought_form or (usual_thoughts(open_tag) if open_tag else None)
+    if form is None:  # the template writes each content as it is
+        thoughts = Thoughts("", conversation.messages[turn])
     messages = [*conversation.messages[:turn], thoughts.bare]
     bare = Conversation(
         conversation.template, messages, conversation.where, conversation.tools, by_marks=False
@@ -56,16 +61,13 @@ def _said(conversation: Conversation, turn: int, prompt: str, thoughts: Thoughts
     place = content_place(bare, turn)
     start = place[0] if place else _begin_of_calls(bare, prompt)
     words = bare.text[start : end_of_turn(bare, turn, start)]
-    probes = conversation.template.probes
-    is_open = probes.opens_thoughts(prompt)
-    if not thoughts.words and not is_open:
+    if form is None or not (thoughts.words or open_tag):
         return _lead(bare.text[:start], prompt) + words
-    form = probes.thought_form or _THINK
     if thoughts.written.startswith(form.open_tag):
         block = thoughts.written
     else:
         block = form.before + thoughts.words.strip("\n") + form.between
-    if is_open:
+    if open_tag:
         given = prompt[len(prompt.rstrip()) :]
         block = block.removeprefix(form.open_tag)
         block = block.removeprefix(given) if block.startswith(given) else block.lstrip()
@@ -73,14 +75,29 @@ def _said(conversation: Conversation, turn: int, prompt: str, thoughts: Thoughts
 
 
 def _begin_of_calls(bare: Conversation, prompt: str) -> int:
-    """Where a turn without content begins: behind what its prompt shares, and empty thoughts."""
-    same = common_prefix_length(prompt, bare.text)
-    half = _HALF_TAG.search(bare.text, 0, same)
+    """Where a turn without content begins: behind its header, and an empty block of thoughts.
+
+    Raises:
+        DataError: that cannot be proved.
+    """
+    text, header = bare.text, bare.template.probes.generation_prompt.rstrip()
+    same = common_prefix_length(prompt, text)
+    if same < len(prompt.rstrip()) - len(header):  # they differ before the header already
+        at = text.rfind(header) if bare.controls.closing.search(header) else -1
+        if at < 0:
+            raise DataError(
+                f"where messages[{len(bare.messages) - 1}] begins in the text of the chat template "
+                "cannot be proved",
+                where=bare.where,
+                fix="set its weight to 0, or choose another template",
+            )
+        same = at + len(header)
+    half = _HALF_TAG.search(text, 0, same)
     if half and same < len(prompt):
         same = half.start()
-    empty = bare.template.probes.empty_thoughts.match(bare.text, same)
+    empty = bare.template.probes.empty_thoughts.match(text, same)
     at = empty.end() if empty else same
-    return at + len(bare.text[at:]) - len(bare.text[at:].lstrip())
+    return at + len(text[at:]) - len(text[at:].lstrip())
 
 
 def _lead(head: str, prompt: str) -> str:

@@ -26,6 +26,8 @@ _ASK, _SAY = {"role": "user", "content": _Q}, {"role": "assistant", "content": _
 _AGAIN = {"role": "user", "content": _R}
 _SYSTEM = {"role": "system", "content": _S}
 _TAG = r"(?:<[^<>\s]+>|\[/?[A-Z_]+\]|◁[^◁▷\s]+▷)"
+_OF_THOUGHTS = re.compile(r"think|thought|reason", re.IGNORECASE)
+_CLOSES = re.compile(r"\W*/|\W*END", re.IGNORECASE)  # how a closing tag begins
 _TAG_BEFORE = re.compile(rf"({_TAG})\s*\Z")
 _TAG_BEHIND = re.compile(rf"\s*({_TAG})")
 _THINK, _END_THINK = "<think>", "</think>"
@@ -43,7 +45,18 @@ class ThoughtForm(NamedTuple):
     open_tag: str
     before: str  # from the tag, with it, to the thoughts
     between: str  # from the thoughts to the answer, with the closing tag
-    is_shown: bool  # seen in a rendering; else what the model of such a template says
+
+
+def _last_tag(prompt: str) -> str:
+    """The tag of thoughts that a prompt ends with, white space apart."""
+    found = _TAG_BEFORE.search(prompt, max(len(prompt) - 200, 0))
+    return found[1] if found and _OF_THOUGHTS.search(found[1]) else ""
+
+
+def usual_thoughts(open_tag: str = _THINK) -> ThoughtForm:
+    """The form that most models write thoughts in: tags on lines of their own."""
+    close_tag = open_tag[0] + "/" + open_tag[1:]
+    return ThoughtForm(open_tag, f"{open_tag}\n", f"\n{close_tag}\n\n")
 
 
 class TemplateProbes:
@@ -67,9 +80,6 @@ class TemplateProbes:
             # Two different tokens may begin alike.
             tokens = self._token_spans(last, content_end)
             shared = next((a for a, b in tokens if a < shared < b), shared)
-            end = self._inner_end(inner)
-            if end:
-                shared = min(shared, content_end + len(end))
             is_closed = any(b <= shared for _, b in tokens)
             return last[shared:] if content_end <= shared and is_closed else ""
         return ""
@@ -87,12 +97,25 @@ class TemplateProbes:
         return self._missing_of_calls if calls else self._missing_of_answers
 
     @cached_property
+    def last_space(self) -> str:
+        """The white space that the template writes behind a last answer which it does not end."""
+        for last, _ in self._last_and_inner([_ASK, _SAY]):
+            tail = last[last.rfind(_A) + len(_A) :].removesuffix(self.always_prompt)
+            return tail if tail.isspace() else ""
+        return ""
+
+    @cached_property
     def next_mark(self) -> str:
         """The token that opens what follows an answer, of a template that ends none; else empty."""
         for last, inner in self._last_and_inner([_ASK, _SAY]):
             if not self._has_end(last, inner):
                 return self._first_token(inner[inner.rfind(_A) + len(_A) : inner.rfind(_R)])
         return ""
+
+    @cached_property
+    def ends_turns(self) -> bool:
+        """Whether a token stands behind an answer, the last or an inner one."""
+        return any(self._has_end(*texts) for texts in self._last_and_inner([_ASK, _SAY]))
 
     def _has_end(self, last: str, inner: str) -> bool:
         tail = last[last.rfind(_A) + len(_A) :].removesuffix(self.always_prompt)
@@ -158,19 +181,18 @@ class TemplateProbes:
         """What ends an answer before the next question; empty where that cannot be told.
 
         Between both stand the end of the one and the header of the other. The header also stands
-        before the first question; else it begins with the token with which a conversation begins.
+        before the first question, where no other message is before that, and may begin with the
+        token with which a conversation begins.
         """
         at = inner.rfind(_A) + len(_A)
         between, first = inner[at : inner.rfind(_R)], inner[: inner.find(_Q)]
-        header = common_prefix_length(between[::-1], first[::-1])
-        cut = len(between) - header
+        cut = len(between) - common_prefix_length(between[::-1], first[::-1])
         # Two different tokens may end alike.
         cut = next((b for a, b in self._token_spans(between) if a < cut < b), cut)
-        if 0 < cut < len(between):
-            return between[:cut]
         begins = [m[0] for m in self._closing.finditer(inner, 0, at) if m[0] != self._template.bos]
-        place = between.rfind(begins[0]) if begins else -1
-        return between[: max(place, 0)]
+        by_token = between.rfind(begins[0]) if begins else -1
+        end = max(cut, by_token)
+        return between[:end] if end < len(between) else ""
 
     def _token_spans(self, text: str, at: int = 0) -> list[tuple[int, int]]:
         return [m.span() for m in self._closing.finditer(text, at)]
@@ -187,20 +209,24 @@ class TemplateProbes:
 
     @cached_property
     def thought_form(self) -> ThoughtForm | None:
-        """How thoughts are written between tags of their own; null: they are not."""
-        beside: Message = {**_SAY, "reasoning_content": _T}
-        inside = {**_SAY, "content": f"{_THINK}\n{_T}\n{_END_THINK}\n\n{_A}"}
-        for message in (beside, inside):
-            text = self._render([_ASK, message]) or self._render([_SYSTEM, _ASK, message])
-            at, answer = text.rfind(_T), text.rfind(_A)
-            opened = _TAG_BEFORE.search(text, 0, at) if 0 <= at < answer else None
-            closed = _TAG_BEHIND.match(text, at + len(_T)) if opened else None
-            if opened and closed and "think" in opened[1].lower():
-                between = text[at + len(_T) : answer]
-                return ThoughtForm(opened[1], text[opened.start() : at], between, True)
-        if _END_THINK in self._template.source:
-            return ThoughtForm(_THINK, f"{_THINK}\n", f"\n{_END_THINK}\n\n", False)
+        """How thoughts are written between tags of their own; null: that is not known.
+
+        A template that shows none, and takes out of an answer what stands there between the usual
+        tags, is that of a model which writes these.
+        """
+        text = self._answer({**_SAY, "reasoning_content": _T})
+        at, answer = text.rfind(_T), text.rfind(_A)
+        opened = _TAG_BEFORE.search(text, 0, at) if 0 <= at < answer else None
+        closed = _TAG_BEHIND.match(text, at + len(_T)) if opened else None
+        if opened and closed and _OF_THOUGHTS.search(opened[1]):
+            return ThoughtForm(opened[1], text[opened.start() : at], text[at + len(_T) : answer])
+        inside = self._answer({**_SAY, "content": f"{_THINK}\n{_T}\n{_END_THINK}\n\n{_A}"})
+        if _A in inside and _T not in inside:
+            return usual_thoughts()
         return None
+
+    def _answer(self, message: Message) -> str:
+        return self._render([_ASK, message]) or self._render([_SYSTEM, _ASK, message])
 
     @cached_property
     def empty_thoughts(self) -> re.Pattern[str]:
@@ -208,15 +234,22 @@ class TemplateProbes:
         form = self.thought_form
         if form is None:
             return re.compile(r"(?!)")
-        closed = _TAG_BEHIND.match(form.between)
-        tag = re.escape(closed[1]) if closed else re.escape(_END_THINK)
-        return re.compile(rf"\s*{re.escape(form.open_tag)}\s*{tag}\s*")
+        tags = re.escape(form.open_tag), re.escape(self._close_tag)
+        return re.compile(r"\s*{}\s*{}\s*".format(*tags))
 
-    def opens_thoughts(self, prompt: str) -> bool:
-        """Whether an inference prompt ends in an open block of thoughts."""
-        form = self.thought_form
-        tags = {_THINK, "<thinking>", *([form.open_tag] if form else ())}
-        return prompt.rstrip().endswith(tuple(tags))
+    def opens_thoughts(self, prompt: str) -> str:
+        """The tag with which an inference prompt ends in an open block of thoughts, or nothing."""
+        tag = _last_tag(prompt)
+        return "" if _CLOSES.match(tag) else tag
+
+    def closes_thoughts(self, prompt: str) -> bool:
+        """Whether an inference prompt ends where a block of thoughts is over."""
+        return bool(_CLOSES.match(_last_tag(prompt)))
+
+    @property
+    def _close_tag(self) -> str:
+        closed = _TAG_BEHIND.match(self.thought_form.between) if self.thought_form else None
+        return closed[1] if closed else _END_THINK
 
     # ---------------------------------------------------------------------------- variables
 
