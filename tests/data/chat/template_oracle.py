@@ -19,7 +19,7 @@ and the tokens of a prompt are tokenizer(prompt_k, add_special_tokens=False), wh
     arguments, one behind the other, and no word that only other messages have.
 4.  Its last token is one of the shape's end tokens.
 5.  Where prompt_k begins upto_k, what is said is the rest of upto_k up to its last end token, and
-    that token; a rest without one is followed by one, with or without the white space at its end.
+    that token; a rest without one is followed by one, with or without white space at its end.
     A leading empty thinking block may lack. Where the template cuts the message's thoughts out of
     that rest, they stand before it between marks of the shape. Tokens that swallow white space
     decode without it: tokens are compared where texts differ.
@@ -74,6 +74,8 @@ class Oracle:
         self._ends, self._thinks = tuple(ends), [tuple(pair) for pair in thinks]
         blocks = (re.escape(opens) + r"\s*" + re.escape(closes) for opens, closes in thinks)
         self._empty_block = re.compile(rf"\s*(?:{'|'.join(blocks)})\s*")
+        whole = (f"{re.escape(opens)}.*?{re.escape(closes)}" for opens, closes in thinks)
+        self._whole_block = re.compile(rf"(?:{'|'.join(whole)})\s*", re.DOTALL)
         self._turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         quoting = json.dumps(self._messages, ensure_ascii=False)
         self._quotes = [end for end in self._ends if end in quoting]
@@ -245,9 +247,10 @@ class Oracle:
         return f"{gap + said!r} is trained on, and inference continues with {expected[0]!r}"
 
     def _ended(self, text: str) -> list[str]:
-        """A text up to its last end token, or with one behind it where it has none."""
+        """A text up to its last end token; where it has none, with one and less white space."""
         end = max((text.rfind(e) + len(e) for e in self._ends if e in text), default=0)
-        ended = [text[:end]] if end else [t + e for t in (text, text.rstrip()) for e in self._ends]
+        cuts = [end] if end else range(len(text.rstrip()), len(text) + 1)
+        ended = [text[:cut] + ("" if end else e) for cut in cuts for e in self._ends]
         return [self._quoted(each) for each in ended]
 
     def _composed_fault(self, turn: int, prompt: str, upto: str, said: str) -> str:
@@ -256,10 +259,10 @@ class Oracle:
         for _, closes in self._thinks:
             words = words.partition(closes)[2] if closes in words else words
         words = words.lstrip()
-        same = 0 if self._quotes else _common_length(prompt, upto)
+        same = _common_length(prompt, upto)
         half = _HALF_TAG.search(upto[:same])
         tail = upto[half.start() if half else same :]
-        ends_alike = any(text.endswith(words) for text in self._ended(tail))
+        ends_alike = any(self._whole_block.sub("", t).endswith(words) for t in self._ended(tail))
         before = next((m["content"] for m in self._messages[turn - 1 :: -1] if m["content"]), "")
         header = prompt[prompt.rfind(before.strip()) + len(before.strip()) :].strip()
         if ends_alike and not (turn and header and words.startswith(header)):
