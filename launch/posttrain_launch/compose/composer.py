@@ -45,12 +45,29 @@ def register_schemas(help_text: str = "") -> None:
         help_text: a template in which `$CONFIG` stands for the composed config.
     """
     store = ConfigStore.instance()
-    store.store(name="schema", node=RunConfig)
+    store.store(name="schema", node=_schema(RunConfig))
     for group, options in GROUPS.items():
         for kind, option in options.items():
-            store.store(group=f"schema/{group}", name=kind, node=option)
+            store.store(group=f"schema/{group}", name=kind, node=_schema(option))
     page = {"app_name": "posttrain", "header": "", "footer": "", "template": help_text}
     store.store(group="hydra/help", name="posttrain", node=page)
+
+
+def _schema(option: type) -> DictConfig:
+    """A dataclass as OmegaConf has it; a field that is a dict takes any key."""
+    schema: DictConfig = OmegaConf.structured(option)
+    _open_dicts(schema)
+    return schema
+
+
+def _open_dicts(node: DictConfig) -> None:
+    for name in node:
+        value = node._get_node(name)
+        if isinstance(value, DictConfig):
+            if OmegaConf.get_type(value) is dict:
+                OmegaConf.set_struct(value, False)
+            else:
+                _open_dicts(value)
 
 
 class _CachingLoader(ConfigLoaderImpl):

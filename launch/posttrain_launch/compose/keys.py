@@ -35,11 +35,13 @@ def value_problems(
     *parents, leaf = key.split(".")
     node: Any = base
     for part in parents:
+        if _takes_any_key(node) and part not in node:
+            return []  # below a name of the user's own
         node = node.get(part) if isinstance(node, DictConfig) and part in node else None
-    if not isinstance(node, DictConfig) or leaf not in node:
+    if not isinstance(node, DictConfig) or (leaf not in node and not _takes_any_key(node)):
         typed = value if leaf == "chat_template" and isinstance(value, str) else None
         return [ConfigError("unknown key", where=place, fix=unknown_key_fix(base, key, typed))]
-    target = node.get(leaf)
+    target = node.get(leaf) if leaf in node else None
     if isinstance(target, DictConfig):
         if isinstance(value, dict):
             return [
@@ -76,6 +78,11 @@ def value_problems(
         return [ConfigError(what, where=place, fix=fix)]
     wanted, shown = type_name(hint), "null" if value is None else repr(value)
     return [ConfigError(f"{shown} is not {wanted}", where=place, fix=f"set {key} to {wanted}")]
+
+
+def _takes_any_key(node: Any) -> bool:
+    """Whether a node is a dict of the config, whose names are the user's own."""
+    return isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict
 
 
 def is_number(value: Any) -> bool:
@@ -161,4 +168,6 @@ def _slot_keys() -> Iterator[str]:
 
 def _hint(node: DictConfig, leaf: str) -> Any:
     owner = OmegaConf.get_type(node)
+    if owner is dict:
+        return node._metadata.element_type
     return typing.get_type_hints(owner).get(leaf, str) if owner is not None else str

@@ -162,9 +162,11 @@ class ControlTokens:
         return EscapedText(text, aliased, breaks, forged)
 
     def encode_aliased(
-        self, escaped: EscapedText, part: slice, where: str
+        self, escaped: EscapedText, part: slice, where: str, anchor: str = ""
     ) -> tuple[list[int], list[Span]]:
         """Token ids and offsets where only the template's own control tokens are recognised.
+
+        `anchor`, a control token, stands before the part; its own id is the first one then.
 
         The text is encoded whole, by a tokenizer that knows the template's own tokens under their
         aliases. To encode the forged spans alone, and put their ids into those of the rest, would
@@ -178,9 +180,10 @@ class ControlTokens:
         if self._twin is None:
             self._twin = self._make_twin()
         twin, real_ids = self._twin
-        encoded = twin.encode(escaped.aliased[part], add_special_tokens=False)
+        text = self._aliases.get(anchor, "") + escaped.aliased[part]
+        encoded = twin.encode(text, add_special_tokens=False)
         ids = [real_ids.get(i, i) for i in encoded.ids]
-        first = part.start or 0
+        first = (part.start or 0) - len(anchor)
         for start, end in escaped.forged:
             name = escaped.text[start:end]
             for token, (a, b) in zip(ids, encoded.offsets, strict=True):
@@ -191,6 +194,14 @@ class ControlTokens:
                         fix="change the text, or leave the row out",
                     )
         return ids, encoded.offsets
+
+    def last_written(self, text: str) -> str:
+        """The last control token of a text, which may have its own ones under their aliases."""
+        names = {alias: name for name, alias in self._aliases.items()}
+        found = [m[0] for m in re.finditer(_any({*names, *self.ids}), text)]
+        if any(match in names for match in found):  # then the others are quoted
+            found = [names[match] for match in found if match in names]
+        return found[-1] if found else ""
 
     def _make_twin(self) -> tuple[Tokenizer, dict[int, int]]:
         """The tokenizer with other names for control tokens, and the ids to put back."""

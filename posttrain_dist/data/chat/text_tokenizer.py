@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from posttrain_dist.data.chat import checks
+from posttrain_dist.data.chat.controls import Span
 from posttrain_dist.data.chat.supervision import SupervisedText
 from posttrain_dist.data.tokens.byte_level import ByteLevel
 from posttrain_dist.data.tokens.text_tokens import TextTokens
@@ -94,20 +95,28 @@ class TextTokenizer:
         """
         ((length, name, _),) = text.prompts
         controls = text.own_controls
-        if text.escaped.aliased is not None or not self.prompt_fault(text, tokens, length, name):
+        if not self.prompt_fault(text, tokens, length, name):
             return tokens
-        anchors = [m[0] for m in controls.pattern.finditer(text.text, 0, length)]
-        if not controls.are_borders or not anchors:
+        written = text.escaped.aliased or text.text
+        anchor = controls.last_written(written[:length])
+        if not controls.are_borders or not anchor:
             return tokens
-        anchor = anchors[-1]
-        prompt, said = self._backend.encode_batch(
-            [text.text[:length], anchor + text.text[length:]], add_special_tokens=False
-        )
+        prompt_ids, prompt_offsets = self._part(text, slice(0, length))
+        said_ids, said_offsets = self._part(text, slice(length, None), anchor)
         moved = length - len(anchor)
-        offsets = [(begin + moved, end + moved) for begin, end in said.offsets[1:]]
-        if said.ids[0] != controls.ids[anchor] or not offsets or offsets[0][0] != length:
+        offsets = [(begin + moved, end + moved) for begin, end in said_offsets[1:]]
+        if said_ids[0] != controls.ids[anchor] or not offsets or offsets[0][0] != length:
             return tokens
-        return TextTokens.of([*prompt.ids, *said.ids[1:]], [*prompt.offsets, *offsets])
+        return TextTokens.of([*prompt_ids, *said_ids[1:]], [*prompt_offsets, *offsets])
+
+    def _part(
+        self, text: SupervisedText, part: slice, anchor: str = ""
+    ) -> tuple[list[int], list[Span]]:
+        """Tokens of a part of a text, behind a control token where one is named."""
+        if text.escaped.aliased is not None:
+            return text.own_controls.encode_aliased(text.escaped, part, text.where, anchor)
+        encoded = self._backend.encode(anchor + text.text[part], add_special_tokens=False)
+        return encoded.ids, encoded.offsets
 
     def _tail(self, text: str) -> list[int]:
         found = self._tails.get(text)

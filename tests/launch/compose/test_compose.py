@@ -11,6 +11,7 @@ from posttrain_launch.compose.problems import compose_checked
 
 from posttrain_dist.config import Local, Ray, RunConfig, Slurm, complete
 from posttrain_dist.engine import AdamW, DeepSpeed, Schedule, Single
+from posttrain_dist.errors import PosttrainError
 from posttrain_dist.objectives.pretrain import Pretrain
 
 
@@ -25,6 +26,23 @@ def compose(*overrides: str) -> RunConfig:
 
 def test_nothing_typed_is_the_defaults_of_the_dataclasses():
     assert compose() == complete(RunConfig())
+
+
+def test_keys_of_the_users_own() -> None:
+    """A dict of the config takes any name, as a whole and one by one; nothing else does."""
+    assert compose("data.columns={messages: dialog}").data.columns == {"messages": "dialog"}
+    assert compose("data.columns.messages=dialog").data.columns == {"messages": "dialog"}
+    deep = {"enable_thinking": False, "style": {"tone": ["dry", 1]}}
+    typed = "template.variables={enable_thinking: false, style: {tone: [dry, 1]}}"
+    assert compose("template=qwen", typed).template.variables == deep
+    more = compose("template.variables.a=1", "+template.variables.b.c=2").template.variables
+    assert more == {"a": 1, "b": {"c": 2}}
+    frozen = RunConfig.from_yaml(compose(typed).to_yaml())
+    assert frozen.template.variables == deep
+    with pytest.raises(PosttrainError, match=r"data\.columns\.messages: \[1\] is not text"):
+        compose("data.columns.messages=[1]", "train.steps=3")
+    with pytest.raises(PosttrainError, match=r"template\.varables\.x: unknown key"):
+        compose("template.varables.x=1")
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ class TemplateProbes:
         if form is None:
             return re.compile(r"(?!)")
         tags = re.escape(form.open_tag), re.escape(self._close_tag)
-        return re.compile(r"\s*{}\s*{}\s*".format(*tags))
+        return re.compile(r"\s*(?:{})?\s*{}\s*".format(*tags))
 
     def opens_thoughts(self, prompt: str) -> str:
         """The tag with which an inference prompt ends in an open block of thoughts, or nothing."""
