@@ -234,8 +234,8 @@ class Oracle:
         if not upto.startswith(prompt):
             return self._composed_fault(turn, prompt, upto, said)
         rest = upto[len(prompt) :]
-        expected = self._ended(rest)
-        if gap + said in expected or self._is_swallowed(prompt, expected, ids):
+        expected = [self._quoted(text) for text in self._ended(rest)]
+        if gap + said in expected or self._is_swallowed(prompt, self._ended(rest), ids):
             return ""
         bare = [self._empty_block.sub("", text, count=1) for text in expected]
         is_bare = all(self._empty_block.match(text) for text in expected)
@@ -250,8 +250,7 @@ class Oracle:
         """A text up to its last end token; where it has none, with one and less white space."""
         end = max((text.rfind(e) + len(e) for e in self._ends if e in text), default=0)
         cuts = [end] if end else range(len(text.rstrip()), len(text) + 1)
-        ended = [text[:cut] + ("" if end else e) for cut in cuts for e in self._ends]
-        return [self._quoted(each) for each in ended]
+        return [text[:cut] + ("" if end else e) for cut in cuts for e in self._ends]
 
     def _composed_fault(self, turn: int, prompt: str, upto: str, said: str) -> str:
         """A turn that the template does not begin as its prompt ends."""
@@ -262,7 +261,8 @@ class Oracle:
         same = _common_length(prompt, upto)
         half = _HALF_TAG.search(upto[:same])
         tail = upto[half.start() if half else same :]
-        ends_alike = any(self._whole_block.sub("", t).endswith(words) for t in self._ended(tail))
+        whole = (self._whole_block.sub("", self._quoted(text)) for text in self._ended(tail))
+        ends_alike = any(text.endswith(words) for text in whole)
         before = next((m["content"] for m in self._messages[turn - 1 :: -1] if m["content"]), "")
         header = prompt[prompt.rfind(before.strip()) + len(before.strip()) :].strip()
         if ends_alike and not (turn and header and words.startswith(header)):
@@ -280,12 +280,13 @@ class Oracle:
                 return behind
         return None
 
-    def _is_swallowed(self, prompt: str, expected: Sequence[str], ids: Sequence[int]) -> bool:
+    def _is_swallowed(self, prompt: str, ended: Sequence[str], ids: Sequence[int]) -> bool:
         """Whether these are the tokens that one of the texts has behind the prompt."""
         length = len(self._encode(prompt))
-        return not self._quotes and any(
-            self._encode(prompt + text)[length:] == list(ids) for text in expected
-        )
+        tails = (self._encode(prompt + text)[length:] for text in ended)
+        if not self._quotes:
+            return list(ids) in tails
+        return self._decode(ids) in (self._quoted(self._decode(tail)) for tail in tails)
 
     def _closing_fault(self, turn: int, said: str) -> str:
         prompt = self._render(turn, prompt=True) or ""

@@ -1,7 +1,8 @@
 """The shapes of index.yaml: templates with their tokenizers (loaded by path: tests/ is no package).
 
 A tokenizer is a small byte-level BPE with the shape's own tokens. Its pre-tokenizer keeps line
-breaks together, as those of Llama 3 and Qwen do, so that an answer may merge with its prompt.
+breaks together, as those of Llama 3 and Qwen do, so that an answer may merge with its prompt. With
+`spaces` it is one as sentencepiece makes them, which puts a space before a text.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Shape:
     files: dict[str, str] = field(default_factory=dict)
     special: list[str] = field(default_factory=list)
     strips: list[str] = field(default_factory=list)
+    spaces: str = ""
     added: list[str] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
     stops: list[str] = field(default_factory=list)
@@ -102,25 +104,33 @@ def _entries() -> dict[str, dict[str, Any]]:
 
 
 @cache
-def _blank() -> str:
-    """The tokenizer that all shapes share, as JSON."""
+def _blank(spaces: str) -> str:
+    """The tokenizer that shapes share, as JSON; `spaces`: one that puts spaces in front."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    inner.decoder = decoders.ByteLevel()
+    bytes_alone = [f"<0x{byte:02X}>" for byte in range(256)]
+    if spaces:
+        inner = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=spaces, split=False)
+        inner.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+    else:
+        inner = Tokenizer(models.BPE())
+        split = pre_tokenizers.Split(Regex(_SPLIT), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        inner.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+        inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=330,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=400,
+        special_tokens=["<unk>", *bytes_alone] if spaces else [],
+        initial_alphabet=[] if spaces else pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     inner.train_from_iterator(_TRAINED_ON, trainer)
-    return str(inner.to_str())
+    described = json.loads(inner.to_str())
+    described["added_tokens"] = described["added_tokens"][: 1 if spaces else 0]
+    return json.dumps(described)
 
 
 @cache
@@ -129,7 +139,7 @@ def _tokenizer(name: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     shape = _plain(name)
-    inner = Tokenizer.from_str(_blank())
+    inner = Tokenizer.from_str(_blank(shape.spaces))
     special = [*([shape.bos] if shape.bos else []), shape.eos, *shape.special, "<|pad|>"]
     inner.add_special_tokens(
         [AddedToken(text, normalized=False, rstrip=text in shape.strips) for text in special]
@@ -138,6 +148,7 @@ def _tokenizer(name: str) -> Any:
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=inner,
         **({"bos_token": shape.bos} if shape.bos else {}),
+        **({"unk_token": "<unk>"} if shape.spaces else {}),
         eos_token=shape.eos,
         pad_token="<|pad|>",
         extra_special_tokens=shape.special,
