@@ -46,6 +46,7 @@ Here are the configs of the groups `data` and `template`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import Enum
 from typing import Any
 
@@ -193,6 +194,9 @@ RESERVED_VARIABLES = frozenset(
 )
 
 
+CLOCK = "strftime_now"  # the function of a template that writes today's date
+
+
 def template_rules(template: Template) -> list[Rule]:
     """What must hold among the values of the group `template`."""
     return [
@@ -206,6 +210,12 @@ def template_rules(template: Template) -> list[Rule]:
             for name in template.variables
         ),
         Rule(
+            CLOCK not in template.variables or _is_date(template.variables[CLOCK]),
+            f"template.variables.{CLOCK}",
+            f"is {template.variables.get(CLOCK)!r}, must be the date that is written as today's",
+            f"write it in quotes: 'template.variables={{{CLOCK}: \"2026-07-26\"}}'",
+        ),
+        Rule(
             template.form is not Form.turns or template.supervise is not Supervise.all,
             "template.form",
             "is turns: one sample of each assistant turn, and template.supervise=all also "
@@ -213,6 +223,13 @@ def template_rules(template: Template) -> list[Rule]:
             "set template.supervise=assistant",
         ),
     ]
+
+
+def _is_date(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(datetime.fromisoformat(value))
+    except ValueError:
+        return False
 
 
 def data_rules(data: DataConfig) -> list[Rule]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from posttrain_dist.data import CLOCK
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.errors import ConfigError, DataError, ModelError, PosttrainError
 from posttrain_dist.logs import ProgressCallback
@@ -63,6 +64,7 @@ def prepare(
     def build(to: Path) -> None:
         build_dataset.build_dataset(config, inputs, to, only_heldout, progress)
 
+    _say_date(inputs, say)
     fetch(cached, folder, build, say)
     summary = Summary.read(folder)
     try:
@@ -94,9 +96,18 @@ def prepare_cached(
     def build(to: Path) -> None:
         build_dataset.build_dataset(config, inputs, to, only_heldout, progress)
 
+    _say_date(inputs, say)
     get_or_build(cached, build, say)
     _check_fit(inputs, Summary.read(cached))
     return cached
+
+
+def _say_date(inputs: Inputs, say: Log) -> None:
+    if inputs.date is not None:
+        say(
+            f"the chat template writes today's date into each prompt: {inputs.date}; to fix it, "
+            f"set a variable that it reads, or 'template.variables={{{CLOCK}: \"{inputs.date}\"}}'"
+        )
 
 
 def _reuse(config: RunConfig, folder: Path, only_heldout: bool, say: Log) -> Summary:

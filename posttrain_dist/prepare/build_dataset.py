@@ -96,7 +96,7 @@ def _encode(
 ) -> bool:
     """Encode all rows into `samples`; whether it was not left early, for too many bad ones."""
     seed = inputs.digest["seed"] or 0  # for the rows that are shown
-    job = Job(inputs.tokenizer, config.template, config.data, seed, TEXT_ROWS, inputs.ends)
+    job = Job(inputs.tokenizer, inputs.template, config.data, seed, TEXT_ROWS, inputs.ends)
     plan = [
         (index, unit)
         for index, reader in enumerate(inputs.readers)

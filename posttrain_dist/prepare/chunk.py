@@ -57,6 +57,23 @@ class BottomK(Generic[T]):
 
 
 @dataclass(slots=True)
+class TurnCost:
+    """Rows that are trained turn by turn, and what that costs."""
+
+    rows: int = 0
+    samples: int = 0
+    tokens: int = 0  # of these samples
+    whole: int = 0  # tokens of the longest sample of each row: about those of the conversation
+
+    def add(self, other: TurnCost) -> None:
+        """Count what another one has."""
+        self.rows += other.rows
+        self.samples += other.samples
+        self.tokens += other.tokens
+        self.whole += other.whole
+
+
+@dataclass(slots=True)
 class RowFacts:
     """What is counted while rows are encoded; rows are numbered from 0, without rejected ones."""
 
@@ -67,6 +84,7 @@ class RowFacts:
     rejected: list[Rejected] = field(default_factory=list)  # the first ones
     num_rejected: int = 0
     ends_file: bool = False  # a file could not be read on
+    turns: TurnCost = field(default_factory=TurnCost)
     failed: Counter[str] = field(default_factory=Counter)  # check -> rows
     failed_places: dict[str, list[str]] = field(default_factory=dict)  # check -> first ones
 
@@ -134,6 +152,9 @@ class ChunkBuilder:
         nothing = np.empty(0, np.int32)
         self._ids_R.append(examples[0].input_ids_L if examples else nothing)
         self.num_tokens += sum(len(each.input_ids_L) for each in kept)
+        if result.by_turns and kept:
+            sizes = [len(each.input_ids_L) for each in kept]
+            self.facts.turns.add(TurnCost(1, len(kept), sum(sizes), max(sizes)))
         if not kept:
             add_place(self.facts.dropped_places, record.channel, [record.where])
         for check in sorted(result.faults):

@@ -104,6 +104,7 @@ def data_report(config: RunConfig, prepared: Path) -> dict[str, Any]:
         "rejected": [
             {**row, "file": paths.get(row["file"], row["file"])} for row in found["rejected"]
         ],
+        "turns": {**found["turns"], "of": found["num_rows"]},
         "sources": _source_shares(config, examples),
         "examples": {
             channel: [{**each, "where": _current(each["where"], paths)} for each in conversations]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from posttrain_dist.config import RunConfig
-from posttrain_dist.data import Format, Template
+from posttrain_dist.data import CLOCK, Format, Template
 from posttrain_dist.data.chat.rendering.template_choice import TemplateSet, load_templates
 from posttrain_dist.data.formats.records import Reader
 from posttrain_dist.data.sources import FileSet, file_sets
@@ -47,6 +48,8 @@ class Inputs:
     tokenizer: ModelTokenizer
     templates: TemplateSet | None  # null: the objective reads no messages
     ends: tuple[str, ...]  # tokens at which generation stops, by generation_config.json
+    template: Template  # the group, with the date of today where its template writes that
+    date: str | None  # that date; null: no template reads the clock, or the config says it
     sets: list[FileSet]
     readers: list[Reader]  # one per file set
     states: dict[Path, tuple[int, int, int]]  # of the files of rows, when they were hashed
@@ -82,6 +85,11 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
     bare = own_template and not tokenizer.chat_template
     if rows == "messages" and not (bare and all(each.format in PLAIN for each in readers)):
         templates = load_templates(config.template, tokenizer, model_folder, ends)
+    template, date = config.template, None
+    if templates is not None and templates.reads_clock():
+        date = datetime.now().date().isoformat()
+        templates = templates.with_variables({CLOCK: date})
+        template = replace(template, variables=templates.variables)
     own_heldout = any(each.split == "eval" for each in sets)
     digests = Digests(cache_folder(data.cache) / "hashes.json")
     states = {file: state(file) for each in sets for file in each.files}
@@ -100,6 +108,7 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
         "template": None if templates is None else templates.sha256,
         **_of_template(config.template),
         "ends": list(ends),
+        "date": date,
         # In their order: a sample knows its source by number.
         "sets": [[each.name, each.split, *each.identity] for each in sets],
         "data": {
@@ -113,7 +122,19 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
         },
     }
     digests.save()
-    return Inputs(model_folder, model, tokenizer, templates, ends, sets, readers, states, digest)
+    return Inputs(
+        model_folder,
+        model,
+        tokenizer,
+        templates,
+        ends,
+        template,
+        date,
+        sets,
+        readers,
+        states,
+        digest,
+    )
 
 
 def _generation_ends(model_folder: Path, tokenizer: ModelTokenizer) -> tuple[str, ...]:
@@ -169,6 +190,6 @@ def refuse_changed(inputs: Inputs) -> None:
 
 
 def changed(digest: dict[str, Any], before: dict[str, Any]) -> list[str]:
-    """Names of the inputs that differ; a run goes on with libraries and code of another version."""
-    names = (digest.keys() | before.keys()) - {"versions", "format"}
+    """Names of the inputs that differ; a run goes on another day, with other libraries and code."""
+    names = (digest.keys() | before.keys()) - {"versions", "format", "date"}
     return sorted(name for name in names if digest.get(name) != before.get(name))

@@ -141,6 +141,7 @@ def findings(inputs: Inputs, tally: Tally, folder: Path) -> dict[str, Any]:
     Returns:
         files: one object a file: path, split, source, format, rows, rejected.
         num_rows: rows that were checked.
+        turns: rows that are trained turn by turn, as `TurnCost` has it.
         failed: check -> number of rows that fail it, and the places of the first ones.
         rejected: the first rows that could not be used.
         examples: channel -> conversations, with their tokens as text.
@@ -158,6 +159,7 @@ def findings(inputs: Inputs, tally: Tally, folder: Path) -> dict[str, Any]:
             for path, (index, rows, rejected) in tally.rows_of_file.items()
         ],
         "num_rows": tally.num_rows,
+        "turns": asdict(tally.turns),
         "failed": {
             name: {"failed": failed, "rows": tally.failed_places.get(name, [])}
             for name, failed in sorted(tally.failed.items())

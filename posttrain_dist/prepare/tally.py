@@ -19,7 +19,14 @@ import numpy.typing as npt
 from posttrain_dist.data.formats.records import Rejected
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Record
-from posttrain_dist.prepare.chunk import MAX_EXAMPLES, MAX_REJECTED, BottomK, Chunk, add_place
+from posttrain_dist.prepare.chunk import (
+    MAX_EXAMPLES,
+    MAX_REJECTED,
+    BottomK,
+    Chunk,
+    TurnCost,
+    add_place,
+)
 from posttrain_dist.prepare.similar import Bands
 
 MAX_CHANNELS = 256  # each is a row of every table and several metrics
@@ -46,6 +53,7 @@ class Tally:
     rows_of_set: list[tuple[int, int]] = field(default_factory=list)  # (set, rows), in order
     ends_file: bool = False  # a file could not be read on
     rejected: list[Rejected] = field(default_factory=list)  # the first ones
+    turns: TurnCost = field(default_factory=TurnCost)
     failed: Counter[str] = field(default_factory=Counter)  # check -> rows
     failed_places: dict[str, list[str]] = field(default_factory=dict)  # check -> first ones
     dropped_places: dict[str, list[str]] = field(default_factory=dict)  # channel -> first ones
@@ -75,6 +83,7 @@ class Tally:
         self.largest_id = max(self.largest_id, int(chunk.examples["tokens"].max(initial=0)))
         self.ends_file = self.ends_file or facts.ends_file
         self.rejected += facts.rejected[: MAX_REJECTED - len(self.rejected)]
+        self.turns.add(facts.turns)
         self.failed += facts.failed
         for ours, theirs in (
             (self.failed_places, facts.failed_places),

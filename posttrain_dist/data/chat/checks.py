@@ -144,6 +144,14 @@ CHECKS: dict[str, Check] = {
 }
 
 
+class CheckFailed(DataError):
+    """A row that fails a check of level "error"; `check` is its name."""
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "", check: str = "") -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.check = check
+
+
 @dataclass(slots=True)
 class Faults:
     """The checks that one text fails, in the order in which they were made."""
@@ -160,13 +168,13 @@ class Faults:
             fix: for this row; empty: that of the check.
 
         Raises:
-            DataError: the check is of level "error", and `strict` is set.
+            CheckFailed: the check is of level "error", and `strict` is set.
         """
         if not what:
             return
         check = CHECKS[name]
         if self.strict and check.level == "error":
-            raise DataError(what, where=self.where, fix=fix or check.fix)
+            raise CheckFailed(what, where=self.where, fix=fix or check.fix, check=name)
         if name not in self.names:
             self.names.append(name)
 

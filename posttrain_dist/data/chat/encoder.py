@@ -14,11 +14,12 @@ import numpy.typing as npt
 
 from posttrain_dist.data import Form, LongRows, Template, template_rules
 from posttrain_dist.data.chat import checks
-from posttrain_dist.data.chat.checks import Faults
+from posttrain_dist.data.chat.checks import CheckFailed, Faults
 from posttrain_dist.data.chat.rendering.template_choice import TemplateSet, load_templates
 from posttrain_dist.data.chat.supervision import SupervisedText, Supervision
 from posttrain_dist.data.chat.text_tokenizer import TextTokenizer, unpadded
 from posttrain_dist.data.chat.token_weights import token_weights
+from posttrain_dist.data.chat.variable_advice import VariableAdvice
 from posttrain_dist.data.formats.plain import IGNORED
 from posttrain_dist.data.tokens.text_tokens import TextTokens
 from posttrain_dist.errors import DataError, PosttrainError, raise_all
@@ -73,6 +74,7 @@ class Encoder:
         self._bos_name = str(tokenizer.bos_token)
         self._loaded, self._ends = templates, ends
         self._supervision = Supervision(choice, lambda: self.templates)
+        self._advice: VariableAdvice | None = None  # made when it is asked for
 
     @property
     def templates(self) -> TemplateSet:
@@ -112,6 +114,15 @@ class Encoder:
 
         Only a DataError is returned; others say that no row can be encoded, and are raised.
         """
+        results = self._encode(records)
+        for i, result in enumerate(results):
+            if isinstance(result, CheckFailed) and records[i].messages:
+                if self._advice is None:
+                    self._advice = VariableAdvice(self._choice, self.templates)
+                results[i] = self._advice.extend(records[i], result)
+        return results
+
+    def _encode(self, records: Sequence[Record]) -> list[RowExamples | PosttrainError]:
         form, strict = self._choice.form, self._choice.strict
         if form is not Form.auto:
             return self._encode_as(records, form, strict)

@@ -107,6 +107,20 @@ def _other_points(report: dict[str, Any]) -> list[Point]:
     return found
 
 
+def turns_line(report: dict[str, Any]) -> str:
+    """How many rows are trained turn by turn, and what that costs; empty: none is."""
+    turns = report.get("turns") or {}
+    if not turns.get("rows"):
+        return ""
+    chosen = (report.get("settings") or {}).get("form") == "turns"
+    why = "template.form=turns" if chosen else "the template shows a whole one otherwise"
+    return (
+        f"{turns['rows']:,} of {turns['of']:,} rows are trained turn by turn ({why}): "
+        f"{turns['samples']:,} samples, {turns['tokens'] / turns['whole']:.2f} times the tokens of "
+        "whole conversations"
+    )
+
+
 def checks_of(report: dict[str, Any]) -> list[dict[str, Any]]:
     """The checks: errors that fail, warnings that fail, then those that passed."""
     checks = [

@@ -22,6 +22,7 @@ from posttrain_dist.report.data.data_figures import (
     checks_of,
     rejected_total,
     source_rows,
+    turns_line,
     verdict_of,
 )
 from posttrain_dist.report.data.histogram import panels_of
@@ -85,6 +86,7 @@ def data_page(report: dict[str, Any]) -> str:
             if (value := settings.get(key)) not in (None, "")
         ],
         cards=cards_of(report),
+        turns=turns_line(report),
         heads=COUNTS,
         tables=[(title, rows) for title, rows in tables if rows],
         panels=panels,

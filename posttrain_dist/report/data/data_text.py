@@ -13,6 +13,7 @@ from posttrain_dist.report.data.data_figures import (
     checks_of,
     rejected_total,
     source_rows,
+    turns_line,
     verdict_of,
 )
 from posttrain_dist.report.data.histogram import half_length, sparkline
@@ -92,6 +93,10 @@ def counts_text(report: dict[str, Any]) -> str:
         lines.append(f"{leaks} held-out rows are much like a row of train")
     if rejected := rejected_total(report):
         lines.append(f"{rejected} rows could not be used: see data_report.html")
+    lines += filter(None, [turns_line(report)])
+    for check in checks_of(report):
+        if check["failed"] and check["level"] == "warning":
+            lines.append(f"{check['name']}, {check['failed']:,} rows: {check['explain']}")
     return "\n".join(lines)
 
 
@@ -141,6 +146,8 @@ def _channels(console: Console, report: dict[str, Any]) -> None:
         console.print(
             f"{moved:,} held-out rows also stood in training: left out there", style="dim"
         )
+    if line := turns_line(report):
+        console.print(line, style="dim")
 
 
 def _fitting(columns: dict[str, list[str]], width: int) -> list[list[str]]:

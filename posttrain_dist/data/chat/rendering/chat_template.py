@@ -11,12 +11,14 @@ from typing import Any
 
 import jinja2
 
+from posttrain_dist.data import CLOCK
 from posttrain_dist.data.chat.controls import ControlTokens, Span
 from posttrain_dist.data.chat.rendering.causal import TracedMessages, is_causal
 from posttrain_dist.data.chat.rendering.jinja_environment import (
     THOUGHTS,
     OutputBuffer,
     compile_template,
+    fixed_clock,
     with_thoughts,
 )
 from posttrain_dist.data.chat.rendering.template_probes import TemplateProbes
@@ -70,6 +72,8 @@ class ChatTemplate:
         self.bos = str(tokenizer.bos_token)
         self._tokenizer = tokenizer
         self._given = {**tokenizer.special_tokens_map, **self.variables}
+        if CLOCK in self.variables:
+            self._given[CLOCK] = fixed_clock(self.variables[CLOCK])
         self.controls = controls or ControlTokens(tokenizer, self._skeleton())
 
     def with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:

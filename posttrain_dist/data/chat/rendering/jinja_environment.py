@@ -8,7 +8,7 @@ both side by side.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
@@ -134,6 +134,11 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
+
+
+def fixed_clock(date: str) -> Callable[[str], str]:
+    """A `strftime_now` that gives one date, such as "2026-07-26", at midnight."""
+    return datetime.fromisoformat(date).strftime
 
 
 class _Dict:

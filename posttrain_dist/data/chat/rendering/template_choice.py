@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from posttrain_dist.data import Template
+from posttrain_dist.data import CLOCK, Template
 from posttrain_dist.data.chat.rendering.chat_template import ChatTemplate
 from posttrain_dist.errors import ConfigError, DataError, ModelError
 
@@ -38,8 +40,9 @@ class TemplateSet:
         ends: Sequence[str] = (),
     ) -> None:
         self.sources, self.variables = dict(sources), dict(choice.variables)
-        self._tokenizer, self._variant = tokenizer, choice.variant
-        self._ends, self._end_of_turn = tuple(ends), choice.end_of_turn
+        self._tokenizer, self._choice = tokenizer, choice
+        self._variant, self._end_of_turn = choice.variant, choice.end_of_turn
+        self._ends = tuple(ends)
         self._of_run: dict[str, ChatTemplate] = {}
         self._of_rows: dict[tuple[str, str], ChatTemplate] = {}
 
@@ -49,6 +52,30 @@ class TemplateSet:
         if list(self.sources) == [DEFAULT]:
             return hashlib.sha256(self.sources[DEFAULT].encode()).hexdigest()
         return hashlib.sha256(json.dumps(self.sources, sort_keys=True).encode()).hexdigest()
+
+    def with_variables(self, variables: Mapping[str, Any]) -> TemplateSet:
+        """The same templates with more variables of the run."""
+        choice = replace(self._choice, variables={**self.variables, **variables})
+        return TemplateSet(self._tokenizer, self.sources, choice, self._ends)
+
+    def reads_clock(self) -> bool:
+        """Whether the date of today would stand in a conversation."""
+        if CLOCK in self.variables:
+            return False
+        ask, tool = {"role": "user", "content": "a"}, {"name": "probe", "parameters": {}}
+        for source in self.sources.values():
+            if CLOCK not in source:
+                continue
+            for tools in ((), ({"type": "function", "function": tool},)):
+                texts = set()
+                for date in ("2001-02-03", "2011-12-13"):
+                    variables = {**self.variables, CLOCK: date}
+                    template = ChatTemplate(self._tokenizer, source, variables)
+                    with contextlib.suppress(DataError):
+                        texts.add(template.render([ask], "probe", tools=tools))
+                if len(texts) > 1:
+                    return True
+        return False
 
     @property
     def plain(self) -> ChatTemplate:
