@@ -45,6 +45,7 @@ from typing import Any
 
 Sample = tuple[list[int], list[float]]  # ids and weights of one sample's tokens
 _HALF_TAG = re.compile(r"[<\[][^<>\[\]]*\Z")
+_TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _PLAIN = "unquoted"  # stands for a quoted token
 
 
@@ -222,7 +223,8 @@ class Oracle:
         messages = self._unquoted
         others = (m for i, m in enumerate(messages) if i != turn)
         foreign = {word for message in others for word in _words(message)} - _words(messages[turn])
-        leaked = sorted(word for word in foreign if re.search(rf"\b{word}\b", said))
+        untagged = _TAG.sub(" ", said)
+        leaked = sorted(word for word in foreign if re.search(rf"\b{word}\b", untagged))
         return f"{said!r} has {leaked[0]!r} of another message" if leaked else ""
 
     def _remainder_fault(self, turn: int, gap: str, said: str, ids: Sequence[int]) -> str:
@@ -294,7 +296,7 @@ class Oracle:
             if not prompt.rstrip().endswith(opens):
                 continue
             content = (self._messages[turn].get("content") or "").split(closes)[-1].strip()
-            before = said[: said.find(content)] if content else said
+            before = said[: said.rfind(content)] if content else said
             if closes not in before:
                 return f"the prompt opens {opens!r}, which {said!r} does not close"
         is_closed = prompt.rstrip().endswith(tuple(closes for _, closes in self._thinks))

@@ -66,10 +66,9 @@ class Shape:
 
     def _without_thoughts(self, message: dict[str, Any]) -> dict[str, Any]:
         left = {key: value for key, value in message.items() if key != "reasoning_content"}
-        if left["role"] == "assistant":
-            for _, closes in self.thinks:
-                left["content"] = left["content"].split(closes)[-1]
-            left["content"] = left["content"] if left == message else left["content"].lstrip("\n")
+        for _, closes in self.thinks if left["role"] == "assistant" else ():
+            _, closed, behind = left["content"].rpartition(closes)
+            left["content"] = behind.lstrip() if closed else left["content"]
         return left
 
     def _as_read(self, message: dict[str, Any]) -> dict[str, Any]:
