@@ -45,6 +45,7 @@ class Record:
     variables: Mapping[str, Any] = field(default_factory=dict)
     # One per message: its weight in the loss, 0 for none, null as the mask policy says; or empty.
     weights: tuple[float | None, ...] = ()
+    weight: float = 1.0  # of the whole row, times those of its turns; 0: the row is left out
     text: str | None = None  # a row that no chat template is applied to
     supervised_from: int = 0  # characters of `text` that are the prompt
     input_ids: tuple[int, ...] = ()
@@ -53,6 +54,7 @@ class Record:
     rejected: tuple[Message, ...] = ()  # ... and the worse one
     check: str | None = None  # "exact": the last assistant turn is the one right answer
     reference: dict[str, Any] = field(default_factory=dict)  # other columns of a prompt-only row
+    notes: tuple[str, ...] = ()  # the checks that it failed when it was read
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,14 @@ choose files       sources.py                DataConfig -> FileSets: the sources
 read               read/containers.py        path -> units -> (line, byte, JSON value)
                    read/json_lines.py        ... of JSON lines, read/json_array.py of an array,
                    read/tables.py            ... of parquet, CSV and Hugging Face datasets
+                   read/json_cells.py        ... JSON in their cells, by its Arrow type
 recognise          formats/recognise.py      keys of the first rows -> Format; row -> Record
                    formats/turns.py          ... rows that hold one conversation
                    formats/pairs.py          ... rows that begin with a prompt
                    formats/plain.py          ... text and tokens
+                   formats/loss_weight.py    ... what a turn or a row weighs in the loss
+                   formats/nulls.py          ... nulls of tables in tools and their calls
+                   formats/template_kwargs.py  ... what the chat template reads beside it
 records            formats/records.py        path -> Record, or Rejected with file, line and field
 template           chat/rendering/           template.name + tokenizer -> TemplateSet
                    .../template_choice.py    ... which template a row is rendered by
@@ -21,7 +25,7 @@ escape             chat/controls.py          control tokens in content -> Escape
 render             chat/conversation.py      messages -> text, and each turn's inference prompt
 mask               chat/turn_spans.py        text -> the characters of each turn
                    chat/turn_ends.py         ... and of the tokens that end it
-check              chat/checks.py            text and spans -> names of failed checks
+check              chat/checks/              text and spans -> names of failed checks
 supervise          chat/supervision.py       Record -> SupervisedText: characters with weights
 encode             chat/encoder.py           SupervisedText -> Example: tokens with weights
                    tokens/byte_level.py      ... text -> tokens, word by word (tokens/patterns.py)

@@ -13,7 +13,7 @@ import numpy as np
 
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data import LongRows, OnBadRow
-from posttrain_dist.data.chat.checks import CHECKS
+from posttrain_dist.data.chat.checks.check_table import CHECKS
 from posttrain_dist.data.formats.records import Unit
 from posttrain_dist.data.prepared.arrays import SplitWriter
 from posttrain_dist.data.prepared.summary import Summary
@@ -152,6 +152,12 @@ def _refuse_rows(config: RunConfig, tally: Tally, complete: bool) -> None:
     all_count = tally.ends_file or config.data.on_bad_row is OnBadRow.error
     if all_count or not tally.num_rows:
         raise_all(errors_by_cause(tally.rejected, complete=complete))
+    if tally.num_left_out and not tally.num_rows:
+        raise DataError(
+            "every row has the weight 0, or train is false",
+            where=next(iter(tally.rows_of_file)),
+            fix='remove "train" and "weight" from the rows that are to be trained on',
+        )
     if not config.template.strict:
         return
     problems: list[PosttrainError] = []

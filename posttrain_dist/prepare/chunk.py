@@ -83,6 +83,7 @@ class RowFacts:
     dropped_places: dict[str, list[str]] = field(default_factory=dict)  # channel -> first ones
     rejected: list[Rejected] = field(default_factory=list)  # the first ones
     num_rejected: int = 0
+    num_left_out: int = 0  # rows of weight 0
     ends_file: bool = False  # a file could not be read on
     turns: TurnCost = field(default_factory=TurnCost)
     failed: Counter[str] = field(default_factory=Counter)  # check -> rows

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from posttrain_dist.config import RunConfig
-from posttrain_dist.data.chat.checks import CHECKS
+from posttrain_dist.data.chat.checks.check_table import CHECKS
 from posttrain_dist.data.packs.balance import Cost, assign_packs
 from posttrain_dist.data.packs.mixing import make_mixture
 from posttrain_dist.data.packs.order import Order

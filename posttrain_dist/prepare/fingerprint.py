@@ -25,7 +25,7 @@ from posttrain_dist.prepare.digests import Digests, state
 # Version of what is written: the files of a prepared folder, and the tokens and masks that a row
 # gives. Raise it with every change of these, also with a fix: entries of the cache that were made
 # before are then prepared again, and a run that was begun keeps its own.
-FORMAT = 6
+FORMAT = 7
 LIBRARIES = ("jinja2", "tokenizers", "transformers")
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -78,18 +78,17 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
     tokenizer = load_tokenizer(model_folder, tokenizer_cache(data.cache))
     check_tokenizer(tokenizer, model_folder)
     readers = _readers(sets, config)
-    templates, ends = None, _generation_ends(model_folder, tokenizer)
-    own_template = config.template.name == "tokenizer"
+    ends = _generation_ends(model_folder, tokenizer)
+    template, templates, date = config.template, None, None
     # A base model without one reads such rows all the same; one of them that is a conversation
     # after all asks for it then.
-    bare = own_template and not tokenizer.chat_template
+    bare = template.name == "tokenizer" and not tokenizer.chat_template
     if rows == "messages" and not (bare and all(each.format in PLAIN for each in readers)):
-        templates = load_templates(config.template, tokenizer, model_folder, ends)
-    template, date = config.template, None
-    if templates is not None and templates.reads_clock():
-        date = datetime.now().date().isoformat()
-        templates = templates.with_variables({CLOCK: date})
-        template = replace(template, variables=templates.variables)
+        templates = load_templates(template, tokenizer, model_folder, ends)
+        if templates.reads_clock():
+            date = datetime.now().date().isoformat()
+            templates = templates.with_variables({CLOCK: date})
+            template = replace(template, variables=templates.variables)
     own_heldout = any(each.split == "eval" for each in sets)
     digests = Digests(cache_folder(data.cache) / "hashes.json")
     states = {file: state(file) for each in sets for file in each.files}
@@ -115,11 +114,7 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
             each.name: {f"{i}:{file.name}": digests.of(file) for i, file in enumerate(each.files)}
             for each in sets
         },
-        "tokenizer": {
-            name: digests.of(model_folder / name)
-            for name in TOKENIZER_FILES
-            if (model_folder / name).is_file()
-        },
+        "tokenizer": _of_tokenizer(model_folder, digests),
     }
     digests.save()
     return Inputs(
@@ -147,6 +142,11 @@ def _generation_ends(model_folder: Path, tokenizer: ModelTokenizer) -> tuple[str
     backend = tokenizer.backend_tokenizer
     names = (backend.id_to_token(i) for i in ids if type(i) is int and i >= 0)
     return tuple(name for name in names if name)
+
+
+def _of_tokenizer(folder: Path, digests: Digests) -> dict[str, str]:
+    there = (name for name in TOKENIZER_FILES if (folder / name).is_file())
+    return {name: digests.of(folder / name) for name in there}
 
 
 def _of_template(template: Template) -> dict[str, Any]:

@@ -94,9 +94,11 @@ class RowEncoder:
     def _encoded(
         self, batch: list[Record | Rejected], facts: RowFacts
     ) -> Iterator[tuple[Record, RowExamples]]:
-        """The rows that can be used; the others are counted."""
-        results = iter(self._encoder.encode_many([r for r in batch if isinstance(r, Record)]))
-        for row in batch:
+        """The rows that are used; the others are counted."""
+        used = [row for row in batch if isinstance(row, Rejected) or row.weight]
+        facts.num_left_out += len(batch) - len(used)
+        results = iter(self._encoder.encode_many([r for r in used if isinstance(r, Record)]))
+        for row in used:
             if isinstance(row, Rejected):
                 facts.reject(row)
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ _MASK = 2**64 - 1
 
 def content_key(record: Record) -> int:
     """64 bits that are equal for rows with the same content, whatever their channel."""
-    content = [
+    content: list[Any] = [
         record.messages,
         record.tools,
         record.text,
@@ -26,6 +27,8 @@ def content_key(record: Record) -> int:
         record.chosen,
         record.rejected,
     ]
+    # Rows without variables keep the key that they had before there were any.
+    content += [record.variables] if record.variables else []
     text = json.dumps(content, sort_keys=True)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 

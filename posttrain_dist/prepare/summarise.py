@@ -139,7 +139,7 @@ def findings(inputs: Inputs, tally: Tally, folder: Path) -> dict[str, Any]:
         folder: as for `summarise`.
 
     Returns:
-        files: one object a file: path, split, source, format, rows, rejected.
+        files: one object a file: path, split, source, format, rows, rejected, left_out.
         num_rows: rows that were checked.
         turns: rows that are trained turn by turn, as `TurnCost` has it.
         failed: check -> number of rows that fail it, and the places of the first ones.
@@ -155,8 +155,9 @@ def findings(inputs: Inputs, tally: Tally, folder: Path) -> dict[str, Any]:
                 "format": inputs.readers[index].format.name,
                 "rows": rows,
                 "rejected": rejected,
+                "left_out": left_out,
             }
-            for path, (index, rows, rejected) in tally.rows_of_file.items()
+            for path, (index, rows, rejected, left_out) in tally.rows_of_file.items()
         ],
         "num_rows": tally.num_rows,
         "turns": asdict(tally.turns),

@@ -57,7 +57,8 @@ class Tally:
     failed: Counter[str] = field(default_factory=Counter)  # check -> rows
     failed_places: dict[str, list[str]] = field(default_factory=dict)  # check -> first ones
     dropped_places: dict[str, list[str]] = field(default_factory=dict)  # channel -> first ones
-    rows_of_file: dict[str, list[int]] = field(default_factory=dict)  # [set, rows, rejected]
+    # file -> [set, rows, rejected, left out]
+    rows_of_file: dict[str, list[int]] = field(default_factory=dict)
     texts: BottomK[Record] = field(init=False)
     shown: BottomK[str] = field(default_factory=lambda: BottomK(MAX_EXAMPLES))
     _columns: dict[str, list[npt.NDArray[Any]]] = field(default_factory=dict)
@@ -93,9 +94,10 @@ class Tally:
                 add_place(ours, name, places)
         self.texts.merge(facts.texts, self.num_rows)
         self.shown.merge(facts.shown, self.num_rows)
-        counts = self.rows_of_file.setdefault(facts.file, [index, 0, 0])
+        counts = self.rows_of_file.setdefault(facts.file, [index, 0, 0, 0])
         counts[1] += num_rows
         counts[2] += facts.num_rejected
+        counts[3] += facts.num_left_out
         self.num_rows += num_rows
         self.num_samples += len(lengths_S)
         return channel_R
@@ -108,6 +110,11 @@ class Tally:
     def num_rejected(self) -> int:
         """Rows of all files that cannot be used; `rejected` has the first ones."""
         return sum(counts[2] for counts in self.rows_of_file.values())
+
+    @property
+    def num_left_out(self) -> int:
+        """Rows of all files that have the weight 0."""
+        return sum(counts[3] for counts in self.rows_of_file.values())
 
     def of_sets(self, chosen: Collection[int]) -> npt.NDArray[np.bool_]:
         """Whether each row is of one of the file sets."""

@@ -144,24 +144,29 @@ def test_training_does_not_start_when_a_check_fails(
     data = builders.write(tmp_path / "rows.jsonl", [turns(2, "t") for _ in range(6)])
     words = [*words, f"data.train={data}", f"template.name={tmp_path}/forgets.jinja"]
     words += ["train.steps=1", "data.eval_fraction=0"]
-    assert main(["train", *words]) == 1
+    whole = [*words, "template.form=conversation"]
+    assert main(["train", *whole]) == 1
     text = capsys.readouterr().err
     assert f"{data}:1" in text and "template.form=turns" in text
     assert "6 rows, first at line 1: " in text
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
-    assert main(["prepare", *words, "template.strict=false", "name=loose"]) == 0
+    assert main(["prepare", *whole, "template.strict=false", "name=loose"]) == 0
     report = json.loads((tmp_path / "out" / "loose" / "data_report.json").read_text())
     (check,) = [check for check in report["checks"] if check["name"] == "prompt_prefix"]
     assert (check["failed"], check["checked"]) == (6, 6)
     assert check["rows"] == [f"{data}:{line}" for line in range(1, 7)]
 
-    # A row of each turn: every one reads as it did when it was written.
-    assert main(["prepare", *words, "template.form=turns", "name=exploded"]) == 0
-    report = json.loads((tmp_path / "out" / "exploded" / "data_report.json").read_text())
-    counts = report["splits"]["train"]["t"]
-    assert (counts["rows"], counts["samples"]) == (6, 12)
-    assert not any(check["failed"] for check in report["checks"])
+    # A sample of each turn, which also is what is done where nothing is said.
+    capsys.readouterr()
+    for name, form in (("auto", []), ("turns", ["template.form=turns"])):
+        assert main(["prepare", *words, *form, f"name={name}"]) == 0
+        assert "6 of 6 rows are trained turn by turn" in capsys.readouterr().out
+        report = json.loads((tmp_path / "out" / name / "data_report.json").read_text())
+        counts = report["splits"]["train"]["t"]
+        assert (counts["rows"], counts["samples"]) == (6, 12)
+        assert report["turns"]["samples"] == 12
+        assert not any(check["failed"] for check in report["checks"])
 
 
 def test_a_bad_row_is_skipped_and_counted(

@@ -23,7 +23,10 @@ from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.errors import DataError, PosttrainError
 from posttrain_dist.prepare import build_dataset as build
 from posttrain_dist.prepare import prepare
+from posttrain_dist.prepare.data_report import data_report
 from posttrain_dist.prepare.processes import workers
+from posttrain_dist.report.data.data_figures import cards_of
+from posttrain_dist.report.data.data_text import counts_text, data_text
 
 
 def config_of(model: Path, tmp_path: Path, **data: Any) -> RunConfig:
@@ -98,6 +101,36 @@ def test_rows_that_are_skipped_are_counted_and_shown(
     data.write_text(data.read_text().splitlines()[-1])
     with pytest.raises(DataError, match="no assistant turn"):  # nothing is left
         prepare(config, tmp_path / "q")
+
+
+def test_rows_of_weight_0_are_left_out_and_counted(
+    builders: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    rows = builders.rows(9)
+    data = builders.write(tmp_path / "rows.jsonl", rows)
+    prepare(config_of(tiny_llama, tmp_path, train=str(data)), tmp_path / "without")
+    off = [builders.chat("off", "off", "off") | said for said in ({"train": False}, {"weight": 0})]
+    builders.write(data, [off[0], *rows[:5], off[1], off[1], *rows[5:]])
+    config = config_of(tiny_llama, tmp_path, train=str(data))
+    summary = prepare(config, tmp_path / "p")
+    assert summary.channels == ["copy", "reverse", "upper"] and summary.rejected == 0
+    # They change nothing else: not even which rows are held out.
+    arrays = [
+        {name: sha for name, sha in digests(tmp_path / folder).items() if name.endswith(".npy")}
+        for folder in ("without", "p")
+    ]
+    assert arrays[0] == arrays[1] and "eval.npy" in arrays[0] and len(arrays[0]) > 4
+    report = data_report(config, tmp_path / "p")
+    counts = {name: report["files"][0][name] for name in ("rows", "rejected", "left_out")}
+    assert counts == {"rows": 9, "rejected": 0, "left_out": 3}
+    assert "3 rows have the weight 0: left out" in counts_text(report)
+    assert "3 rows have the weight 0: left out" in data_text(report, 100, False, conversations=0)
+    (card,) = (card for card in cards_of(report) if card.label == "Rejected rows")
+    assert (card.value, card.sub) == ("0", "in 1 file; 3 of weight 0 left out")
+    builders.write(data, off)
+    with pytest.raises(DataError, match="every row has the weight 0") as caught:
+        prepare(config, tmp_path / "q")
+    assert caught.value.where == str(data)
 
 
 def test_a_process_that_dies_is_an_error_and_leaves_nothing(

@@ -14,7 +14,7 @@ import pytest
 from posttrain_dist.build import make_source
 from posttrain_dist.config import RunConfig, complete
 from posttrain_dist.data import DataConfig, OnBadRow, Source, Template
-from posttrain_dist.data.chat.checks import CHECKS
+from posttrain_dist.data.chat.checks.check_table import CHECKS
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.dist import Process
 from posttrain_dist.models import ModelConfig
@@ -101,7 +101,7 @@ def test_every_part_of_the_report(
     report, files = made.report, made.files
     assert report.keys() == {
         *("format", "name", "settings", "files", "channels", "splits", "duplicates_moved"),
-        *("near_leaks", "checks", "rejected", "sources", "examples", "batch"),
+        *("near_leaks", "checks", "rejected", "turns", "sources", "examples", "batch"),
     }
     written = write_data_report(made.config, tmp_path / "prepared", tmp_path / "new")
     assert json.loads((tmp_path / "new" / "data_report.json").read_text()) == written == report
@@ -128,6 +128,7 @@ def test_every_part_of_the_report(
             "format": "messages",
             "rows": num_rows,
             "rejected": rejected,
+            "left_out": 0,
         }
         for source, (split, num_rows, rejected) in kinds.items()
     ]

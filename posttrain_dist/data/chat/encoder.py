@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain_dist.data import Form, LongRows, Template, template_rules
-from posttrain_dist.data.chat import checks
-from posttrain_dist.data.chat.checks import CheckFailed, Faults
+from posttrain_dist.data.chat.checks import token_faults
+from posttrain_dist.data.chat.checks.check_table import CheckFailed, Faults
 from posttrain_dist.data.chat.rendering.template_choice import TemplateSet, load_templates
 from posttrain_dist.data.chat.supervision import SupervisedText, Supervision
 from posttrain_dist.data.chat.text_tokenizer import TextTokenizer, unpadded
@@ -211,7 +211,7 @@ class Encoder:
             weight_L = (np.array(record.labels) != IGNORED).astype(np.float32)
         faults = Faults(record.where, strict)
         ids_L = np.array(record.input_ids, np.int32)
-        fault = checks.bos_fault(ids_L, self._bos, self._eos, self._bos_name)
+        fault = token_faults.bos_fault(ids_L, self._bos, self._eos, self._bos_name)
         faults.note("double_bos", fault)
         self._refuse_no_target(weight_L, faults)
         _add(row, self._cut(ids_L, weight_L, faults, has_turns=False), faults)
@@ -236,7 +236,7 @@ class Encoder:
         own_L = ids_L[:2] if text.is_plain else ids_L
         fault = ""
         if is_added:
-            fault = checks.bos_fault(
+            fault = token_faults.bos_fault(
                 own_L,
                 self._bos,
                 eos,
@@ -245,7 +245,7 @@ class Encoder:
             )
         text.faults.note("double_bos", fault)
         if text.is_plain and not fault:
-            text.faults.note("control_tokens", checks.quote_fault(ids_L, self._bos, eos))
+            text.faults.note("control_tokens", token_faults.quote_fault(ids_L, self._bos, eos))
         weight_L = self._weigh(text, tokens)
         self._refuse_no_target(weight_L, text.faults)
         if len(ids_L) > self._max_length and text.is_turn:
@@ -269,7 +269,7 @@ class Encoder:
                 text.faults.note("prompt_prefix", fault, fix)
         weight_L = token_weights(tokens, text.spans)
         if text.is_plain:
-            weight_L[-1] = 1  # the end token
+            weight_L[-1] = text.spans[-1][2]  # the end token
         return weight_L
 
     # -------------------------------------------------------------------------------- the limit

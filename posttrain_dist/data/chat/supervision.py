@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain_dist.data import Form, Supervise, Template, Thinking
-from posttrain_dist.data.chat import checks
-from posttrain_dist.data.chat.checks import Faults
+from posttrain_dist.data.chat.checks import shown, turn_faults
+from posttrain_dist.data.chat.checks.check_table import Faults
 from posttrain_dist.data.chat.controls import ControlTokens, EscapedText, Span
 from posttrain_dist.data.chat.conversation import OTHER_PROMPT, Conversation
 from posttrain_dist.data.chat.rendering.chat_template import ChatTemplate
@@ -124,14 +124,15 @@ class Supervision:
         messages, tools, breaker = template.controls.escape(messages, record.tools)
         row = _Row(template, record.where, messages, tools, breaker)
         unasked = self._unasked(record, row, weights)
+        notes = [*record.notes, *["assistant_first"] * unasked]
         first = 0  # calls before this message are not checked again
         for turn, weight in enumerate(weights):
             if form is Form.turns and weight:
-                faults = Faults(record.where, strict, ["assistant_first"] * unasked)
+                faults = Faults(record.where, strict, list(notes))
                 yield self._turn(row, turn, weight, faults, first)
                 first = turn + 1
         if form is not Form.turns or not any(weights):
-            faults = Faults(record.where, strict, ["assistant_first"] * unasked)
+            faults = Faults(record.where, strict, list(notes))
             yield self._conversation(row, weights, faults)
 
     def _weights(self, record: Record) -> list[float]:
@@ -153,7 +154,7 @@ class Supervision:
             supervised = [role != "tool" for role in roles]
         given = record.weights or (None,) * len(roles)
         weights = [
-            float(default) if weight is None else weight
+            record.weight * (float(default) if weight is None else weight)
             for default, weight in zip(supervised, given, strict=True)
         ]
         for i, weight in enumerate(weights):
@@ -246,21 +247,21 @@ class Supervision:
         self, rendered: Conversation, turn: int, spans: list[Span], text: SupervisedText
     ) -> None:
         faults = text.faults
-        fault = checks.prompt_text_fault(rendered, turn, spans)
+        fault = turn_faults.prompt_text_fault(rendered, turn, spans)
         fix = OTHER_PROMPT if fault and not rendered.begins_as_prompted(turn) else ""
         faults.note("prompt_prefix", fault, fix)
         self._check_thoughts(rendered, turn, faults)
-        faults.note("generation_prompt", checks.gap_fault(rendered, turn, spans))
-        faults.note("generation_marks", checks.mark_fault(rendered, turn, spans))
-        faults.note("generation_marks", checks.hole_fault(rendered, turn, spans))
+        faults.note("generation_prompt", turn_faults.gap_fault(rendered, turn, spans))
+        faults.note("generation_marks", turn_faults.mark_fault(rendered, turn, spans))
+        faults.note("generation_marks", turn_faults.hole_fault(rendered, turn, spans))
         _check_words(rendered, turn, spans, faults)
         if "prompt_prefix" not in faults.names:
             text.add_prompt(len(rendered.prompt(turn)), turn, rendered.messages[turn])
 
     def _check_thoughts(self, rendered: Conversation, turn: int, faults: Faults) -> None:
         if self._choice.thinking is not Thinking.close:
-            faults.note("open_thinking", checks.open_thinking_fault(rendered, turn))
-        faults.note("closed_thinking", checks.closed_thinking_fault(rendered, turn))
+            faults.note("open_thinking", turn_faults.open_thinking_fault(rendered, turn))
+        faults.note("closed_thinking", turn_faults.closed_thinking_fault(rendered, turn))
 
     def _without_empty_thoughts(
         self, rendered: Conversation, turn: int, spans: list[Span], faults: Faults
@@ -311,7 +312,7 @@ class _Row:
 
 def _plain(record: Record, text: str, strict: bool) -> SupervisedText:
     start, faults = record.supervised_from, Faults(record.where, strict)
-    escaped, spans = EscapedText(text, None, (), ()), [(start, len(text), 1.0)]
+    escaped, spans = EscapedText(text, None, (), ()), [(start, len(text), record.weight)]
     prompts = [(start, "", _MERGES)] if start else []
     return SupervisedText(escaped, spans, faults, prompts)
 
@@ -322,11 +323,11 @@ def _check_tools(rendered: Conversation, first: int, faults: Faults) -> None:
         return
     plain = rendered.template.render(rendered.messages, rendered.where) if rendered.tools else ""
     name = "tools_shown" if is_called else "tools_listed"
-    faults.note(name, checks.unseen_fault(rendered, plain, first))
+    faults.note(name, shown.unseen_fault(rendered, plain, first))
 
 
 def _check_words(rendered: Conversation, turn: int, spans: list[Span], faults: Faults) -> None:
-    faults.note("content_shown", checks.shown_fault(rendered, turn, spans))
-    faults.note("empty_turn", checks.empty_fault(rendered, turn))
-    fix = checks.end_fix(rendered)
-    faults.note("end_of_turn", checks.end_fault(rendered, turn, spans), fix)
+    faults.note("content_shown", shown.shown_fault(rendered, turn, spans))
+    faults.note("empty_turn", turn_faults.empty_fault(rendered, turn))
+    fix = turn_faults.end_fix(rendered)
+    faults.note("end_of_turn", turn_faults.end_fault(rendered, turn, spans), fix)

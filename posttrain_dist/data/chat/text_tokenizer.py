@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain_dist.data.chat import checks
+from posttrain_dist.data.chat.checks import token_faults
 from posttrain_dist.data.chat.controls import Span
 from posttrain_dist.data.chat.supervision import SupervisedText
 from posttrain_dist.data.tokens.byte_level import ByteLevel
@@ -71,7 +71,7 @@ class TextTokenizer:
             tail = self._backend.encode(text.text[:length]).ids
             if tail and tail[-1] == self._eos:
                 del tail[-1]
-            return checks.prompt_token_fault(ids_L, 0, tail, name)
+            return token_faults.prompt_token_fault(ids_L, 0, tail, name)
         controls = text.own_controls
         first = int(np.searchsorted(tokens.end_L, length + 1)) - 1
         known = controls.numbers if controls.are_borders else ()
@@ -84,7 +84,7 @@ class TextTokenizer:
             tail, _ = controls.encode_aliased(text.escaped, part, text.where)
         else:
             tail = self._tail(text.text[start:length])
-        return checks.prompt_token_fault(ids_L, first, tail, name)
+        return token_faults.prompt_token_fault(ids_L, first, tail, name)
 
     def behind_prompt(self, text: SupervisedText, tokens: TextTokens) -> TextTokens:
         """Tokens of a turn of which those of its prompt are as the prompt alone has them.

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from posttrain_dist.data import Form, Template
-from posttrain_dist.data.chat.checks import CheckFailed
+from posttrain_dist.data.chat.checks.check_table import CheckFailed
 from posttrain_dist.data.chat.rendering.template_choice import TemplateSet
 from posttrain_dist.data.chat.supervision import Supervision
 from posttrain_dist.errors import DataError, PosttrainError

@@ -139,6 +139,8 @@ def _plain(value: Any, path: str) -> Any:
         return value.isoformat()
     if isinstance(value, decimal.Decimal | datetime.timedelta):
         return str(value)
+    if value != value:  # a null of a table
+        return None
     if isinstance(value, bytes):
         raise bad_field(path, "holds bytes", "write it as text, or leave the column out")
     return value

@@ -10,6 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain_dist.data import Format
+from posttrain_dist.data.formats.loss_weight import (
+    ROW_KEYS,
+    SPELLINGS,
+    read_row_weight,
+    refuse_weights,
+)
+from posttrain_dist.data.formats.nulls import NULL_ARGUMENTS, drop_foreign_arguments
 from posttrain_dist.data.formats.pairs import (
     read_preference,
     read_prompt,
@@ -17,15 +24,17 @@ from posttrain_dist.data.formats.pairs import (
     read_reference,
 )
 from posttrain_dist.data.formats.plain import read_plain, read_tokens
+from posttrain_dist.data.formats.template_kwargs import KEY as TEMPLATE_KWARGS
+from posttrain_dist.data.formats.template_kwargs import read_template_kwargs
 from posttrain_dist.data.formats.turns import Turns, read_alpaca, read_conversation, read_tools
 from posttrain_dist.data.read.bad_row import BadRow, bad_field, kind
 from posttrain_dist.errors import ConfigError, DataError
-from posttrain_dist.flow import Record
+from posttrain_dist.flow import Message, Record
 
 CHANNEL_KEYS = ("task_type", "channel", "data_source", "dataset", "source")  # the first one counts
 _MAX_NAME = 100  # characters of a channel's name
 # Keys that would change what is trained; any other unknown key is the user's own note.
-_NEVER = ("functions", "documents", "images", "videos", "audios", "weight")
+_NEVER = ("functions", "documents", "images", "videos", "audios")
 
 
 @dataclass(frozen=True)
@@ -37,20 +46,34 @@ class Shape:
     example: str
     read: Callable[[dict[str, Any]], dict[str, Any]]  # row -> fields of Record
     never: tuple[str, ...] = _NEVER
+    # Keys that would give the row a weight, which it cannot have; null: it can.
+    weightless: tuple[str, ...] | None = (*ROW_KEYS, *SPELLINGS)
 
 
-def _of_turns(row: dict[str, Any], turns: Turns) -> dict[str, Any]:
-    filled = {"messages": turns.messages, "weights": turns.weights}
-    return filled | ({"tools": read_tools(row["tools"])} if "tools" in row else {})
+def _of_turns(row: dict[str, Any], **turns: tuple[Message, ...]) -> dict[str, Any]:
+    """The fields of a Record whose turns are these, by field."""
+    tools = read_tools(row.get("tools"))
+    filled: dict[str, Any] = {"tools": tools, "variables": read_template_kwargs(row)}
+    for name, messages in turns.items():
+        filled[name], has_null = drop_foreign_arguments(messages, tools)
+        filled |= {"notes": (NULL_ARGUMENTS,)} if has_null else {}
+    return filled
+
+
+def _conversation(row: dict[str, Any], turns: Turns) -> dict[str, Any]:
+    filled = _of_turns(row, messages=turns.messages)
+    return filled | {"weights": turns.weights, "weight": read_row_weight(row)}
 
 
 def _prompt_completion(row: dict[str, Any]) -> dict[str, Any]:
     pair = read_prompt_completion(row)
     if isinstance(pair, Turns):
-        return _of_turns(row, pair)
-    if row.get("tools"):
-        raise bad_field("tools", "needs prompt and completion as lists of turns", "remove tools")
-    return {"text": pair[0], "supervised_from": pair[1]}
+        return _conversation(row, pair)
+    for name in ("tools", TEMPLATE_KWARGS):
+        if row.get(name):
+            fix = f"remove {name}"
+            raise bad_field(name, "needs prompt and completion as lists of turns", fix)
+    return {"text": pair[0], "supervised_from": pair[1], "weight": read_row_weight(row)}
 
 
 def _tokens(row: dict[str, Any]) -> dict[str, Any]:
@@ -60,68 +83,74 @@ def _tokens(row: dict[str, Any]) -> dict[str, Any]:
 
 def _preference(row: dict[str, Any]) -> dict[str, Any]:
     prompt, chosen, rejected = read_preference(row)
-    return _of_turns(row, Turns(prompt, ())) | {"chosen": chosen, "rejected": rejected}
+    return _of_turns(row, messages=prompt, chosen=chosen, rejected=rejected)
 
 
 def _prompt(row: dict[str, Any]) -> dict[str, Any]:
-    used = {"prompt", "tools", "task_type", "check"}
+    used = {"prompt", "tools", "task_type", "check", "train", TEMPLATE_KWARGS}
     reference = read_reference(row, used)
-    return _of_turns(row, Turns(read_prompt(row), ())) | {"reference": reference}
+    return _of_turns(row, messages=read_prompt(row)) | {"reference": reference}
 
 
+_ROW = (*ROW_KEYS, TEMPLATE_KWARGS)
 _TURNS = '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
 # In the order of errors; a format stands before those whose keys are part of its own.
 FORMATS: dict[Format, Shape] = {
     Format.messages: Shape(
         ("messages",),
-        ("tools",),
+        ("tools", *_ROW),
         '{"messages": ' + _TURNS + ', "task_type": "..."}',
-        lambda row: _of_turns(row, read_conversation(row, "messages")),
+        lambda row: _conversation(row, read_conversation(row, "messages")),
+        weightless=None,
     ),
     Format.sharegpt: Shape(
         ("conversations",),
-        ("tools", "system"),
+        ("tools", "system", *_ROW),
         '{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}',
-        lambda row: _of_turns(row, read_conversation(row, "conversations")),
+        lambda row: _conversation(row, read_conversation(row, "conversations")),
+        weightless=None,
     ),
     Format.alpaca: Shape(
         ("instruction", "output"),
-        ("input", "system", "history"),
+        ("input", "system", "history", *_ROW),
         '{"instruction": "...", "input": "...", "output": "..."}',
-        lambda row: _of_turns(row, read_alpaca(row)),
+        lambda row: _conversation(row, read_alpaca(row)),
+        weightless=None,
     ),
     Format.prompt_completion: Shape(
         ("prompt", "completion"),
-        ("tools",),
+        ("tools", *_ROW),
         '{"prompt": "...", "completion": "..."}',
         _prompt_completion,
+        weightless=None,
     ),
     Format.text: Shape(
         ("text",),
         (),
         '{"text": "...", "task_type": "..."}',
         lambda row: {"text": read_plain(row)},
-        (*_NEVER, "tools"),
+        (*_NEVER, "tools", TEMPLATE_KWARGS),
     ),
     Format.tokens: Shape(
         ("input_ids",),
         ("labels", "attention_mask"),
         '{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}',
         _tokens,
-        (*_NEVER, "completion_mask", "assistant_masks", "loss_mask", "position_ids"),
+        (*_NEVER, "completion_mask", "assistant_masks", "position_ids", TEMPLATE_KWARGS),
     ),
     Format.preference: Shape(
         ("chosen", "rejected"),
-        ("prompt", "tools"),
+        ("prompt", "tools", TEMPLATE_KWARGS),
         '{"prompt": "...", "chosen": "...", "rejected": "..."}',
         _preference,
     ),
     Format.prompt: Shape(
         ("prompt",),
-        ("tools",),
+        ("tools", TEMPLATE_KWARGS),
         '{"prompt": "...", "answer": "..."}',
         _prompt,
         ("images", "videos", "audios"),
+        ("train",),  # whatever else it holds is its reward's
     ),
 }
 # The objective that trains on a format; `tokens` is read by each, the last two by none yet.
@@ -313,6 +342,9 @@ def _check_keys(format: Format, row: dict[str, Any]) -> None:
             expected = f"this objective reads rows such as {shape.example}"
             what = f"key {name!r} is not supported beside {shape.needs[0]!r}"
             raise BadRow(what, expected, field=name)
+    if shape.weightless is not None:
+        what = f"remove it: {format.name} rows have no weights; leave out those not to train on"
+        refuse_weights(row, shape.weightless, what)
     near = _misspelt(format, frozenset(row))
     if near:
         fix = f"write {near[1]!r}, or rename the key"
@@ -325,9 +357,9 @@ def _misspelt(format: Format, keys: frozenset[str]) -> tuple[str, str] | None:
     shape = FORMATS[format]
     known = {*shape.needs, *shape.may, "task_type", "check"}
     if format is Format.prompt:  # its other columns are its own
-        known = {"task_type", "tools"}
+        known = {"task_type", "tools", TEMPLATE_KWARGS}
     absent = known - keys
-    for name in sorted(keys - {*known, *CHANNEL_KEYS, *shape.needs}):
+    for name in sorted(keys - {*known, *CHANNEL_KEYS, *shape.needs, *SPELLINGS}):
         near = difflib.get_close_matches(name, absent, n=1, cutoff=0.75)
         if near:
             return name, near[0]

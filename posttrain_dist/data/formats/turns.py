@@ -6,6 +6,8 @@ import difflib
 import functools
 from typing import Any, NamedTuple
 
+from posttrain_dist.data.formats.loss_weight import SPELLINGS, read_weight
+from posttrain_dist.data.formats.nulls import clean_schema
 from posttrain_dist.data.read.bad_row import BadRow, bad_field, kind
 from posttrain_dist.data.read.json_lines import load
 from posttrain_dist.flow import Message
@@ -29,8 +31,7 @@ _THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # the first one that
 # Keys that would change what is trained; any other unknown key of a turn is the user's own note.
 _NEVER = {
     *("image", "images", "video", "videos", "audio", "audios", "documents", "tools", "functions"),
-    *("loss", "mask", "masked", "loss_mask", "loss_weight", "train_detail", "training"),
-    *("trainable", "thought", "thoughts"),
+    *("thought", "thoughts", *SPELLINGS),
 }
 TURN = '{"role": "user", "content": "..."}'
 _AS_TEXT = "write it as a JSON string"
@@ -99,10 +100,11 @@ def _read_turn(turn: Any, above: str, i: int) -> tuple[Message, float | None]:
         raise bad_field(f"{path}.{refused[0]}", *refused[1:])
     if role == _CALL:
         calls = _calls_of_text(turn.get(names[1]), f"{path}.{names[1]}")
-        return {"role": "assistant", "content": "", "tool_calls": calls}, _weight(turn, path)
+        message = {"role": "assistant", "content": "", "tool_calls": calls}
+        return message, read_weight(turn, f"{path}.")
     message = _beside(given, role, path)
     message = {"role": role, "content": _content(turn, names[1], message, path), **message}
-    return message, _weight(turn, path)
+    return message, read_weight(turn, f"{path}.")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -165,20 +167,6 @@ def _beside(given: dict[str, Any], role: str, path: str) -> Message:
     return message
 
 
-def _weight(turn: dict[str, Any], path: str) -> float | None:
-    train, weight = turn.get("train"), turn.get("weight")
-    if train is not None and not isinstance(train, bool):
-        raise bad_field(f"{path}.train", f"is {train!r}", "write true or false")
-    if weight is None:
-        return None if train is None else float(train)
-    number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not number or not 0 <= weight < 1e6:
-        raise bad_field(f"{path}.weight", f"is {weight!r}", "write a number from 0 on")
-    if train is False and weight:
-        raise bad_field(f"{path}.weight", f"is {weight!r} beside train: false", "keep one of them")
-    return float(weight)
-
-
 # ------------------------------------------------------------------------------------- tools
 
 
@@ -221,6 +209,8 @@ def _calls_of_text(value: Any, path: str) -> list[dict[str, Any]]:
 def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
     """Descriptions of tools, a list or its JSON text; a bare function is wrapped as OpenAI's is.
 
+    Nulls that are no JSON schema are dropped.
+
     Raises:
         BadRow: one has no name, or it is no list of objects.
     """
@@ -239,7 +229,8 @@ def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
         function = tool.get("function", tool)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise bad_field(f"tools[{i}]", "has no function with a name", fix)
-        tools.append(tool if "function" in tool else {"type": "function", "function": tool})
+        tool = tool if "function" in tool else {"type": "function", "function": tool}
+        tools.append(clean_schema(tool))
     return tuple(tools)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import functools
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from posttrain_dist.data.read.bad_row import BadFile, BadRow
+from posttrain_dist.data.read.json_cells import JsonCell, row_reader
 from posttrain_dist.data.read.json_lines import BOM, MAX_LINE_BYTES, SPLIT_IT, TOO_LONG, load
 from posttrain_dist.errors import DataError
 
@@ -31,31 +33,45 @@ HF = "hf:"  # hf:<owner>/<name>[:<split>], or hf:<folder>[:<split>]
 Cell = tuple[int, int | None, dict[str, Any] | BadRow]  # row or line, byte, what stands there
 NESTED = ("messages", "conversations", "tools", "history", "input_ids", "labels", "attention_mask")
 MAYBE_NESTED = ("prompt", "completion", "chosen", "rejected")
+_TURNS = ("messages", "conversations", *MAYBE_NESTED)
 _LIST_OF_OBJECTS = re.compile(r"""\s*\[\s*\{\s*["'}]""")  # as JSON and Python write its beginning
 _AS_JSON = "write JSON in this cell (json.dumps, not str), or use parquet or JSONL"
 
 
 def unpack_cells(row: dict[str, Any]) -> dict[str, Any]:
-    """Read the JSON in those cells that hold lists; the names are ours.
+    """Read the JSON in those cells that hold it, or lists; the names are ours.
 
     Raises:
         BadRow: such a cell is not valid JSON.
     """
+    typed = {name: cell.read(name) for name, cell in row.items() if isinstance(cell, JsonCell)}
+    row |= typed
     for name in NESTED:
         if isinstance(row.get(name), str):
-            try:
-                row[name] = load(row[name].encode())
-            except BadRow as error:
-                raise BadRow(f"{name} {error.what}", _AS_JSON, field=name) from error
+            row[name] = _load_cell(row[name], name, name)
     for name in MAYBE_NESTED:
         value = row.get(name)
-        if isinstance(value, str) and _LIST_OF_OBJECTS.match(value):
-            try:
-                row[name] = load(value.encode())
-            except BadRow as error:  # such as what pandas makes of a list of turns
-                what = f"{name} begins like a list of turns, and {error.what}"
-                raise BadRow(what, _AS_JSON, field=name) from error
+        if isinstance(value, str) and name not in typed and _LIST_OF_OBJECTS.match(value):
+            # Such as what pandas makes of a list of turns.
+            row[name] = _load_cell(value, name, f"{name} begins like a list of turns, and")
+    for name in _TURNS:
+        turns = row.get(name)
+        if isinstance(turns, list) and any(isinstance(turn, str) for turn in turns):
+            row[name] = [_turn(turn, f"{name}[{i}]") for i, turn in enumerate(turns)]
     return row
+
+
+def _load_cell(text: str, name: str, what: str) -> Any:
+    try:
+        return load(text.encode())
+    except BadRow as error:
+        raise BadRow(f"{what} {error.what}", _AS_JSON, field=name) from error
+
+
+def _turn(turn: Any, path: str) -> Any:
+    """A turn, where it is the text of an object: some tools lose the type of such a column."""
+    is_object = isinstance(turn, str) and turn.lstrip().startswith("{")
+    return _load_cell(turn, path, path) if is_object else turn
 
 
 # ------------------------------------------------------------------------------------- CSV
@@ -239,7 +255,11 @@ def _arrow_faults() -> Iterator[None]:
 
 def _numbered(batches: Iterator[Any], first: int) -> Iterator[Cell]:
     numbers = itertools.count(first)
+    read_json, schema = None, None
     for batch in batches:
+        if batch.schema != schema:
+            schema = batch.schema
+            read_json = row_reader(schema)
         size = _decoded_bytes(batch)
         step = max(1, batch.num_rows * _BATCH_BYTES // size)
         for at in range(0, batch.num_rows, step):
@@ -250,7 +270,8 @@ def _numbered(batches: Iterator[Any], first: int) -> Iterator[Cell]:
                 rows = [_row(part.slice(i, 1)) for i in range(part.num_rows)]
             for row, number in zip(rows, numbers, strict=False):
                 too_long = size > MAX_LINE_BYTES and _is_too_long(row)
-                yield number, None, BadRow(TOO_LONG, SPLIT_IT) if too_long else _without_nulls(row)
+                value = BadRow(TOO_LONG, SPLIT_IT) if too_long else _without_nulls(row)
+                yield number, None, value if read_json is None else read_json(value)
 
 
 def _is_too_long(row: Any) -> bool:
@@ -277,13 +298,31 @@ def _row(one: Any) -> Any:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Keys of a struct that another row needs come as nulls; NaN is how pandas says null."""
+    """Keys of a struct that another row needs come as nulls; NaN is how pandas says null.
+
+    Of the arguments of a call they stay, as NaN, which no JSON holds: the call's tool says
+    which of them are its own.
+    """
     if isinstance(value, dict):
         kept = ((key, item) for key, item in value.items() if item is not None and item == item)
-        return {key: _without_nulls(item) for key, item in kept}
+        return {
+            key: _with_nan(item)
+            if key == "arguments" and isinstance(item, dict)
+            else _without_nulls(item)
+            for key, item in kept
+        }
     if isinstance(value, list) and value and isinstance(value[0], dict | list):
         return [_without_nulls(item) for item in value]
     return value
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = ((key, _with_nan(item)) for key, item in value.items())
+        return {key: math.nan if item is None else item for key, item in kept}
+    if isinstance(value, list):
+        return [_with_nan(item) for item in value]
+    return value if value == value else None
 
 
 # ------------------------------------------------------------------- Hugging Face datasets

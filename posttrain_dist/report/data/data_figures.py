@@ -144,6 +144,11 @@ def rejected_total(report: dict[str, Any]) -> int:
     return max(counted, len(report.get("rejected") or []))
 
 
+def left_out_total(report: dict[str, Any]) -> int:
+    """Rows left out because they have the weight 0, over all files."""
+    return sum(int(file.get("left_out") or 0) for file in report.get("files") or [])
+
+
 def totals_of(report: dict[str, Any], split: str) -> dict[str, int]:
     """Each count added up over the channels of a split."""
     channels = _split(report, split).values()
@@ -200,6 +205,8 @@ def cards_of(report: dict[str, Any]) -> list[Card]:
     moved = int(report.get("duplicates_moved") or 0)
     leaks, rejected = int(report.get("near_leaks") or 0), rejected_total(report)
     bad = f"in {plural(len(report.get('files') or []), 'file')}"
+    if left_out := left_out_total(report):
+        bad += f"; {left_out:,} of weight 0 left out"
     return [
         Card(label="Rows", value=f"{both['rows']:,}", sub=split("rows")),
         Card(label="Samples", value=f"{both['samples']:,}", sub=split("samples")),

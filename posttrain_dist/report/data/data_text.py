@@ -11,6 +11,7 @@ from posttrain_dist.report.data.data_figures import (
     channel_table,
     channels_of,
     checks_of,
+    left_out_total,
     rejected_total,
     source_rows,
     turns_line,
@@ -93,6 +94,8 @@ def counts_text(report: dict[str, Any]) -> str:
         lines.append(f"{leaks} held-out rows are much like a row of train")
     if rejected := rejected_total(report):
         lines.append(f"{rejected} rows could not be used: see data_report.html")
+    if left_out := left_out_total(report):
+        lines.append(f"{left_out} rows have the weight 0: left out")
     lines += filter(None, [turns_line(report)])
     for check in checks_of(report):
         if check["failed"] and check["level"] == "warning":
@@ -146,6 +149,8 @@ def _channels(console: Console, report: dict[str, Any]) -> None:
         console.print(
             f"{moved:,} held-out rows also stood in training: left out there", style="dim"
         )
+    if left_out := left_out_total(report):
+        console.print(f"{left_out:,} rows have the weight 0: left out", style="dim")
     if line := turns_line(report):
         console.print(line, style="dim")
 

@@ -12,7 +12,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from posttrain_dist.data import Form, Supervise, Template
-from posttrain_dist.data.chat.checks import CHECKS
+from posttrain_dist.data.chat.checks.check_table import CHECKS
 from posttrain_dist.data.chat.encoder import Encoder
 from posttrain_dist.data.chat.rendering.template_choice import load_templates
 from posttrain_dist.errors import DataError

@@ -13,7 +13,7 @@ import pytest
 
 from posttrain_dist.data import Form, LongRows, Template
 from posttrain_dist.data.chat import encoder as masking
-from posttrain_dist.data.chat.checks import CHECKS
+from posttrain_dist.data.chat.checks.check_table import CHECKS
 from posttrain_dist.data.chat.encoder import Encoder
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Example, Record

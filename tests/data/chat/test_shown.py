@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from posttrain_dist.data import Form, Template
-from posttrain_dist.data.chat.checks import CHECKS
+from posttrain_dist.data.chat.checks.check_table import CHECKS
 from posttrain_dist.data.chat.encoder import Encoder, RowExamples
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Record

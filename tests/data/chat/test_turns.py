@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken
 
 from posttrain_dist.data import Form, Supervise, Template
-from posttrain_dist.data.chat.checks import CHECKS
+from posttrain_dist.data.chat.checks.check_table import CHECKS
 from posttrain_dist.data.chat.encoder import Encoder
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Record

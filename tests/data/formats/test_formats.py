@@ -217,7 +217,7 @@ BAD: list[tuple[Format, Any, str, str]] = [
      "messages[0].content", "is an object"),
     (Format.messages, {"messages": [TURN], "tools": [{"type": "function"}]}, "tools[0]", "name"),
     (Format.messages, {"messages": [TURN, Q], "check": "exact"}, "check", "no assistant turn"),
-    (Format.messages, {"messages": [TURN], "weight": 2}, "weight", "'weight' is not supported"),
+    (Format.messages, {"messages": [TURN], "images": ["x"]}, "images", "'images' is not supported"),
     (Format.sharegpt, {"conversations": [{"from": "function_call", "value": "f()"}]},
      "conversations[0].value", "not valid JSON"),
     (Format.sharegpt, {"conversations": [{"from": "alien", "value": ""}]},

@@ -9,17 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import jinja2
 from jinja2 import meta
 
+from posttrain_dist.data.chat.controls import ControlTokens
 from posttrain_dist.data.prefix import common_prefix_length
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Message
-
-if TYPE_CHECKING:
-    from posttrain_dist.data.chat.rendering.chat_template import ChatTemplate
 
 _Q, _A, _R, _T, _S = "probe q", "probe a", "probe r", "probe t", "probe s"
 _ASK, _SAY = {"role": "user", "content": _Q}, {"role": "assistant", "content": _A}
@@ -59,10 +57,29 @@ def usual_thoughts(open_tag: str = _THINK) -> ThoughtForm:
     return ThoughtForm(open_tag, f"{open_tag}\n", f"\n{close_tag}\n\n")
 
 
+class Renders(Protocol):
+    """A chat template, as far as probes need it."""
+
+    source: str
+    controls: ControlTokens
+    bos: str
+    end_tokens: tuple[str, ...]
+    end_of_turn: str | None
+
+    @property
+    def environment(self) -> jinja2.Environment:
+        """In which it is compiled."""
+
+    def render(
+        self, messages: list[Message], where: str, *, generation_prompt: bool = False
+    ) -> str:
+        """Text of a conversation."""
+
+
 class TemplateProbes:
     """The probes of one template; each is made when it is asked for."""
 
-    def __init__(self, template: ChatTemplate) -> None:
+    def __init__(self, template: Renders) -> None:
         self._template = template
         self._closing = template.controls.closing
 
@@ -230,12 +247,12 @@ class TemplateProbes:
 
     @cached_property
     def empty_thoughts(self) -> re.Pattern[str]:
-        """A block of thoughts without any, with the white space around it."""
-        form = self.thought_form
-        if form is None:
-            return re.compile(r"(?!)")
-        tags = re.escape(form.open_tag), re.escape(self._close_tag)
-        return re.compile(r"\s*(?:{})?\s*{}\s*".format(*tags))
+        """A block of thoughts without any, with the white space around it; or its end alone."""
+        blocks = {(_THINK, _END_THINK)}
+        if self.thought_form is not None:
+            blocks.add((self.thought_form.open_tag, self._close_tag))
+        found = (f"(?:{re.escape(a)})?\\s*{re.escape(b)}" for a, b in sorted(blocks))
+        return re.compile(rf"\s*(?:{'|'.join(found)})\s*")
 
     def opens_thoughts(self, prompt: str) -> str:
         """The tag with which an inference prompt ends in an open block of thoughts, or nothing."""
@@ -264,8 +281,7 @@ class TemplateProbes:
 
     def _render(self, messages: list[Message], generation_prompt: bool = False) -> str:
         """A conversation; empty where the template refuses it."""
-        arguments: dict[str, Any] = {"generation_prompt": generation_prompt}
         try:
-            return self._template.render(messages, "probe", **arguments)
+            return self._template.render(messages, "probe", generation_prompt=generation_prompt)
         except DataError:
             return ""
