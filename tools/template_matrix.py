@@ -42,18 +42,14 @@ GROUPS: dict[str, tuple[str, ...]] = _chats["GROUPS"]
 CONVERSATIONS = [name for names in GROUPS.values() for name in names]
 # What a refusal says -> the words for it in the matrix; the first that is found counts.
 _REASONS = {
-    r"begins with the assistant": "no prompt before the first turn",
+    r"opens its thoughts": "the prompt opens thoughts, the turn has none",
+    r"closes its thoughts": "the prompt closes thoughts, the turn has some",
     r"refuses this conversation": "the template refuses it",
     r"write all of \S+reasoning_content": "thoughts are not written",
     r"write all of \S+content": "text is cut out",
     r"show the row's tools": "tools are not written",
     r"tool_calls": "calls are not written",
-    r"prompt of \S+ does not begin": "the turn does not begin as prompted",
-    r"tokens of the inference prompt": "tokens merge with the prompt's",
-    r"differently once later": "rewritten once later turns follow",
     r"no end-of-turn token": "no token ends the turn",
-    r"(?:writes|marks) nothing": "nothing is written",
-    r"before that turn": "marks begin too early",
     r"cannot be proved": "its place is not proved",
     r"none called 'default'": "no template for rows without tools",
 }

@@ -1,4 +1,5 @@
 """Shapes of published templates, tried with every conversation, against the oracle."""
+# ruff: noqa: RUF001 - DeepSeek writes its tokens with a full-width bar
 
 from __future__ import annotations
 
@@ -27,11 +28,38 @@ def faults(shape: Any, names: list[str], form: Form) -> dict[str, str]:
 
 
 def test_every_conversation_meets_many_shapes_and_none_is_trained_wrongly() -> None:
-    """Pairs by turns: each shape in one form, with every seventh conversation."""
+    """Pairs by turns: each shape in one form and as it is, with every seventh conversation."""
     found = {}
-    for i, shape in enumerate(SHAPES):
+    for i, shape in enumerate(shape for shape in SHAPES if shape.title == shape.name):
         form = template_matrix.FORMS[i // STRIDE % 2]
         found[shape.title, form.value] = faults(shape, NAMES[i % STRIDE :: STRIDE], form)
+    assert {key: wrong for key, wrong in found.items() if wrong} == {}
+
+
+# What a user of these families has, and what their templates make hard.
+TAKEN = {
+    "qwen3": ["three_turns", "thoughts_each_turn", "parallel_calls"],
+    "qwq (thinking=close)": ["three_turns", "thoughts_last"],
+    "qwen3_5 (thinking=close)": ["single", "call"],
+    "deepseek_r1_distill": ["thoughts_each_turn", "thoughts_inline"],
+    "gpt_oss": ["three_turns", "thoughts_each_turn", "call_with_text"],
+    "command_a": ["three_turns", "parallel_calls"],
+    "mistral_v0_3": ["system_three_turns", "parallel_calls"],
+    "gemma4": ["three_turns", "call"],
+    "glm4": ["three_turns", "call"],
+    "smollm2": ["system_three_turns"],
+    "hunyuan": ["system_three_turns"],
+    "ends_between_turns": ["three_turns"],
+    "zephyr_spaces": ["three_turns"],
+}
+
+
+def test_what_is_hard_is_not_refused() -> None:
+    found = {
+        (title, name): "".join(outcome)
+        for title, names in TAKEN.items()
+        for name, outcome in template_matrix.judge(SHAPES[TITLES.index(title)], names, Form.auto)
+    }
     assert {key: wrong for key, wrong in found.items() if wrong} == {}
 
 
@@ -148,6 +176,32 @@ def test_the_oracle_sees_thoughts(title: str, text: str, fault: str) -> None:
 def test_an_empty_thinking_block_need_not_be_trained(text: str, fault: str) -> None:
     said = said_of("qwen3", [ASK, SAY], QUESTION + text)
     assert fault in said if fault else said == ""
+
+
+R1 = "<｜begin▁of▁sentence｜><｜User｜>Where?<｜Assistant｜><think>\n"
+R1_END = "Over there.<｜end▁of▁sentence｜>"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (f"⟦Look around.\n</think>\n\n{R1_END}⟧", ""),
+        (f"⟦Look around.\n</think>\n\n<｜Assistant｜>{R1_END}⟧", "not how the turn ends"),
+        (f"⟦Look around.\n</think>\n\nSo: {R1_END}⟧", "not how the turn ends"),
+        (f"⟦Look around. {R1_END}⟧", "does not close"),
+    ],
+)
+def test_a_turn_that_its_prompt_does_not_begin(text: str, fault: str) -> None:
+    said = said_of("deepseek_r1_distill", THINKING, R1 + text)
+    assert fault in said if fault else said == ""
+
+
+def test_thoughts_behind_a_prompt_that_closes_them_are_seen() -> None:
+    closed = f"{QUESTION}<think>\n\n</think>\n\n"
+    title = "qwen3 (enable_thinking=False)"
+    assert said_of(title, [ASK, SAY], f"{closed}⟦Over there.<|im_end|>⟧") == ""
+    again = f"{closed}⟦<think>\nLook around.\n</think>\n\nOver there.<|im_end|>⟧"
+    assert "closes the thoughts" in said_of(title, THINKING, again)
 
 
 def test_a_quoted_end_token_that_is_a_control_token_is_seen() -> None:
