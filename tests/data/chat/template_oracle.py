@@ -26,7 +26,7 @@ and the tokens of a prompt are tokenizer(prompt_k, add_special_tokens=False), wh
 6.  Where prompt_k does not begin upto_k, what is said behind the thoughts is how upto_k ends, up to
     its last end token, and begins neither before both part nor with what the prompt ends in.
 7.  Where the prompt leaves a thinking block open, what is said closes it before the content; where
-    it ends in a closed one, what is said opens none.
+    the prompt's header closes one, what is said opens none.
 8.  A row that quotes the end token has no more control tokens than the same row without the quote:
     its prompts are compared as text, token counts as those of that row.
 
@@ -198,13 +198,15 @@ class Oracle:
         )
 
     def _content_fault(self, turn: int, said: str) -> str:
-        """Thoughts, content and calls in order; templates trim them."""
-        at = 0
+        """Thoughts, content and calls in order; white space is the template's affair."""
+        dense, at = _dense(said), 0
         for part in self._parts(self._messages[turn]):
-            found = said.find(part, at)
-            if found < 0:
+            forms = {_dense(part), _dense(json.dumps(part, ensure_ascii=False)[1:-1])}
+            found = [(dense.find(form, at), len(form)) for form in forms]
+            start, length = min((place for place in found if place[0] >= 0), default=(-1, 0))
+            if start < 0:
                 return f"{said!r} lacks {part!r}, or has it elsewhere"
-            at = found + len(part)
+            at = start + length
         return ""
 
     def _parts(self, message: dict[str, Any]) -> Iterator[str]:
@@ -236,8 +238,8 @@ class Oracle:
         if not upto.startswith(prompt):
             return self._composed_fault(turn, prompt, upto, said)
         rest = upto[len(prompt) :]
-        expected = [self._quoted(text) for text in self._ended(rest)]
-        if gap + said in expected or self._is_swallowed(prompt, self._ended(rest), ids):
+        expected = [self._quoted(text) for text in self._ended(turn, rest)]
+        if gap + said in expected or self._is_swallowed(prompt, self._ended(turn, rest), ids):
             return ""
         bare = [self._empty_block.sub("", text, count=1) for text in expected]
         is_bare = all(self._empty_block.match(text) for text in expected)
@@ -248,11 +250,16 @@ class Oracle:
             return ""
         return f"{gap + said!r} is trained on, and inference continues with {expected[0]!r}"
 
-    def _ended(self, text: str) -> list[str]:
-        """A text up to its last end token; where it has none, with one and less white space."""
-        end = max((text.rfind(e) + len(e) for e in self._ends if e in text), default=0)
-        cuts = [end] if end else range(len(text.rstrip()), len(text) + 1)
-        return [text[:cut] + ("" if end else e) for cut in cuts for e in self._ends]
+    def _ended(self, turn: int, text: str) -> list[str]:
+        """A text up to its last end token behind the content; else with one and less white space."""
+        content = (self._unquoted[turn].get("content") or "").strip()
+        first = max(text.rfind(content), 0)
+        ends = ((text.rfind(end, first), len(end)) for end in self._ends)
+        last = max((at + length for at, length in ends if at >= 0), default=0)
+        if last:
+            return [text[:last]]
+        cuts = range(len(text.rstrip()), len(text) + 1)
+        return [text[:cut] + end for cut in cuts for end in self._ends]
 
     def _composed_fault(self, turn: int, prompt: str, upto: str, said: str) -> str:
         """A turn that the template does not begin as its prompt ends."""
@@ -263,10 +270,9 @@ class Oracle:
         same = _common_length(prompt, upto)
         half = _HALF_TAG.search(upto[:same])
         tail = upto[half.start() if half else same :]
-        whole = (self._whole_block.sub("", self._quoted(text)) for text in self._ended(tail))
+        whole = (self._whole_block.sub("", self._quoted(text)) for text in self._ended(turn, tail))
         ends_alike = any(text.endswith(words) for text in whole)
-        before = next((m["content"] for m in self._messages[turn - 1 :: -1] if m["content"]), "")
-        header = prompt[prompt.rfind(before.strip()) + len(before.strip()) :].strip()
+        header = prompt[self._end_before(turn, prompt) :].strip()
         if ends_alike and not (turn and header and words.startswith(header)):
             return ""
         return f"behind its thoughts, {said!r} is not how the turn ends in {tail!r}"
@@ -299,11 +305,18 @@ class Oracle:
             before = said[: said.rfind(content)] if content else said
             if closes not in before:
                 return f"the prompt opens {opens!r}, which {said!r} does not close"
-        is_closed = prompt.rstrip().endswith(tuple(closes for _, closes in self._thinks))
+        header = prompt[self._end_before(turn, prompt) :]
+        ends_closed = header.rstrip().endswith(tuple(closes for _, closes in self._thinks))
         opened = [opens for opens, _ in self._thinks if opens in said]
-        if is_closed and opened:
+        if opened and (ends_closed or self._empty_block.search(header)):
             return f"the prompt closes the thoughts, and {said!r} opens {opened[0]!r}"
         return ""
+
+    def _end_before(self, turn: int, prompt: str) -> int:
+        """Where in a prompt the last message before the turn that says something ends."""
+        said = ((m.get("content") or "").strip() for m in self._messages[:turn][::-1])
+        before = next(filter(None, said), "")
+        return max(prompt.rfind(before), 0) + len(before)
 
     def _quote_fault(self, turn: int, ids: Sequence[int]) -> str:
         if not self._quotes or turn not in (t for t, _, _ in self._prompts):
@@ -335,6 +348,10 @@ def _common_length(one: str, other: str) -> int:
     """Characters with which both texts begin."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _dense(text: str) -> str:
+    return "".join(text.split())
 
 
 def _words(message: dict[str, Any]) -> set[str]:
