@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from posttrain_dist.data import Form, LongRows, Template, template_rules
 from posttrain_dist.data.chat.checks import token_faults
-from posttrain_dist.data.chat.checks.check_table import CheckFailed, Faults
+from posttrain_dist.data.chat.checks.check_table import Faults
 from posttrain_dist.data.chat.rendering.template_choice import TemplateSet, load_templates
 from posttrain_dist.data.chat.supervision import SupervisedText, Supervision
 from posttrain_dist.data.chat.text_tokenizer import TextTokenizer, unpadded
@@ -116,7 +116,7 @@ class Encoder:
         """
         results = self._encode(records)
         for i, result in enumerate(results):
-            if isinstance(result, CheckFailed) and records[i].messages:
+            if isinstance(result, DataError) and records[i].messages:
                 if self._advice is None:
                     self._advice = VariableAdvice(self._choice, self.templates)
                 results[i] = self._advice.extend(records[i], result)

@@ -99,7 +99,7 @@ class TextTokenizer:
             return tokens
         written = text.escaped.aliased or text.text
         anchor = controls.last_written(written[:length])
-        if not controls.are_borders or not anchor:
+        if not controls.are_borders or not anchor or self._puts_space(anchor):
             return tokens
         prompt_ids, prompt_offsets = self._part(text, slice(0, length))
         said_ids, said_offsets = self._part(text, slice(length, None), anchor)
@@ -108,6 +108,11 @@ class TextTokenizer:
         if said_ids[0] != controls.ids[anchor] or not offsets or offsets[0][0] != length:
             return tokens
         return TextTokens.of([*prompt_ids, *said_ids[1:]], [*prompt_offsets, *offsets])
+
+    def _puts_space(self, anchor: str) -> bool:
+        """Whether a space is put before a text behind a control token, which none has inside."""
+        ids = self._backend.encode(anchor + "a", add_special_tokens=False).ids
+        return str(self._backend.id_to_token(ids[1])).startswith("▁")
 
     def _part(
         self, text: SupervisedText, part: slice, anchor: str = ""

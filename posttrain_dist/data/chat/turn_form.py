@@ -52,14 +52,14 @@ def _said(conversation: Conversation, turn: int, prompt: str, thoughts: Thoughts
     probes = conversation.template.probes
     open_tag = probes.opens_thoughts(prompt)
     form = probes.thought_form or (usual_thoughts(open_tag) if open_tag else None)
-    if form is None:  # the template writes each content as it is
+    if form is None and not (probes.closes_thoughts(prompt) and not thoughts.words):
+        # The template writes each content as it is.
         thoughts = Thoughts("", conversation.messages[turn])
     messages = [*conversation.messages[:turn], thoughts.bare]
     bare = Conversation(
         conversation.template, messages, conversation.where, conversation.tools, by_marks=False
     )
-    place = content_place(bare, turn)
-    start = place[0] if place else _begin_of_calls(bare, prompt)
+    start = _begin(bare, turn, prompt)
     words = bare.text[start : end_of_turn(bare, turn, start)]
     if form is None or not (thoughts.words or open_tag):
         return _lead(bare.text[:start], prompt) + words
@@ -74,29 +74,48 @@ def _said(conversation: Conversation, turn: int, prompt: str, thoughts: Thoughts
     return block + words
 
 
-def _begin_of_calls(bare: Conversation, prompt: str) -> int:
-    """Where a turn without content begins: behind its header, and an empty block of thoughts.
+def _begin(bare: Conversation, turn: int, prompt: str) -> int:
+    """Where the last turn begins, behind its header and an empty block of thoughts.
 
     Raises:
         DataError: that cannot be proved.
     """
-    text, header = bare.text, bare.template.probes.generation_prompt.rstrip()
-    same = common_prefix_length(prompt, text)
-    if same < len(prompt.rstrip()) - len(header):  # they differ before the header already
-        at = text.rfind(header) if bare.controls.closing.search(header) else -1
+    place, behind = content_place(bare, turn), _behind_header(bare.text, bare, prompt)
+    if behind is not None and (place is None or bare.text[behind : place[0]].strip()):
+        return behind  # a token of the turn's own stands before its content
+    if place is not None:
+        return place[0]
+    header = bare.template.probes.generation_prompt.rstrip()
+    shared = common_prefix_length(prompt, bare.text)
+    if half := _HALF_TAG.search(bare.text, 0, shared):
+        shared = half.start()
+    if shared < len(prompt.rstrip()) - len(header):  # they differ before the header already
+        at = bare.text.rfind(header) if bare.controls.closing.search(header) else -1
         if at < 0:
             raise DataError(
-                f"where messages[{len(bare.messages) - 1}] begins in the text of the chat template "
-                "cannot be proved",
+                f"where messages[{turn}] begins in the text of the chat template cannot be proved",
                 where=bare.where,
                 fix="set its weight to 0, or choose another template",
             )
-        same = at + len(header)
-    half = _HALF_TAG.search(text, 0, same)
-    if half and same < len(prompt):
-        same = half.start()
-    empty = bare.template.probes.empty_thoughts.match(text, same)
-    at = empty.end() if empty else same
+        shared = at + len(header)
+    return _behind_empty_thoughts(bare.text, bare, shared)
+
+
+def _behind_header(text: str, bare: Conversation, prompt: str) -> int | None:
+    """Where the header ends that a turn shares with its prompt; null: they differ before."""
+    probes, head = bare.template.probes, prompt.rstrip()
+    if open_tag := probes.opens_thoughts(prompt):
+        head = head.removesuffix(open_tag)
+    elif probes.closes_thoughts(prompt):
+        blocks = [m.start() for m in probes.empty_thoughts.finditer(prompt)]
+        head = prompt[: blocks[-1]] if blocks else prompt
+    head = head.rstrip()
+    return _behind_empty_thoughts(text, bare, len(head)) if text.startswith(head) else None
+
+
+def _behind_empty_thoughts(text: str, bare: Conversation, at: int) -> int:
+    empty = bare.template.probes.empty_thoughts.match(text, at)
+    at = empty.end() if empty else at
     return at + len(text[at:]) - len(text[at:].lstrip())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from posttrain_dist.data import Form, Template
@@ -15,6 +16,7 @@ from posttrain_dist.flow import Record
 # Checks on which a variable has a say: how prompts end, and where thoughts stand.
 _ASKED = {"prompt_prefix", "open_thinking", "closed_thinking", "generation_prompt"}
 _MOST = 12  # variables that are tried
+_DETAIL = re.compile(r"\d+|'.*|\".*", re.DOTALL)  # of one row
 
 
 class VariableAdvice:
@@ -27,22 +29,27 @@ class VariableAdvice:
 
     def __init__(self, choice: Template, templates: TemplateSet) -> None:
         self._choice, self._templates = choice, templates
-        self._helping: dict[str, str] = {}  # check -> what to set; empty: nothing helps
+        self._helping: dict[str, str] = {}  # cause -> what to set; empty: nothing helps
 
-    def extend(self, record: Record, error: CheckFailed) -> DataError:
+    def extend(self, record: Record, error: DataError) -> DataError:
         """The error, with a variable that helps in its advice."""
-        if error.check not in _ASKED:
+        # What is no check's is refused by the template, or not found in its text.
+        cause = error.check if isinstance(error, CheckFailed) else _DETAIL.sub("", error.what)
+        if isinstance(error, CheckFailed) and cause not in _ASKED:
             return error
-        if error.check not in self._helping:
-            self._helping[error.check] = self._find(record)
-        helping = self._helping[error.check]
+        if cause not in self._helping:
+            self._helping[cause] = self._find(record)
+        helping = self._helping[cause]
         if not helping:
             return error
         fix = f"set {helping}, with which the row passes; or {error.fix}"
         return DataError(error.what, where=error.where, fix=fix)
 
     def _find(self, record: Record) -> str:
-        template = self._templates.of(record.where, record.tools, record.variables)
+        try:
+            template = self._templates.of(record.where, record.tools, record.variables)
+        except DataError:
+            return ""
         names = [name for name in template.probes.variables if name not in record.variables]
         for name in names[:_MOST]:
             for value in (False, True):

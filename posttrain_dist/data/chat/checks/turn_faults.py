@@ -54,7 +54,7 @@ def gap_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
 
 def hole_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str:
     """Text inside of a turn that the template does not mark: its middle is never trained."""
-    holes = (rendered.text[a[1] : b[0]].strip() for a, b in pairwise(spans))
+    holes = (rendered.text[a[1] : b[0]] for a, b in pairwise(spans))
     hole = next(filter(None, holes), "")
     return f"the chat template does not mark {hole!r} inside of messages[{turn}]" if hole else ""
 

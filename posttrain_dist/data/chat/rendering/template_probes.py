@@ -236,7 +236,10 @@ class TemplateProbes:
         opened = _TAG_BEFORE.search(text, 0, at) if 0 <= at < answer else None
         closed = _TAG_BEHIND.match(text, at + len(_T)) if opened else None
         if opened and closed and _OF_THOUGHTS.search(opened[1]):
-            return ThoughtForm(opened[1], text[opened.start() : at], text[at + len(_T) : answer])
+            # Behind the closing tag, a token may stand that begins each answer.
+            spaces = len(text[closed.end() : answer]) - len(text[closed.end() : answer].lstrip())
+            between = text[at + len(_T) : closed.end() + spaces]
+            return ThoughtForm(opened[1], text[opened.start() : at], between)
         inside = self._answer({**_SAY, "content": f"{_THINK}\n{_T}\n{_END_THINK}\n\n{_A}"})
         if _A in inside and _T not in inside:
             return usual_thoughts()
