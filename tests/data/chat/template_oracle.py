@@ -251,9 +251,9 @@ class Oracle:
         return f"{gap + said!r} is trained on, and inference continues with {expected[0]!r}"
 
     def _ended(self, turn: int, text: str) -> list[str]:
-        """A text up to its last end token behind the content; else with one and less white space."""
+        """A text up to its last end token behind the content; else with one added."""
         content = (self._unquoted[turn].get("content") or "").strip()
-        first = max(text.rfind(content), 0)
+        first = max(text.rfind(content), 0) if content else 0
         ends = ((text.rfind(end, first), len(end)) for end in self._ends)
         last = max((at + length for at, length in ends if at >= 0), default=0)
         if last:
@@ -316,7 +316,7 @@ class Oracle:
         """Where in a prompt the last message before the turn that says something ends."""
         said = ((m.get("content") or "").strip() for m in self._messages[:turn][::-1])
         before = next(filter(None, said), "")
-        return max(prompt.rfind(before), 0) + len(before)
+        return max(prompt.rfind(before), 0) + len(before) if before else 0
 
     def _quote_fault(self, turn: int, ids: Sequence[int]) -> str:
         if not self._quotes or turn not in (t for t, _, _ in self._prompts):
