@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from posttrain_dist.config import RunConfig
-from posttrain_dist.data import LongRows, OnBadRow
+from posttrain_dist.data import LongRows, OnBadRow, Thinking
 from posttrain_dist.data.chat.checks.check_table import CHECKS
 from posttrain_dist.data.chat.rendering.template_choice import TemplateSet
+from posttrain_dist.data.chat.thoughts import chosen_thoughts
 from posttrain_dist.data.formats.records import Unit
 from posttrain_dist.data.prepared.arrays import SplitWriter
 from posttrain_dist.data.prepared.summary import Summary
@@ -82,7 +83,8 @@ def _build(
         np.save(folder / f"{name}.npy", np.flatnonzero(side_R[row_S]))
     summary = summarise(inputs, tally, split, folder)
     _refuse_empty(summary, tally)
-    texts = (_row(record, inputs.templates) for record in _texts(tally, split))
+    thinking = config.template.thinking
+    texts = (_row(record, inputs.templates, thinking) for record in _texts(tally, split))
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in texts]
     (folder / "heldout_records.jsonl").write_bytes("".join(lines).encode())
     write_served(config.template, inputs, tally, split, folder)
@@ -227,8 +229,8 @@ def _texts(tally: Tally, split: Split) -> list[Record]:
     return [found[row] for row in sorted(found)]
 
 
-def _row(record: Record, templates: TemplateSet | None) -> dict[str, Any]:
-    """A row as `apply_chat_template` is asked with it."""
+def _row(record: Record, templates: TemplateSet | None, thinking: Thinking) -> dict[str, Any]:
+    """A row as `apply_chat_template` is asked with it, with the thoughts that are trained on."""
     row: dict[str, Any] = {"task_type": record.channel}
     if record.text is not None:
         row["text"] = record.text
@@ -236,7 +238,8 @@ def _row(record: Record, templates: TemplateSet | None) -> dict[str, Any]:
         row["messages"] = record.messages
     else:
         template = templates.of(record.where, record.tools, record.variables)
-        row["messages"] = template.as_given(record.messages, record.where)
+        messages = chosen_thoughts(record.messages, thinking)
+        row["messages"] = template.as_given(messages, record.where)
     row |= {"tools": record.tools} if record.tools else {}
     row |= {"chat_template_kwargs": dict(record.variables)} if record.variables else {}
     return row | ({"check": record.check} if record.check else {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from posttrain_dist.data import CLOCK, Template
+from posttrain_dist.data import CLOCK, Template, Thinking
 from posttrain_dist.data.chat.rendering.served import SERVED, Prompt, Served, ServedRow
 from posttrain_dist.data.chat.rendering.served_template import served_templates, with_defaults
 from posttrain_dist.data.chat.rendering.template_choice import TemplateSet
+from posttrain_dist.data.chat.thoughts import chosen_thoughts
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.errors import DataError
-from posttrain_dist.flow import Example, Record
+from posttrain_dist.flow import Example, Message, Record
 from posttrain_dist.models.tokenizer import ModelTokenizer
 from posttrain_dist.prepare.fingerprint import Inputs
 from posttrain_dist.prepare.split import Split, content_key
@@ -56,7 +57,8 @@ def write_served(
     if pinned != served.sources:
         served = TemplateSet(inputs.tokenizer, pinned, Template())
     samples = _Samples(tally, split, Examples.open(folder, "all", tally.channels))
-    Served(templates, _choose(_rows_of(inputs, served, samples))).write(folder)
+    rows = _rows_of(inputs, served, samples, choice.thinking)
+    Served(templates, _choose(rows)).write(folder)
 
 
 def _choose(rows: Iterator[ServedRow]) -> list[ServedRow]:
@@ -70,7 +72,9 @@ def _choose(rows: Iterator[ServedRow]) -> list[ServedRow]:
     return chosen[:_ROWS]
 
 
-def _rows_of(inputs: Inputs, served: TemplateSet, samples: _Samples) -> Iterator[ServedRow]:
+def _rows_of(
+    inputs: Inputs, served: TemplateSet, samples: _Samples, thinking: Thinking
+) -> Iterator[ServedRow]:
     """The first training rows whose prompt, by the served templates, begins one of their samples.
 
     Others are passed over: a row that quotes a control token has other tokens than a server makes
@@ -88,7 +92,8 @@ def _rows_of(inputs: Inputs, served: TemplateSet, samples: _Samples) -> Iterator
     for reader in trained[:_SETS]:
         for record in islice(reader, _LOOKED_AT):
             if isinstance(record, Record) and record.messages and CLOCK not in record.variables:
-                row = _row(record, served, inputs.tokenizer, samples)
+                messages = chosen_thoughts(record.messages, thinking)
+                row = _row(record, messages, served, inputs.tokenizer, samples)
                 if row is not None and inputs.date is not None:
                     variables = {**row.prompt.variables, CLOCK: inputs.date}
                     row = replace(row, prompt=replace(row.prompt, variables=variables))
@@ -97,12 +102,16 @@ def _rows_of(inputs: Inputs, served: TemplateSet, samples: _Samples) -> Iterator
 
 
 def _row(
-    record: Record, served: TemplateSet, tokenizer: ModelTokenizer, samples: _Samples
+    record: Record,
+    given: Sequence[Message],
+    served: TemplateSet,
+    tokenizer: ModelTokenizer,
+    samples: _Samples,
 ) -> ServedRow | None:
     """The prompt of the last assistant turn for which it begins a sample."""
     trained = samples.of(content_key(record))
     # apply_chat_template takes no empty conversation, and leaves out what is null.
-    given = [{key: v for key, v in each.items() if v is not None} for each in record.messages]
+    given = [{key: v for key, v in each.items() if v is not None} for each in given]
     turns = [i for i, message in enumerate(given) if i and message["role"] == "assistant"]
     for turn in reversed(turns if trained else []):
         try:
