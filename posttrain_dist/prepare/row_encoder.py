@@ -104,7 +104,7 @@ class RowEncoder:
                 continue
             result = next(results)
             if isinstance(result, PosttrainError):
-                facts.reject(_unusable(result, row))
+                facts.reject(unusable(result, row))
             else:
                 yield row, result
 
@@ -124,6 +124,7 @@ def _take(rows: Iterator[Record | Rejected], most: int) -> tuple[list[Record | R
     return batch, True
 
 
-def _unusable(error: PosttrainError, record: Record) -> Rejected:
+def unusable(error: PosttrainError, record: Record) -> Rejected:
+    """A row that was read and cannot be encoded."""
     file, _, line = record.where.rpartition(":")
     return Rejected(file, int(line), None, "", error.what, error.fix)

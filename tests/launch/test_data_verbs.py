@@ -203,3 +203,55 @@ def test_an_alarm_ends_the_run_with_a_checkpoint(
     assert f"ended early at step {ended['step']}" in text
     assert "low_loss" in (folder / "report.html").read_text()
     assert "low_loss" in (folder / "logs" / "alarms.jsonl").read_text()
+
+
+# ------------------------------------------------------------------------------- --template
+
+OPENS = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content.split('</think>')[-1] }}"
+    "{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}"
+    "{% endif %}"
+)
+
+
+def test_inspect_shows_a_conversation_turn_by_turn(
+    words: list[str], builders: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "opens.jinja").write_text(OPENS)
+    thinks = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello", "reasoning_content": "why"},
+        {"role": "user", "content": "More"},
+        {"role": "assistant", "content": "Bye", "reasoning_content": "so"},
+    ]
+    plain = {"messages": [thinks[0], {"role": "assistant", "content": "Hello"}]}
+    data = builders.write(tmp_path / "rows.jsonl", [plain, {"messages": thinks}, plain])
+    words = ["inspect", *words, f"data.train={data}", f"template.name={tmp_path}/opens.jinja"]
+    assert main([*words, "--template"]) == 1
+    out, err = capsys.readouterr()
+    assert f"{data}:2, channel rows: each turn is a sample of its own" in out
+    first, second = out.split("── turn ")[1:]
+    assert first.startswith("1, sample 1 of 2\n") and second.startswith("2, sample 2 of 2\n")
+    lines = [line.strip() for line in second.splitlines()]
+    for line in (
+        "prompt │<|user|>Hi<|end|><|assistant|>Hello<|end|><|user|>More<|end|><|assistant|><think>",
+        *("trained on │so", "│</think>", "│Bye", "its end │<|end|>"),
+    ):
+        assert line in lines
+    # What is refused, once for each cause, with its way out.
+    assert "2 rows, first at line 1: the inference prompt of messages[1] opens its thoughts" in err
+    assert "template.thinking=close" in err
+    assert main([*words, "--template", "template.thinking=close"]) == 0
+    assert "none of the first 3 rows is refused" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_shows_what_is_refused_all_the_same(
+    words: list[str], builders: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "opens.jinja").write_text(OPENS)
+    data = builders.write(tmp_path / "rows.jsonl", [turns(2, "t")])
+    words = ["inspect", *words, f"data.train={data}", f"template.name={tmp_path}/opens.jinja"]
+    assert main([*words, "--template"]) == 1
+    out = capsys.readouterr().out
+    assert "would be refused; as it is rendered all the same" in out and "trained on │" in out

@@ -40,6 +40,7 @@ class CommandLine:
     faults: list[ConfigError]  # of flags: a value that is missing or none of the choices
     debug: bool
     dry_run: bool
+    shows_template: bool
 
     @property
     def typed(self) -> str:
@@ -64,8 +65,9 @@ def read_command_line(verb: str, arguments: list[str], debug: bool) -> CommandLi
 
         print(f"posttrain {__version__}")
         raise SystemExit(0)
-    dry_run = verb == "submit" and "--dry-run" in arguments
-    arguments = [a for a in arguments if not (dry_run and a == "--dry-run")]
+    own = {"submit": "--dry-run", "inspect": "--template"}.get(verb)
+    has_own = own in arguments
+    arguments = [a for a in arguments if a != own]
     # An experiment is no group with a default, so Hydra wants a plus; nobody need know.
     arguments = [f"+{a}" if a.startswith("experiment=") else a for a in arguments]
     words = _Words(arguments)
@@ -86,7 +88,8 @@ def read_command_line(verb: str, arguments: list[str], debug: bool) -> CommandLi
         words.misused,
         words.faults,
         debug,
-        dry_run,
+        dry_run=verb == "submit" and has_own,
+        shows_template=verb == "inspect" and has_own,
     )
 
 

@@ -56,7 +56,10 @@ flags
 {more}
 config
 $CONFIG"""
-MORE = {"submit": "  --dry-run           write the job and submit nothing\n"}
+MORE = {
+    "submit": "  --dry-run           write the job and submit nothing\n",
+    "inspect": "  --template          show a conversation turn by turn, as it is rendered\n",
+}
 
 
 def compose_command(line: CommandLine) -> Composed:

@@ -16,7 +16,13 @@ from posttrain_launch.compose.paths import with_absolute_paths
 
 def command(arguments: list[str], debug: bool) -> int:
     """Print rows, supervised tokens and a packed batch, also of rows that the checks refuse."""
-    composed = compose_command(read_command_line("inspect", arguments, debug))
+    line = read_command_line("inspect", arguments, debug)
+    composed = compose_command(line)
+    if line.shows_template:
+        from posttrain_launch.commands.data.template_view import print_template
+
+        print_template(complete(with_absolute_paths(composed.config)))
+        return 0
     from posttrain_dist.prepare import prepare_cached
     from posttrain_dist.prepare.data_report import data_report
     from posttrain_dist.report.data.data_text import data_text, formats_line
