@@ -18,8 +18,9 @@ from posttrain_kernels import (
 )
 
 from posttrain_dist import dist
-from posttrain_dist.checkpoint.manifest import Layout, Manifest, Recipe
+from posttrain_dist.checkpoint.manifest import Layout, Manifest, Recipe, network_of
 from posttrain_dist.config import Dtype, RunConfig, single_process_rule
+from posttrain_dist.data.chat.rendering.served import Served
 from posttrain_dist.data.packs.balance import Cost
 from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.data.packs.loader import PackedSource
@@ -34,7 +35,7 @@ from posttrain_dist.files import read_object, write_atomic
 from posttrain_dist.flow import Batch
 from posttrain_dist.models import Weights
 from posttrain_dist.models.finite import refuse_nonfinite
-from posttrain_dist.models.folder import read_shape, resolve
+from posttrain_dist.models.folder import check_folder, read_shape, resolve
 from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
@@ -55,7 +56,8 @@ class PreparedData:
     heldout: Examples
     fingerprint: dict[str, Any]  # digests and settings of everything that went in
     special_tokens: dict[int, str]  # id -> metric name, whose loss is reported by itself
-    end_token_id: int | None  # that supervised turns end with
+    end_token_ids: list[int]  # that supervised turns end with, the most common one first
+    served: Served | None  # the chat templates for the export; null: there are none
 
     @property
     def channels(self) -> list[str]:
@@ -75,16 +77,19 @@ def open_prepared(folder: Path) -> PreparedData:
         heldout=Examples.open(folder, "eval"),
         fingerprint=summary.inputs,
         special_tokens=summary.special_tokens,
-        end_token_id=summary.end_token_id,
+        end_token_ids=summary.end_token_ids,
+        served=Served.read(folder),
     )
 
 
 def make_probe(examples: Examples) -> Batch:
-    """The first tokens of the first sample, every second one supervised."""
-    example = examples[0]
-    ids_L = example.input_ids_L[:64]
-    weight_L = (torch.arange(len(ids_L)) % 2 == 1).float().numpy()
-    return collate([replace(example, input_ids_L=ids_L, weight_L=weight_L)])
+    """The first tokens of the first sample and of the last, every second one supervised."""
+    probes = []
+    for example in (examples[0], examples[len(examples) - 1]):
+        ids_L = example.input_ids_L[:64]
+        weight_L = (torch.arange(len(ids_L)) % 2 == 1).float().numpy()
+        probes.append(replace(example, input_ids_L=ids_L, weight_L=weight_L))
+    return collate(probes)
 
 
 # -------------------------------------------------------------------------- engine and model
@@ -203,13 +208,14 @@ def run_manifest(
     """The manifest of this run's checkpoints, but for their step."""
     engine = config.engine
     name = f"zero{engine.stage}" if isinstance(engine, DeepSpeed) else "single"
+    network = network_of(check_folder(resolve(config.model.path), need_weights=False))
     return Manifest(
         step=0,
-        recipe=Recipe(data.channels, _recipe(config, data.fingerprint)),
+        recipe=Recipe(data.channels, _recipe(config, data.fingerprint), network),
         layout=Layout(name, process.world, str(dtype).removeprefix("torch.")),
         settings=_settings(config),
         lineage={
-            "end_token_id": data.end_token_id,
+            "end_token_ids": data.end_token_ids,
             "template_sha256": data.fingerprint["template"],
         },
     )

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.checkpoint import store
-from posttrain_dist.checkpoint.manifest import fault_of, read_manifest
+from posttrain_dist.checkpoint.manifest import WITH_NETWORK, Manifest, fault_of, read_manifest
 from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from posttrain_dist.data.chat.rendering.served import Served
+
+_log = logging.getLogger(__name__)
 
 
 def export_checkpoint(
@@ -15,6 +23,7 @@ def export_checkpoint(
     out: Path | None = None,
     step: int | None = None,
     dtype: str | None = None,
+    notice: Callable[[str], None] = _log.info,
 ) -> Path:
     """Write a checkpoint of a run as a model folder that plain transformers loads.
 
@@ -22,14 +31,16 @@ def export_checkpoint(
         out: the new folder; None: `export/` of the run.
         step: which checkpoint; None: the newest.
         dtype: of the weights, "bfloat16" or "float32"; None: what the run trained in.
+        notice: called with what the user should know of the folder.
 
     Raises:
         CheckpointError: there is no whole checkpoint, a file of it is damaged, or `out` is already
-            there.
+            there; a training row's prompt comes out otherwise than it was trained.
+        DataError: the prepared data of the run is damaged.
     """
     import torch
 
-    from posttrain_dist.checkpoint.hf_folder import write_hf_folder
+    from posttrain_dist.checkpoint.hf_folder import RunFacts, write_hf_folder
     from posttrain_dist.engine.state_files import step_of_file
     from posttrain_dist.models.folder import resolve
 
@@ -57,8 +68,44 @@ def export_checkpoint(
         resolve(config.model.path),
         target,
         dtype=getattr(torch, dtype or manifest.layout.dtype),
-        end_token_id=manifest.lineage.get("end_token_id"),
+        facts=RunFacts(
+            manifest.recipe.model,
+            _end_token_ids(manifest.lineage),
+            _served(run_folder, manifest),
+        ),
+        notice=notice,
     )
+
+
+def _served(run_folder: Path, manifest: Manifest) -> Served | None:
+    """The chat templates of a run; null for one that used none, or of an earlier version.
+
+    Raises:
+        CheckpointError: they are gone with the prepared data.
+    """
+    from posttrain_dist.data.chat.rendering.served import SERVED, WITH_SERVED, Served
+    from posttrain_dist.data.prepared.summary import Summary
+
+    prepared = run_folder / "prepared"
+    served = Served.read(prepared)
+    used_one = manifest.format >= WITH_NETWORK and manifest.lineage.get("template_sha256")
+    if served is None and used_one:
+        has_data = (prepared / "summary.json").is_file()
+        if has_data and Summary.read(prepared).inputs.get("format", 0) < WITH_SERVED:
+            return None
+        raise CheckpointError(
+            "is gone, and it has the chat template that the model was trained with",
+            where=str(prepared / SERVED),
+            fix=f"put it back; or remove FINISHED, and `posttrain run {run_folder}` prepares the "
+            "data again and writes the export",
+        )
+    return served
+
+
+def _end_token_ids(lineage: dict[str, Any]) -> list[int]:
+    """Those of a checkpoint; earlier ones name one token at most."""
+    one = lineage.get("end_token_id")
+    return list(lineage.get("end_token_ids", [] if one is None else [one]))
 
 
 def _choose(run_folder: Path, step: int | None) -> Path:

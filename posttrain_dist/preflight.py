@@ -13,6 +13,7 @@ from posttrain_dist.engine import Single
 from posttrain_dist.errors import ConfigError, PosttrainError, SeveralErrors, raise_all
 from posttrain_dist.metrics.wandb_sink import resolve_mode
 from posttrain_dist.models import Weights
+from posttrain_dist.models.architectures.positions import check_row_length
 from posttrain_dist.models.folder import check_folder, resolve
 
 
@@ -33,7 +34,7 @@ def input_problems(config: RunConfig, verb: str = "train") -> list[PosttrainErro
     """Every fault that can be seen without reading rows or weights; see `check_inputs`."""
     found = problems(config)
     need_weights = config.model.weights is Weights.load
-    found += _faults(lambda: check_folder(resolve(config.model.path), need_weights))
+    found += _faults(lambda: _check_model(config, need_weights))
     found += _data_faults(config, only_heldout=verb == "evaluate")
     if verb in ("train", "submit"):
         found += _cluster_faults(config, verb)
@@ -51,6 +52,11 @@ def _faults(check: Callable[[], object]) -> list[PosttrainError]:
     except PosttrainError as error:
         return [error]
     return []
+
+
+def _check_model(config: RunConfig, need_weights: bool) -> None:
+    model = check_folder(resolve(config.model.path), need_weights)
+    check_row_length(model, config.data.max_length)
 
 
 def _data_faults(config: RunConfig, only_heldout: bool) -> list[PosttrainError]:

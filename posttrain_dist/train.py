@@ -22,7 +22,7 @@ from posttrain_dist.build import (
     run_manifest,
 )
 from posttrain_dist.checkpoint import resume, store
-from posttrain_dist.checkpoint.hf_folder import write_hf_folder
+from posttrain_dist.checkpoint.hf_folder import RunFacts, write_hf_folder
 from posttrain_dist.checkpoint.manifest import Manifest
 from posttrain_dist.checkpoint.notices import Notices
 from posttrain_dist.config import RunConfig, complete
@@ -109,11 +109,14 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
                 last = info
             completed = last.last and not last.stopped
             if completed and config.checkpoint.export:
-                path = resolve(config.model.path)
-                end = data.end_token_id
                 whole = engine.full_tensors()
-                tensors = (each for each in whole if config.tuning.exported(each[0]))
-                write_hf_folder(tensors, path, run_folder / "export", dtype=dtype, end_token_id=end)
+                write_hf_folder(
+                    (each for each in whole if config.tuning.exported(each[0])),
+                    resolve(config.model.path),
+                    run_folder / "export",
+                    dtype=dtype,
+                    facts=RunFacts(manifest.recipe.model, data.end_token_ids, data.served),
+                )
         outcome = _outcome(last.step, steps, completed, log)
         _write_main(run_folder / "logs" / "outcome.json", **outcome)
 

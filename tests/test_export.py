@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from posttrain_dist.checkpoint.hf_folder import write_hf_folder
+from posttrain_dist.checkpoint.hf_folder import RunFacts, write_hf_folder
 from posttrain_dist.config import DataConfig, Dtype, ModelConfig, RunConfig, TrainConfig, complete
 from posttrain_dist.engine import AdamW, DeepSpeed, Single
 from posttrain_dist.errors import CheckpointError
@@ -142,24 +142,24 @@ def test_a_large_export_is_cut_into_shards_that_load(tiny_llama, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
     tensors = list(model.state_dict().items())
     out = write_hf_folder(
-        iter(tensors), tiny_llama, tmp_path / "out", dtype=torch.float32, end_token_id=7,
-        shard_bytes=20_000,
+        iter(tensors), tiny_llama, tmp_path / "out", dtype=torch.float32,
+        facts=RunFacts(end_token_ids=[7, 2]), shard_bytes=20_000,
     )  # fmt: skip
     assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
     again = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in tensors)
-    # The model's own end token stays beside the one of the turns.
-    assert transformers.GenerationConfig.from_pretrained(out).eos_token_id == [7, 0]
+    # The model's own end token stays behind those of the turns.
+    assert transformers.GenerationConfig.from_pretrained(out).eos_token_id == [7, 2, 0]
 
 
 def test_a_diverged_model_is_not_exported(tiny_llama, tmp_path):
     bad = [("w", torch.tensor([1.0, float("nan")]))]
     with pytest.raises(CheckpointError, match="w holds NaN"):
-        write_hf_folder(bad, tiny_llama, tmp_path / "x", dtype=torch.float32, end_token_id=None)
+        write_hf_folder(bad, tiny_llama, tmp_path / "x", dtype=torch.float32, facts=RunFacts())
     assert not (tmp_path / "x").exists()
     zero = [("w", torch.zeros(3))]
     with pytest.raises(CheckpointError, match="every weight is zero"):
-        write_hf_folder(zero, tiny_llama, tmp_path / "x", dtype=torch.float32, end_token_id=None)
+        write_hf_folder(zero, tiny_llama, tmp_path / "x", dtype=torch.float32, facts=RunFacts())
 
 
 def test_a_run_without_checkpoint_says_so(tmp_path, base):

@@ -168,13 +168,13 @@ def test_a_full_disk_is_named_where_a_save_meets_it(prepared, tmp_path, monkeypa
     assert "unexpected pos" not in str(caught.value) and "free space" in caught.value.fix
     assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [0, 1, 2]
     # The same of an export, whose writer is another.
-    from posttrain_dist.checkpoint.hf_folder import write_hf_folder
+    from posttrain_dist.checkpoint.hf_folder import RunFacts, write_hf_folder
 
     weights = [("w", torch.ones(50_000))]
     with largest_file(20_000), pytest.raises(CheckpointError) as caught:
         write_hf_folder(
             weights, Path(config.model.path), tmp_path / "export",
-            dtype=torch.float32, end_token_id=0,
+            dtype=torch.float32, facts=RunFacts(),
         )  # fmt: skip
     assert "the model cannot be written" in str(caught.value)
     assert "too large" in str(caught.value).lower() and "posttrain export" in caught.value.fix

@@ -295,6 +295,13 @@ def test_the_state_of_another_model_is_refused_in_words(base, tmp_path, builders
     named = replace(base.train, resume=str(folder))
     config = replace(base, model=ModelConfig(path=str(larger)), train=named)
     other = freeze(tmp_path / "other", config)
+    with pytest.raises(CheckpointError, match=r"hidden_size: 32 -> 40\n(.|\n)*model\.path"):
+        train(config, other)
+    # A checkpoint of before manifests knew the network: its state says so.
+    for step in store.whole_checkpoints(folder):
+        manifest = read_manifest(step)
+        manifest = replace(manifest, recipe=replace(manifest.recipe, model={}))
+        (step / MANIFEST).write_text(manifest.to_json())
     with pytest.raises(CheckpointError, match=r"does not fit this model: (.|\n)*model\.path"):
         train(config, other)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from posttrain_dist.config import DataConfig, ModelConfig, Ray, RunConfig, TrainConfig
 from posttrain_dist.errors import ConfigError, PosttrainError
 from posttrain_dist.metrics import LoggingConfig, WandbMode
+from posttrain_dist.models.folder import load_tokenizer
 from posttrain_dist.run import Outcome, discard_refused, finish, run
 
 
@@ -76,6 +78,34 @@ def test_a_refused_start_leaves_no_folder(config, tmp_path, capsys):
     with pytest.raises(PosttrainError, match="messages is a number"):
         run(bad, tmp_path / "run")
     assert (tmp_path / "run").is_dir()
+
+
+def test_a_folder_without_pad_token_trains_and_answers(config, tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    for name, key in (("tokenizer_config.json", "pad_token"), ("config.json", "pad_token_id")):
+        settings = json.loads((folder / name).read_text())
+        del settings[key]
+        (folder / name).write_text(json.dumps(settings))
+    assert "pad_token" not in load_tokenizer(folder).special_tokens_map
+    own = replace(
+        config,
+        model=ModelConfig(path=str(folder)),
+        eval=replace(config.eval, generate_rows=3, max_new_tokens=4),
+    )
+    given = replace(config, eval=own.eval)
+    for name, each in (("without", own), ("with", given)):
+        assert run(each, tmp_path / name, progress=False).completed
+
+    without, given = (
+        [
+            {key: value for key, value in json.loads(line).items() if key.endswith("loss")}
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("without", "with")
+    )
+    assert without == given and len(given) == 4
+    answers = [(tmp_path / name / "answers.json").read_text() for name in ("without", "with")]
+    assert answers[0] == answers[1] and len(json.loads(answers[0])["samples"]) == 3
 
 
 @pytest.mark.parametrize("begun", ["metrics.jsonl", "checkpoints", "logs/plan.json"])

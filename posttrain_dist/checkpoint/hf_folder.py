@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from posttrain_dist import dist
-from posttrain_dist.errors import CheckpointError, reason
-from posttrain_dist.files import commit_folder, partial_of
+from posttrain_dist.checkpoint.carried_files import TEMPLATE, TEMPLATE_FOLDER, carry_files
+from posttrain_dist.checkpoint.manifest import with_network
+from posttrain_dist.checkpoint.served_check import check_served
+from posttrain_dist.data.chat.rendering.served import Served
+from posttrain_dist.data.chat.rendering.template_choice import DEFAULT
+from posttrain_dist.errors import CheckpointError, ModelError, reason
+from posttrain_dist.files import commit_folder, partial_of, read_object
+from posttrain_dist.models.folder import load_tokenizer
 
 SHARD_BYTES = 4 << 30
-# Whatever belongs to a tokenizer or to generation; weights and config.json are written by us.
-COPIED = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.model", "chat_template*", "LICENSE*", "NOTICE*",
-)  # fmt: skip
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What a run knows of its model beside the weights."""
+
+    network: Mapping[str, Any] = field(default_factory=dict)  # `Recipe.model`; empty: the source's
+    end_token_ids: Sequence[int] = ()  # that end an assistant turn: generation stops at them
+    served: Served | None = None  # chat templates and rows to check them; null: the source's
 
 
 def write_hf_folder(
@@ -30,54 +44,66 @@ def write_hf_folder(
     target: Path,
     *,
     dtype: torch.dtype,
-    end_token_id: int | None,
+    facts: RunFacts,
+    notice: Callable[[str], None] = _log.info,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write weights, config, tokenizer and generation config to `target`.
+    """Write weights, config, tokenizer, chat templates and generation config to `target`.
 
     Collective: every rank runs through `tensors`, rank 0 writes; never more than one shard is
-    held in memory.
+    held in memory. The folder takes its name only when it renders what the run was trained on.
 
     Args:
         tensors: (name, whole tensor); a tensor is copied before the next is asked for.
         source: the model folder that the run started from: tokenizer and config.
         dtype: of the written floating-point weights.
-        end_token_id: the token that ends an assistant turn; generation stops at it.
+        facts: what else is written of the run.
+        notice: called with what the user should know of the folder.
 
     Raises:
-        CheckpointError: a weight is not finite, all weights are zero, or the disk refused.
+        CheckpointError: a weight is not finite, all weights are zero, the disk refused, or a
+            training row's prompt comes out otherwise than it was trained.
     """
     partial = partial_of(target)
     main = dist.rank() == 0
     if main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = with_network(
+        json.loads((source / "config.json").read_text(encoding="utf-8")), facts.network
+    )
     writer = _ShardWriter(partial, shard_bytes)
     for name, tensor in tensors:
         if main and not (config.get("tie_word_embeddings") and name == "lm_head.weight"):
-            with _disk_errors(partial, target):
+            with _leaving_nothing(partial, target):
                 writer.add(name, tensor, dtype)
-    if main:
-        with _disk_errors(partial, target):
+
+    def finish() -> None:
+        with _leaving_nothing(partial, target):
             writer.finish()
             _write_config(config, partial, dtype)
-            for pattern in COPIED:
-                for path in source.glob(pattern):
-                    shutil.copyfile(path, partial / path.name)
-            _write_generation_config(source, partial, end_token_id)
+            carry_files(source, partial, templates=facts.served is None, notice=notice)
+            if facts.served is not None:
+                _write_templates(facts.served, partial)
+            _write_generation_config(source, partial, facts.end_token_ids, notice)
+            if facts.served is not None:
+                check_served(partial, facts.served, target, notice)
             commit_folder(partial, target, replace=True)
-    dist.barrier()
+
+    dist.on_main(finish)
     return target
 
 
 @contextlib.contextmanager
-def _disk_errors(partial: Path, target: Path) -> Iterator[None]:
-    """Turn what a disk refuses into an error for the user; the part written gives its room back."""
+def _leaving_nothing(partial: Path, target: Path) -> Iterator[None]:
+    """Remove the part that was written where writing fails; what a disk refuses is for the user."""
     from safetensors import SafetensorError
 
     try:
         yield
+    except CheckpointError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
@@ -151,18 +177,48 @@ def _umask() -> int:
 
 
 def _write_config(config: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
-    config = {k: v for k, v in config.items() if k != "torch_dtype"}
+    # Of auto_map the code is not carried.
+    config = {k: v for k, v in config.items() if k not in ("torch_dtype", "auto_map")}
     config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def _write_generation_config(source: Path, folder: Path, end_token_id: int | None) -> None:
+def _write_templates(served: Served, folder: Path) -> None:
+    """The chat templates, as transformers' `save_pretrained` lays them out."""
+    for name, source in served.templates.items():
+        path = folder / TEMPLATE
+        if name != DEFAULT:
+            path = folder / TEMPLATE_FOLDER / f"{name}.jinja"
+            path.parent.mkdir(exist_ok=True)
+        path.write_text(source, encoding="utf-8")
+
+
+def _write_generation_config(
+    source: Path, folder: Path, end_token_ids: Sequence[int], notice: Callable[[str], None]
+) -> None:
+    """The source's, which also stops at `end_token_ids`, and pads where nothing else says how."""
     path = source / "generation_config.json"
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    values: dict[str, Any] = {}
+    try:
+        values = read_object(path)
+    except (OSError, ValueError) as error:
+        notice(f"{path} is not carried into the export: {reason(error)}")
     old = values.get("eos_token_id")
-    ends = [] if old is None else old if isinstance(old, list) else [old]
-    if end_token_id is not None and end_token_id not in ends:
-        ends = [end_token_id, *ends]
+    own = [] if old is None else old if isinstance(old, list) else [old]
+    ends = list(dict.fromkeys([*end_token_ids, *own]))
     if ends:
         values["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    if ends and values.get("pad_token_id") is None and _has_no_pad(source):
+        values["pad_token_id"] = ends[0]
+        notice(
+            f"the tokenizer has no pad token: generation_config.json of the export pads with "
+            f"token {ends[0]}, an end token"
+        )
     (folder / "generation_config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
+
+
+def _has_no_pad(source: Path) -> bool:
+    try:
+        return load_tokenizer(source).pad_token_id is None
+    except ModelError:
+        return False

@@ -6,6 +6,7 @@ The recipe decides whether a run may go on from a checkpoint, the layout only ho
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,27 @@ from posttrain_dist.errors import CheckpointError
 from posttrain_dist.files import FileDigest
 
 MANIFEST = "MANIFEST.json"
-FORMAT = 4
+FORMAT = 5
+READABLE = (4, FORMAT)
+WITH_NETWORK = 5  # first format that has `recipe.model`, of a run with prepared/served.json
 WITHOUT_DIGEST = (1, 2, 3)  # formats whose manifest has none of itself
+# Of config.json, what changes no network: how it is stored, who wrote it, a cache of generation,
+# code that is never run.
+_NO_NETWORK = frozenset(
+    {"torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache", "auto_map"}
+)
+
+
+def network_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a model's config.json decides the network, for `Recipe.model`."""
+    return {key: value for key, value in sorted(config.items()) if key not in _NO_NETWORK}
+
+
+def with_network(config: Mapping[str, Any], network: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json as it is now, with the network that a recipe has; empty: as it is."""
+    if not network:
+        return dict(config)
+    return {**network, **{key: value for key, value in config.items() if key in _NO_NETWORK}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +46,8 @@ class Recipe:
 
     channels: list[str]  # names, in the order of their ids
     settings: dict[str, str] = field(default_factory=dict)  # config key -> value; "data": a digest
+    # config.json of the model, as far as it decides the network; empty in older checkpoints.
+    model: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +111,7 @@ def _fault_of_values(values: dict[str, Any], folder_name: str) -> str:
     written = values["format"]
     if written not in WITHOUT_DIGEST and values["digest"] != _digest(values):
         return f"{MANIFEST} was changed after it was written"
-    if written == FORMAT and is_step_name(folder_name):
+    if written in READABLE and is_step_name(folder_name):
         step = _parse(values).step
         return "" if folder_name == step_name(step) else f"{MANIFEST} is of step {step}"
     return ""
@@ -136,7 +158,7 @@ def read_manifest(folder: Path) -> Manifest:
             fix="give another step-N folder; `ls` its parent for what there is",
         )
     values = json.loads((folder / MANIFEST).read_bytes())
-    if values.get("format") != FORMAT:
+    if values.get("format") not in READABLE:
         raise CheckpointError(
             f"has format {values.get('format')}, this version reads {FORMAT}",
             where=str(folder),
@@ -146,7 +168,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _parse(values: dict[str, Any]) -> Manifest:
-    """A manifest of the present format."""
+    """A manifest of a format that is read."""
     content = {key: value for key, value in values.items() if key != "digest"}
     content["recipe"] = Recipe(**content["recipe"])
     content["layout"] = Layout(**content["layout"])

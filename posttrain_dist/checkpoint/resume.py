@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from posttrain_dist import dist
 from posttrain_dist.checkpoint.manifest import Manifest, read_manifest
 from posttrain_dist.checkpoint.store import OpenFile, checkpoints, damage_of, whole_checkpoints
 from posttrain_dist.errors import CheckpointError
 
+_MISSING = object()
 _log = logging.getLogger(__name__)
 
 
@@ -122,7 +125,8 @@ def check_compatible(folder: Path, run: Manifest, steps: int) -> Manifest:
         steps: of the whole run.
 
     Raises:
-        CheckpointError: it was written by another layout, from other data, or is further on.
+        CheckpointError: it was written by another layout, from other data or another network, or
+            is further on.
     """
     recipe = run.recipe
     manifest = read_manifest(folder)
@@ -146,6 +150,14 @@ def check_compatible(folder: Path, run: Manifest, steps: int) -> Manifest:
             fix="resume with the same values; to train its result on other data, start a new run "
             "with model.path=<that run>/export",
         )
+    before = manifest.recipe.model
+    if changed := _changed_config(before, recipe.model) if before else []:
+        raise CheckpointError(
+            f"is of another network: config.json of the model changed: {'; '.join(changed)}",
+            where=str(folder),
+            fix="give the model folder that was trained (model.path), with its config.json as it "
+            "was; to train another network, start a new run or set train.resume=never",
+        )
     if manifest.step > steps:
         raise CheckpointError(
             f"is at step {manifest.step}, and this run has {steps} steps",
@@ -165,4 +177,18 @@ def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
         f"{key} was {before.get(key)}, now {value}"
         for key, value in now.items()
         if before.get(key) != value
+    ]
+
+
+def _changed_config(before: Any, now: Any, key: str = "") -> list[str]:
+    """`key: old -> new` of every value that differs, with the keys of nested objects."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        old, new = ("nothing" if v is _MISSING else json.dumps(v) for v in (before, now))
+        return [] if before == now else [f"{key}: {old} -> {new}"]
+    return [
+        change
+        for name in sorted(before.keys() | now.keys())
+        for change in _changed_config(
+            before.get(name, _MISSING), now.get(name, _MISSING), f"{key}.{name}" if key else name
+        )
     ]

@@ -6,10 +6,13 @@ prepared/heldout_records.jsonl -> choose -> answer (base, export) -> answers.jso
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from posttrain_dist.config import RunConfig
+from posttrain_dist.data.chat.rendering.served import Prompt
 from posttrain_dist.errors import DataError
 from posttrain_dist.files import write_atomic
 from posttrain_dist.flow import Message
@@ -17,11 +20,14 @@ from posttrain_dist.generation.base import Sampling
 from posttrain_dist.generation.local import LocalGenerator
 from posttrain_dist.models import Weights
 
+_END_OF_THOUGHTS = re.compile(r"</[\w:]*think(?:ing)?>|\[/THINK\]|◁/think▷")
+
 
 def exact_match(rows: list[dict[str, Any]], answers: list[str]) -> dict[str, dict[str, int]]:
     """Right answers per channel, over rows with `check == "exact"`.
 
-    An answer is right if it equals the last assistant turn, white space at both ends aside.
+    An answer is right if it equals the last assistant turn, thoughts and white space at both ends
+    aside.
 
     Returns:
         channel -> {"right": rows answered rightly, "of": rows answered}.
@@ -32,8 +38,13 @@ def exact_match(rows: list[dict[str, Any]], answers: list[str]) -> dict[str, dic
             continue
         count = found.setdefault(row["task_type"], {"right": 0, "of": 0})
         count["of"] += 1
-        count["right"] += answer.strip() == _split(row)[1].strip()
+        count["right"] += _final(answer) == _final(_split(row)[1])
     return found
+
+
+def _final(answer: str) -> str:
+    """What an answer says once its thoughts are closed."""
+    return _END_OF_THOUGHTS.split(answer)[-1].strip()
 
 
 def compare(config: RunConfig, run_folder: Path) -> dict[str, Any]:
@@ -55,15 +66,9 @@ def compare(config: RunConfig, run_folder: Path) -> dict[str, Any]:
     exact = _exact_rows(rows, config.eval.generate_rows)
     samples = _sample_rows(rows, config.eval.samples)
     chosen = exact + samples
-    prompts = [_split(row)[0] for row in chosen]
     sampling = Sampling(max_new_tokens=config.eval.max_new_tokens)
-    after = _answers(run_folder / "export", prompts, sampling)
     has_base = config.model.weights is Weights.load
-    before = [""] * len(chosen)
-    if has_base:
-        from posttrain_dist.models.folder import resolve
-
-        before = _answers(resolve(config.model.path), prompts, sampling)
+    after, before = _answer(config, run_folder, chosen, sampling, has_base)
     cut = len(exact)
     result = {
         "exact_match": {
@@ -73,7 +78,7 @@ def compare(config: RunConfig, run_folder: Path) -> dict[str, Any]:
         "samples": [
             {
                 "channel": row["task_type"],
-                "prompt": _as_text(_split(row)[0]),
+                "prompt": _as_text(_split(row)[0].messages),
                 "reference": _split(row)[1],
                 "before": old,
                 "after": new,
@@ -86,15 +91,39 @@ def compare(config: RunConfig, run_folder: Path) -> dict[str, Any]:
     return result
 
 
-def _answers(folder: Path, prompts: list[list[Message]], sampling: Sampling) -> list[str]:
-    """The model of `folder` is loaded only if there is a prompt, and freed at the end."""
-    if not prompts:
-        return []
-    return [reply.text for reply in LocalGenerator.load(folder).reply(prompts, sampling)]
+def _answer(
+    config: RunConfig,
+    run_folder: Path,
+    rows: list[dict[str, Any]],
+    sampling: Sampling,
+    has_base: bool,
+) -> tuple[list[str], list[str]]:
+    """Answers of the export and of the base model; empty ones where there is no base model.
+
+    Each model is loaded only if there is a row, and freed at the end. The base model is asked with
+    the tokenizer and template of the export, and stops where that does: it may have no template of
+    its own, or another one than was trained.
+    """
+    empty = [""] * len(rows)
+    if not rows:
+        return empty, empty
+    from posttrain_dist.models.folder import resolve
+
+    prompts = [_split(row)[0] for row in rows]
+    generator = LocalGenerator.load(run_folder / "export")
+    after = [reply.text for reply in generator.reply(prompts, sampling)]
+    if not has_base:
+        return after, empty
+    tokenizer, end_token_ids = generator.tokenizer, generator.end_ids
+    del generator
+    generator = LocalGenerator.load(
+        resolve(config.model.path), tokenizer=tokenizer, end_token_ids=end_token_ids
+    )
+    return after, [reply.text for reply in generator.reply(prompts, sampling)]
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows with an assistant turn; rows of plain text have no question."""
+    """Rows with an answer to something; rows of plain text have no question."""
     if not path.is_file():
         raise DataError(
             "there are no held-out rows to answer",
@@ -103,7 +132,9 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         )
     # Not splitlines(): a JSON string may hold other characters that end a line for Python.
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    return [row for row in rows if any(m["role"] == "assistant" for m in row.get("messages", ()))]
+    return [
+        row for row in rows if any(m["role"] == "assistant" for m in row.get("messages", ())[1:])
+    ]
 
 
 def _exact_rows(rows: list[dict[str, Any]], per_channel: int) -> list[dict[str, Any]]:
@@ -126,15 +157,17 @@ def _sample_rows(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]
     return [row for _, row in sorted(ranked, key=lambda pair: pair[0])[:count]]
 
 
-def _split(row: dict[str, Any]) -> tuple[list[Message], str]:
+def _split(row: dict[str, Any]) -> tuple[Prompt, str]:
     """The turns before the last assistant turn, and that turn's text."""
     messages = row["messages"]
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    return messages[:last], messages[last]["content"]
+    variables = row.get("chat_template_kwargs", {})
+    prompt = Prompt(messages[:last], row.get("tools", ()), variables)
+    return prompt, messages[last].get("content") or ""
 
 
-def _as_text(messages: list[Message]) -> str:
+def _as_text(messages: Sequence[Message]) -> str:
+    texts = [str(message.get("content") or "") for message in messages]
     if len(messages) == 1:
-        text: str = messages[0]["content"]
-        return text
-    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        return texts[0]
+    return "\n".join(f"{m['role']}: {text}" for m, text in zip(messages, texts, strict=True))

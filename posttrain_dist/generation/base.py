@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
+from posttrain_dist.data.chat.rendering.served import Prompt
 from posttrain_dist.errors import ConfigError
-from posttrain_dist.flow import Message
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,7 @@ class Completion:
 class Reply:
     """The answer to one conversation."""
 
-    text: str  # special tokens stripped
+    text: str  # thoughts included, special tokens stripped
     stop_reason: StopReason
 
 
@@ -105,8 +105,8 @@ class TokenGenerator(Protocol):
 class TextGenerator(Protocol):
     """Answers conversations. Each ends with the turn to be answered (user or tool)."""
 
-    def reply(self, conversations: Sequence[Sequence[Message]], sampling: Sampling) -> list[Reply]:
+    def reply(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
         """The answer to each conversation, in the given order."""
 
-    def stream(self, conversation: Sequence[Message], sampling: Sampling) -> Iterator[str]:
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
         """Yield the answer piece by piece; closing the iterator stops the generation."""

@@ -11,10 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain_dist.errors import ModelError
-from posttrain_dist.flow import Message
+from jinja2 import TemplateError
+
+from posttrain_dist.data.chat.rendering.served import Prompt
+from posttrain_dist.errors import DataError, ModelError
 from posttrain_dist.generation.base import Completion, Reply, Sampling, StopReason
+from posttrain_dist.generation.local_folder import end_ids, load_model, load_tokenizer
 from posttrain_dist.generation.weight_digest import weight_digest
+from posttrain_dist.models.architectures.positions import learned_positions
 
 if TYPE_CHECKING:
     import torch
@@ -32,18 +36,24 @@ class LocalGenerator:
             may sample or penalise repetition, and answers are compared over models.
         tokenizer: renders conversations by its chat template.
         batch_size: prompts that are completed together.
+        end_token_ids: more tokens that end an answer, beside those of model and tokenizer.
 
     Raises:
         ModelError: nothing names a token that ends an answer.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int = 32,
+        end_token_ids: Sequence[int] = (),
     ) -> None:
         from transformers import GenerationConfig
 
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.end_ids = _end_ids(model, tokenizer)
+        self.end_ids = end_ids(model, tokenizer, end_token_ids)
         pad = tokenizer.pad_token_id
         self._pad_id: int = self.end_ids[0] if pad is None else pad
         self._version = 0
@@ -54,7 +64,13 @@ class LocalGenerator:
 
     @classmethod
     def load(
-        cls, folder: Path, *, batch_size: int = 32, needs_template: bool = True
+        cls,
+        folder: Path,
+        *,
+        batch_size: int = 32,
+        needs_template: bool = True,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        end_token_ids: Sequence[int] = (),
     ) -> LocalGenerator:
         """The generator of a Hugging Face folder.
 
@@ -63,11 +79,22 @@ class LocalGenerator:
         Args:
             needs_template: refuse a folder without chat template; False where no conversation
                 will be answered.
+            tokenizer: with its chat template, in place of the folder's own.
+            end_token_ids: more tokens that end an answer.
 
         Raises:
             ModelError: the folder holds no model that transformers can load, or no template.
         """
-        return cls(*_load(folder, needs_template), batch_size=batch_size)
+        tokenizer = tokenizer or load_tokenizer(folder)
+        if needs_template and not tokenizer.chat_template:
+            raise ModelError(
+                "the tokenizer has no chat template, so no prompt can be made of a conversation",
+                where=str(folder),
+                fix="give the model that a training with a template made (`posttrain train "
+                "template=chatml ...`, then its run folder), or add chat_template.jinja",
+            )
+        model = load_model(folder)
+        return cls(model, tokenizer, batch_size=batch_size, end_token_ids=end_token_ids)
 
     # -------------------------------------------------------------------------------- tokens
 
@@ -127,22 +154,22 @@ class LocalGenerator:
 
     # ---------------------------------------------------------------------------------- text
 
-    def reply(self, conversations: Sequence[Sequence[Message]], sampling: Sampling) -> list[Reply]:
-        prompts = [self._prompt(messages) for messages in conversations]
+    def reply(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
+        encoded = [self._encode(prompt) for prompt in prompts]
         found: dict[int, Reply] = {}
         with self._seeded(sampling.seed):
-            for chosen in self._batches(prompts):
-                new_BT = self._complete([prompts[index] for index in chosen], sampling)
+            for chosen in self._batches(encoded):
+                new_BT = self._complete([encoded[index] for index in chosen], sampling)
                 for index, row in zip(chosen, new_BT.tolist(), strict=True):
                     ids, reason = self._until_end(row)
                     text = self.tokenizer.decode(ids, skip_special_tokens=True)
                     found[index] = Reply(str(text), reason)
         return [found[index] for index in range(len(prompts))]
 
-    def stream(self, conversation: Sequence[Message], sampling: Sampling) -> Iterator[str]:
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-        prompt = self._prompt(conversation)
+        encoded = self._encode(prompt)
         # transformers' stubs do not know that every tokenizer can be streamed.
         tokenizer: Any = self.tokenizer
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -153,7 +180,7 @@ class LocalGenerator:
             try:
                 with self._seeded(sampling.seed):
                     stop = StoppingCriteriaList([_StopWhenSet(closed)])
-                    self._complete([prompt], sampling, streamer=streamer, stopping_criteria=stop)
+                    self._complete([encoded], sampling, streamer=streamer, stopping_criteria=stop)
             except BaseException as error:  # raised again below, in the thread that reads
                 failures.append(error)
                 streamer.end()
@@ -168,13 +195,16 @@ class LocalGenerator:
         if failures:
             raise failures[0]
 
-    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+    def _encode(self, prompt: Prompt) -> list[int]:
         """The ids of a conversation, up to where its answer begins."""
-        text = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
-        )
-        # The template has written the special tokens.
-        return list(self.tokenizer(str(text), add_special_tokens=False)["input_ids"])
+        try:
+            return prompt.encode(self.tokenizer)
+        except (TemplateError, ValueError, TypeError, LookupError) as error:
+            raise DataError(
+                f"the chat template refuses this conversation: {error}",
+                where=str(getattr(self.tokenizer, "name_or_path", "")),
+                fix="change the order or roles of the messages, or the variables",
+            ) from error
 
     # -------------------------------------------------------------------------------- inside
 
@@ -208,11 +238,21 @@ class LocalGenerator:
             more |= {"do_sample": True, "temperature": sampling.temperature}
             more |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
         generator: Any = self.model
+        most = self._room(sampling.max_new_tokens, after=inputs["input_ids"].shape[1])
         with torch.inference_mode():
-            output_BT: torch.Tensor = generator.generate(
-                **inputs, max_new_tokens=sampling.max_new_tokens, **more
-            )
+            output_BT: torch.Tensor = generator.generate(**inputs, max_new_tokens=most, **more)
         return output_BT[:, inputs["input_ids"].shape[1] :]
+
+    def _room(self, asked: int, *, after: int) -> int:
+        """How many of `asked` new tokens a model of learned positions has left behind a prompt."""
+        positions = learned_positions(self.model.config.to_dict())
+        if positions is not None and after >= positions:
+            raise ModelError(
+                f"the model has learned {positions} positions, and a prompt has {after} tokens",
+                where=self._where,
+                fix="ask with a shorter conversation",
+            )
+        return asked if positions is None else min(asked, positions - after)
 
     def _until_end(self, row: list[int]) -> tuple[list[int], StopReason]:
         for place, token in enumerate(row):
@@ -248,73 +288,6 @@ class LocalGenerator:
     @property
     def _where(self) -> str:
         return str(self.model.name_or_path)
-
-
-def _load(folder: Path, needs_template: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    from posttrain_dist.models.finite import refuse_nonfinite
-
-    if not (folder / "config.json").is_file():
-        raise ModelError(
-            "holds no model (there is no config.json)",
-            where=str(folder),
-            fix="give a Hugging Face folder; `posttrain export RUN` writes that of a run",
-        )
-    disable_progress_bar()  # loading bars would stand between a chat's lines
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto" if device.type == "cuda" else torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,  # the other format is a pickle
-        )
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"cannot be loaded: {error}",
-            where=str(folder),
-            fix="check that the folder has config.json, *.safetensors and a tokenizer",
-        ) from error
-    if needs_template and not tokenizer.chat_template:
-        raise ModelError(
-            "the tokenizer has no chat template, so no prompt can be made",
-            where=str(folder),
-            fix="add chat_template.jinja to the folder",
-        )
-    model = model.to(device).eval()
-    refuse_nonfinite(model, folder)
-    return model, tokenizer
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: the model's own, the tokenizer's, and the template's end of turn."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    found = [] if own is None else [own] if isinstance(own, int) else list(own)
-    if tokenizer.eos_token_id is not None:
-        found.append(tokenizer.eos_token_id)
-    if tokenizer.chat_template:
-        # A base model's tokenizer often ends texts with one token and turns with another.
-        marker = "posttrain-answer"
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
-        rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
-        tail = rendered.rpartition(marker)[2]
-        after = tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
-        if after and after[0] in tokenizer.added_tokens_decoder:
-            found.append(after[0])
-    if not found:
-        raise ModelError(
-            "neither the model, the tokenizer nor its chat template names an end-of-turn token",
-            where=str(getattr(tokenizer, "name_or_path", "")),
-            fix="set eos_token in tokenizer_config.json",
-        )
-    return sorted(set(found))
 
 
 def _groups_of_tokens(rows: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:

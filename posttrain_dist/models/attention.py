@@ -34,6 +34,14 @@ VARLEN, FLASH = "posttrain_varlen", "posttrain_flash"
 
 _log = logging.getLogger(__name__)
 
+ROW_KEYWORDS = ("cu_seqlens", "bounds_S", "max_seqlen", "parent_S")
+# What layers hand to their attention beside its own keywords: the row, and what attention inside
+# a sample does not depend on. Whatever else there is would be left out without a word.
+_KNOWN = {
+    *(*ROW_KEYWORDS, "supervised_N", "position_ids", "is_causal"),
+    *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
+}
+
 
 def register() -> None:
     """Make all implementations known to transformers; may be called again."""
@@ -59,6 +67,7 @@ def _for_transformers(attend: Callable[..., torch.Tensor]) -> Callable[..., Any]
         softcap: float | None = None,
         **row: Any,
     ) -> tuple[torch.Tensor, None]:
+        _refuse_unknown(module, attention_mask, row)
         args = AttentionArgs(
             scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
             dropout=dropout,
@@ -72,6 +81,28 @@ def _for_transformers(attend: Callable[..., torch.Tensor]) -> Callable[..., Any]
         return attend(query, key, value, args), None
 
     return attention
+
+
+def _refuse_unknown(
+    module: torch.nn.Module, attention_mask: torch.Tensor | None, row: dict[str, Any]
+) -> None:
+    """Refuse a layer that asks its attention for what this one would not do."""
+    others = [name for name, value in row.items() if value is not None and name not in _KNOWN]
+    name, what = type(module).__name__, ""
+    if row.get("cu_seqlens") is None:
+        what = f"{name} is not told where samples begin"
+    elif attention_mask is not None:
+        what = f"{name} has an attention mask of its own"
+    elif row.get("is_causal") is False or getattr(module, "is_causal", None) is False:
+        what = f"{name} attends in both directions"
+    elif others:
+        what = f"{name} gives its attention {others[0]}, which is not known here"
+    if what:
+        raise ModelError(
+            f"{what}: over packed rows its attention would be another one",
+            where="model.path",
+            fix="use an architecture that docs/models.md lists as trained",
+        )
 
 
 def implementation(choice: Attention, requirements: AttentionRequirements) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from posttrain_dist.errors import ModelError, PosttrainError, raise_all
+from posttrain_dist.models.architectures.refusals import architecture_problems
 from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.models.tokenizer import ModelTokenizer, read_tokenizer
 
@@ -15,14 +16,6 @@ TINY_BASE = "tiny_base"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-_EXPERT_KEYS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-    "n_experts",
-)
-_MULTIMODAL_KEYS = ("vision_config", "audio_config", "text_config", "thinker_config")
 _CONVERT = (
     "convert them once: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
 )
@@ -119,7 +112,7 @@ def _read_tokenizer(
 
 
 def check_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Refuse a tokenizer without end token, pad token or offsets.
+    """Refuse a tokenizer without end token or offsets; packed rows need no pad token.
 
     Raises:
         ModelError, SeveralErrors: what is missing, and where to set it.
@@ -132,15 +125,6 @@ def check_tokenizer(tokenizer: Any, folder: Path) -> None:
                 "the tokenizer has no end token, so no answer could learn where to stop",
                 where=where,
                 fix='set "eos_token" to the token that ends a turn, e.g. "eos_token": "<|im_end|>"',
-            )
-        )
-    if tokenizer.pad_token_id is None:
-        found.append(
-            ModelError(
-                "the tokenizer has no pad token",
-                where=where,
-                fix='set "pad_token" to a token that is no end token, e.g. '
-                '"pad_token": "<|endoftext|>"',
             )
         )
     if not tokenizer.is_fast:
@@ -167,7 +151,7 @@ def _read_config(
     if (folder / "export" / file.name).is_file():
         fix = f"this is a run; the model that it made is {folder / 'export'}"
     config = _read_object(file, fix)
-    return config, _architecture_problems(config, file)
+    return config, architecture_problems(config, file)
 
 
 def _read_object(file: Path, fix: str) -> dict[str, Any]:
@@ -184,36 +168,6 @@ def _read_object(file: Path, fix: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError("is not a JSON object", where=str(file), fix="get the file again")
     return value
-
-
-def _architecture_problems(config: dict[str, Any], file: Path) -> list[PosttrainError]:
-    found: list[PosttrainError] = []
-    dense = "use a dense text-only causal LM such as Llama, Qwen3, Mistral or Gemma 2"
-
-    def refuse(what: str, fix: str = dense) -> None:
-        found.append(ModelError(what, where=str(file), fix=fix))
-
-    architectures = config.get("architectures") or []
-    if not isinstance(config.get("model_type"), str):
-        refuse("has no model_type", "use a folder written by transformers' save_pretrained")
-    experts = [
-        key for key in _EXPERT_KEYS if isinstance(config.get(key), int) and config[key] > 1
-    ] or [name for name in architectures if "moe" in name.lower() or "mixtral" in name.lower()]
-    nested = [key for key in _MULTIMODAL_KEYS if config.get(key)]
-    if experts:
-        refuse(f"is a mixture-of-experts model ({experts[0]}), not supported yet")
-    elif nested:
-        refuse(f"is a multimodal model ({nested[0]}), not supported yet")
-    elif config.get("is_encoder_decoder"):
-        refuse("is an encoder-decoder model (is_encoder_decoder), not supported")
-    elif architectures and not any("CausalLM" in n or "LMHead" in n for n in architectures):
-        refuse(f"is not a causal LM: its architecture is {architectures[0]}")
-    if config.get("quantization_config"):
-        refuse(
-            "holds quantised weights (quantization_config), which cannot be trained in full",
-            "use the folder of the unquantised model",
-        )
-    return found
 
 
 # ----------------------------------------------------------------------------------- weights

@@ -6,6 +6,8 @@ Attention stays as the architecture has it: leaving out queries and output proje
 gain less than 0.5 % of a step of 32 layers (docs/performance.md).
 
 The rows travel as the keyword `supervised_N` through the backbone; without it a model is as it was.
+A backbone that gives its output the shape of its input (GPT-2) gets all rows, and its last ones are
+selected behind it.
 """
 
 from __future__ import annotations
@@ -23,10 +25,14 @@ from posttrain_dist.models.layers import decoder_layers
 _log = logging.getLogger(__name__)
 
 
-def select_supervised_rows(backbone: nn.Module) -> None:
+def select_supervised_rows(backbone: nn.Module, keep_rows: bool = False) -> None:
     """Make `backbone(..., supervised_N=rows)` return the last hidden states of these rows only.
 
     A layer without `mlp` runs on all rows, and the log says so.
+
+    Args:
+        keep_rows: only the MLP leaves the other rows out; what it returns has them all, and
+            those that are not supervised hold nothing that is of use.
 
     Raises:
         ModelError: the backbone has no decoder layer.
@@ -37,10 +43,12 @@ def select_supervised_rows(backbone: nn.Module) -> None:
         _log.warning("the last layer runs on all rows: a %s has no `mlp`", base.__name__)
     # A subclass, not a function put on the object: activation checkpointing wraps the forward of
     # the class (transformers 5.23) or its call (5.17), and either way this forward runs again.
-    last.__class__ = type(f"RowSelecting{base.__name__}", (base,), {"forward": _forward(base)})
+    last.__class__ = type(
+        f"RowSelecting{base.__name__}", (base,), {"forward": _forward(base, keep_rows)}
+    )
 
 
-def _forward(base: Any) -> Callable[..., Any]:
+def _forward(base: Any, keep_rows: bool) -> Callable[..., Any]:
     def forward(
         self: Any,
         hidden_states: torch.Tensor,
@@ -53,7 +61,7 @@ def _forward(base: Any) -> Callable[..., Any]:
         place_T = _places(supervised_N, hidden_states.shape[1])
         with _rows_of(getattr(self, "mlp", None), supervised_N, place_T):
             output = base.forward(self, hidden_states, *args, **options)
-        return _index_rows(output, supervised_N)
+        return output if keep_rows else _index_rows(output, supervised_N)
 
     return forward
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from posttrain_dist.errors import ModelError
 from posttrain_dist.models import ModelConfig, Weights
+from posttrain_dist.models.architectures.failures import named_failures
 from posttrain_dist.models.attention import implementation, register
 from posttrain_dist.models.compiled import compile_layers
 from posttrain_dist.models.folder import check_folder
@@ -41,38 +42,44 @@ def load_model(
         ModelError: the folder cannot be used, or weights are missing from it.
         ConfigError: model.checkpoint_layers or model.compile cannot be had.
     """
-    import transformers
-
     fresh = config.weights is Weights.random
-    check_folder(folder, need_weights=not fresh)
+    found = check_folder(folder, need_weights=not fresh)
     register()
-    hf_config = transformers.AutoConfig.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
-    shape = ModelShape.of(hf_config.to_dict(), str(folder / "config.json"))
-    attention = implementation(config.attention, AttentionRequirements.of(shape, dtype))
+    name = str((found.get("architectures") or [found["model_type"]])[0])
     with materialise:
-        if fresh:
-            torch.manual_seed(seed)
-            model = transformers.AutoModelForCausalLM.from_config(
-                hf_config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
-            )
-        else:
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation=attention,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-            _refuse_incomplete(report, folder)
+        with named_failures(name, "loaded"):
+            model: Any = _build(config, folder, dtype, seed if fresh else None)
         attach(model)
     model.config.use_cache = False
     checkpoint_activations(model, config)
     if config.compile:
         compile_layers(model)
+    return model  # type: ignore[no-any-return]
+
+
+def _build(config: ModelConfig, folder: Path, dtype: torch.dtype, seed: int | None) -> nn.Module:
+    """The model with the attention of `config`; its weights from files, or fresh of a `seed`."""
+    import transformers
+
+    hf_config = transformers.AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    shape = ModelShape.of(hf_config.to_dict(), str(folder / "config.json"))
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": implementation(
+            config.attention, AttentionRequirements.of(shape, dtype)
+        ),
+        "trust_remote_code": False,
+    }
+    auto = transformers.AutoModelForCausalLM
+    if seed is not None:
+        torch.manual_seed(seed)
+        return auto.from_config(hf_config, **options)  # type: ignore[no-any-return]
+    model, report = auto.from_pretrained(
+        folder, **options, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    _refuse_incomplete(report, folder)
     return model  # type: ignore[no-any-return]
 
 

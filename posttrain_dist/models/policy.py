@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,10 @@ from torch import nn
 from posttrain_dist.errors import ModelError
 from posttrain_dist.flow import Batch, Loss
 from posttrain_dist.models import parity
+from posttrain_dist.models.architectures.failures import named_failures
+from posttrain_dist.models.architectures.known import DROPS_KEYWORDS, KEEPS_ROWS, TRAINED
+from posttrain_dist.models.architectures.packing_check import check_packing
+from posttrain_dist.models.architectures.row_keywords import hand_row_to_attention
 from posttrain_dist.models.head import Head, HeadKernels
 from posttrain_dist.models.last_layer import select_supervised_rows
 from posttrain_dist.models.shape import ModelShape
@@ -48,8 +53,12 @@ class Policy(nn.Module):
         config: Any = causal_lm.config
         self.config = config
         self.shape = ModelShape.of(config.to_dict(), where="model.path")
-        select_supervised_rows(self._backbone)
-        lm_head: nn.Module = causal_lm.get_output_embeddings()  # type: ignore[operator]
+        self._keeps_rows = config.model_type in KEEPS_ROWS
+        with self._named_failures():
+            if config.model_type in DROPS_KEYWORDS:
+                hand_row_to_attention(self._backbone)
+            select_supervised_rows(self._backbone, self._keeps_rows)
+            lm_head: nn.Module = causal_lm.get_output_embeddings()  # type: ignore[operator]
         self.head = Head(lm_head, self.shape, kernels, num_channels)
 
     @property
@@ -61,8 +70,8 @@ class Policy(nn.Module):
         """Last hidden states [N, D], after the final norm, of the rows `batch.supervised_N`."""
         batch = self._extended(batch)
         output = self._backbone(**self._inputs(batch), supervised_N=batch.supervised_N)
-        hidden_ND: torch.Tensor = output.last_hidden_state[0]
-        return hidden_ND
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden.index_select(0, batch.supervised_N) if self._keeps_rows else hidden
 
     def forward(self, batch: Batch, objective: Any, denominators: Any) -> Loss:
         """Loss of one micro-batch, divided by the step's global `denominators`.
@@ -79,14 +88,27 @@ class Policy(nn.Module):
         """Compare `Head.loss` with the model's own logits; returns the largest difference.
 
         A softcap or logit scale that the fused head does not know, or a last layer that does more
-        than the shortened one, would train another model than the one that is served.
+        than the shortened one, would train another model than the one that is served. Of an
+        architecture that docs/models.md does not list, each sample of the row is compared with
+        itself alone under transformers' own attention, too.
 
         Raises:
-            ModelError: a token's loss differs by more than rounding.
+            ModelError: a token's loss differs by more than rounding, or the model's code fails.
         """
-        fused = self.head.loss(self.hidden(batch), batch.labels_N, denominator=1.0).nll_N
-        batch = self._extended(batch)
-        logits_TV = self.causal_lm(**self._inputs(batch)).logits[0]  # by no path of ours
+        with self._named_failures():
+            fused = self.head.loss(self.hidden(batch), batch.labels_N, denominator=1.0).nll_N
+            batch = self._extended(batch)
+            logits_TV = self.causal_lm(**self._inputs(batch)).logits[0]  # by no path of ours
+        difference = self._compare(fused, logits_TV, batch)
+        if self.config.model_type not in TRAINED:
+            with self._named_failures():
+                check_packing(self.causal_lm, self._inputs(batch), logits_TV)
+        return difference
+
+    def _named_failures(self) -> AbstractContextManager[None]:
+        return named_failures(type(self.causal_lm).__name__, "run on a packed row")
+
+    def _compare(self, fused: torch.Tensor, logits_TV: torch.Tensor, batch: Batch) -> float:
         logits_NV = logits_TV[batch.supervised_N].float()
         own = nn.functional.cross_entropy(logits_NV, batch.labels_N, reduction="none")
         difference = float((fused - own).abs().max()) if len(own) else 0.0
@@ -121,8 +143,10 @@ class Policy(nn.Module):
         dtype: torch.dtype = self.head.module.weight.dtype  # type: ignore[assignment]
         places_N = parity.some_targets(batch)
         weight_N = batch.weight_N[places_N]
+        with self._named_failures():
+            hidden_ND = self.hidden(batch)
         found = self.head.compare(
-            self.hidden(batch)[places_N],
+            hidden_ND[places_N],
             batch.labels_N[places_N],
             token_weight=weight_N,
             denominator=float(weight_N.sum()),

@@ -37,11 +37,16 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window": 4096,
     },
     "cohere": {"tie_word_embeddings": True, "logit_scale": 0.0625},
-    "gpt2": {"tie_word_embeddings": True},
+    "gpt2": {"tie_word_embeddings": True, "attn_pdrop": 0.1},
+    "gpt_bigcode": {"tie_word_embeddings": True, "attn_pdrop": 0.1},
+    "biogpt": {"tie_word_embeddings": True, "attention_probs_dropout_prob": 0.1},
+    "minicpm3": {"dim_model_base": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32},
+    "youtu": {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
 }
 _FOUR_NORMS = {"gemma2", "gemma3_text"}  # of a layer; others have two
 _HEAD_NORMS = {"qwen3", "gemma3_text"}  # of queries and keys
 _EVERY_NTH_FULL = {"gemma2": 2, "gemma3_text": 6}  # the others attend to a window
+_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,13 +73,16 @@ class ModelShape:
     softcap: float | None = None
     attention_softcap: float | None = None  # of the attention logits
     attention_dropout: float = 0.0
+    widest_head: int  # of the queries of any layer
+    value_head_dim: int  # of that layer; the kernels for packed rows want it to be the same
 
     @classmethod
     def of(cls, config: Mapping[str, Any], where: str = "config.json") -> ModelShape:
         """Read the sizes from what config.json holds, or from a transformers config's `to_dict()`.
 
         Gemma 2 caps its logits (`final_logit_softcapping`), Cohere multiplies them
-        (`logit_scale`), Granite divides them (`logits_scaling`).
+        (`logit_scale`), as does HyperCLOVA X by what Granite divides them by (`logits_scaling`);
+        MiniCPM 3 divides them by hidden_size / dim_model_base.
 
         Raises:
             ModelError: a size is missing.
@@ -85,14 +93,15 @@ class ModelShape:
         num_layers = _size(values, "num_hidden_layers", where)
         num_heads = _size(values, "num_attention_heads", where)
         bias = bool(values.get("attention_bias"))
-        scale = float(values.get("logit_scale") or 1.0)
+        head_dim = values.get("head_dim") or hidden_size // num_heads
+        widest_head, value_head_dim = _widest_head(values, head_dim, hidden_size // num_heads)
         return cls(
             model_type=model_type,
             hidden_size=hidden_size,
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=values.get("num_key_value_heads") or num_heads,
-            head_dim=values.get("head_dim") or hidden_size // num_heads,
+            head_dim=head_dim,
             intermediate_size=_size(values, "intermediate_size", where, 4 * hidden_size),
             vocab_size=_size(values, "vocab_size", where),
             tied=bool(values.get("tie_word_embeddings", False)),
@@ -100,10 +109,12 @@ class ModelShape:
             qkv_bias=bias or model_type == "qwen2",
             output_bias=bias,
             mlp_bias=bool(values.get("mlp_bias")),
-            logit_scale=scale / float(values.get("logits_scaling") or 1.0),
+            logit_scale=_logit_scale(values, model_type, hidden_size),
             softcap=values.get("final_logit_softcapping"),
             attention_softcap=values.get("attn_logit_softcapping"),
-            attention_dropout=float(values.get("attention_dropout") or 0.0),
+            attention_dropout=max(float(values.get(key) or 0.0) for key in _DROPOUT),
+            widest_head=widest_head,
+            value_head_dim=value_head_dim,
         )
 
     @property
@@ -140,6 +151,25 @@ def _size(values: Mapping[str, Any], name: str, where: str, default: int | None 
             fix="use a folder written by transformers' save_pretrained",
         )
     return found[0]
+
+
+def _logit_scale(values: Mapping[str, Any], model_type: str, hidden_size: int) -> float:
+    if model_type == "minicpm3":
+        return float(values.get("dim_model_base") or hidden_size) / hidden_size
+    scale, scaling = (float(values.get(key) or 1.0) for key in ("logit_scale", "logits_scaling"))
+    return scale * scaling if model_type == "hyperclovax" else scale / scaling
+
+
+def _widest_head(values: Mapping[str, Any], head_dim: int, otherwise: int) -> tuple[int, int]:
+    """(width of queries and keys, width of values), in the layer where they are widest."""
+    if values.get("qk_nope_head_dim"):  # multi-head latent attention
+        width = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]
+        return width, values.get("v_head_dim") or otherwise
+    # Gemma 4: layers that attend to all tokens have wider heads.
+    layers = [each for each in (values.get("per_layer_config") or {}).values() if each]
+    widths = [head_dim, values.get("global_head_dim"), *(each.get("head_dim") for each in layers)]
+    widest = max(width for width in widths if width)
+    return widest, widest
 
 
 def _windows(values: Mapping[str, Any], model_type: str, num_layers: int) -> tuple[int | None, ...]:

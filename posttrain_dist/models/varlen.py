@@ -26,7 +26,8 @@ CAPABILITY = (8, 0)  # ... and the oldest device that they run on
 class AttentionRequirements:
     """What a model requires of its attention."""
 
-    head_dim: int
+    head_dim: int  # the widest
+    value_head_dim: int | None = None  # where values are not as wide as keys
     softcap: float | None = None  # of the attention logits
     dropout: float = 0.0
     dtype: torch.dtype = torch.float32
@@ -36,7 +37,8 @@ class AttentionRequirements:
     def of(cls, shape: ModelShape, dtype: torch.dtype) -> AttentionRequirements:
         """Of a model in `dtype`, on the device that is here."""
         return cls(
-            head_dim=shape.head_dim,
+            head_dim=shape.widest_head,
+            value_head_dim=shape.value_head_dim,
             softcap=shape.attention_softcap,
             dropout=shape.attention_dropout,
             dtype=dtype,
@@ -70,6 +72,8 @@ def _kernel_missing(requirements: AttentionRequirements) -> str:
         return f"the kernels for packed rows do not compute in {requirements.dtype}"
     if requirements.head_dim > MAX_HEAD_DIM:
         return f"heads of {requirements.head_dim} are wider than {MAX_HEAD_DIM}"
+    if requirements.value_head_dim not in (None, requirements.head_dim):
+        return f"values of {requirements.value_head_dim} stand beside keys of another width"
     if torch.cuda.get_device_capability() < CAPABILITY:
         return "the device is older than compute capability 8.0"
     return ""

@@ -3,6 +3,7 @@
 samples/                flat arrays of all samples (posttrain_dist.data.prepared.arrays)
 train.npy eval.npy      which of them each split holds
 heldout_records.jsonl   held-out rows as text, for answers by generation: the first of each channel
+served.json             chat templates for the export, and rows that check them; null: no template
 summary.json            channels, counts, digests of all that went in
 findings.json           what was found in the rows, of which data_report.py makes a run's report
 """

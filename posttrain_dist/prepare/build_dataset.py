@@ -14,6 +14,7 @@ import numpy as np
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data import LongRows, OnBadRow
 from posttrain_dist.data.chat.checks.check_table import CHECKS
+from posttrain_dist.data.chat.rendering.template_choice import TemplateSet
 from posttrain_dist.data.formats.records import Unit
 from posttrain_dist.data.prepared.arrays import SplitWriter
 from posttrain_dist.data.prepared.summary import Summary
@@ -25,6 +26,7 @@ from posttrain_dist.prepare.chunk import MAX_REJECTED, Chunk
 from posttrain_dist.prepare.fingerprint import Inputs, refuse_changed
 from posttrain_dist.prepare.processes.workers import SMALL_BYTES, encode
 from posttrain_dist.prepare.row_encoder import Job, Task
+from posttrain_dist.prepare.served_rows import write_served
 from posttrain_dist.prepare.similar import Bands
 from posttrain_dist.prepare.split import Split, keep_apart, split_off
 from posttrain_dist.prepare.summarise import findings, summarise
@@ -80,8 +82,10 @@ def _build(
         np.save(folder / f"{name}.npy", np.flatnonzero(side_R[row_S]))
     summary = summarise(inputs, tally, split, folder)
     _refuse_empty(summary, tally)
-    lines = [json.dumps(_row(record), ensure_ascii=False) + "\n" for record in _texts(tally, split)]
+    texts = (_row(record, inputs.templates) for record in _texts(tally, split))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in texts]
     (folder / "heldout_records.jsonl").write_bytes("".join(lines).encode())
+    write_served(config.template, inputs, tally, split, folder)
     (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=1), encoding="utf-8")
     found = json.dumps(findings(inputs, tally, folder), ensure_ascii=False, indent=1)
     (folder / "findings.json").write_bytes(found.encode())
@@ -223,8 +227,16 @@ def _texts(tally: Tally, split: Split) -> list[Record]:
     return [found[row] for row in sorted(found)]
 
 
-def _row(record: Record) -> dict[str, Any]:
+def _row(record: Record, templates: TemplateSet | None) -> dict[str, Any]:
+    """A row as `apply_chat_template` is asked with it."""
     row: dict[str, Any] = {"task_type": record.channel}
-    row |= {"messages": record.messages} if record.text is None else {"text": record.text}
+    if record.text is not None:
+        row["text"] = record.text
+    elif templates is None:
+        row["messages"] = record.messages
+    else:
+        template = templates.of(record.where, record.tools, record.variables)
+        row["messages"] = template.as_given(record.messages, record.where)
     row |= {"tools": record.tools} if record.tools else {}
+    row |= {"chat_template_kwargs": dict(record.variables)} if record.variables else {}
     return row | ({"check": record.check} if record.check else {})

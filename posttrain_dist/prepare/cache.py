@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from posttrain_dist.data.chat.rendering.served import SERVED, WITH_SERVED
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.errors import DataError, PosttrainError
@@ -83,12 +84,15 @@ def fetch(cached: Path, folder: Path, build: Build, log: Log) -> None:
 def is_whole(folder: Path) -> bool:
     """Whether `folder` is a prepared one with all of its files in their sizes."""
     try:
-        Summary.read(folder)
+        inputs = Summary.read(folder).inputs
         Examples.open(folder, "train")
         Examples.open(folder, "eval")
     except PosttrainError:
         return False
-    return all((folder / name).is_file() for name in ("findings.json", "heldout_records.jsonl"))
+    names = ["findings.json", "heldout_records.jsonl"]
+    if inputs.get("format", 0) >= WITH_SERVED:
+        names.append(SERVED)
+    return all((folder / name).is_file() for name in names)
 
 
 def make_whole(folder: Path, build: Build) -> None:

@@ -17,6 +17,7 @@ from posttrain_dist.data.formats.records import Reader
 from posttrain_dist.data.sources import FileSet, file_sets
 from posttrain_dist.errors import DataError, PosttrainError, raise_all
 from posttrain_dist.models import Weights
+from posttrain_dist.models.architectures.positions import check_row_length
 from posttrain_dist.models.folder import check_folder, check_tokenizer, load_tokenizer, resolve
 from posttrain_dist.models.tokenizer import ModelTokenizer
 from posttrain_dist.prepare.cache import cache_folder, tokenizer_cache
@@ -25,7 +26,7 @@ from posttrain_dist.prepare.digests import Digests, state
 # Version of what is written: the files of a prepared folder, and the tokens and masks that a row
 # gives. Raise it with every change of these, also with a fix: entries of the cache that were made
 # before are then prepared again, and a run that was begun keeps its own.
-FORMAT = 7
+FORMAT = 8
 LIBRARIES = ("jinja2", "tokenizers", "transformers")
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -74,6 +75,7 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
     model_folder = resolve(config.model.path)
     model = check_folder(model_folder, config.model.weights is Weights.load)
     rows, data = config.objective.rows, config.data
+    check_row_length(model, data.max_length)
     sets = file_sets(data, rows, only_heldout=only_heldout)
     tokenizer = load_tokenizer(model_folder, tokenizer_cache(data.cache))
     check_tokenizer(tokenizer, model_folder)

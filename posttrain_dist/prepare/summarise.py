@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,8 @@ from posttrain_dist.prepare.tally import Tally
 
 # Upper edges of the histogram of lengths, in tokens: eight to an octave.
 EDGES = np.array(sorted({round(2.0 ** (i / 8)) for i in range(8 * 24 + 1)}), np.int64)
-_FIRST_SAMPLES = 200  # that show how turns end
+_SAMPLES = 200  # that show how turns end
+_OF_THOUGHTS = re.compile("think|thought|reason", re.IGNORECASE)
 
 
 def summarise(inputs: Inputs, tally: Tally, split: Split, folder: Path) -> Summary:
@@ -55,7 +57,9 @@ def summarise(inputs: Inputs, tally: Tally, split: Split, folder: Path) -> Summa
         longest=tally.longest,
         largest_id=tally.largest_id,
         special_tokens=watched_tokens(inputs),
-        end_token_id=end_token(Examples.open(folder, "train", tally.channels), inputs.model_folder),
+        end_token_ids=end_tokens(
+            Examples.open(folder, "train", tally.channels), inputs.model_folder
+        ),
         inputs=inputs.digest,
     )
 
@@ -104,28 +108,39 @@ def watched_tokens(inputs: Inputs) -> dict[int, str]:
     return special_tokens(inputs.tokenizer, source)
 
 
-def end_token(examples: Examples, model_folder: Path) -> int | None:
-    """The token that supervised turns end with: the last target of most of the first samples.
+def end_tokens(examples: Examples, model_folder: Path) -> list[int]:
+    """The tokens that supervised turns end with: the last of each run of targets that follow.
 
-    Only an added token of the tokenizer can be one: a line break that a template writes after
-    each turn would end every answer at its first line.
+    There may be several: a turn that calls a tool often ends with another one than an answer. One
+    counts if it ends more than a hundredth of the runs, and more than one run, or most of them.
+    Only an added token of the tokenizer can be one, and none of a thought: a line break that a
+    template writes after each turn would end every answer at its first line.
 
     Args:
-        examples: the training split.
+        examples: the training split; samples from all over it are looked at.
         model_folder: with tokenizer.json.
 
     Returns:
-        Its id; null where the samples end with none, or there is no sample.
+        Their ids, the most common one first; empty where turns end with none.
     """
     tokenizer = json.loads((model_folder / "tokenizer.json").read_text(encoding="utf-8"))
-    last: Counter[int] = Counter()
-    for i in range(min(len(examples), _FIRST_SAMPLES)):
+    ends: Counter[int] = Counter()
+    places = np.linspace(0, len(examples) - 1, min(len(examples), _SAMPLES)).astype(int)
+    for i in places.tolist():
         example = examples[i]
-        targets = example.input_ids_L[example.weight_L > 0]
-        if len(targets) and not example.truncated:
-            last[int(targets[-1])] += 1
-    token = last.most_common(1)[0][0] if last else None
-    return token if token in {entry["id"] for entry in tokenizer.get("added_tokens", [])} else None
+        is_target_L = example.weight_L > 0
+        ends_run_L = is_target_L & ~np.append(is_target_L[1:], example.truncated)
+        ends.update(example.input_ids_L[ends_run_L].tolist())
+    added = {
+        entry["id"]
+        for entry in tokenizer.get("added_tokens", [])
+        if not _OF_THOUGHTS.search(entry["content"])
+    }
+    least = max(2, ends.total() / 100)
+    most = max(ends.values(), default=0)
+    return [
+        token for token, n in ends.most_common() if token in added and (n == most or n >= least)
+    ]
 
 
 def findings(inputs: Inputs, tally: Tally, folder: Path) -> dict[str, Any]:

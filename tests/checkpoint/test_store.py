@@ -109,7 +109,7 @@ def test_a_file_that_does_not_reach_the_disk_is_no_checkpoint(tmp_path):
 def test_the_manifest_parts_recipe_from_layout_and_names_each_file(tmp_path):
     final = write(tmp_path, 7)
     values = json.loads((final / MANIFEST).read_text())
-    assert values["recipe"] == {"channels": ["a"], "settings": {"seed": "1"}}
+    assert values["recipe"] == {"channels": ["a"], "settings": {"seed": "1"}, "model": {}}
     assert values["layout"] == {"engine": "single", "workers": 1, "dtype": "float32"}
     assert (values["step"], values["format"]) == (7, FORMAT)
     assert len(values["digest"]) == 32

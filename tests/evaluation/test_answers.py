@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,6 +42,13 @@ def test_exact_match_counts() -> None:
         "add": {"right": 2, "of": 3},
         "sort": {"right": 0, "of": 1},
     }
+
+
+def test_thoughts_are_no_part_of_an_exact_answer() -> None:
+    rows = [row("add", "1+1", "2", "exact") for _ in range(5)]
+    rows[4]["messages"][1]["content"] = "<think>one and one</think>\n\n2"
+    given = ["<think>is it 3?</think>\n2", "a</think>b</think> 2 ", "<think>2", "2</think>", "2"]
+    assert answers.exact_match(rows, given) == {"add": {"right": 3, "of": 5}}
 
 
 @pytest.fixture
@@ -84,6 +92,38 @@ def test_compare_with_random_weights_has_no_before(run_folder: Path) -> None:
     found = answers.compare(config, run_folder)
     assert found["exact_match"] == {"before": {}, "after": {"add": {"right": 0, "of": 2}}}
     assert [s["before"] for s in found["samples"]] == [""]
+
+
+def test_the_base_model_is_asked_with_the_template_and_the_ends_of_the_export(
+    tmp_path: Path, folder: Path
+) -> None:
+    """Each row with its own tools and variables; the base folder has a template of its own."""
+    base, export = tmp_path / "base", tmp_path / "export"
+    shutil.copytree(folder, base)
+    shutil.copytree(folder, export)
+    (base / "chat_template.jinja").write_text("{{ raise_exception('the old one') }}")
+    start = "{{ mood }}{% for tool in tools or [] %}{{ tool.name }}{% endfor %}"
+    (export / "chat_template.jinja").write_text(start + byte_llama.TEMPLATE)
+    rows = [row("doc", "a", "x", None), row("tale", "b", "y", None), row("first", "c", "z", None)]
+    rows[0] |= {"chat_template_kwargs": {"mood": "low"}, "tools": [{"name": "f"}]}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    rows[1]["messages"].append(call)  # an answer without words
+    rows[2]["messages"] = [call, *rows[2]["messages"][:1]]  # nothing stands before the answer
+    (tmp_path / "prepared").mkdir()
+    lines = "".join(json.dumps(r) + "\n" for r in rows)
+    (tmp_path / "prepared" / "heldout_records.jsonl").write_text(lines)
+    config = RunConfig(model=ModelConfig(path=str(base)))
+    config.eval.samples, config.eval.max_new_tokens = 3, 6
+    texts = {
+        "doc": "lowf<|user|>a<|end|><|assistant|>",
+        "tale": "<|user|>b<|end|><|assistant|>y<|end|><|assistant|>",
+    }
+    found = answers.compare(config, tmp_path)["samples"]
+    assert [sample["channel"] for sample in found] == ["doc", "tale"]
+    assert found[1]["prompt"] == "user: b\nassistant: y" and found[1]["reference"] == ""
+    for sample in found:
+        expected = greedy(folder, texts[sample["channel"]], 6)
+        assert sample["before"] == sample["after"] == expected
 
 
 def test_missing_held_out_rows_are_named(tmp_path: Path) -> None:

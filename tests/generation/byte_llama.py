@@ -69,11 +69,15 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def greedy(folder: Path, messages: list[dict[str, str]], steps: int) -> str:
-    """The reference: argmax, one unpadded forward over the whole row per token."""
+def greedy(folder: Path, prompt: list[dict[str, str]] | str, steps: int) -> str:
+    """The reference: argmax, one unpadded forward over the whole row per token.
+
+    `prompt`: messages, or what a template makes of them.
+    """
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    ids = prompt_ids(tokenizer, messages)
+    tokenizer = build_tokenizer()
+    is_text = isinstance(prompt, str)
+    ids = tokenizer(prompt)["input_ids"] if is_text else prompt_ids(tokenizer, prompt)
     start = len(ids)
     with torch.inference_mode():
         while len(ids) < start + steps:

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from posttrain_dist.errors import ConfigError, ModelError
+from posttrain_dist.data.chat.rendering.served import Prompt
+from posttrain_dist.errors import ConfigError, DataError, ModelError
 from posttrain_dist.generation import local
 from posttrain_dist.generation.base import Completion, Sampling, StopReason
 from posttrain_dist.generation.local import LocalGenerator
@@ -20,6 +21,7 @@ from posttrain_dist.generation.weight_digest import weight_digest
 byte_llama = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("byte_llama.py"))))
 greedy, CONVERSATIONS, ENDS = byte_llama.greedy, byte_llama.CONVERSATIONS, byte_llama.ENDS
 END = byte_llama.SPECIAL.index("<|end|>")
+PROMPTS = [Prompt(messages) for messages in CONVERSATIONS]
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,26 @@ def prompts(generator: LocalGenerator) -> list[list[int]]:
     return [byte_llama.prompt_ids(generator.tokenizer, messages) for messages in CONVERSATIONS]
 
 
+def test_an_answer_ends_where_learned_positions_do(generator: LocalGenerator) -> None:
+    config = GPT2Config(
+        n_positions=16,
+        n_embd=8,
+        n_layer=1,
+        n_head=1,
+        vocab_size=400,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    own = LocalGenerator(GPT2LMHeadModel(config).eval(), generator.tokenizer)
+    own.end_ids = []
+    (short,) = own.generate([[7] * 10], Sampling(max_new_tokens=6))
+    (cut,) = own.generate([[7] * 10], Sampling(max_new_tokens=50))
+    assert cut == short and len(cut.token_ids) == 6 and cut.stop_reason is StopReason.length
+    with pytest.raises(ModelError, match="has learned 16 positions, and a prompt has 16 tokens"):
+        own.generate([[7] * 16], Sampling(max_new_tokens=1))
+
+
 # ------------------------------------------------------------------------------------ text
 
 
@@ -44,7 +66,7 @@ def test_batched_replies_equal_the_greedy_answer_of_each_row_alone(folder: Path)
     assert len(set(expected)) == len(CONVERSATIONS), "the model must not ignore its prompt"
     for batch_size in (1, 3, 32):
         generator = LocalGenerator.load(folder, batch_size=batch_size)
-        replies = generator.reply(CONVERSATIONS, Sampling(max_new_tokens=12))
+        replies = generator.reply(PROMPTS, Sampling(max_new_tokens=12))
         assert [reply.text for reply in replies] == expected
 
 
@@ -64,7 +86,7 @@ def test_a_reply_stops_at_the_templates_end_of_turn(
         return favoured
 
     generator.model.lm_head.register_forward_hook(favour_end)
-    (reply,) = generator.reply(CONVERSATIONS[:1], Sampling(max_new_tokens=50))
+    (reply,) = generator.reply(PROMPTS[:1], Sampling(max_new_tokens=50))
     assert len(forwards) == 2, "generation went on after the end of turn"
     assert reply.text == greedy(folder, CONVERSATIONS[0], 1)
     assert reply.stop_reason is StopReason.end_token
@@ -72,7 +94,7 @@ def test_a_reply_stops_at_the_templates_end_of_turn(
 
 def test_streamed_pieces_make_the_whole_reply(folder: Path, generator: LocalGenerator) -> None:
     for messages in CONVERSATIONS:
-        pieces = list(generator.stream(messages, Sampling(max_new_tokens=12)))
+        pieces = list(generator.stream(Prompt(messages), Sampling(max_new_tokens=12)))
         assert "".join(pieces) == greedy(folder, messages, 12)
 
 
@@ -81,7 +103,7 @@ def test_closing_a_stream_stops_its_generation(generator: LocalGenerator) -> Non
     # A reply that never ends by itself.
     generator.model.generation_config.suppress_tokens = sorted(ENDS)
     generator.model.register_forward_hook(lambda *_: forwards.append(1))
-    stream = generator.stream(CONVERSATIONS[0], Sampling(max_new_tokens=20_000))
+    stream = generator.stream(PROMPTS[0], Sampling(max_new_tokens=20_000))
     next(stream)
     stream.close()
     assert 0 < len(forwards) < 2_000
@@ -93,7 +115,45 @@ def test_a_failure_while_streaming_reaches_the_reader(generator: LocalGenerator)
 
     generator.model.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="broken forward"):
-        list(generator.stream(CONVERSATIONS[0], Sampling(max_new_tokens=4)))
+        list(generator.stream(PROMPTS[0], Sampling(max_new_tokens=4)))
+
+
+def test_each_row_is_asked_with_its_own_tools_and_variables(
+    folder: Path, generator: LocalGenerator
+) -> None:
+    reads = "{{ mood }}{% for tool in tools or [] %}{{ tool.name }}{% endfor %}"
+    generator.tokenizer.chat_template = reads + byte_llama.TEMPLATE
+    ask = CONVERSATIONS[0]
+    rows = [
+        Prompt(ask, variables={"mood": "low"}),
+        Prompt(ask, tools=[{"name": "f"}, {"name": "g"}]),
+        Prompt(ask, [{"name": "h"}], {"mood": "high"}),
+    ]
+    texts = [f"{start}<|user|>a<|end|><|assistant|>" for start in ("low", "fg", "highh")]
+    expected = [greedy(folder, text, 6) for text in texts]
+    replies = generator.reply(rows, Sampling(max_new_tokens=6))
+    assert [reply.text for reply in replies] == expected
+    assert len(set(expected)) == 3, "the model must not ignore its prompt"
+    streamed = ["".join(generator.stream(row, Sampling(max_new_tokens=6))) for row in rows]
+    assert streamed == expected
+
+
+def test_a_conversation_that_the_template_refuses_is_an_error_of_the_user(
+    generator: LocalGenerator,
+) -> None:
+    template = "{{ raise_exception('only two roles') if messages[0].role == 'system' }}"
+    generator.tokenizer.chat_template = template + byte_llama.TEMPLATE
+    with pytest.raises(DataError, match="refuses this conversation: only two roles"):
+        generator.reply(PROMPTS, Sampling(max_new_tokens=1))
+
+
+def test_a_template_that_refuses_a_plain_answer_names_no_end(folder: Path) -> None:
+    tokenizer = byte_llama.build_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    generator = LocalGenerator.load(folder, tokenizer=tokenizer, end_token_ids=[9])
+    assert generator.end_ids == [byte_llama.SPECIAL.index("<|text_end|>"), 9]
+    tokenizer.chat_template = {"tool_use": byte_llama.TEMPLATE}  # none for rows without tools
+    assert LocalGenerator.load(folder, tokenizer=tokenizer).end_ids == generator.end_ids[:1]
 
 
 # ---------------------------------------------------------------------------------- tokens
@@ -254,7 +314,7 @@ def test_a_refused_update_serves_nothing_until_a_whole_one(
     for serve in (
         lambda: generator.generate([ids], Sampling()),
         lambda: generator.score([ids]),
-        lambda: list(generator.stream(CONVERSATIONS[0], Sampling())),
+        lambda: list(generator.stream(PROMPTS[0], Sampling())),
     ):
         with pytest.raises(ModelError, match="refused halfway"):
             serve()

@@ -237,6 +237,7 @@ def test_each_trial_of_a_sweep_is_a_command_of_its_own(words, tmp_path, capfd):
 
 
 def test_chat_answers_each_line_of_a_pipe(tiny_llama, capsys, monkeypatch):
+    from posttrain_dist.data.chat.rendering.served import Prompt
     from posttrain_dist.generation.base import Sampling
     from posttrain_dist.generation.local import LocalGenerator
 
@@ -244,7 +245,7 @@ def test_chat_answers_each_line_of_a_pipe(tiny_llama, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(prompts) + "\n"))
     assert main(["chat", str(tiny_llama), "--max-new-tokens", "4"]) == 0
     told = capsys.readouterr().out.split("\n")[:-1]
-    asked = [[{"role": "user", "content": p}] for p in prompts]
+    asked = [Prompt([{"role": "user", "content": p}]) for p in prompts]
     replies = LocalGenerator.load(tiny_llama).reply(asked, Sampling(max_new_tokens=4))
     assert told == [reply.text.strip().replace("\n", "\\n") for reply in replies]
 

@@ -151,6 +151,7 @@ def test_half_precision_on_a_gpu_takes_one_kernel_a_row(hopper, caplog):
         ({"device": "cpu"}, "no kernel for packed rows on cpu"),
         ({"dtype": torch.float32}, "do not compute in torch.float32"),
         ({"head_dim": 288}, "heads of 288 are wider than 256"),
+        ({"value_head_dim": 32}, "values of 32 stand beside keys of another width"),
         ({"dropout": 0.1}, "drops attention weights out"),
     ],
 )

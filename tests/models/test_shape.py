@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from small_configs import small_config
 
 from posttrain_dist.errors import ModelError
 from posttrain_dist.models.shape import ModelShape
@@ -71,6 +72,40 @@ def test_a_key_that_is_left_out_is_what_the_architecture_takes(name):
         assert whole["use_sliding_window"] is False
     bare = {key: whole[key] for key in sizes}
     assert ModelShape.of(bare) == ModelShape.of(whole)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "widths", "scale"),
+    [
+        ("llama", (8, 8), 1.0),
+        ("gemma4_text", (16, 16), 1.0),  # wider where all tokens are attended to
+        ("minicpm3", (12, 8), 8 / 32),  # dim_model_base / hidden_size
+        ("youtu", (12, 8), 1.0),
+        ("hyperclovax", (8, 8), 0.5),
+        ("granite", (8, 8), 1 / 2.0),
+    ],
+)
+def test_the_widest_head_and_the_scale_of_the_logits(model_type, widths, scale):
+    shape = ModelShape.of(small_config(model_type).to_dict())
+    assert (shape.widest_head, shape.value_head_dim) == widths
+    assert shape.logit_scale == scale
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key"),
+    [
+        ("llama", "attention_dropout"),
+        ("gpt2", "attn_pdrop"),
+        ("gpt_bigcode", "attn_pdrop"),
+        ("biogpt", "attention_probs_dropout_prob"),
+    ],
+)
+def test_dropout_of_attention_under_each_of_its_names(model_type, key):
+    config = small_config(model_type, {key: 0.3}).to_dict()
+    assert ModelShape.of(config).attention_dropout == 0.3
+    del config[key]  # as the architecture has it
+    usual = getattr(small_config(model_type), key)
+    assert ModelShape.of(config).attention_dropout == usual
 
 
 def test_gpt2_has_other_names_and_a_missing_size_is_named():

@@ -1,4 +1,4 @@
-"""What training has to know of the tokenizer: special tokens with a loss, and the end token."""
+"""What training has to know of the tokenizer: special tokens with a loss, and what ends turns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from posttrain_dist.metrics.watched_tokens import special_tokens
 from posttrain_dist.models.folder import load_tokenizer, resolve
 from posttrain_dist.objectives.pretrain import Pretrain
 from posttrain_dist.prepare import fingerprint, prepare
-from posttrain_dist.prepare.summarise import end_token
+from posttrain_dist.prepare.summarise import end_tokens
 
 
 def config_of(tmp_path: Path, rows: list[dict[str, Any]], **values: Any) -> RunConfig:
@@ -37,8 +37,8 @@ def test_a_prepared_folder_holds_what_the_tokenizer_and_the_template_say(tmp_pat
     tokenizer = load_tokenizer(resolve("tiny_base"))
     made = prepare(config_of(tmp_path, [chat("a"), chat("b")]), tmp_path / "p")
     assert made.special_tokens == special_tokens(tokenizer, tokenizer.chat_template)
-    assert made.end_token_id == tokenizer.convert_tokens_to_ids("<|end|>")
-    assert made.special_tokens[made.end_token_id] == "end"
+    assert made.end_token_ids == [tokenizer.convert_tokens_to_ids("<|end|>")]
+    assert made.special_tokens[made.end_token_ids[0]] == "end"
     # JSON has no integer keys.
     assert Summary.read(tmp_path / "p").special_tokens == made.special_tokens
 
@@ -48,7 +48,7 @@ def test_rows_of_text_have_no_template(tmp_path: Path) -> None:
     config = config_of(tmp_path, [{"text": "some words"}], objective=Pretrain())
     made = prepare(config, tmp_path / "p")
     assert made.special_tokens == special_tokens(tokenizer, "")
-    assert made.end_token_id == tokenizer.eos_token_id
+    assert made.end_token_ids == [tokenizer.eos_token_id]
 
 
 def test_the_template_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,22 +66,13 @@ def test_the_template_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert loaded == ["once"]
 
 
-@pytest.mark.parametrize(
-    ("samples", "expected"),
-    [
-        # Most end in 7, which is an added token; what is cut has lost its end.
-        ([([1, 2, 7], False), ([1, 7], False), ([1, 9], False)], 7),
-        ([([1, 2, 7], False), ([1, 9], True), ([1, 9], True)], 7),
-        ([([1, 2], False), ([3, 2], False), ([1, 7], False)], None),  # 2 is a plain token
-        ([([1, 7, -9], False)], 7),  # the last target counts, not the last token
-        ([], None),
-    ],
-)
-def test_the_end_token_by_hand(
-    tmp_path: Path, samples: list[tuple[list[int], bool]], expected: int | None
-) -> None:
-    added = {"added_tokens": [{"id": 7, "content": "<end>"}, {"id": 9, "content": "<x>"}]}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(added))
+ADDED = {7: "<end>", 8: "<call>", 9: "<x>", 5: "</think>"}
+
+
+def end_tokens_of(folder: Path, samples: list[tuple[list[int], bool]]) -> list[int]:
+    """Of samples (tokens, negative ones are no targets; whether it was cut)."""
+    added = [{"id": token, "content": name} for token, name in ADDED.items()]
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
     examples = [
         Example(
             np.abs(np.array(ids, np.int32)),
@@ -92,17 +83,45 @@ def test_the_end_token_by_hand(
         )
         for i, (ids, truncated) in enumerate(samples)
     ]
-    with SplitWriter(tmp_path / "samples") as writer:
+    with SplitWriter(folder / "samples") as writer:
         writer.append(flatten(examples))
-    assert end_token(Examples.open(tmp_path, "all", ["c"]), tmp_path) == expected
+    return end_tokens(Examples.open(folder, "all", ["c"]), folder)
 
 
-def test_the_first_two_hundred_samples_decide(tmp_path: Path) -> None:
-    added = {"added_tokens": [{"id": 7, "content": "<end>"}, {"id": 9, "content": "<x>"}]}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(added))
-    ends = [7] * 200 + [9] * 300
-    weight_L = np.array([0, 1], np.float32)
-    examples = [Example(np.array([1, end], np.int32), weight_L, 0, i) for i, end in enumerate(ends)]
-    with SplitWriter(tmp_path / "samples") as writer:
-        writer.append(flatten(examples))
-    assert end_token(Examples.open(tmp_path, "all", ["c"]), tmp_path) == 7
+@pytest.mark.parametrize(
+    ("samples", "expected"),
+    [
+        # Most end in 7, which is an added token; what is cut has lost its end.
+        ([([1, 2, 7], False), ([1, 7], False), ([1, 9], False)], [7]),
+        ([([1, 2, 7], False), ([1, 9], True), ([1, 9], True)], [7]),
+        ([([1, 2], False), ([3, 2], False), ([1, 7], False)], []),  # 2 is a plain token
+        ([([1, 7, -9], False)], [7]),  # the last target counts, not the last token
+        # A call and then an answer; what is cut behind a whole turn has that one's end.
+        ([([1, 2, 8, -3, 2, 7], False)] * 2 + [([1, 2, 7], False)], [7, 8]),
+        ([([1, 2, 8, -3, 2, 7], True)] * 2, [8]),
+        ([([1, 2, 5, -3, 2, 7], False)] * 3, [7]),  # what closes a thought ends no turn
+        ([([1, 7], False)] * 99 + [([1, 9], False)], [7]),  # an accident
+        ([], []),
+    ],
+)
+def test_the_end_tokens_by_hand(
+    tmp_path: Path, samples: list[tuple[list[int], bool]], expected: list[int]
+) -> None:
+    assert end_tokens_of(tmp_path, samples) == expected
+
+
+def test_samples_from_all_over_the_split_decide(tmp_path: Path) -> None:
+    ends = [7] * 700 + [8] * 300  # as from a second file
+    assert end_tokens_of(tmp_path, [([1, end], False) for end in ends]) == [7, 8]
+
+
+def test_a_run_that_was_begun_reads_the_summary_of_then(tmp_path: Path) -> None:
+    prepare(config_of(tmp_path, [chat("a"), chat("b")]), tmp_path / "p")
+    file = tmp_path / "p" / "summary.json"
+    values = json.loads(file.read_text())
+    del values["end_token_ids"]
+    file.unlink()  # not the one of the cache
+    file.write_text(json.dumps({**values, "end_token_id": 3}))
+    assert Summary.read(tmp_path / "p").end_token_ids == [3]
+    file.write_text(json.dumps({**values, "end_token_id": None}))
+    assert Summary.read(tmp_path / "p").end_token_ids == []

@@ -37,7 +37,7 @@ class Summary:
     longest: int  # tokens of the longest sample
     largest_id: int  # the largest token
     special_tokens: dict[int, str]  # id -> name, of those with a loss of their own; ids ascending
-    end_token_id: int | None  # that supervised turns end with
+    end_token_ids: list[int]  # that supervised turns end with, the most common one first
     inputs: dict[str, Any]  # settings and SHA-256 digests of everything that went in
 
     @classmethod
@@ -53,6 +53,9 @@ class Summary:
                 split: {channel: Counts(**counts) for channel, counts in channels.items()}
                 for split, channels in values.pop("splits").items()
             }
+            if "end_token_id" in values:  # of an earlier version: a run goes on with its own data
+                end = values.pop("end_token_id")
+                values["end_token_ids"] = [] if end is None else [end]
             names = {int(token): name for token, name in values.pop("special_tokens").items()}
             return cls(splits=splits, special_tokens=names, **values)
         except (OSError, ValueError, KeyError, TypeError) as error:

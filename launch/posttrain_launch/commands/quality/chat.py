@@ -6,8 +6,9 @@ import contextlib
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
-from posttrain_dist.errors import ModelError
+from posttrain_dist.errors import ConfigError, ModelError
 from posttrain_launch.commands.arguments import parser_of
 
 
@@ -19,8 +20,16 @@ def command(arguments: list[str], debug: bool) -> int:
     )
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of each reply")
     parser.add_argument("--system", help="a system message")
+    parser.add_argument(
+        "--variables",
+        metavar="YAML",
+        default="{}",
+        help="what the chat template reads, such as '{enable_thinking: false}'",
+    )
     given = parser.parse_args(arguments)
+    variables = _variables(given.variables)
     folder = model_folder(given.path)
+    from posttrain_dist.data.chat.rendering.served import Prompt
     from posttrain_dist.generation.base import Sampling
     from posttrain_dist.generation.local import LocalGenerator
 
@@ -39,7 +48,7 @@ def command(arguments: list[str], debug: bool) -> int:
             continue
         messages.append({"role": "user", "content": text})
         reply = ""
-        for piece in generator.stream(messages, sampling):
+        for piece in generator.stream(Prompt(messages, variables=variables), sampling):
             reply += piece
             if talks:
                 print(piece, end="", flush=True)
@@ -56,6 +65,30 @@ def _next_line(talks: bool) -> str | None:
         return input("> " if talks else "")
     except EOFError:
         return None
+
+
+def _variables(text: str) -> dict[str, Any]:
+    """Variables of the chat template, from YAML.
+
+    Raises:
+        ConfigError: it is no mapping, or one of its names is taken.
+    """
+    import yaml
+
+    from posttrain_dist.data import RESERVED_VARIABLES
+
+    fix = "give names and values, such as --variables '{enable_thinking: false}'"
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError("is not valid YAML", where="--variables", fix=fix) from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ConfigError(f"is {text!r}, no mapping of names", where="--variables", fix=fix)
+    if taken := sorted(RESERVED_VARIABLES & values.keys()):
+        raise ConfigError(
+            f"{taken[0]} is no variable of a template", where="--variables", fix="leave it out"
+        )
+    return values
 
 
 def model_folder(path: Path) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
 
 from posttrain_launch.commands.arguments import add_run_folder, parser_of
@@ -21,5 +23,6 @@ def command(arguments: list[str], debug: bool) -> int:
     given = parser.parse_args(arguments)
     from posttrain_dist.export import export_checkpoint
 
-    print(export_checkpoint(given.run.absolute(), given.out, given.step, given.dtype))
+    notice = partial(print, file=sys.stderr)  # standard output is the path alone
+    print(export_checkpoint(given.run.absolute(), given.out, given.step, given.dtype, notice))
     return 0

@@ -130,12 +130,22 @@ class ChatTemplate:
         """Text, and with `marks` what stands between the template's `{% generation %}` marks.
 
         `starts`, where given, is filled with the place of each message, and of the end of the
-        last: see data/causal.py. Arguments of tool calls are given to the template as an object,
-        or as JSON text if only that comes out as JSON.
+        last: see data/causal.py.
+        """
+        messages = self.as_given(messages, where)
+        return self._render(messages, where, tools, generation_prompt, marks, starts)
+
+    def as_given(self, messages: Sequence[Message], where: str) -> Sequence[Message]:
+        """Messages whose tool calls have arguments as the template takes them.
+
+        They are an object, or JSON text if only that comes out as JSON.
+
+        Raises:
+            DataError: they come out neither way.
         """
         if not all(map(_CALLS.isdisjoint, messages)) and self._arguments_as_text(where):
-            messages = [_with_text(message) for message in messages]
-        return self._render(messages, where, tools, generation_prompt, marks, starts)
+            return [_with_text(message) for message in messages]
+        return messages
 
     def _render(
         self,

@@ -62,17 +62,17 @@ class TemplateSet:
         """Whether the date of today would stand in a conversation."""
         if CLOCK in self.variables:
             return False
-        ask, tool = {"role": "user", "content": "a"}, {"name": "probe", "parameters": {}}
+        ask, system = {"role": "user", "content": "a"}, {"role": "system", "content": "a"}
+        tool = {"type": "function", "function": {"name": "probe", "parameters": {}}}
+        probes = [(first, tools) for first in ([], [system]) for tools in ((), (tool,))]
         for source in self.sources.values():
-            if CLOCK not in source:
-                continue
-            for tools in ((), ({"type": "function", "function": tool},)):
+            for first, tools in probes if CLOCK in source else ():
                 texts = set()
                 for date in ("2001-02-03", "2011-12-13"):
                     variables = {**self.variables, CLOCK: date}
                     template = ChatTemplate(self._tokenizer, source, variables)
                     with contextlib.suppress(DataError):
-                        texts.add(template.render([ask], "probe", tools=tools))
+                        texts.add(template.render([*first, ask], "probe", tools=tools))
                 if len(texts) > 1:
                     return True
         return False

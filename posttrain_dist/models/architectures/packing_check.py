@@ -1,0 +1,53 @@
+"""A packed row beside each of its samples alone, under transformers' own attention.
+
+For architectures that no test of this project vouches for: one that ignores positions, carries a
+state over the row or masks in a way of its own computes something else in a pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from posttrain_dist.errors import ModelError
+
+# Largest difference of a logit, relative to the largest one: two ways to compute attention.
+TOLERANCE = {torch.float32: 1e-3}
+HALF = 1e-1  # in half precision, where rounding alone makes up to 0.025 in two layers
+
+
+def check_packing(model: Any, inputs: Mapping[str, Any], logits_TV: torch.Tensor) -> None:
+    """Compare the logits of a packed row with those of its samples alone.
+
+    Args:
+        model: a transformers causal LM.
+        inputs: keywords that gave `logits_TV`: ids or embeddings, `position_ids`, `cu_seqlens`.
+        logits_TV: of the packed row.
+
+    Raises:
+        ModelError: a sample has other logits in the row than alone.
+    """
+    rows = {name: inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs}
+    rows["position_ids"] = inputs["position_ids"]
+    packed_attention = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        alone = [
+            model(**{name: row[:, start:end] for name, row in rows.items()}, use_cache=False).logits
+            for start, end in pairwise(inputs["cu_seqlens"])
+        ]
+    finally:
+        model.set_attn_implementation(packed_attention)
+    alone_TV = torch.cat([logits[0] for logits in alone]).float()
+    difference = float((logits_TV.float() - alone_TV).abs().max())
+    largest = max(1.0, float(alone_TV.abs().max()))
+    if not difference <= TOLERANCE.get(logits_TV.dtype, HALF) * largest:
+        raise ModelError(
+            f"{type(model).__name__} computes other logits for a sample in a packed row than for "
+            f"the sample alone: they differ by {difference:.2e}, the largest is {largest:.2e}",
+            where="model.path",
+            fix="nothing was trained; use an architecture that docs/models.md lists as trained",
+        )
