@@ -98,6 +98,9 @@ def _begin(bare: Conversation, turn: int, prompt: str) -> int:
                 fix="set its weight to 0, or choose another template",
             )
         shared = at + len(header)
+    words = bare.template.probes.header_words
+    if words and bare.text.startswith(words, shared):  # the header of another role than asked for
+        shared += len(words)
     return _behind_empty_thoughts(bare.text, bare, shared)
 
 

@@ -194,6 +194,15 @@ class TemplateProbes:
                 return behind[tokens[-1] :] if tokens else behind.strip()
         return ""
 
+    @cached_property
+    def header_words(self) -> str:
+        """What stands in plain text before an answer, behind the last token of its header."""
+        for last, _ in self._last_and_inner([_ASK, _SAY]):
+            at = last.rfind(_A)
+            tokens = [end for _, end in self._token_spans(last[:at])]
+            return last[tokens[-1] if tokens else last.find(_Q) + len(_Q) : at].strip()
+        return ""
+
     def _inner_end(self, inner: str) -> str:
         """What ends an answer before the next question; empty where that cannot be told.
 
@@ -264,7 +273,11 @@ class TemplateProbes:
 
     def closes_thoughts(self, prompt: str) -> bool:
         """Whether an inference prompt ends where a block of thoughts is over."""
-        return bool(_CLOSES.match(_last_tag(prompt)))
+        form, header = self.thought_form, self.generation_prompt
+        holds_block = form is not None and form.open_tag in header and prompt.endswith(header)
+        return bool(_CLOSES.match(_last_tag(prompt))) or (
+            holds_block and not self.opens_thoughts(prompt)
+        )
 
     @property
     def _close_tag(self) -> str:
