@@ -253,10 +253,8 @@ class Oracle:
     def _ended(self, turn: int, text: str) -> list[str]:
         """A text up to its last end token behind the content; else with one added."""
         content = (self._unquoted[turn].get("content") or "").strip()
-        first = max(text.rfind(content), 0) if content else 0
-        ends = ((text.rfind(end, first), len(end)) for end in self._ends)
-        last = max((at + length for at, length in ends if at >= 0), default=0)
-        if last:
+        last = max((text.rfind(end) + len(end) for end in self._ends if end in text), default=0)
+        if last and (content in text[:last] or content not in text):
             return [text[:last]]
         cuts = range(len(text.rstrip()), len(text) + 1)
         return [text[:cut] + end for cut in cuts for end in self._ends]
