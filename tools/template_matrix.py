@@ -51,6 +51,7 @@ _REASONS = {
     r"tool_calls": "calls are not written",
     r"no end-of-turn token": "no token ends the turn",
     r"cannot be proved": "its place is not proved",
+    r"holds a second": "a second begin token",
     r"none called 'default'": "no template for rows without tools",
 }
 
@@ -160,7 +161,7 @@ def _reason(outcome: Outcome) -> str:
     for pattern, words in _REASONS.items():
         if re.search(pattern, outcome.refusal):
             return words
-    return outcome.refusal.splitlines()[0].partition(": ")[2][:60]
+    return outcome.refusal.splitlines()[0].partition(": ")[2][:60].replace("|", "\\|")
 
 
 def with_section(page: str, table: str) -> str:
