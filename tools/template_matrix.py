@@ -71,10 +71,18 @@ def read_shapes() -> list[Any]:
     return list(_shapes["read_shapes"]())
 
 
-def judge(shape: Any, names: Sequence[str], form: Form) -> Iterator[tuple[str, Outcome]]:
-    """Encode some conversations with a shape, and ask the oracle about what was taken."""
-    tokenizer = shape.tokenizer()
-    options = dict(shape.choice)
+class Row(NamedTuple):
+    """One conversation as the encoder took it, or refused it."""
+
+    name: str
+    refusal: str
+    samples: list[tuple[list[int], list[float]]]  # ids and weights of each
+    oracle: Any  # `oracle.fault(samples)`: what is wrong with them
+
+
+def encode(shape: Any, names: Sequence[str], form: Form) -> Iterator[Row]:
+    """Some conversations with a shape, and the oracle of each."""
+    tokenizer, options = shape.tokenizer(), dict(shape.choice)
     if "thinking" in options:
         options["thinking"] = Thinking[options["thinking"]]
     choice = Template(form=form, variables=dict(shape.variables), **options)
@@ -82,25 +90,29 @@ def judge(shape: Any, names: Sequence[str], form: Form) -> Iterator[tuple[str, O
     encoder = Encoder(tokenizer, choice, max_length=1 << 16, templates=templates)
     chats = _chats["conversations"](shape.ends[0], shape.call_id)
     for name in names:
-        chat = chats[name]
-        record = Record(
-            channel="c", where=name, messages=tuple(chat.messages), tools=tuple(chat.tools)
-        )
-        try:
-            examples = encoder.encode(record).examples
-        except PosttrainError as error:
-            yield name, Outcome(str(error), "")
-            continue
+        messages, tools = chats[name]
         oracle = _oracle["Oracle"](
             tokenizer,
-            shape.as_read(chat.messages),
-            tools=chat.tools,
+            shape.as_read(messages),
+            tools=tools,
             variables=shape.variables,
             ends=shape.ends,
             thinks=shape.thinks,
         )
+        record = Record(channel="c", where=name, messages=tuple(messages), tools=tuple(tools))
+        try:
+            examples = encoder.encode(record).examples
+        except PosttrainError as error:
+            yield Row(name, str(error), [], oracle)
+            continue
         samples = [(e.input_ids_L.tolist(), e.weight_L.tolist()) for e in examples]
-        yield name, Outcome("", oracle.fault(samples))
+        yield Row(name, "", samples, oracle)
+
+
+def judge(shape: Any, names: Sequence[str], form: Form) -> Iterator[tuple[str, Outcome]]:
+    """Encode some conversations with a shape, and ask the oracle about what was taken."""
+    for name, refusal, samples, oracle in encode(shape, names, form):
+        yield name, Outcome(refusal, "" if refusal else oracle.fault(samples))
 
 
 def matrix() -> str:

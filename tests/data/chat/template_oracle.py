@@ -98,7 +98,7 @@ class Oracle:
                     return f"messages[{turn}] is trained in more than one run, again as {said!r}"
                 trained.append(turn)
                 gap = self._decode(ids[prompts[turn] : start])
-                found = self._gap_fault(gap) or self._said_fault(turn, gap, ids[start:end])
+                found = self._gap_fault(gap, said) or self._said_fault(turn, gap, ids[start:end])
                 if found:
                     return f"messages[{turn}]: {found}"
         missing = [turn for turn in self._asked if turn not in trained]
@@ -181,9 +181,11 @@ class Oracle:
 
     # --------------------------------------------------------------------------------- one turn
 
-    def _gap_fault(self, gap: str) -> str:
-        is_given = not gap or self._empty_block.fullmatch(gap)
-        return "" if is_given else f"{gap!r} is neither in the prompt nor trained on"
+    def _gap_fault(self, gap: str, said: str) -> str:
+        """Text between prompt and run that is no whole empty block, with its white space."""
+        block = self._empty_block.match(gap + said)
+        is_block = block is not None and block.end() == len(gap)
+        return "" if not gap or is_block else f"{gap!r} is neither in the prompt nor trained on"
 
     def _said_fault(self, turn: int, gap: str, ids: Sequence[int]) -> str:
         said, last = self._decode(ids), self._decode(ids[-1:])

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,46 @@ CHAT = [ASK, SAY, MORE, END]
 THINKING = [ASK, {**SAY, "reasoning_content": "Look around."}]
 
 
+def changed(samples: list[Sample]) -> Iterator[tuple[str, list[Sample]]]:
+    """The samples of a row with one thing wrong, and what it is."""
+    (ids, weights), *others = samples
+    first = weights.index(1.0)
+    end = next((i for i in range(first, len(weights)) if not weights[i]), len(weights))
+    places = {"first": first, "last": end - 1, "before": first - 1}
+    places |= {"behind": end} if end < len(weights) else {}
+    places |= {"inner": (first + end) // 2} if end - first > 2 else {}
+    for name, place in places.items():
+        other = [1.0 - w if i == place else w for i, w in enumerate(weights)]
+        yield name, [(ids, other), *others]
+    yield "everything", [(ids, [1.0] * len(ids)), *others]
+    yield "nothing", [(ids, [0.0] * len(ids)), *others]
+    yield "another prompt", [([ids[0], *ids], [0.0, *weights]), *others]
+    yield "twice", [*samples, samples[-1]]
+    if others:
+        yield "one less", others
+
+
+def passed(shapes: list[Any], names: list[str]) -> list[tuple[str, str, str]]:
+    """Wrong samples that the oracle takes for right."""
+    return [
+        (shape.title, row.name, name)
+        for shape in shapes
+        for row in template_matrix.encode(shape, names, Form.auto)
+        if not row.refusal
+        for name, samples in changed(row.samples)
+        if not row.oracle.fault(samples)
+    ]
+
+
+def test_the_oracle_passes_nothing_that_is_wrong() -> None:
+    assert passed(SHAPES[::20], ["three_turns", "thoughts"]) == []
+
+
+@pytest.mark.slow
+def test_the_oracle_passes_nothing_that_is_wrong_of_any_shape() -> None:
+    assert passed(SHAPES, NAMES) == []
+
+
 def sample(shape: Any, text: str) -> Sample:
     """A sample written by hand: what is supervised stands in ⟦ ⟧."""
     ids: list[int] = []
@@ -171,6 +211,7 @@ def test_the_oracle_sees_thoughts(title: str, text: str, fault: str) -> None:
         ("⟦<think>\n\n</think>\n\nOver there.<|im_end|>⟧", ""),
         ("⟦Over there.<|im_end|>⟧", ""),
         ("<think>\n\n⟦</think>\n\nOver there.<|im_end|>⟧", "neither in the prompt"),
+        ("<think>\n\n</think>⟦\n\nOver there.<|im_end|>⟧", "neither in the prompt"),
     ],
 )
 def test_an_empty_thinking_block_need_not_be_trained(text: str, fault: str) -> None:
