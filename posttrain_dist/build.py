@@ -217,6 +217,7 @@ def run_manifest(
         lineage={
             "end_token_ids": data.end_token_ids,
             "template_sha256": data.fingerprint["template"],
+            "template_variables": data.fingerprint.get("variables", {}),
         },
     )
 

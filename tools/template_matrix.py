@@ -126,7 +126,7 @@ def matrix() -> str:
         num_agreed += sum(outcome == AGREED for outcome in outcomes)
         num_refused += sum(bool(outcome.refusal) for outcome in outcomes)
         cells = [_cell(found, names) for names in GROUPS.values()]
-        rows.append(f"| {' | '.join([f'`{shape.title}`', *cells])} |")
+        rows.append(f"| {' | '.join([_titled(shape), *cells])} |")
     num_names = len({shape.name for shape in shapes})
     lines = [
         f"{num_names} shapes, {len(shapes)} with their variables and options; {len(CONVERSATIONS)} "
@@ -140,6 +140,12 @@ def matrix() -> str:
         *rows,
     ]
     return "\n".join(lines)
+
+
+def _titled(shape: Any) -> str:
+    """The name; where it is the shape as it is, with what is particular about it."""
+    notes = shape.notes.replace("|", "\\|") if shape.title == shape.name else ""
+    return f"`{shape.title}`" + (f": {notes}" if notes else "")
 
 
 def _cell(found: dict[Form, dict[str, Outcome]], names: Sequence[str]) -> str:

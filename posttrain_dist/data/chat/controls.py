@@ -181,7 +181,14 @@ class ControlTokens:
             self._twin = self._make_twin()
         twin, real_ids = self._twin
         text = self._aliases.get(anchor, "") + escaped.aliased[part]
-        encoded = twin.encode(text, add_special_tokens=False)
+        try:
+            encoded = twin.encode(text, add_special_tokens=False)
+        except Exception as error:  # tokenizers raise bare Exception
+            raise DataError(
+                f"quotes a control token, and the tokenizer cannot write it as text: {error}",
+                where=where,
+                fix="change the text, or leave the row out",
+            ) from error
         ids = [real_ids.get(i, i) for i in encoded.ids]
         first = (part.start or 0) - len(anchor)
         for start, end in escaped.forged:

@@ -273,11 +273,19 @@ class TemplateProbes:
 
     def closes_thoughts(self, prompt: str) -> bool:
         """Whether an inference prompt ends where a block of thoughts is over."""
+        if tag := _last_tag(prompt):
+            return bool(_CLOSES.match(tag))
         form, header = self.thought_form, self.generation_prompt
-        holds_block = form is not None and form.open_tag in header and prompt.endswith(header)
-        return bool(_CLOSES.match(_last_tag(prompt))) or (
-            holds_block and not self.opens_thoughts(prompt)
+        holds_block = form is not None and form.open_tag in header
+        return prompt.endswith(header) and (
+            holds_block or bool(_OF_THOUGHTS.search(self._only_prompted))
         )
+
+    @cached_property
+    def _only_prompted(self) -> str:
+        """The end of an inference prompt that no turn is written with."""
+        prompt, said = self._render([_ASK], generation_prompt=True), self._render([_ASK, _SAY])
+        return prompt[common_prefix_length(prompt, said) :]
 
     @property
     def _close_tag(self) -> str:
