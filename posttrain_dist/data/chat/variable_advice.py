@@ -42,7 +42,10 @@ class VariableAdvice:
         helping = self._helping[cause]
         if not helping:
             return error
-        fix = f"set {helping}, with which the row passes; or {error.fix}"
+        fix = (
+            f"set template.variables={helping}, with which this row passes (on the row alone: "
+            f'"chat_template_kwargs": {helping}); or {error.fix}'
+        )
         return DataError(error.what, where=error.where, fix=fix)
 
     def _find(self, record: Record) -> str:
@@ -54,7 +57,7 @@ class VariableAdvice:
         for name in names[:_MOST]:
             for value in (False, True):
                 if self._passes(record, {name: value}):
-                    return f"template.variables={{{name}: {json.dumps(value)}}}"
+                    return f"{{{name}: {json.dumps(value)}}}"
         return ""
 
     def _passes(self, record: Record, variables: dict[str, Any]) -> bool:

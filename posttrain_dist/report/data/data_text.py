@@ -99,7 +99,8 @@ def counts_text(report: dict[str, Any]) -> str:
     lines += filter(None, [turns_line(report)])
     for check in checks_of(report):
         if check["failed"] and check["level"] == "warning":
-            lines.append(f"{check['name']}, {check['failed']:,} rows: {check['explain']}")
+            what = f"{check['name']}, {check['failed']:,} rows: {check['explain']}"
+            lines.append(f"{what}\n  {check['fix']}")
     return "\n".join(lines)
 
 

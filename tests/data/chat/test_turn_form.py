@@ -16,7 +16,7 @@ from posttrain_dist.errors import ConfigError, DataError, PosttrainError
 from posttrain_dist.flow import Record
 
 TokenizerOf = Callable[..., Any]
-START, END, CLOSE = "<|start|>", "<|end|>", "<|close|>"
+START, END, PAD = "<|start|>", "<|end|>", "<|pad|>"
 HEADER = "{{ '<|start|>' + m.role + '\n' }}"
 ASKED = "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
 CHATML = "{% for m in messages %}" + HEADER + "{{ m.content + '<|end|>\n' }}{% endfor %}" + ASKED
@@ -344,3 +344,46 @@ def test_begin_tokens_that_open_every_turn(tokenizer_of: TokenizerOf) -> None:
     twice = opens.replace("{% for", "{{ bos_token }}{% for", 1)
     with pytest.raises(PosttrainError, match="begins with two"):
         encode(tokenizer_of(twice), ASK, say("Hello"))
+
+
+def test_ends_that_cannot_be(tokenizer_of: TokenizerOf) -> None:
+    with pytest.raises(ConfigError, match=r"template\.end_of_turn: '<\|ende\|>' is no special"):
+        encode(tokenizer_of(CHATML), ASK, say("Hello"), end_of_turn="<|ende|>")
+    with pytest.raises(ConfigError, match=r"the template ends turns itself, with '<\|end\|>'"):
+        encode(tokenizer_of(CHATML), ASK, say("Hello"), end_of_turn=PAD)
+    assert encode(tokenizer_of(CHATML), ASK, say("Hello"), end_of_turn=END).faults == []
+
+
+def test_calls_that_only_the_tools_mark_ends(tokenizer_of: TokenizerOf) -> None:
+    """Answers have an end of their own; behind a call, generation stops at the next role."""
+    calls = CHATML.replace(
+        HEADER + "{{ m.content + '<|end|>\n' }}",
+        "{% if m.role == 'tool' %}{{ '<|pad|>' + m.content + '<|end|>' }}{% else %}" + HEADER + ""
+        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+        "{% if not m.tool_calls %}{{ '<|end|>\n' }}{% endif %}{% endif %}",
+    )
+    tools = "{% if tools %}{{ tools | tojson }}{% endif %}"
+    tokenizer = tokenizer_of(tools + calls)
+    function = {"name": "add", "arguments": {"a": 1}}
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    asks = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+    messages = [ASK, asks, {"role": "tool", "content": "2"}, say("It is 2")]
+    for form in (Form.conversation, Form.turns):
+        row = encode(tokenizer, *messages, ends=(END, PAD), form=form, row={"tools": (tool,)})
+        said = "".join(said for _, said in parts(tokenizer, row))
+        assert said == json.dumps(function) + "<|pad|>It is 2<|end|>"
+    with pytest.raises(DataError, match="no end-of-turn token"):
+        encode(tokenizer, *messages, row={"tools": (tool,)})
+
+
+def test_a_begin_token_that_opens_each_question_ends_no_answer(tokenizer_of: TokenizerOf) -> None:
+    """As Llama 2, where the tokenizer has the marks of a question as tokens."""
+    llama2 = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '<|start|> ' + m.content }}"
+        "{{ ' <|start|>' }}{% else %}{{ ' ' + m.content + ' <|end|>' }}{% endif %}{% endfor %}"
+    )
+    tokenizer = tokenizer_of(llama2)
+    for form in (Form.conversation, Form.turns):
+        row = encode(tokenizer, ASK, say("Hello"), MORE, say("Bye"), form=form)
+        said = "".join(said for _, said in parts(tokenizer, row))
+        assert said == " Hello <|end|> Bye <|end|>"

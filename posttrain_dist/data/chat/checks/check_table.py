@@ -97,8 +97,9 @@ CHECKS: dict[str, Check] = {
         "warning",
         "The template begins an answer without thoughts with an empty block of them. The block is "
         "not supervised: the prompt gives it where thinking is switched off.",
-        "serve with thinking switched off; or set template.thinking=close, so that the model "
-        "learns to write the block itself",
+        "have the prompt give it, in training and in the export: template.variables="
+        "{enable_thinking: false}, or whatever name the template reads; or set "
+        "template.thinking=close, so that the model learns to write the block itself",
     ),
     "assistant_first": Check(
         "warning",

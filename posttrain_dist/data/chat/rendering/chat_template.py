@@ -74,7 +74,8 @@ class ChatTemplate:
         self._given = {**tokenizer.special_tokens_map, **self.variables}
         if CLOCK in self.variables:
             self._given[CLOCK] = fixed_clock(self.variables[CLOCK])
-        self.controls = controls or ControlTokens(tokenizer, self._skeleton())
+        stops = "".join([*self.end_tokens, end_of_turn or ""])
+        self.controls = controls or ControlTokens(tokenizer, self._skeleton() + stops)
 
     def with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:
         """The same template with more variables; they go before its own."""

@@ -144,6 +144,14 @@ def load_templates(
         ConfigError: there is no such template, or it needs tokens that the tokenizer lacks.
         ModelError: the template is broken, or the tokenizer was to have one and has none.
     """
+    templates = _load(choice, tokenizer, model_folder, ends)
+    _refuse_bad_end(choice, templates)
+    return templates
+
+
+def _load(
+    choice: Template, tokenizer: Any, model_folder: Path | None, ends: Sequence[str]
+) -> TemplateSet:
     name = choice.name
     if name != "tokenizer" and choice.variant:
         raise ConfigError(
@@ -237,4 +245,26 @@ def _refuse_unknown_variant(choice: Template, sources: Mapping[str, str]) -> Non
             f"the tokenizer has chat templates by name ({names}), and none is {DEFAULT!r}",
             where="template.variant",
             fix=f"set template.variant=<one of {names}>, or another template",
+        )
+
+
+def _refuse_bad_end(choice: Template, templates: TemplateSet) -> None:
+    """An end of turn that is no token of the tokenizer, or of a template that writes another."""
+    end, template = choice.end_of_turn, templates.plain
+    if end is None:
+        return
+    known = template.controls.names
+    if end not in known:
+        near = difflib.get_close_matches(end, known, n=1) or sorted(known)[:8]
+        raise ConfigError(
+            f"{end!r} is no special token of the tokenizer",
+            where="template.end_of_turn",
+            fix=f"use one that it has, such as {', '.join(near)}",
+        )
+    own = template.probes.own_end
+    if own and not own.startswith(end):
+        raise ConfigError(
+            f"is {end!r}, and the template ends turns itself, with {own!r}",
+            where="template.end_of_turn",
+            fix="leave it out; to train another end, give a copy of the template (template.name)",
         )

@@ -134,6 +134,13 @@ class TemplateProbes:
         """Whether a token stands behind an answer, the last or an inner one."""
         return any(self._has_end(*texts) for texts in self._last_and_inner([_ASK, _SAY]))
 
+    @cached_property
+    def own_end(self) -> str:
+        """The token that the template writes behind a last answer; empty: none."""
+        for last, _ in self._last_and_inner([_ASK, _SAY]):
+            return self._first_token(last[last.rfind(_A) + len(_A) :])
+        return ""
+
     def _has_end(self, last: str, inner: str) -> bool:
         tail = last[last.rfind(_A) + len(_A) :].removesuffix(self.always_prompt)
         return bool(self._closing.search(tail) or self._closing.search(self._inner_end(inner)))
@@ -150,17 +157,17 @@ class TemplateProbes:
 
     @cached_property
     def _missing_of_calls(self) -> str:
-        if not self._missing_of_answers:
-            return ""
         function = {"name": "probe", "arguments": {}}
         call = {"type": "function", "id": "a23456789", "function": function}
         turn: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
         result = {"role": "tool", "content": _R, "tool_call_id": "a23456789"}
         last, inner = self._render([_ASK, turn]), self._render([_ASK, turn, result])
-        if last and inner.startswith(last):
-            mark = self._first_token(inner[len(last) : inner.rfind(_R)])
-            return self._said_end(mark)
-        return self._missing_of_answers
+        follows = inner[len(last) : inner.rfind(_R)] if last and inner.startswith(last) else ""
+        mark, ends = self._first_token(follows), self._template.end_tokens
+        if not self._missing_of_answers:
+            # The template ends answers; are calls ended by the mark of the tool alone?
+            return mark if mark in ends and not last.rstrip().endswith(ends) else ""
+        return self._said_end(mark) if follows else self._missing_of_answers
 
     def _said_end(self, mark: str) -> str:
         template = self._template
@@ -174,8 +181,15 @@ class TemplateProbes:
     def always_prompt(self) -> str:
         """The generation prompt of a template that writes it whether it is asked for or not."""
         for last, inner in self._last_and_inner([_ASK, _SAY]):
-            if self._render([_ASK, _SAY], generation_prompt=True) == last:
-                return last[last.rfind(_A) + len(_A) :].removeprefix(self._inner_end(inner))
+            if self._render([_ASK, _SAY], generation_prompt=True) != last:
+                return ""
+            tail, end = last[last.rfind(_A) + len(_A) :], self._inner_end(inner)
+            if end and tail.startswith(end):
+                return tail[len(end) :]
+            # What also stands behind an inner answer is its end.
+            shared = common_prefix_length(tail, inner[inner.rfind(_A) + len(_A) :])
+            tokens = self._token_spans(tail)
+            return tail[next((a for a, b in tokens if a < shared < b), shared) :]
         return ""
 
     @cached_property
@@ -218,7 +232,9 @@ class TemplateProbes:
         begins = [m[0] for m in self._closing.finditer(inner, 0, at) if m[0] != self._template.bos]
         by_token = between.rfind(begins[0]) if begins else -1
         end = max(cut, by_token)
-        return between[:end] if end < len(between) else ""
+        if end == len(between):
+            return ""
+        return between[:end].rstrip().removesuffix(self._template.bos)
 
     def _token_spans(self, text: str, at: int = 0) -> list[tuple[int, int]]:
         return [m.span() for m in self._closing.finditer(text, at)]
