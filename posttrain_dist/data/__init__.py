@@ -213,6 +213,15 @@ def template_rules(template: Template) -> list[Rule]:
             )
             for name in template.variables
         ),
+        *(
+            Rule(
+                str(value).lower() not in ("true", "false") or isinstance(value, bool),
+                f"template.variables.{name}",
+                f"is the text {value!r}, which a template takes for true",
+                f"write it without quotes: {str(value).lower()}",
+            )
+            for name, value in template.variables.items()
+        ),
         Rule(
             CLOCK not in template.variables or _is_date(template.variables[CLOCK]),
             f"template.variables.{CLOCK}",

@@ -55,15 +55,10 @@ def value_problems(
             fix = f"write {MAIN_KEYS[key]}={value}"
             return [ConfigError("is a group of keys, not one value", where=place, fix=fix)]
         names = ", ".join(f"{key}.{name!s}" for name in target)
-        return [
-            ConfigError(
-                f"is a group of keys, not one value ({value!r})",
-                where=place,
-                fix=f"set one of its keys: {names}"
-                if names
-                else f"it has no keys of its own; choose an option: {key}=<option>",
-            )
-        ]
+        fix = f"set one of its keys: {names}" if names else f"choose an option: {key}=<option>"
+        if _takes_any_key(target):
+            fix = f"give it as names and values: '{key}={{{value}: ...}}'"
+        return [ConfigError(f"is a group of keys, not one value ({value!r})", where=place, fix=fix)]
     hint = _hint(node, leaf)
     try:
         fits = not (hint is bool and is_number(value))

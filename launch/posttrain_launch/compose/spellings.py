@@ -189,6 +189,8 @@ EXPLAINED: dict[str, str] = {
     "tuner_backend": f"leave it out: {_ONLY_FULL}",
     "use_peft": f"leave it out: {_ONLY_FULL}",
     "use_lora": f"leave it out: {_ONLY_FULL}",
+    "explode_turns": "write template.form=turns (one sample for each turn); left out, a turn is a "
+    "sample where the whole conversation is not proven right",
     "chat_template": "choose template=chatml, llama3, qwen or another of those that `posttrain "
     "train --help` lists, or template.name=<a .jinja file>; left out, it is the tokenizer's own",
     "trust_remote_code": "leave it out: code that comes with a model is never run",

@@ -267,6 +267,9 @@ class Encoder:
             if "prompt_prefix" not in text.faults.names:
                 fault = self._texts.prompt_fault(text, tokens, length, name)
                 text.faults.note("prompt_prefix", fault, fix)
+        if text.controls is not None:
+            fault = token_faults.end_token_fault(text.text, tokens, text.spans, text.controls.ids)
+            text.faults.note("end_of_turn", fault)
         weight_L = token_weights(tokens, text.spans)
         if text.is_plain:
             weight_L[-1] = text.spans[-1][2]  # the end token

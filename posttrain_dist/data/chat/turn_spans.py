@@ -69,6 +69,13 @@ def content_place(conversation: Conversation, index: int) -> Span | None:
     messages[index] = {**conversation.messages[index], "content": signed}
     twin = conversation.twin(messages)
     start, end = twin.find(left), twin.find(right) - 1
+    if start < 0:
+        raise DataError(
+            f"the chat template does not write messages[{index}].content",
+            where=conversation.where,
+            fix="choose a template that writes the turns of this role "
+            "(template=<one of docs/templates.md>)",
+        )
     once = twin.count(left) == twin.count(right) == 1 and start < end
     if not once or twin.replace(left, "").replace(right, "") != conversation.text:
         raise DataError(

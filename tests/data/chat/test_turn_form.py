@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from posttrain_dist.data import Form, Template, Thinking
 from posttrain_dist.data.chat.encoder import Encoder, RowExamples
 from posttrain_dist.data.chat.rendering.template_choice import load_templates
-from posttrain_dist.errors import ConfigError, DataError, PosttrainError
+from posttrain_dist.errors import ConfigError, DataError, ModelError, PosttrainError
 from posttrain_dist.flow import Record
 
 TokenizerOf = Callable[..., Any]
@@ -387,3 +387,67 @@ def test_a_begin_token_that_opens_each_question_ends_no_answer(tokenizer_of: Tok
         row = encode(tokenizer, ASK, say("Hello"), MORE, say("Bye"), form=form)
         said = "".join(said for _, said in parts(tokenizer, row))
         assert said == " Hello <|end|> Bye <|end|>"
+
+
+# ------------------------------------------------------------------------------- broken ones
+
+
+def test_variables_that_nothing_reads(tokenizer_of: TokenizerOf) -> None:
+    for name, match in (
+        ("enable_thinkng", "did you mean 'enable_thinking'"),
+        ("x", "may read enable"),
+    ):
+        with pytest.raises(ConfigError, match=rf"(?s)template\.variables\.{name}: .*{match}"):
+            encode(tokenizer_of(HYBRID), ASK, say("Hello"), variables={name: False})
+    with pytest.raises(ConfigError, match="it reads none"):
+        encode(tokenizer_of(CHATML), ASK, say("Hello"), variables={"enable_thinking": False})
+    with pytest.raises(ConfigError, match="is the text 'false', which a template takes for true"):
+        encode(tokenizer_of(HYBRID), ASK, say("Hello"), variables={"enable_thinking": "false"})
+    # However the template asks for it.
+    for asks in (
+        "{% if not mood is defined %}{% set mood = 'dry' %}{% endif %}{{ mood }}",
+        "{% set mood = mood or 'dry' %}{{ mood }}",
+        "{{ mood | default('dry') }}",
+    ):
+        tokenizer = tokenizer_of(asks + CHATML)
+        row = encode(tokenizer, ASK, say("Hello"), variables={"mood": "warm"})
+        assert parts(tokenizer, row)[0][0].startswith("warm<|start|>")
+
+
+def test_a_template_that_draws_by_chance(tokenizer_of: TokenizerOf) -> None:
+    with pytest.raises(ModelError, match="tokenizer: chat template: writes another text each time"):
+        encode(tokenizer_of("{{ range(9999) | random }}" + CHATML), ASK, say("Hello"))
+
+
+def test_faults_of_a_template_are_said_to_be_its_own(tokenizer_of: TokenizerOf) -> None:
+    with pytest.raises(ModelError, match=r"chat template, line 2: is not valid Jinja"):
+        encode(tokenizer_of("{# one #}\n{% for }" + CHATML), ASK, say("Hello"))
+    fails = "{# one #}\n{% if messages[0].content == 'Hi' %}\n{{ none.a.b }}{% endif %}" + CHATML
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:7: the chat template fails in line 3"
+    ) as seen:
+        encode(tokenizer_of(fails), ASK, say("Hello"))
+    assert seen.value.fix.startswith("correct the template (tokenizer: chat template)")
+    refuses = "{{ raise_exception('no') if messages[0].content == 'Hi' }}" + CHATML
+    with pytest.raises(DataError, match="refuses this conversation: no") as seen:
+        encode(tokenizer_of(refuses), ASK, say("Hello"))
+    assert "order or roles" in seen.value.fix
+
+
+def test_a_template_that_writes_no_answer(tokenizer_of: TokenizerOf) -> None:
+    mute = CHATML.replace("{{ m.content", "{{ '' if m.role == 'assistant' else m.content")
+    for form in (Form.auto, Form.turns):
+        with pytest.raises(DataError, match=r"does not write (all of )?messages\[1\]\.content"):
+            encode(tokenizer_of(mute), ASK, say("Hello"), form=form)
+
+
+def test_an_end_that_the_tokenizer_writes_in_pieces(tokenizer_of: TokenizerOf) -> None:
+    """A token that counts as a word of its own only is none directly behind an answer."""
+    tokenizer = tokenizer_of(CHATML)
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in described["added_tokens"]:
+        token["single_word"] = token["content"] == END
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(described))
+    with pytest.raises(DataError, match=r"does not write <\|end\|> as one token"):
+        encode(tokenizer, ASK, say("Hello"))
+    assert "end_of_turn" in encode(tokenizer, ASK, say("Hello"), strict=False).faults

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from posttrain_dist.data.tokens.text_tokens import Ints
+from posttrain_dist.data.tokens.text_tokens import Ints, TextTokens
 
 
 def prompt_token_fault(ids_L: Ints, first: int, tail: Sequence[int], turn: str) -> str:
@@ -17,6 +17,27 @@ def prompt_token_fault(ids_L: Ints, first: int, tail: Sequence[int], turn: str) 
         f"the tokens of the inference prompt{turn} do not begin the training tokens: the answer's "
         "first characters merge with the prompt's last"
     )
+
+
+def end_token_fault(
+    text: str, tokens: TextTokens, spans: Sequence[tuple[int, int, float]], ids: Mapping[str, int]
+) -> str:
+    """A supervised turn whose end token the tokenizer writes in pieces.
+
+    Args:
+        spans: characters that are targets.
+        ids: of the control tokens.
+    """
+    names = tuple(ids)
+    for start, end, _ in spans:
+        said = text[start:end].rstrip()
+        if not said.endswith(names):
+            continue
+        last = int(np.searchsorted(tokens.end_L, start + len(said)))
+        if last == len(tokens.ids_L) or int(tokens.ids_L[last]) not in ids.values():
+            name = max((name for name in names if said.endswith(name)), key=len)
+            return f"the tokenizer does not write {name} as one token behind a turn"
+    return ""
 
 
 def bos_fault(

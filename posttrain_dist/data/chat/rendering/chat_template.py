@@ -19,6 +19,7 @@ from posttrain_dist.data.chat.rendering.jinja_environment import (
     OutputBuffer,
     compile_template,
     fixed_clock,
+    line_of,
     with_thoughts,
 )
 from posttrain_dist.data.chat.rendering.template_probes import TemplateProbes
@@ -54,6 +55,7 @@ class ChatTemplate:
         ends: tokens at which generation stops, by the model's generation config.
         end_of_turn: the token that ends a turn where the template writes none.
         controls: of a template with other variables; null: they are found.
+        place: where the template stands, for errors.
     """
 
     def __init__(
@@ -64,12 +66,13 @@ class ChatTemplate:
         ends: Sequence[str] = (),
         end_of_turn: str | None = None,
         controls: ControlTokens | None = None,
+        place: str = "chat template",
     ) -> None:
         self.source: str = tokenizer.get_chat_template() if source is None else source
         self.variables = dict(variables or {})
         self.marks_assistant = bool(_MARK.search(self.source))
         self.end_tokens, self.end_of_turn = tuple(ends), end_of_turn
-        self.bos = str(tokenizer.bos_token)
+        self.bos, self.place = str(tokenizer.bos_token), place
         self._tokenizer = tokenizer
         self._given = {**tokenizer.special_tokens_map, **self.variables}
         if CLOCK in self.variables:
@@ -87,6 +90,7 @@ class ChatTemplate:
             self.end_tokens,
             self.end_of_turn,
             self.controls,
+            self.place,
         )
 
     @cached_property
@@ -180,17 +184,27 @@ class ChatTemplate:
             return "".join(output), spans
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(
-                f"is not valid Jinja: {error}", where="chat template", fix="correct the template"
+                f"is not valid Jinja: {error}",
+                where=f"{self.place}, line {error.lineno}",
+                fix="correct the template, or choose another (template=<one of docs/templates.md>)",
             ) from error
         except _REFUSALS as error:
-            calls = tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)
-            raise DataError(
-                f"the chat template refuses this conversation: {error}",
-                where=where,
-                fix=WITH_TOOLS
-                if calls
-                else "change the order or roles of the messages, or the template",
-            ) from error
+            raise self._refusal(error, messages, tools, where) from error
+
+    def _refusal(
+        self, error: Exception, messages: Sequence[Message], tools: Sequence[Any], where: str
+    ) -> DataError:
+        """What a template refuses by raise_exception, or what it cannot do with a row."""
+        calls = tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)
+        if type(error) is jinja2.TemplateError:
+            fix = "change the order or roles of the messages, or the template"
+            what = f"the chat template refuses this conversation: {error}"
+        else:
+            line = line_of(error, self._compiled)
+            at = f" in line {line}" if line else ""
+            what = f"the chat template fails{at} on this conversation: {error}"
+            fix = f"correct the template ({self.place}), or choose another"
+        return DataError(what, where=where, fix=WITH_TOOLS if calls else fix)
 
     @cached_property
     def additions(self) -> tuple[str, str] | None:

@@ -97,6 +97,16 @@ def compile_template(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
+def line_of(error: BaseException, template: jinja2.Template) -> int | None:
+    """The line of a template in which an error was raised; null: that is not known."""
+    found, traceback = None, error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == "<template>":
+            found = template.get_corresponding_lineno(traceback.tb_lineno)
+        traceback = traceback.tb_next
+    return found
+
+
 def with_thoughts(messages: Sequence[Message]) -> list[Message]:
     """Messages whose thoughts, under whichever name, stand where templates read them."""
     found = []

@@ -19,6 +19,7 @@ from posttrain_dist.errors import ConfigError, DataError, ModelError
 FOLDER = Path(__file__).parent.parent / "templates"
 DEFAULT, TOOL_USE = "default", "tool_use"  # names that transformers looks for
 _NEEDS = re.compile(r"\{#-?\s*tokens:(.*?)-?#\}", re.DOTALL)
+_WORD = re.compile(r"\w+")
 _KEPT = 256  # templates with the variables of rows
 
 
@@ -30,6 +31,7 @@ class TemplateSet:
         sources: name -> Jinja.
         choice: which of them, and the variables of the run.
         ends: tokens at which generation stops, by the model's generation config.
+        place: where they stand, for errors.
     """
 
     def __init__(
@@ -38,7 +40,9 @@ class TemplateSet:
         sources: Mapping[str, str],
         choice: Template,
         ends: Sequence[str] = (),
+        place: str = "chat template",
     ) -> None:
+        self.place = place
         self.sources, self.variables = dict(sources), dict(choice.variables)
         self._tokenizer, self._choice = tokenizer, choice
         self._variant, self._end_of_turn = choice.variant, choice.end_of_turn
@@ -56,7 +60,7 @@ class TemplateSet:
     def with_variables(self, variables: Mapping[str, Any]) -> TemplateSet:
         """The same templates with more variables of the run."""
         choice = replace(self._choice, variables={**self.variables, **variables})
-        return TemplateSet(self._tokenizer, self.sources, choice, self._ends)
+        return TemplateSet(self._tokenizer, self.sources, choice, self._ends, self.place)
 
     def reads_clock(self) -> bool:
         """Whether the date of today would stand in a conversation."""
@@ -81,7 +85,7 @@ class TemplateSet:
     def plain(self) -> ChatTemplate:
         """The one for rows without tools and variables; the first one where none is for these."""
         name = self._variant or (DEFAULT if DEFAULT in self.sources else next(iter(self.sources)))
-        return self._named(name)
+        return self.named(name)
 
     def of(
         self, where: str, tools: Any = (), variables: Mapping[str, Any] | None = None
@@ -107,15 +111,16 @@ class TemplateSet:
                 "template (template=<one of docs/templates.md>)",
             )
         if not variables:
-            return self._named(name)
+            return self.named(name)
         key = name, json.dumps(variables, sort_keys=True)
         if key not in self._of_rows:
             if len(self._of_rows) >= _KEPT:
                 self._of_rows.clear()
-            self._of_rows[key] = self._named(name).with_variables(variables)
+            self._of_rows[key] = self.named(name).with_variables(variables)
         return self._of_rows[key]
 
-    def _named(self, name: str) -> ChatTemplate:
+    def named(self, name: str) -> ChatTemplate:
+        """One of them, with the variables of the run."""
         if name not in self._of_run:
             self._of_run[name] = ChatTemplate(
                 self._tokenizer,
@@ -123,6 +128,7 @@ class TemplateSet:
                 self.variables,
                 self._ends,
                 self._end_of_turn,
+                place=self.place,
             )
         return self._of_run[name]
 
@@ -146,6 +152,8 @@ def load_templates(
     """
     templates = _load(choice, tokenizer, model_folder, ends)
     _refuse_bad_end(choice, templates)
+    _refuse_unread(choice, templates)
+    _refuse_chance(templates)
     return templates
 
 
@@ -169,7 +177,8 @@ def _load(
         own = tokenizer.chat_template
         sources = {DEFAULT: own} if isinstance(own, str) else dict(own)
         _refuse_unknown_variant(choice, sources)
-        return TemplateSet(tokenizer, sources, choice, ends)
+        place = str(model_folder) if model_folder else "tokenizer"
+        return TemplateSet(tokenizer, sources, choice, ends, f"{place}: chat template")
     if name.endswith(".jinja"):
         path = Path(name).expanduser()
     else:
@@ -191,7 +200,7 @@ def _load(
             fix="give the path of a .jinja file",
         ) from error
     _refuse_missing_tokens(name, source, tokenizer, model_folder)
-    return TemplateSet(tokenizer, {DEFAULT: source}, choice, ends)
+    return TemplateSet(tokenizer, {DEFAULT: source}, choice, ends, str(path))
 
 
 def _template_advice(tokenizer: Any) -> str:
@@ -268,3 +277,37 @@ def _refuse_bad_end(choice: Template, templates: TemplateSet) -> None:
             where="template.end_of_turn",
             fix="leave it out; to train another end, give a copy of the template (template.name)",
         )
+
+
+def _refuse_unread(choice: Template, templates: TemplateSet) -> None:
+    """Variables that no template reads: a misspelt one would change nothing, without a word."""
+    words = {word for source in templates.sources.values() for word in _WORD.findall(source)}
+    read: set[str] = set()
+    for name in templates.sources:
+        read |= templates.named(name).probes.readable
+    for name in choice.variables:
+        if name in read or (name == CLOCK and CLOCK in words):
+            continue
+        near = difflib.get_close_matches(name, read, n=1)
+        raise ConfigError(
+            "is no variable that the chat template reads"
+            + (f", did you mean {near[0]!r}?" if near else ""),
+            where=f"template.variables.{name}",
+            fix=f"it may read {', '.join(sorted(read))}" if read else "leave it out: it reads none",
+        )
+
+
+def _refuse_chance(templates: TemplateSet) -> None:
+    """A template that writes another text each time: nobody is served what was trained."""
+    for name in templates.sources:
+        template = templates.named(name)
+        texts = set()
+        for _ in range(3):
+            with contextlib.suppress(DataError):
+                texts.add(template.render([{"role": "user", "content": "a"}], "probe"))
+        if len(texts) > 1:
+            raise ModelError(
+                "writes another text each time that it renders the same conversation",
+                where=templates.place,
+                fix="take out what draws by chance (the filter `random`)",
+            )

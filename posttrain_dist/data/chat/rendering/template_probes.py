@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import jinja2
-from jinja2 import meta
+from jinja2 import meta, nodes
 
 from posttrain_dist.data.chat.controls import ControlTokens
 from posttrain_dist.data.prefix import common_prefix_length
@@ -311,13 +311,34 @@ class TemplateProbes:
     # ---------------------------------------------------------------------------- variables
 
     @cached_property
+    def readable(self) -> frozenset[str]:
+        """The names that the template may read, beside what every template is given."""
+        tree = self._tree
+        return (
+            frozenset()
+            if tree is None
+            else frozenset(meta.find_undeclared_variables(tree) - _GIVEN)
+        )
+
+    @cached_property
     def variables(self) -> tuple[str, ...]:
-        """The names that the template reads, beside what every template is given."""
-        try:
-            tree = self._template.environment.parse(self._template.source)
-        except jinja2.TemplateSyntaxError:
+        """Of the names that it may read, those that it does not set itself without asking."""
+        if self._tree is None:
             return ()
-        return tuple(sorted(meta.find_undeclared_variables(tree) - _GIVEN))
+        own = {name.name for name in self._tree.find_all(nodes.Name) if name.ctx == "store"}
+        asked = [
+            *(test.node for test in self._tree.find_all(nodes.Test) if "defined" in test.name),
+            *(each.node for each in self._tree.find_all(nodes.Filter) if each.name == "default"),
+        ]
+        names = {node.name for node in asked if isinstance(node, nodes.Name)}
+        return tuple(sorted(self.readable - (own - names)))
+
+    @cached_property
+    def _tree(self) -> nodes.Template | None:
+        try:
+            return self._template.environment.parse(self._template.source)
+        except jinja2.TemplateSyntaxError:
+            return None
 
     def _render(self, messages: list[Message], generation_prompt: bool = False) -> str:
         """A conversation; empty where the template refuses it."""
