@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from functools import partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from posttrain_dist.engine.state_files import step_of_file
 from posttrain_dist.files import write_atomic
 from posttrain_dist.flow import StepInfo
 from posttrain_dist.hooks import EndOnNonfinite, Evaluate, Log, Save
-from posttrain_dist.logs import log_to_file
+from posttrain_dist.logs import log_to_file, notify
 from posttrain_dist.loop import Stop, fit
 from posttrain_dist.metrics.special_tokens import TokenMeter
 from posttrain_dist.models.folder import resolve
@@ -116,6 +117,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
                     run_folder / "export",
                     dtype=dtype,
                     facts=RunFacts(manifest.recipe.model, data.end_token_ids, data.served),
+                    notice=partial(notify, run_folder),
                 )
         outcome = _outcome(last.step, steps, completed, log)
         _write_main(run_folder / "logs" / "outcome.json", **outcome)
