@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from functools import partial
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 
 from posttrain_dist import dist
 from posttrain_dist.build import (
+    PreparedData,
     build_policy,
     frozen_dtype,
     make_engine,
@@ -110,17 +110,27 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
                 last = info
             completed = last.last and not last.stopped
             if completed and config.checkpoint.export:
-                whole = engine.full_tensors()
-                write_hf_folder(
-                    (each for each in whole if config.tuning.exported(each[0])),
-                    resolve(config.model.path),
-                    run_folder / "export",
-                    dtype=dtype,
-                    facts=RunFacts(manifest.recipe.model, data.end_token_ids, data.served),
-                    notice=partial(notify, run_folder),
-                )
+                _export(config, run_folder, engine, manifest, data)
         outcome = _outcome(last.step, steps, completed, log)
         _write_main(run_folder / "logs" / "outcome.json", **outcome)
+
+
+def _export(
+    config: RunConfig,
+    run_folder: Path,
+    engine: TrainEngine,
+    manifest: Manifest,
+    data: PreparedData,
+) -> None:
+    whole = engine.full_tensors()
+    write_hf_folder(
+        (each for each in whole if config.tuning.exported(each[0])),
+        resolve(config.model.path),
+        run_folder / "export",
+        dtype=getattr(torch, manifest.layout.dtype),
+        facts=RunFacts(manifest.recipe.model, data.end_token_ids, data.served),
+        notice=partial(notify, run_folder),
+    )
 
 
 def _enter(config: RunConfig, run_folder: Path, process: Process) -> Path:

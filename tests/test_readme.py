@@ -70,4 +70,8 @@ def test_the_make_targets_exist():
 
 def test_its_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert (ROOT / target).is_file(), target
+        file, _, heading = target.partition("#")
+        assert (ROOT / file).is_file(), target
+        text = (ROOT / file).read_text(encoding="utf-8") if heading else ""
+        headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        assert not heading or heading in [each.lower().replace(" ", "-") for each in headings]
