@@ -16,7 +16,7 @@ from posttrain_dist.data.chat.rendering.served import Prompt
 from posttrain_dist.errors import DataError
 from posttrain_dist.files import write_atomic
 from posttrain_dist.flow import Message
-from posttrain_dist.generation.base import Sampling
+from posttrain_dist.generation.base import Reply, Sampling, StopReason
 from posttrain_dist.generation.local import LocalGenerator
 from posttrain_dist.models import Weights
 
@@ -40,6 +40,10 @@ def exact_match(rows: list[dict[str, Any]], answers: list[str]) -> dict[str, dic
         count["of"] += 1
         count["right"] += _final(answer) == _final(_split(row)[1])
     return found
+
+
+def _words(replies: list[Reply]) -> list[str]:
+    return [reply.text for reply in replies]
 
 
 def _final(answer: str) -> str:
@@ -72,16 +76,16 @@ def compare(config: RunConfig, run_folder: Path) -> dict[str, Any]:
     cut = len(exact)
     result = {
         "exact_match": {
-            "before": exact_match(exact, before[:cut]) if has_base else {},
-            "after": exact_match(exact, after[:cut]),
+            "before": exact_match(exact, _words(before[:cut])) if has_base else {},
+            "after": exact_match(exact, _words(after[:cut])),
         },
         "samples": [
             {
                 "channel": row["task_type"],
                 "prompt": _as_text(_split(row)[0].messages),
                 "reference": _split(row)[1],
-                "before": old,
-                "after": new,
+                "before": old.shown,
+                "after": new.shown,
             }
             for row, old, new in zip(samples, before[cut:], after[cut:], strict=True)
         ],
@@ -97,21 +101,21 @@ def _answer(
     rows: list[dict[str, Any]],
     sampling: Sampling,
     has_base: bool,
-) -> tuple[list[str], list[str]]:
+) -> tuple[list[Reply], list[Reply]]:
     """Answers of the export and of the base model; empty ones where there is no base model.
 
     Each model is loaded only if there is a row, and freed at the end. The base model is asked with
     the tokenizer and template of the export, and stops where that does: it may have no template of
     its own, or another one than was trained.
     """
-    empty = [""] * len(rows)
+    empty = [Reply("", StopReason.end_token)] * len(rows)
     if not rows:
         return empty, empty
     from posttrain_dist.models.folder import resolve
 
     prompts = [_split(row)[0] for row in rows]
     generator = LocalGenerator.load(run_folder / "export")
-    after = [reply.text for reply in generator.reply(prompts, sampling)]
+    after = generator.reply(prompts, sampling)
     if not has_base:
         return after, empty
     tokenizer, end_token_ids = generator.tokenizer, generator.end_ids
@@ -119,7 +123,7 @@ def _answer(
     generator = LocalGenerator.load(
         resolve(config.model.path), tokenizer=tokenizer, end_token_ids=end_token_ids
     )
-    return after, [reply.text for reply in generator.reply(prompts, sampling)]
+    return after, generator.reply(prompts, sampling)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ One class may be both, as `local.LocalGenerator` is.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
@@ -72,8 +72,14 @@ class Completion:
 class Reply:
     """The answer to one conversation."""
 
-    text: str  # thoughts included, special tokens stripped
+    text: str  # its words, special tokens stripped
     stop_reason: StopReason
+    thoughts: str = ""  # that stand before them; they are no part of `text`
+
+    @property
+    def shown(self) -> str:
+        """Both, for people."""
+        return f"{self.thoughts}\n\n{self.text}" if self.thoughts else self.text
 
 
 class TokenGenerator(Protocol):
@@ -108,5 +114,9 @@ class TextGenerator(Protocol):
     def reply(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
         """The answer to each conversation, in the given order."""
 
-    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
-        """Yield the answer piece by piece; closing the iterator stops the generation."""
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[str, None, Reply]:
+        """Yield the answer piece by piece, thoughts too; closing it stops the generation.
+
+        Returns:
+            The whole answer.
+        """

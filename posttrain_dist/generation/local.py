@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from posttrain_dist.data.chat.rendering.answer_reader import AnswerReader
 from posttrain_dist.data.chat.rendering.served import Prompt
 from posttrain_dist.errors import DataError, ModelError
 from posttrain_dist.generation.base import Completion, Reply, Sampling, StopReason
@@ -54,6 +55,7 @@ class LocalGenerator:
 
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.end_ids = end_ids(model, tokenizer, end_token_ids)
+        self._reader = AnswerReader(tokenizer)
         pad = tokenizer.pad_token_id
         self._pad_id: int = self.end_ids[0] if pad is None else pad
         self._version = 0
@@ -162,17 +164,17 @@ class LocalGenerator:
                 new_BT = self._complete([encoded[index] for index in chosen], sampling)
                 for index, row in zip(chosen, new_BT.tolist(), strict=True):
                     ids, reason = self._until_end(row)
-                    text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                    found[index] = Reply(str(text), reason)
+                    answer = self._reader.read(str(self.tokenizer.decode(ids)))
+                    found[index] = Reply(answer.words, reason, answer.thoughts)
         return [found[index] for index in range(len(prompts))]
 
-    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[str, None, Reply]:
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
         encoded = self._encode(prompt)
         # transformers' stubs do not know that every tokenizer can be streamed.
         tokenizer: Any = self.tokenizer
-        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
         closed = threading.Event()
         failures: list[BaseException] = []
 
@@ -188,12 +190,24 @@ class LocalGenerator:
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         try:
-            yield from (piece for piece in streamer if piece)
+            raw = shown = ""
+            for piece in streamer:
+                raw += piece
+                now = self._reader.read(raw).shown
+                if now.startswith(shown) and now != shown:
+                    yield now[len(shown) :]
+                    shown = now
         finally:
             closed.set()
             thread.join()
         if failures:
             raise failures[0]
+        answer = self._reader.read(raw)
+        if not answer.shown.startswith(shown):  # its beginning was read otherwise
+            yield f"\n\n{answer.shown}"
+        ends = tuple(str(tokenizer.decode([token])) for token in self.end_ids)
+        reason = StopReason.end_token if raw.endswith(ends) else StopReason.length
+        return Reply(answer.words, reason, answer.thoughts)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         """The ids of a conversation, up to where its answer begins."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.errors import ConfigError, ModelError
 from posttrain_launch.commands.arguments import parser_of
+
+if TYPE_CHECKING:
+    from posttrain_dist.generation.base import Reply
 
 
 def command(arguments: list[str], debug: bool) -> int:
@@ -47,17 +51,27 @@ def command(arguments: list[str], debug: bool) -> int:
         if not text.strip():
             continue
         messages.append({"role": "user", "content": text})
-        reply = ""
-        for piece in generator.stream(Prompt(messages, variables=variables), sampling):
-            reply += piece
-            if talks:
-                print(piece, end="", flush=True)
+        stream = generator.stream(Prompt(messages, variables=variables), sampling)
+        reply = _told(stream, aloud=talks)
         # From a pipe: one reply per line.
-        print("" if talks else reply.strip().replace("\n", "\\n"), flush=True)
-        messages.append({"role": "assistant", "content": reply})
+        print("" if talks else reply.text.strip().replace("\n", "\\n"), flush=True)
+        thoughts = {"reasoning_content": reply.thoughts} if reply.thoughts else {}
+        messages.append({"role": "assistant", "content": reply.text, **thoughts})
         if getattr(sys.stdout, "lost", False):  # `| head`: nobody reads the answers
             break
     return 0
+
+
+def _told(stream: Generator[str, None, Reply], *, aloud: bool) -> Reply:
+    """The whole of an answer, which is printed as it comes if `aloud`."""
+    while True:
+        try:
+            piece = next(stream)
+        except StopIteration as end:
+            reply: Reply = end.value
+            return reply
+        if aloud:
+            print(piece, end="", flush=True)
 
 
 def _next_line(talks: bool) -> str | None:
