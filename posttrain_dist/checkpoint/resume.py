@@ -148,7 +148,7 @@ def check_compatible(folder: Path, run: Manifest, steps: int) -> Manifest:
             f"belongs to another order of samples: {'; '.join(changed)}",
             where=str(folder),
             fix="resume with the same values; to train its result on other data, start a new run "
-            "with model.path=<that run>/export",
+            "with model.path=<that run>/export; or begin this one again with train.resume=never",
         )
     before = manifest.recipe.model
     if changed := _changed_config(before, recipe.model) if before else []:

@@ -137,7 +137,8 @@ def _reuse(config: RunConfig, folder: Path, only_heldout: bool, say: Log) -> Sum
         raise DataError(
             f"was prepared from other input: {', '.join(differ)} changed since",
             where=str(folder),
-            fix="start a new run, put the old input back, or delete this folder to prepare again",
+            fix="start a new run, or put the old input back; to begin this run again on the new "
+            "input, delete this folder and add train.resume=never",
         )
     return summary
 

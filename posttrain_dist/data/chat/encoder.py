@@ -250,6 +250,9 @@ class Encoder:
         self._refuse_no_target(weight_L, text.faults)
         if len(ids_L) > self._max_length and text.is_turn:
             text.num_filling = self._filling(text, tokens)
+            splits = self._long_rows is LongRows.split
+            if splits and (end := self._end_of_long(text, ids_L, weight_L)):
+                return [end]
         has_turns = bool(text.spans) and not text.is_plain
         return self._cut(ids_L, weight_L, text.faults, has_turns)
 
@@ -306,6 +309,23 @@ class Encoder:
             faults.names.append(cut)
         ids_L, weight_L = ids_L[:limit].copy(), weight_L[:limit].copy()  # not a view of the whole
         return [_example(ids_L, weight_L, truncated=True)]
+
+    def _end_of_long(
+        self,
+        text: SupervisedText,
+        ids_L: npt.NDArray[np.int32],
+        weight_L: npt.NDArray[np.float32],
+    ) -> Example | None:
+        """Of a turn above the limit: all that is said, behind the end of its prompt.
+
+        It begins with a control token. Null where what is said fills the limit alone.
+        """
+        begin, first = len(ids_L) - self._max_length, int((weight_L > 0).argmax())
+        borders = np.isin(ids_L[begin:first], list(text.own_controls.numbers))
+        if begin >= first or not borders.any():
+            return None
+        begin += int(borders.argmax())
+        return _example(ids_L[begin:].copy(), weight_L[begin:].copy(), truncated=True)
 
     def _filling(self, text: SupervisedText, tokens: TextTokens) -> int:
         """Characters before the first target whose tokens alone fill the limit; 0: too few.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from posttrain_dist.data import Form, Supervise, Template, Thinking
+from posttrain_dist.data import CLOCK, Form, Supervise, Template, Thinking
 from posttrain_dist.data.chat.checks import shown, turn_faults
 from posttrain_dist.data.chat.checks.check_table import Faults
 from posttrain_dist.data.chat.controls import ControlTokens, EscapedText, Span
@@ -125,6 +125,8 @@ class Supervision:
         row = _Row(template, record.where, messages, tools, breaker)
         unasked = self._unasked(record, row, weights)
         notes = [*record.notes, *["assistant_first"] * unasked]
+        if record.variables.keys() - template.probes.readable - {CLOCK}:
+            notes.append("unread_variables")
         first = 0  # calls before this message are not checked again
         for turn, weight in enumerate(weights):
             if form is Form.turns and weight:

@@ -56,7 +56,8 @@ class VariableAdvice:
         names = [name for name in template.probes.variables if name not in record.variables]
         for name in names[:_MOST]:
             for value in (False, True):
-                if self._passes(record, {name: value}):
+                is_so = template.variables.get(name) is value
+                if not is_so and self._passes(record, {name: value}):
                     return f"{{{name}: {json.dumps(value)}}}"
         return ""
 
@@ -66,6 +67,8 @@ class VariableAdvice:
         chosen = self._choice.form
         forms = [Form.conversation, Form.turns] if chosen is Form.auto else [chosen]
         for form in forms:
+            if form is Form.turns and not supervision.has_turns(record):
+                continue
             try:
                 for _ in supervision.texts(record, form, strict=True):
                     pass

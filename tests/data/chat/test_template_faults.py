@@ -164,3 +164,10 @@ def test_an_end_that_the_tokenizer_writes_in_pieces(tokenizer_of: TokenizerOf) -
     with pytest.raises(DataError, match=r"does not write <\|end\|> as one token"):
         encode(tokenizer, ASK, say("Hello"))
     assert "end_of_turn" in encode(tokenizer, ASK, say("Hello"), strict=False).faults
+
+
+def test_variables_of_a_row_that_nothing_reads(tokenizer_of: TokenizerOf) -> None:
+    for name, faults in (("enable_thinkng", ["empty_thinking", "unread_variables"]),
+        ("enable_thinking", ["empty_thinking"])):  # fmt: skip
+        row = encode(tokenizer_of(HYBRID), ASK, say("Hello"), row={"variables": {name: True}})
+        assert sorted(row.faults) == faults

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from posttrain_dist.data import Form, Template, Thinking
+from posttrain_dist.data import Form, LongRows, Template, Thinking
+from posttrain_dist.data.chat.encoder import Encoder
 from posttrain_dist.data.chat.rendering.template_choice import load_templates
 from posttrain_dist.errors import ConfigError, DataError
+from posttrain_dist.flow import Record
 
 TokenizerOf = Callable[..., Any]
 _samples = runpy.run_path(str(Path(__file__).with_name("turn_samples.py")))
@@ -267,3 +269,29 @@ def test_templates_by_name(tokenizer_of: TokenizerOf) -> None:
         encode(tokenizer, ASK, say("Hello"))
     with pytest.raises(ConfigError, match=r"there is no template 'rg': .* has rag, web"):
         encode(tokenizer, ASK, say("Hello"), variant="rg")
+
+
+# ------------------------------------------------------------------------------- the limit
+
+
+def test_a_long_turn_keeps_what_is_said_and_the_end_of_its_prompt(
+    tokenizer_of: TokenizerOf,
+) -> None:
+    tokenizer = tokenizer_of(CHATML)
+    messages = [ASK, say("Hello"), {"role": "user", "content": "More of it"}, say("Bye now")]
+    row = Record(channel="c", where="r:1", messages=tuple(messages))
+    choice = Template(form=Form.turns)
+    whole = Encoder(tokenizer, choice, max_length=999).encode(row).examples[1]
+    said = int((whole.weight_L > 0).sum())
+    for limit in range(said + 1, len(whole.input_ids_L)):
+        encoder = Encoder(tokenizer, choice, max_length=limit, long_rows=LongRows.split)
+        samples = encoder.encode(row).examples[1:]
+        ids = [sample.input_ids_L.tolist() for sample in samples]
+        assert max(map(len, ids)) <= limit
+        if len(samples) > 1:  # not even a token of the header fits before what is said
+            start = tokenizer.convert_tokens_to_ids(START)
+            assert start not in whole.input_ids_L[len(whole.input_ids_L) - limit : -said]
+            continue
+        assert ids[0] == whole.input_ids_L[-len(ids[0]) :].tolist()
+        assert tokenizer.decode(ids[0][:1]) in (START, END)
+        assert samples[0].truncated and samples[0].weight_L.sum() == said

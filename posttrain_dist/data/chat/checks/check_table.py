@@ -108,6 +108,11 @@ CHECKS: dict[str, Check] = {
         'nothing is to be done where it is a greeting; "weight": 1 on the turn has it trained, if '
         "the template writes an inference prompt for it",
     ),
+    "unread_variables": Check(
+        "warning",
+        "The row's chat_template_kwargs name what its template does not read: it changes nothing.",
+        "correct the name: `posttrain inspect --template` lists those that the template reads",
+    ),
     "empty_turn": Check(
         "warning",
         "A turn of the assistant without a word and without a tool call teaches to end at once.",
