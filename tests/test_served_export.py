@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,15 @@ import pytest
 import torch
 import xxhash
 from posttrain_launch.cli import main
+from served_exports import config_of, prompt_of, served_of, tokenizer_of, write
 
 from posttrain_dist.checkpoint import store
-from posttrain_dist.checkpoint.hf_folder import RunFacts, write_hf_folder
 from posttrain_dist.checkpoint.manifest import MANIFEST, network_of, read_manifest
-from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, TrainConfig, complete
-from posttrain_dist.data import Template
-from posttrain_dist.data.chat.rendering.served import Served
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.summary import Summary
-from posttrain_dist.engine import Single
 from posttrain_dist.errors import CheckpointError
 from posttrain_dist.export import export_checkpoint
 from posttrain_dist.files import read_object
-from posttrain_dist.metrics import LoggingConfig, WandbMode
 from posttrain_dist.prepare import prepare
 from posttrain_dist.run import run
 from posttrain_dist.train import train
@@ -70,49 +64,6 @@ def rows(builders: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for row in made[::2]:
         row["messages"].insert(0, system)
     return builders.write(tmp_path_factory.mktemp("rows") / "rows.jsonl", made)
-
-
-def config_of(model: Path, rows: Path, **template: Any) -> RunConfig:
-    return complete(
-        RunConfig(
-            model=ModelConfig(path=str(model)),
-            data=DataConfig(train=str(rows), max_length=96),
-            template=Template(**template),
-            train=TrainConfig(steps=1, batch_size=2),
-            logging=LoggingConfig(wandb=WandbMode.off),
-            engine=Single(),
-        )
-    )
-
-
-def tokenizer_of(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def prompt_of(tokenizer: Any, messages: list[dict[str, Any]], **variables: Any) -> str:
-    text: str = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, **variables
-    )
-    return text
-
-
-def write(model: Path, folder: Path, served: Served) -> Path:
-    """An export of the model as it is."""
-    from safetensors.torch import load_file
-
-    tensors, facts = load_file(model / "model.safetensors"), RunFacts(served=served)
-    return write_hf_folder(
-        tensors.items(), model, folder / "export", dtype=torch.float32, facts=facts
-    )
-
-
-def served_of(config: RunConfig, folder: Path) -> Served:
-    prepare(config, folder / "prepared")
-    served = Served.read(folder / "prepared")
-    assert served is not None
-    return served
 
 
 # ------------------------------------------------------------------------- from end to end
@@ -360,30 +311,6 @@ def test_named_templates_are_all_served(tiny_llama: Path, rows: Path, tmp_path: 
     assert {path.name for path in (out / "additional_chat_templates").iterdir()} == {
         "tool_use.jinja", "spaced.jinja",
     }  # fmt: skip
-
-
-def test_rows_that_the_clock_writes_in_have_their_day(
-    tiny_llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The export goes on to read the clock; its check shows the day on which it was trained."""
-    own = (tiny_llama / "chat_template.jinja").read_text()
-    asks = "{{ strftime_now('%Y-%m-%d') }}"
-    (tmp_path / "dated.jinja").write_text(asks + own)
-
-    class Earlier(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Earlier:
-            return cls(2020, 2, 3)
-
-    monkeypatch.setattr("posttrain_dist.prepare.fingerprint.datetime", Earlier)
-    served = served_of(config_of(tiny_llama, rows, name=str(tmp_path / "dated.jinja")), tmp_path)
-    monkeypatch.undo()
-    assert served.templates == {"default": asks + own}
-    assert [row.prompt.variables for row in served.rows] == [{"strftime_now": "2020-02-03"}] * 3
-    tokenizer = tokenizer_of(write(tiny_llama, tmp_path, served))
-    for row in served.rows:
-        assert tokenizer.decode(row.token_ids).startswith("2020-02-03")
-        assert row.prompt.encode(tokenizer) == row.token_ids
 
 
 def test_the_summary_of_a_run_names_its_ends(finished: Path) -> None:

@@ -113,7 +113,7 @@ def turns_line(report: dict[str, Any]) -> str:
     if not turns.get("rows"):
         return ""
     chosen = (report.get("settings") or {}).get("form") == "turns"
-    why = "template.form=turns" if chosen else "the template shows a whole one otherwise"
+    why = "template.form=turns" if chosen else "whole, they are not what inference shows"
     return (
         f"{turns['rows']:,} of {turns['of']:,} rows are trained turn by turn ({why}): "
         f"{turns['samples']:,} samples, {turns['tokens'] / turns['whole']:.2f} times the tokens of "

@@ -33,6 +33,7 @@ def command(arguments: list[str], debug: bool) -> int:
     given = parser.parse_args(arguments)
     variables = _variables(given.variables)
     folder = model_folder(given.path)
+    from posttrain_dist.data.chat.rendering.jinja_environment import with_thoughts
     from posttrain_dist.data.chat.rendering.served import Prompt
     from posttrain_dist.generation.base import Sampling
     from posttrain_dist.generation.local import LocalGenerator
@@ -55,8 +56,10 @@ def command(arguments: list[str], debug: bool) -> int:
         reply = _told(stream, aloud=talks)
         # From a pipe: one reply per line.
         print("" if talks else reply.text.strip().replace("\n", "\\n"), flush=True)
-        thoughts = {"reasoning_content": reply.thoughts} if reply.thoughts else {}
-        messages.append({"role": "assistant", "content": reply.text, **thoughts})
+        turn = {"role": "assistant", "content": reply.text}
+        if reply.thoughts:
+            turn["reasoning_content"] = reply.thoughts
+        messages += with_thoughts([turn])
         if getattr(sys.stdout, "lost", False):  # `| head`: nobody reads the answers
             break
     return 0

@@ -141,13 +141,15 @@ class ChatTemplate:
         return self._render(messages, where, tools, generation_prompt, marks, starts)
 
     def as_given(self, messages: Sequence[Message], where: str) -> Sequence[Message]:
-        """Messages whose tool calls have arguments as the template takes them.
+        """Messages as the template takes them: arguments of tool calls, and names of thoughts.
 
-        They are an object, or JSON text if only that comes out as JSON.
+        Arguments are an object, or JSON text if only that comes out as JSON.
 
         Raises:
             DataError: they come out neither way.
         """
+        if not all(map(_THOUGHTS.isdisjoint, messages)):
+            messages = with_thoughts(messages)
         if not all(map(_CALLS.isdisjoint, messages)) and self._arguments_as_text(where):
             return [_with_text(message) for message in messages]
         return messages
@@ -163,8 +165,6 @@ class ChatTemplate:
     ) -> tuple[str, list[Span]]:
         # Not apply_chat_template: it gives no character spans, and its token mask loses the last
         # bytes of a character that is several tokens.
-        if not all(map(_THOUGHTS.isdisjoint, messages)):
-            messages = with_thoughts(messages)
         try:
             compiled: Any = self._compiled
             output, spans = OutputBuffer(), list[Span]()

@@ -1,0 +1,52 @@
+"""What the prompts of training rows hold that a server must be told: the day, and thoughts."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served_exports import config_of, served_of, tokenizer_of, write
+
+
+def test_thoughts_in_a_prompt_are_served_under_the_name_that_the_template_reads(
+    tiny_llama: Path, builders: Any, tmp_path: Path
+) -> None:
+    """As gpt-oss, which shows those of a turn that called a tool, and calls them `thinking`."""
+    (tmp_path / "thinks.jinja").write_text(
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.thinking %}({{ m.thinking }}){% endif %}"
+        "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    ask, say = ({"role": role, "content": role} for role in ("user", "assistant"))
+    thought = {**say, "reasoning_content": "why not"}
+    made = [{"messages": [ask, thought, {**ask, "content": f"{n}"}, say]} for n in range(3)]
+    rows = builders.write(tmp_path / "rows.jsonl", made)
+    config = config_of(tiny_llama, rows, name=str(tmp_path / "thinks.jinja"))
+    served = served_of(config, tmp_path / "p")
+    tokenizer = tokenizer_of(write(tiny_llama, tmp_path, served))
+    assert "(why not)assistant<|end|>" in tokenizer.decode(served.rows[0].token_ids)
+
+
+def test_rows_that_the_clock_writes_in_have_their_day(
+    tiny_llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The export goes on to read the clock; its check shows the day on which it was trained."""
+    own = (tiny_llama / "chat_template.jinja").read_text()
+    asks = "{{ strftime_now('%Y-%m-%d') }}"
+    (tmp_path / "dated.jinja").write_text(asks + own)
+
+    class Earlier(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Earlier:
+            return cls(2020, 2, 3)
+
+    monkeypatch.setattr("posttrain_dist.prepare.fingerprint.datetime", Earlier)
+    served = served_of(config_of(tiny_llama, rows, name=str(tmp_path / "dated.jinja")), tmp_path)
+    monkeypatch.undo()
+    assert served.templates == {"default": asks + own}
+    assert [row.prompt.variables for row in served.rows] == [{"strftime_now": "2020-02-03"}] * 3
+    tokenizer = tokenizer_of(write(tiny_llama, tmp_path, served))
+    for row in served.rows:
+        assert tokenizer.decode(row.token_ids).startswith("2020-02-03")
+        assert row.prompt.encode(tokenizer) == row.token_ids
