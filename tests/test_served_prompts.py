@@ -29,9 +29,10 @@ def test_thoughts_in_a_prompt_are_served_under_the_name_that_the_template_reads(
 
 
 def test_rows_that_the_clock_writes_in_have_their_day(
-    tiny_llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, builders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The export goes on to read the clock; its check shows the day on which it was trained."""
+    rows = builders.write(tmp_path / "rows.jsonl", builders.rows(40))
     own = (tiny_llama / "chat_template.jinja").read_text()
     asks = "{{ strftime_now('%Y-%m-%d') }}"
     (tmp_path / "dated.jinja").write_text(asks + own)

@@ -223,7 +223,7 @@ def template_rules(template: Template) -> list[Rule]:
             for name, value in template.variables.items()
         ),
         Rule(
-            CLOCK not in template.variables or _is_date(template.variables[CLOCK]),
+            CLOCK not in template.variables or is_date(template.variables[CLOCK]),
             f"template.variables.{CLOCK}",
             f"is {template.variables.get(CLOCK)!r}, must be the date that is written as today's",
             f"write it in quotes: 'template.variables={{{CLOCK}: \"2026-07-26\"}}'",
@@ -238,7 +238,8 @@ def template_rules(template: Template) -> list[Rule]:
     ]
 
 
-def _is_date(value: Any) -> bool:
+def is_date(value: Any) -> bool:
+    """Whether a value is a date as text, such as "2026-07-26"."""
     try:
         return isinstance(value, str) and bool(datetime.fromisoformat(value))
     except ValueError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from posttrain_dist.data import RESERVED_VARIABLES
+from posttrain_dist.data import CLOCK, RESERVED_VARIABLES, is_date
 from posttrain_dist.data.read.bad_row import BadRow, bad_field, kind
 from posttrain_dist.data.read.json_lines import load
 
@@ -34,6 +34,9 @@ def read_template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
             what = "is no variable of a template: the row or the run says it itself"
             fix = "leave it out; messages and tools are keys of the row"
             raise bad_field(f"{KEY}.{name}", what, fix)
+    if CLOCK in variables and not is_date(variables[CLOCK]):
+        what = f"is {variables[CLOCK]!r}, must be the date that is written as today's"
+        raise bad_field(f"{KEY}.{CLOCK}", what, 'write it as "2026-07-26"')
     return variables
 
 

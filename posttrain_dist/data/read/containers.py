@@ -71,6 +71,13 @@ def find_files(path: str) -> list[Path]:
         return [place]
     if place.is_dir():
         files = sorted(p for p in place.iterdir() if p.is_file() and _is_data(p))
+        saved = ("dataset_info.json", "dataset_dict.json")
+        if not files and any((place / name).is_file() for name in saved):
+            raise DataError(
+                "is a folder of `datasets`, which is read under another name",
+                where=str(place),
+                fix=f"write hf:{path}, or hf:{path}:<split>",
+            )
         what = f"the folder holds no {', '.join('*' + kind for kind in _KINDS)} file"
     else:
         found = glob.glob(str(place), recursive=True)  # noqa: PTH207 - may be absolute

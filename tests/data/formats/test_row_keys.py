@@ -207,6 +207,10 @@ def test_names_that_are_no_variables(tmp_path: Path) -> None:
         row = {"messages": [SAID], "chat_template_kwargs": {"ok": 1, name: []}}
         found = bad(tmp_path, Format.messages, row)
         assert found.field == f"chat_template_kwargs.{name}" and "leave it out" in found.fix
+    for date in ("x", 5, ""):
+        row = {"messages": [SAID], "chat_template_kwargs": {"strftime_now": date}}
+        found = bad(tmp_path, Format.messages, row)
+        assert found.field == "chat_template_kwargs.strftime_now" and "2026-07-26" in found.fix
     for near in ("template_kwargs", "chat_template_args", "chat_template_kwarg", "template_args"):
         found = bad(tmp_path, Format.messages, {"messages": [SAID], near: {"a": 1}})
         assert found.field == near and "'chat_template_kwargs'" in found.fix
