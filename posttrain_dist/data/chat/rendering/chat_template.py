@@ -27,8 +27,9 @@ from posttrain_dist.errors import DataError, ModelError
 from posttrain_dist.flow import Message
 
 WITH_TOOLS = (
-    "choose a template that knows tools, that of the model's family: template=chatml, llama3, "
-    "mistral or qwen; or leave them out of the row"
+    "choose a template that knows tools, whose tokens this tokenizer has: that of the model's "
+    "family, else template=chatml, llama3, mistral, qwen, qwen3.5, glm, granite, cohere, gemma4 or "
+    "gpt-oss; or leave them out of the row"
 )
 _MARK = re.compile(r"\{%-?\+?\s*generation\s*-?\+?%\}")
 # Content in the conversation that shows a template's skeleton; roles that it refuses are left out.
