@@ -146,8 +146,9 @@ READ = {
     "data.train={d}/tools.jsonl": (
         "{d}/tools.jsonl:1",
         "2 rows, first at line 1: the chat template does not show the row's tools",
-        "choose a template that knows tools, that of the model's family: template=chatml, llama3, "
-        "mistral or qwen; or leave them out of the row\n",
+        "choose a template that knows tools, whose tokens this tokenizer has: that of the model's "
+        "family, else template=chatml, llama3, mistral, qwen, qwen3.5, glm, granite, cohere, gemma4 "
+        "or gpt-oss; or leave them out of the row\n",
     ),
     "data.train={d}/numbers.jsonl": (
         "{d}/numbers.jsonl:2 (byte {second})",
