@@ -147,8 +147,8 @@ READ = {
         "{d}/tools.jsonl:1",
         "2 rows, first at line 1: the chat template does not show the row's tools",
         "choose a template that knows tools, whose tokens this tokenizer has: that of the model's "
-        "family, else template=chatml, llama3, mistral, qwen, qwen3.5, glm, granite, cohere, gemma4 "
-        "or gpt-oss; or leave them out of the row\n",
+        "family, else template=chatml, llama3, mistral, qwen, qwen3.5, glm, granite, cohere, "
+        "gemma4 or gpt-oss; or leave them out of the row\n",
     ),
     "data.train={d}/numbers.jsonl": (
         "{d}/numbers.jsonl:2 (byte {second})",

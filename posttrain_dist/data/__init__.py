@@ -168,10 +168,10 @@ class Thinking(Enum):
     """What becomes of the thoughts of an assistant."""
 
     keep = "keep"  # they are trained on
-    last = "last"  # those of the last assistant turn are; all others are taken out
+    # Where they are taken out, a block that the prompt opens is closed empty, and that is learned.
+    last = "last"  # those of the last assistant turn are trained on; all others are taken out
     none = "none"  # they are taken out
-    # As `keep`; a turn without thoughts closes the block that is open before it, and learns to.
-    close = "close"
+    close = "close"  # as `keep`, and a turn without thoughts closes such a block too
 
 
 @dataclass(kw_only=True, slots=True)

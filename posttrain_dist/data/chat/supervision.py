@@ -220,7 +220,7 @@ class Supervision:
             if not weight:
                 continue
             if i in turns:
-                self._check_turn(rendered, i, turns[i], text)
+                self._check_turn(row, rendered, i, turns[i], text)
                 turns[i] = self._without_empty_thoughts(rendered, i, turns[i], faults)
             for start, end in turns[i] if i in turns else content_span(rendered, i):
                 text.supervise(start, end, weight)
@@ -234,7 +234,7 @@ class Supervision:
         messages = row.messages[: turn + 1]
         rendered = Conversation(row.template, messages, row.where, row.tools, by_marks=False)
         _check_tools(rendered, first, faults)
-        self._check_thoughts(rendered, turn, faults)
+        self._check_thoughts(row, rendered, turn, faults)
         rendered.text, prompt = turn_text(rendered)
         text = row.supervised(rendered.text, faults)
         text.is_turn = True
@@ -246,13 +246,18 @@ class Supervision:
         return text
 
     def _check_turn(
-        self, rendered: Conversation, turn: int, spans: list[Span], text: SupervisedText
+        self,
+        row: _Row,
+        rendered: Conversation,
+        turn: int,
+        spans: list[Span],
+        text: SupervisedText,
     ) -> None:
         faults = text.faults
         fault = turn_faults.prompt_text_fault(rendered, turn, spans)
         fix = OTHER_PROMPT if fault and not rendered.begins_as_prompted(turn) else ""
         faults.note("prompt_prefix", fault, fix)
-        self._check_thoughts(rendered, turn, faults)
+        self._check_thoughts(row, rendered, turn, faults)
         faults.note("generation_prompt", turn_faults.gap_fault(rendered, turn, spans))
         faults.note("generation_marks", turn_faults.mark_fault(rendered, turn, spans))
         faults.note("generation_marks", turn_faults.hole_fault(rendered, turn, spans))
@@ -260,8 +265,11 @@ class Supervision:
         if "prompt_prefix" not in faults.names:
             text.add_prompt(len(rendered.prompt(turn)), turn, rendered.messages[turn])
 
-    def _check_thoughts(self, rendered: Conversation, turn: int, faults: Faults) -> None:
-        if self._choice.thinking is not Thinking.close:
+    def _check_thoughts(self, row: _Row, rendered: Conversation, turn: int, faults: Faults) -> None:
+        thinking = self._choice.thinking
+        # Where the run takes thoughts out, an open block is closed.
+        takes_out = thinking is Thinking.none or (thinking is Thinking.last and turn != row.last)
+        if thinking is not Thinking.close and not takes_out:
             faults.note("open_thinking", turn_faults.open_thinking_fault(rendered, turn))
         faults.note("closed_thinking", turn_faults.closed_thinking_fault(rendered, turn))
 
@@ -292,6 +300,12 @@ class _Row:
     messages: list[Message]
     tools: list[Any]
     breaker: str
+
+    @property
+    def last(self) -> int:
+        """The last turn of the assistant."""
+        turns = (i for i, message in enumerate(self.messages) if message["role"] == "assistant")
+        return max(turns, default=-1)
 
     def supervised(self, text: str, faults: Faults) -> SupervisedText:
         """A rendering of it, put together again; nothing of it is a target yet."""

@@ -90,6 +90,9 @@ def test_causal_templates(source: str, tokenizer_of: TokenizerOf) -> None:
         LOOP.replace("{{ m", "{{ messages | length }}{{ m"),
         LOOP.replace("in messages", "in messages[messages | length - 1 :]"),
         LOOP.replace("in messages", "in messages[:1]"),
+        LOOP.replace("in messages", "in messages[-2:]"),  # the last ones, whichever these are
+        "{% set n = -2 %}" + LOOP.replace("in messages", "in messages[n:]"),
+        "{% set rest = messages[-2:] %}" + LOOP.replace("in messages", "in rest"),
         LOOP.replace("in messages", "in messages | reverse"),
         LOOP.replace("in messages", "in messages if m.role == 'user'"),
         LOOP + LOOP,

@@ -101,6 +101,21 @@ def test_thoughts_by_policy(tokenizer_of: TokenizerOf) -> None:
     assert said[Thinking.none] == ["Hello<|end|>", "Bye<|end|>"]
 
 
+def test_an_open_block_is_closed_where_the_run_takes_thoughts_out(
+    tokenizer_of: TokenizerOf,
+) -> None:
+    tokenizer = tokenizer_of(CUTS)
+    messages = [ASK, say("Hello", "why"), MORE, say("Bye", "so")]
+    for thinking, last in (
+        (Thinking.none, "\n</think>\n\nBye<|end|>"),
+        (Thinking.last, "so\n</think>\n\nBye<|end|>"),
+    ):
+        row = encode(tokenizer, *messages, thinking=thinking)
+        assert [said for _, said in parts(tokenizer, row)] == ["\n</think>\n\nHello<|end|>", last]
+    with pytest.raises(DataError, match=r"messages\[3\] opens its thoughts"):
+        encode(tokenizer, *messages[:3], say("Bye"), thinking=Thinking.last)
+
+
 def test_thoughts_behind_a_prompt_that_closes_them(tokenizer_of: TokenizerOf) -> None:
     tokenizer = tokenizer_of(HYBRID)
     off = {"variables": {"enable_thinking": False}}

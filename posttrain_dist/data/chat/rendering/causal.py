@@ -71,9 +71,11 @@ def is_causal(source: str, environment: jinja2.Environment) -> bool:
 
 
 def _is_messages(node: nodes.Node, names: set[str]) -> bool:
-    """The messages, or those of them from some place on."""
+    """The messages, or those of them from some place on, which is counted from their beginning."""
     if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
-        return not (node.arg.stop or node.arg.step) and _is_messages(node.node, names)
+        part = node.arg
+        is_behind = part.start is None or isinstance(part.start, nodes.Const)
+        return is_behind and not (part.stop or part.step) and _is_messages(node.node, names)
     return isinstance(node, nodes.Name) and node.name in names
 
 
