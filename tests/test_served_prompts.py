@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from served_exports import config_of, served_of, tokenizer_of, write
 
+from posttrain_dist.errors import DataError
+
 
 def test_thoughts_in_a_prompt_are_served_under_the_name_that_the_template_reads(
     tiny_llama: Path, builders: Any, tmp_path: Path
@@ -51,3 +53,25 @@ def test_rows_that_the_clock_writes_in_have_their_day(
     for row in served.rows:
         assert tokenizer.decode(row.token_ids).startswith("2020-02-03")
         assert row.prompt.encode(tokenizer) == row.token_ids
+
+
+def test_a_row_that_no_server_asks_as_it_is_trained_is_refused(
+    tiny_llama: Path, builders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault of ours that would otherwise pass: rows rendered from their last messages only."""
+    own = (tiny_llama / "chat_template.jinja").read_text()
+    (tmp_path / "last.jinja").write_text(own.replace("in messages", "in messages[-2:]"))
+    turns = [{"role": ("user", "assistant")[i % 2], "content": f"t {i}"} for i in range(6)]
+    rows = builders.write(tmp_path / "rows.jsonl", [{"messages": turns}] * 2)
+    config = config_of(tiny_llama, rows, name=str(tmp_path / "last.jinja"))
+    config.data.eval_fraction, config.data.cache = 0.0, str(tmp_path / "cache")
+    served = served_of(config, tmp_path / "right")
+    tokenizer = tokenizer_of(write(tiny_llama, tmp_path, served))
+    assert "t 3" in tokenizer.decode(served.rows[0].token_ids)
+    # As long as such a slice was taken for one that is counted from the beginning:
+    monkeypatch.setattr(
+        "posttrain_dist.data.chat.rendering.causal._is_start", lambda node, starts: True
+    )
+    config.data.cache = str(tmp_path / "other")
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: no inference prompt that a server writes"):
+        served_of(config, tmp_path / "wrong")

@@ -49,6 +49,7 @@ Here are the configs of the groups `data` and `template`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
@@ -222,6 +223,15 @@ def template_rules(template: Template) -> list[Rule]:
             )
             for name, value in template.variables.items()
         ),
+        *(
+            Rule(
+                _is_json(value),
+                f"template.variables.{name}",
+                f"is {value!r}, which no JSON has",
+                "give text, a finite number, true, false, null, or lists and dicts of these",
+            )
+            for name, value in template.variables.items()
+        ),
         Rule(
             CLOCK not in template.variables or is_date(template.variables[CLOCK]),
             f"template.variables.{CLOCK}",
@@ -236,6 +246,16 @@ def template_rules(template: Template) -> list[Rule]:
             "set template.supervise=assistant",
         ),
     ]
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(each) for key, each in value.items())
+    if isinstance(value, list):
+        return all(map(_is_json, value))
+    if isinstance(value, str):
+        return value.isprintable() or not any(0xD800 <= ord(char) < 0xE000 for char in value)
+    return value is None or (isinstance(value, int | float) and math.isfinite(value))
 
 
 def is_date(value: Any) -> bool:

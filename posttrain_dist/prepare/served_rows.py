@@ -108,8 +108,12 @@ def _row(
     tokenizer: ModelTokenizer,
     samples: _Samples,
 ) -> ServedRow | None:
-    """The prompt of the last assistant turn for which it begins a sample."""
-    trained = samples.of(content_key(record))
+    """The prompt of the last assistant turn for which it begins a sample.
+
+    Raises:
+        DataError: the row is whole and quotes nothing, and there is none.
+    """
+    trained, asked = samples.of(content_key(record)), 0
     # apply_chat_template takes no empty conversation, and leaves out what is null.
     given = [{key: v for key, v in each.items() if v is not None} for each in given]
     turns = [i for i, message in enumerate(given) if i and message["role"] == "assistant"]
@@ -122,9 +126,21 @@ def _row(
             )
         except DataError:  # the template refuses a conversation that ends there
             continue
-        ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        ids, asked = (
+            tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids,
+            asked + 1,
+        )
         if any(_begins(each, ids) for each in trained):
             return ServedRow(Prompt(messages, record.tools, record.variables), ids)
+    *_, breaker = served.plain.controls.escape(record.messages, record.tools)
+    if asked and not breaker and not any(each.truncated for each in trained):
+        raise DataError(
+            "no inference prompt that a server writes for this row begins a sample of it, so the "
+            "model would be asked otherwise than it is trained",
+            where=record.where,
+            fix="choose another template, or leave the row out; the template may look at messages "
+            "in a way that is not understood here",
+        )
     return None
 
 

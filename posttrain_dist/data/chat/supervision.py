@@ -287,6 +287,8 @@ class Supervision:
         empty = rendered.template.probes.empty_thoughts.match(rendered.text, start, end)
         if not empty or split_thoughts(rendered.messages[turn]).words:
             return spans
+        if rendered.template.probes.opens_thoughts(rendered.prompt(turn)):
+            return spans  # the model closes what the prompt opens
         faults.note("empty_thinking", f"messages[{turn}] begins with an empty block of thoughts")
         return [(empty.end(), end), *others]
 

@@ -171,3 +171,11 @@ def test_variables_of_a_row_that_nothing_reads(tokenizer_of: TokenizerOf) -> Non
         ("enable_thinking", ["empty_thinking"])):  # fmt: skip
         row = encode(tokenizer_of(HYBRID), ASK, say("Hello"), row={"variables": {name: True}})
         assert sorted(row.faults) == faults
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), (1, 2), {1: 2}, "\ud800", {1, 2}])
+def test_variables_that_no_json_has(tokenizer_of: TokenizerOf, value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"template\.variables\.enable_thinking: .*no JSON has"):
+        encode(
+            tokenizer_of(HYBRID), ASK, say("Hello"), variables={"enable_thinking": {"a": [value]}}
+        )

@@ -12,7 +12,7 @@ Other templates (those that ask for the last message, say) have their prefixes r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import jinja2
 from jinja2 import nodes
@@ -53,7 +53,8 @@ def is_causal(source: str, environment: jinja2.Environment) -> bool:
     tree = environment.parse(source)
     if any(next(tree.find_all(kind), None) for kind in _ELSEWHERE):
         return False
-    names = {"messages"} | _other_names(tree)
+    starts = _start_names(tree)
+    names = _Names({"messages"} | _other_names(tree, starts), starts)
     loops = [loop for loop in tree.find_all(nodes.For) if _is_messages(loop.iter, names)]
     if len(loops) != 1 or loops[0] not in tree.body:
         return False
@@ -66,17 +67,44 @@ def is_causal(source: str, environment: jinja2.Environment) -> bool:
         _looks_at_first_only(tree, names)
         and all(map(_looks_back_only, loop.body))
         and not any(n.name == _PROMPT for part in before for n in _names(part))
-        and _is_constant(after, _assigned(tree) | names | _PER_ROW)
+        and _is_constant(after, _assigned(tree) | names.messages | _PER_ROW)
     )
 
 
-def _is_messages(node: nodes.Node, names: set[str]) -> bool:
-    """The messages, or those of them from some place on, which is counted from their beginning."""
+class _Names(NamedTuple):
+    """What names of a template stand for."""
+
+    messages: set[str]  # the messages, or those from some place on
+    starts: set[str]  # a place, counted from the first message
+
+
+def _is_messages(node: nodes.Node, names: _Names) -> bool:
+    """The messages, or those of them from some place on."""
     if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
         part = node.arg
-        is_behind = part.start is None or isinstance(part.start, nodes.Const)
-        return is_behind and not (part.stop or part.step) and _is_messages(node.node, names)
-    return isinstance(node, nodes.Name) and node.name in names
+        is_place = part.start is None or _is_start(part.start, names.starts)
+        return is_place and not (part.stop or part.step) and _is_messages(node.node, names)
+    return isinstance(node, nodes.Name) and node.name in names.messages
+
+
+def _is_start(node: nodes.Node, starts: set[str]) -> bool:
+    """A place that is counted from the first message, never from the last."""
+    if isinstance(node, nodes.CondExpr):
+        others = [node.expr2] if node.expr2 is not None else []
+        return all(_is_start(each, starts) for each in (node.expr1, *others))
+    if isinstance(node, nodes.Const):
+        return isinstance(node.value, int) and node.value >= 0
+    return isinstance(node, nodes.Name) and node.name in starts
+
+
+def _start_names(tree: nodes.Template) -> set[str]:
+    """Names that are only ever set to such a place."""
+    found: dict[str, bool] = {}
+    for assign in tree.find_all(nodes.Assign):
+        if isinstance(assign.target, nodes.Name):
+            name = assign.target.name
+            found[name] = found.get(name, True) and _is_start(assign.node, set())
+    return {name for name, always in found.items() if always}
 
 
 def _whole(node: nodes.Node) -> nodes.Node:
@@ -84,24 +112,25 @@ def _whole(node: nodes.Node) -> nodes.Node:
     return _whole(node.node) if isinstance(node, nodes.Getitem) else node
 
 
-def _other_names(tree: nodes.Template) -> set[str]:
+def _other_names(tree: nodes.Template, starts: set[str]) -> set[str]:
     """Names that only ever stand for the messages, or those from some place on."""
     found: dict[str, bool] = {}
     for assign in tree.find_all(nodes.Assign):
         if isinstance(assign.target, nodes.Name):
             name = assign.target.name
-            found[name] = found.get(name, True) and _is_messages(assign.node, {"messages"})
+            own = _Names({"messages"}, starts)
+            found[name] = found.get(name, True) and _is_messages(assign.node, own)
     return {name for name, always in found.items() if always}
 
 
-def _looks_at_first_only(tree: nodes.Template, names: set[str]) -> bool:
+def _looks_at_first_only(tree: nodes.Template, names: _Names) -> bool:
     """No use of the messages but as a whole list, or `messages[0]`."""
     allowed = set()
     for node in tree.find_all((nodes.For, nodes.Assign, nodes.Getitem)):
         if isinstance(node, nodes.For) and _is_messages(node.iter, names):
             allowed.add(id(_whole(node.iter)))
         elif isinstance(node, nodes.Assign) and _is_messages(node.node, names):
-            if isinstance(node.target, nodes.Name) and node.target.name in names:
+            if isinstance(node.target, nodes.Name) and node.target.name in names.messages:
                 allowed.add(id(_whole(node.node)))
         elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
             of_all = isinstance(node.node, nodes.Name) and node.node.name == "messages"
@@ -110,7 +139,9 @@ def _looks_at_first_only(tree: nodes.Template, names: set[str]) -> bool:
     if "messages" in _assigned(tree):
         return False
     return all(
-        id(name) in allowed or name.ctx == "store" for name in _names(tree) if name.name in names
+        id(name) in allowed or name.ctx == "store"
+        for name in _names(tree)
+        if name.name in names.messages
     )
 
 
