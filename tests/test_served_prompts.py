@@ -73,5 +73,7 @@ def test_a_row_that_no_server_asks_as_it_is_trained_is_refused(
         "posttrain_dist.data.chat.rendering.causal._is_start", lambda node, starts: True
     )
     config.data.cache = str(tmp_path / "other")
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: no inference prompt that a server writes"):
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:1: the inference prompt .* messages\[3\] begins"
+    ):
         served_of(config, tmp_path / "wrong")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from posttrain_dist.data import CLOCK, Template, Thinking
+from posttrain_dist.data import CLOCK, Supervise, Template
+from posttrain_dist.data.chat.rendering.chat_template import ChatTemplate
 from posttrain_dist.data.chat.rendering.served import SERVED, Prompt, Served, ServedRow
 from posttrain_dist.data.chat.rendering.served_template import served_templates, with_defaults
 from posttrain_dist.data.chat.rendering.template_choice import TemplateSet
@@ -57,7 +59,7 @@ def write_served(
     if pinned != served.sources:
         served = TemplateSet(inputs.tokenizer, pinned, Template())
     samples = _Samples(tally, split, Examples.open(folder, "all", tally.channels))
-    rows = _rows_of(inputs, served, samples, choice.thinking)
+    rows = _rows_of(inputs, served, samples, choice)
     Served(templates, _choose(rows)).write(folder)
 
 
@@ -73,7 +75,7 @@ def _choose(rows: Iterator[ServedRow]) -> list[ServedRow]:
 
 
 def _rows_of(
-    inputs: Inputs, served: TemplateSet, samples: _Samples, thinking: Thinking
+    inputs: Inputs, served: TemplateSet, samples: _Samples, choice: Template
 ) -> Iterator[ServedRow]:
     """The first training rows whose prompt, by the served templates, begins one of their samples.
 
@@ -92,8 +94,7 @@ def _rows_of(
     for reader in trained[:_SETS]:
         for record in islice(reader, _LOOKED_AT):
             if isinstance(record, Record) and record.messages and CLOCK not in record.variables:
-                messages = chosen_thoughts(record.messages, thinking)
-                row = _row(record, messages, served, inputs.tokenizer, samples)
+                row = _row(record, choice, inputs, served, samples)
                 if row is not None and inputs.date is not None:
                     variables = {**row.prompt.variables, CLOCK: inputs.date}
                     row = replace(row, prompt=replace(row.prompt, variables=variables))
@@ -102,46 +103,78 @@ def _rows_of(
 
 
 def _row(
-    record: Record,
-    given: Sequence[Message],
-    served: TemplateSet,
-    tokenizer: ModelTokenizer,
-    samples: _Samples,
+    record: Record, choice: Template, inputs: Inputs, served: TemplateSet, samples: _Samples
 ) -> ServedRow | None:
     """The prompt of the last assistant turn for which it begins a sample.
 
     Raises:
-        DataError: the row is whole and quotes nothing, and there is none.
+        DataError: the row is whole and quotes nothing, and the prompt of a turn begins none.
     """
-    trained, asked = samples.of(content_key(record)), 0
+    trained = samples.of(content_key(record))
+    if not trained:
+        return None
+    found, missed = None, -1
     # apply_chat_template takes no empty conversation, and leaves out what is null.
-    given = [{key: v for key, v in each.items() if v is not None} for each in given]
-    turns = [i for i, message in enumerate(given) if i and message["role"] == "assistant"]
-    for turn in reversed(turns if trained else []):
+    chosen = chosen_thoughts(record.messages, choice.thinking)
+    given = [{key: v for key, v in each.items() if v is not None} for each in chosen]
+    template = served.of(record.where, record.tools, record.variables)
+    for turn in _asked(given):
         try:
-            template = served.of(record.where, record.tools, record.variables)
             messages = template.as_given(given[:turn], record.where)
             text = template.render(
                 messages, record.where, tools=record.tools, generation_prompt=True
             )
         except DataError:  # the template refuses a conversation that ends there
             continue
-        ids, asked = (
-            tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids,
-            asked + 1,
-        )
+        ids = _encode(inputs.tokenizer, text)
         if any(_begins(each, ids) for each in trained):
-            return ServedRow(Prompt(messages, record.tools, record.variables), ids)
-    *_, breaker = served.plain.controls.escape(record.messages, record.tools)
-    if asked and not breaker and not any(each.truncated for each in trained):
-        raise DataError(
-            "no inference prompt that a server writes for this row begins a sample of it, so the "
-            "model would be asked otherwise than it is trained",
-            where=record.where,
-            fix="choose another template, or leave the row out; the template may look at messages "
-            "in a way that is not understood here",
-        )
-    return None
+            found = ServedRow(Prompt(messages, record.tools, record.variables), ids)
+        elif missed < 0:
+            missed = turn
+    if missed >= 0 and _is_whole(record, choice, template, trained, found):
+        with contextlib.suppress(DataError):
+            upto = template.render(given[: missed + 1], record.where, tools=record.tools)
+            missed = (
+                -1
+                if len(_encode(inputs.tokenizer, upto)) >= inputs.digest["max_length"]
+                else missed
+            )
+        if missed >= 0:
+            raise DataError(
+                f"the inference prompt that a server writes for messages[{missed}] begins no "
+                "sample of this row, so the model would be asked otherwise than it is trained",
+                where=record.where,
+                fix="choose another template, or leave the row out: the template looks at messages "
+                "in a way that is not understood here",
+            )
+    return found
+
+
+def _asked(messages: Sequence[Message]) -> list[int]:
+    """The turns of the assistant that follow a question, or the result of a tool."""
+    roles = [message["role"] for message in messages]
+    first = next((i for i, role in enumerate(roles) if role not in ("system", "assistant")), 0)
+    return [i for i, role in enumerate(roles) if role == "assistant" and i > first]
+
+
+def _is_whole(
+    record: Record,
+    choice: Template,
+    template: ChatTemplate,
+    trained: Sequence[Example],
+    found: ServedRow | None,
+) -> bool:
+    """Whether every turn of a row is trained, as a server would ask for it."""
+    if not choice.strict or any(each.truncated for each in trained):
+        return False
+    *_, breaker = template.controls.escape(record.messages, record.tools)
+    all_are = choice.supervise is Supervise.assistant and not record.weights
+    return not breaker and (all_are or found is None)
+
+
+def _encode(tokenizer: ModelTokenizer, text: str) -> list[int]:
+    ids: list[int] = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
 
 
 def _begins(example: Example, ids: list[int]) -> bool:
