@@ -56,9 +56,9 @@ def test_the_template_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     plain = template_choice.ChatTemplate
 
     class Counted(plain):  # type: ignore[misc, valid-type]
-        def __init__(self, *args: Any) -> None:
+        def __init__(self, *args: Any, **options: Any) -> None:
             loaded.append("once")
-            super().__init__(*args)
+            super().__init__(*args, **options)
 
     monkeypatch.setattr(template_choice, "ChatTemplate", Counted)
     prepare(config_of(tmp_path, [chat("a"), chat("b")]), tmp_path / "p")
