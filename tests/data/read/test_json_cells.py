@@ -10,7 +10,9 @@ import pytest
 
 from posttrain_dist.data import Format
 from posttrain_dist.data.formats.records import Reader, Rejected
+from posttrain_dist.data.read.containers import find_files
 from posttrain_dist.data.read.json_cells import row_reader
+from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Record
 
 
@@ -226,3 +228,10 @@ def test_json_that_is_not_valid_is_a_bad_row(tmp_path: Path) -> None:
     assert isinstance(good, Record) and good.messages == (says("a"),)
     assert isinstance(cut, Rejected) and cut.field == "messages[0]"
     assert isinstance(twice, Rejected) and "'role' stands twice" in twice.what
+
+
+def test_a_saved_folder_says_under_which_name_it_is_read(tmp_path: Path) -> None:
+    write(tmp_path, [{"text": "a"}])
+    with pytest.raises(DataError, match="read under another name") as caught:
+        find_files(f"{tmp_path}/saved")
+    assert f"write hf:{tmp_path}/saved" in caught.value.fix
