@@ -140,7 +140,12 @@ def nearest_key(base: DictConfig, key: str) -> str | None:
 
 def has_key(base: DictConfig, key: str) -> bool:
     """Whether a composed config, or another option of one of its slots, has a dotted key."""
-    return key in _dotted(base) or key in _slot_keys()
+    node: Any = base
+    for part in key.split("."):
+        if _takes_any_key(node):
+            return True
+        node = node.get(part) if isinstance(node, DictConfig) and part in node else None
+    return _takes_any_key(node) or key in _dotted(base) or key in _slot_keys()
 
 
 def _dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:

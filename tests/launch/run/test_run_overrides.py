@@ -158,6 +158,7 @@ def test_a_checkpoint_of_the_run_itself_is_gone_back_to(run):
     [
         ("train.batch_size=4", 2, "train.batch_size: is fixed when a run is made"),
         ("engine=zero2", 2, "engine: is fixed when a run is made"),
+        ("template.variables.x=1", 2, "template.variables.x: is fixed when a run is made"),
         ("resume", 2, "resume: is no key=value"),
         ("train.resume=/nowhere", 1, "is no checkpoint of this run (step-000002, step-000004)"),
         ("train.steps=many", 1, "train.steps: 'many' is not a whole number or null"),
