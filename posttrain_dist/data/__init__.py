@@ -18,20 +18,28 @@ recognise          formats/recognise.py      keys of the first rows -> Format; r
 records            formats/records.py        path -> Record, or Rejected with file, line and field
 template           chat/rendering/           template.name + tokenizer -> TemplateSet
                    .../template_choice.py    ... which template a row is rendered by
-                   .../chat_template.py      ... messages -> text, and what probes of it show
+                   .../chat_template.py      ... messages -> text
+                   .../template_probes.py    ... how it ends turns, writes thoughts, and prompts
                    .../jinja_environment.py  ... what it may use: as in transformers
                    .../causal.py             ... whether one rendering holds those of all prefixes
+                   .../served.py             served.json: what an export renders, and is checked by
+                   .../served_template.py    ... the template with the run's variables as defaults
+                   .../answer_reader.py      what a model says -> its thoughts and its words
+thoughts           chat/thoughts.py          messages -> those with the thoughts that are trained on
 escape             chat/controls.py          control tokens in content -> EscapedText
 render             chat/conversation.py      messages -> text, and each turn's inference prompt
 mask               chat/turn_spans.py        text -> the characters of each turn
                    chat/turn_ends.py         ... and of the tokens that end it
+                   chat/turn_form.py         messages -> one turn behind its inference prompt
 check              chat/checks/              text and spans -> names of failed checks
+                   chat/variable_advice.py   ... and the variable that would let a row pass
 supervise          chat/supervision.py       Record -> SupervisedText: characters with weights
-encode             chat/encoder.py           SupervisedText -> Example: tokens with weights
+encode             chat/encoder.py           Record -> Examples, whole or turn by turn
+                   chat/text_tokenizer.py    ... SupervisedText -> tokens
                    tokens/byte_level.py      ... text -> tokens, word by word (tokens/patterns.py)
                    tokens/text_tokens.py     ... the tokens of a text, with their characters
                    chat/token_weights.py     ... character weights -> token weights
-                   prepared/pieces.py        Example -> text for people
+                   prepared/pieces.py        Example -> text for people, chat/turn_view.py by turns
 prepare            (posttrain_dist.prepare)  all files -> the prepared folder, split and counted
                    prepared/arrays.py        Examples as flat arrays on disk, mapped by workers
                    prepared/summary.py       what was found: counts, channels, digests
