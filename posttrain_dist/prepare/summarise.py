@@ -23,7 +23,9 @@ from posttrain_dist.prepare.tally import Tally
 
 # Upper edges of the histogram of lengths, in tokens: eight to an octave.
 EDGES = np.array(sorted({round(2.0 ** (i / 8)) for i in range(8 * 24 + 1)}), np.int64)
-_SAMPLES = 200  # that show how turns end
+# Samples that show how turns end: so many stretches all over the split, of so many samples each.
+# Every place that is read keeps pages of the mapped files in memory.
+_STRETCHES, _LENGTH = 8, 25
 _OF_THOUGHTS = re.compile("think|thought|reason", re.IGNORECASE)
 
 
@@ -125,8 +127,9 @@ def end_tokens(examples: Examples, model_folder: Path) -> list[int]:
     """
     tokenizer = json.loads((model_folder / "tokenizer.json").read_text(encoding="utf-8"))
     ends: Counter[int] = Counter()
-    places = np.linspace(0, len(examples) - 1, min(len(examples), _SAMPLES)).astype(int)
-    for i in places.tolist():
+    begins = np.linspace(0, max(len(examples) - _LENGTH, 0), _STRETCHES).astype(int)
+    places = np.unique((begins[:, None] + np.arange(_LENGTH)).clip(0, max(len(examples) - 1, 0)))
+    for i in places.tolist() if len(examples) else []:
         example = examples[i]
         is_target_L = example.weight_L > 0
         ends_run_L = is_target_L & ~np.append(is_target_L[1:], example.truncated)
