@@ -6,21 +6,19 @@ prepared/heldout_records.jsonl -> choose -> answer (base, export) -> answers.jso
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.chat.rendering.served import Prompt
+from posttrain_dist.data.chat.thoughts import CLOSING
 from posttrain_dist.errors import DataError
 from posttrain_dist.files import write_atomic
 from posttrain_dist.flow import Message
 from posttrain_dist.generation.base import Reply, Sampling, StopReason
 from posttrain_dist.generation.local import LocalGenerator
 from posttrain_dist.models import Weights
-
-_END_OF_THOUGHTS = re.compile(r"</[\w:]*think(?:ing)?>|\[/THINK\]|◁/think▷")
 
 
 def exact_match(rows: list[dict[str, Any]], answers: list[str]) -> dict[str, dict[str, int]]:
@@ -48,7 +46,7 @@ def _words(replies: list[Reply]) -> list[str]:
 
 def _final(answer: str) -> str:
     """What an answer says once its thoughts are closed."""
-    return _END_OF_THOUGHTS.split(answer)[-1].strip()
+    return CLOSING.split(answer)[-1].strip()
 
 
 def compare(config: RunConfig, run_folder: Path) -> dict[str, Any]:

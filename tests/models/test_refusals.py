@@ -175,9 +175,18 @@ def test_rows_that_the_positions_do_not_reach_are_refused(config, limit, why):
     )
 
 
-def test_rows_of_a_llama_may_be_of_any_length():
-    config = {"model_type": "llama", "max_position_embeddings": 64}
-    check_row_length(config | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, 10**6)
+def test_only_some_kinds_of_rope_end_at_a_length():
+    """The same config, with a kind that changes with the length of a row and one that does not."""
+    found = {}
+    for kind in ("yarn", "dynamic"):
+        rope = {"rope_type": kind, "factor": 2.0}
+        config = {"model_type": "llama", "max_position_embeddings": 64, "rope_scaling": rope}
+        try:
+            check_row_length(config, 65)
+            found[kind] = "any"
+        except ConfigError as error:
+            found[kind] = error.fix
+    assert found == {"yarn": "any", "dynamic": "set data.max_length=64 or less"}
 
 
 @pytest.mark.parametrize("model_type", sorted(LEARNED_POSITIONS))

@@ -11,11 +11,12 @@ from posttrain_dist.data.chat.rendering.jinja_environment import THOUGHTS
 from posttrain_dist.flow import Message
 
 # Tags of thoughts in what an assistant says: <think>, <thought>, <seed:think>, [THINK], ◁think▷.
+_NAME = r"[\w:]*(?:think|thought|reason)\w*"
+_OPEN, _CLOSE = r"\[THINK\]|◁think▷|<\|START_THINKING\|>", r"\[/THINK\]|◁/think▷|<\|END_THINKING\|>"
+OPENING = re.compile(rf"<{_NAME}>|{_OPEN}")
+CLOSING = re.compile(rf"</{_NAME}>|{_CLOSE}")
 _INSIDE = re.compile(
-    r"\s*(?P<open><(?P<name>[\w:]*(?:think|thought|reason)\w*)>|\[THINK\]|◁think▷|<\|START_THINKING\|>)"
-    r"(?P<words>.*?)"
-    r"(?P<close></(?P=name)>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>)(?P<gap>\s*)",
-    re.DOTALL,
+    rf"\s*(?:<(?P<name>{_NAME})>|{_OPEN})(?P<words>.*?)(?:</(?P=name)>|{_CLOSE})\s*", re.DOTALL
 )
 
 

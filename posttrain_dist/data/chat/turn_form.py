@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from posttrain_dist.data.chat.checks.shown import dense
 from posttrain_dist.data.chat.conversation import Conversation
 from posttrain_dist.data.chat.rendering.template_probes import usual_thoughts
 from posttrain_dist.data.chat.thoughts import Thoughts, split_thoughts
@@ -43,7 +44,7 @@ def turn_text(conversation: Conversation) -> TurnText:
     turn = len(conversation.messages) - 1
     prompt, upto = conversation.prompt(turn), conversation.upto(turn)
     thoughts = split_thoughts(conversation.messages[turn])
-    if upto.startswith(prompt) and _dense(thoughts.words) in _dense(upto[len(prompt) :]):
+    if upto.startswith(prompt) and dense(thoughts.words) in dense(upto[len(prompt) :]):
         return TurnText(upto[: end_of_turn(conversation, turn)], prompt)
     return TurnText(prompt + _said(conversation, turn, prompt, thoughts), prompt)
 
@@ -131,7 +132,3 @@ def _lead(head: str, prompt: str) -> str:
     written, given = head[len(head.rstrip()) :], prompt[len(prompt.rstrip()) :]
     is_alike = head.rstrip()[-1:] == prompt.rstrip()[-1:]
     return written.removeprefix(given) if is_alike and written.startswith(given) else ""
-
-
-def _dense(text: str) -> str:
-    return "".join(text.split())

@@ -57,7 +57,7 @@ def shown_fault(rendered: Conversation, turn: int, spans: Sequence[Span]) -> str
 
 def _dense_text(rendered: Conversation, text: str) -> str:
     """Text without white space, and a line break for each of the template's own tokens."""
-    return "\n".join(_dense(part) for part in rendered.controls.closing.split(text))
+    return "\n".join(dense(part) for part in rendered.controls.closing.split(text))
 
 
 def _unwritten(message: dict[str, Any], shown: str) -> tuple[str, str]:
@@ -106,15 +106,16 @@ def _leaves(value: Any) -> Iterator[tuple[str, ...]]:
 
 def _forms(text: str) -> tuple[str, ...]:
     """Text as it is, and as JSON writes it."""
-    plain, escaped = _dense(text), _dense(json.dumps(text, ensure_ascii=False)[1:-1])
+    plain, escaped = dense(text), dense(json.dumps(text, ensure_ascii=False)[1:-1])
     if plain == escaped and text.isascii():
         return (plain,)
-    return plain, escaped, _dense(json.dumps(text)[1:-1])
+    return plain, escaped, dense(json.dumps(text)[1:-1])
 
 
 def _name(call: dict[str, Any]) -> str:
-    return _dense(str(call.get("function", call).get("name")))
+    return dense(str(call.get("function", call).get("name")))
 
 
-def _dense(text: str) -> str:
+def dense(text: str) -> str:
+    """Text without white space."""
     return "".join(text.split())

@@ -11,14 +11,10 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
+from posttrain_dist.data.chat.thoughts import CLOSING, OPENING
+
 _ASK = {"role": "user", "content": "probe q"}
 _WORDS, _THOUGHTS = "probe a", "probe t"
-_CLOSING = re.compile(
-    r"</[\w:]*(?:think|thought|reason)\w*>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>"
-)
-_OPENING = re.compile(
-    r"\s*(?:<[\w:]*(?:think|thought|reason)\w*>|\[THINK\]|◁think▷|<\|START_THINKING\|>)"
-)
 
 
 class Answer(NamedTuple):
@@ -66,15 +62,16 @@ class AnswerReader:
         thoughts, words = "", raw
         if self._between and self._between in raw:
             thoughts, _, words = raw.rpartition(self._between)
-        elif closings := list(_CLOSING.finditer(raw)):
+        elif closings := list(CLOSING.finditer(raw)):
             thoughts, words = raw[: closings[-1].start()], raw[closings[-1].end() :]
         else:
             words = self._without(raw, self._before_words)
             if words == raw:
                 words = self._without(raw, self._before_thoughts)
             return Answer(self._special.sub("", words), "")
-        thoughts = self._without(thoughts, self._before_thoughts)
-        thoughts = _OPENING.sub("", thoughts, count=1) if _OPENING.match(thoughts) else thoughts
+        thoughts = self._without(thoughts, self._before_thoughts).lstrip()
+        if opening := OPENING.match(thoughts):
+            thoughts = thoughts[opening.end() :]
         words = self._without(words, self._before_words)
         return Answer(*(self._special.sub("", part).strip() for part in (words, thoughts)))
 
