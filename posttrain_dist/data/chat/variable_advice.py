@@ -29,7 +29,8 @@ class VariableAdvice:
 
     def __init__(self, choice: Template, templates: TemplateSet) -> None:
         self._choice, self._templates = choice, templates
-        self._helping: dict[str, str] = {}  # cause -> what to set; empty: nothing helps
+        # Cause -> the variable that helps and its value, as JSON; null: none does.
+        self._helping: dict[str, tuple[str, str] | None] = {}
 
     def extend(self, record: Record, error: DataError) -> DataError:
         """The error, with a variable that helps in its advice."""
@@ -40,26 +41,27 @@ class VariableAdvice:
         if cause not in self._helping:
             self._helping[cause] = self._find(record)
         helping = self._helping[cause]
-        if not helping:
+        if helping is None:
             return error
+        name, value = helping
         fix = (
-            f"set template.variables={helping}, with which this row passes (on the row alone: "
-            f'"chat_template_kwargs": {helping}); or {error.fix}'
+            f"set template.variables={{{name}: {value}}}, with which this row passes (on the row "
+            f'alone: "chat_template_kwargs": {{"{name}": {value}}}); or {error.fix}'
         )
         return DataError(error.what, where=error.where, fix=fix)
 
-    def _find(self, record: Record) -> str:
+    def _find(self, record: Record) -> tuple[str, str] | None:
         try:
             template = self._templates.of(record.where, record.tools, record.variables)
         except DataError:
-            return ""
+            return None
         names = [name for name in template.probes.variables if name not in record.variables]
         for name in names[:_MOST]:
             for value in (False, True):
                 is_so = template.variables.get(name) is value
                 if not is_so and self._passes(record, {name: value}):
-                    return f"{{{name}: {json.dumps(value)}}}"
-        return ""
+                    return name, json.dumps(value)
+        return None
 
     def _passes(self, record: Record, variables: dict[str, Any]) -> bool:
         templates = self._templates.with_variables(variables)

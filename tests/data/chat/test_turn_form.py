@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -167,6 +168,11 @@ def test_a_refusal_names_the_variable_that_helps(tokenizer_of: TokenizerOf) -> N
     with pytest.raises(DataError, match="opens its thoughts") as caught:
         encode(tokenizer_of(thinks), ASK, say("Hello"))
     assert caught.value.fix.startswith("set template.variables={enable_thinking: false}, with")
+    on_row = '"chat_template_kwargs": {"enable_thinking": false}'
+    assert on_row in caught.value.fix
+    variables = json.loads(f"{{{on_row}}}")["chat_template_kwargs"]
+    helped = encode(tokenizer_of(thinks), ASK, say("Hello"), row={"variables": variables})
+    assert helped.faults == []
     other = CHATML.replace(ASKED, "{% if add_generation_prompt %}{{ '<|start|>' }}"
         "{{ 'assistant\n' if plain else 'bot\n' }}{% endif %}")  # fmt: skip
     with pytest.raises(DataError, match="does not begin") as caught:
