@@ -64,7 +64,7 @@ def export_checkpoint(
         from posttrain_dist.engine.deepspeed import read_full_tensors
     tensors = read_full_tensors(source / store.STATE)
     return write_hf_folder(
-        (each for each in tensors if config.tuning.exported(each[0])),
+        tensors,
         resolve(config.model.path),
         target,
         dtype=getattr(torch, dtype or manifest.layout.dtype),

@@ -122,9 +122,8 @@ def _export(
     manifest: Manifest,
     data: PreparedData,
 ) -> None:
-    whole = engine.full_tensors()
     write_hf_folder(
-        (each for each in whole if config.tuning.exported(each[0])),
+        engine.full_tensors(),
         resolve(config.model.path),
         run_folder / "export",
         dtype=getattr(torch, manifest.layout.dtype),

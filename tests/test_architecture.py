@@ -59,7 +59,12 @@ CONFINED = {
     "ray": ("posttrain_launch",),
     "hydra": ("posttrain_launch",),
     "deepspeed": ("posttrain_dist.engine",),
-    "bitsandbytes": ("posttrain_dist.engine", "posttrain_dist.tuning"),
+    "bitsandbytes": (
+        "posttrain_dist.engine",
+        "posttrain_dist.tuning",
+        "posttrain_dist.models.quantized",
+    ),
+    "peft": ("posttrain_dist.tuning", "posttrain_dist.generation"),
     "wandb": ("posttrain_dist.metrics",),
     "triton": ("posttrain_kernels",),
 }

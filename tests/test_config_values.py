@@ -18,7 +18,7 @@ from posttrain_dist.data import Source
 from posttrain_dist.errors import PosttrainError, SeveralErrors
 
 NOT_NUMBERS = [True, "3", b"3", [3], math.nan, math.inf, -math.inf, -1, -(10**30)]
-ABSURD: dict[type, list[Any]] = {
+ABSURD: dict[Any, list[Any]] = {
     int: [*NOT_NUMBERS, 1.5, 1e22, 10**22, 10**400],
     float: [*NOT_NUMBERS, 1e300, 10**22, 10**400],
     bool: [-1, 0, 1, 2, 1.0, "true", "yes"],
@@ -26,6 +26,7 @@ ABSURD: dict[type, list[Any]] = {
     list: ["a", [3], {"a": 1}],
     dict: ["a", [3]],
     Enum: ["auto", 0, True],
+    Any: [3, True, [3], [""], "", [], {"a": 1}],  # text or texts: tuning.targets
 }
 
 

@@ -12,12 +12,19 @@ from posttrain_dist.metrics import LoggingConfig
 from posttrain_dist.models import ModelConfig
 from posttrain_dist.objectives.pretrain import Pretrain
 from posttrain_dist.objectives.sft import Sft
+from posttrain_dist.tuning.base import Quantize
+from posttrain_dist.tuning.bottleneck import Bottleneck
 from posttrain_dist.tuning.full import Full
+from posttrain_dist.tuning.ia3 import Ia3
+from posttrain_dist.tuning.lora import Lora
+from posttrain_dist.tuning.prefix_tuning import Prefix
+from posttrain_dist.tuning.prompt_tuning import Prompt, PTuning
 
 __all__ = [
     "GROUPS",
     "SLOTS",
     "AdamW",
+    "Bottleneck",
     "CheckpointConfig",
     "DataConfig",
     "DeepSpeed",
@@ -25,10 +32,16 @@ __all__ = [
     "Dtype",
     "EvalConfig",
     "Full",
+    "Ia3",
     "Local",
     "LoggingConfig",
+    "Lora",
     "ModelConfig",
+    "PTuning",
+    "Prefix",
     "Pretrain",
+    "Prompt",
+    "Quantize",
     "Ray",
     "RunConfig",
     "Sft",

@@ -71,6 +71,8 @@ class TrainConfig:
     batch_size: int = 8  # packs per optimizer step, over all ranks
     micro_batch_size: int = 1  # packs per forward per rank
     dtype: Dtype = Dtype.auto
+    # Noise on the embeddings while training (Jain et al., arXiv:2310.05914), such as 5; 0: none.
+    neftune_alpha: float = 0.0
     log_every: int = 1  # steps between lines of metrics.jsonl
     eval_every: int | None = None  # steps; null: before training and at its end only
     save_every: int | None = None  # steps; null: at the end only
@@ -92,6 +94,7 @@ def train_rules(train: TrainConfig) -> list[Rule]:
         at_least("train.steps", train.steps),
         at_least("train.tokens", train.tokens),
         at_least("train.batch_size", train.batch_size, 1, MAX_BATCH),
+        at_least("train.neftune_alpha", train.neftune_alpha, 0, 10**6),
         at_least("train.micro_batch_size", train.micro_batch_size, 1, MAX_BATCH),
         at_least("train.log_every", train.log_every),
         at_least("train.eval_every", train.eval_every),

@@ -13,7 +13,7 @@ from posttrain_dist.config.run_config import SLOTS, RunConfig, untouched_slots
 from posttrain_dist.config.value_types import type_problems
 from posttrain_dist.data import data_rules, template_rules
 from posttrain_dist.diagnosis.rule_table import diagnose_problems
-from posttrain_dist.engine import DeepSpeed, Single, engine_rules, optimizer_rules
+from posttrain_dist.engine import AdamW, DeepSpeed, Single, engine_rules, optimizer_rules
 from posttrain_dist.engine.ds_config import deepspeed_config
 from posttrain_dist.errors import ConfigError, PosttrainError, Rule, at_least, raise_all
 from posttrain_dist.models import Weights, model_rules
@@ -29,7 +29,16 @@ def complete(config: RunConfig) -> RunConfig:
     """
     config = dataclasses.replace(config, **untouched_slots(config))
     raise_all(_wrong_slots(config) or list(type_problems(config)) or problems(config))
-    return config
+    return _with_learning_rate(config)
+
+
+def _with_learning_rate(config: RunConfig) -> RunConfig:
+    """The learning rate of the tuning, where none is set."""
+    optimizer = config.optimizer
+    if not isinstance(optimizer, AdamW) or optimizer.lr is not None:
+        return config
+    chosen = dataclasses.replace(optimizer, lr=config.tuning.default_lr)
+    return dataclasses.replace(config, optimizer=chosen)
 
 
 def _wrong_slots(config: RunConfig) -> list[PosttrainError]:
@@ -66,6 +75,7 @@ def all_rules(config: RunConfig) -> list[Rule]:
         *checkpoint_rules(config.checkpoint),
         *model_rules(config.model),
         *optimizer_rules(config.optimizer),
+        *config.tuning.rules(),
         *engine_rules(config.engine),
         *cluster_rules(config.cluster),
         *_rules_between_groups(config),

@@ -26,7 +26,12 @@ from posttrain_dist.objectives.base import Objective
 from posttrain_dist.objectives.pretrain import Pretrain
 from posttrain_dist.objectives.sft import Sft
 from posttrain_dist.tuning.base import Tuning
+from posttrain_dist.tuning.bottleneck import Bottleneck
 from posttrain_dist.tuning.full import Full
+from posttrain_dist.tuning.ia3 import Ia3
+from posttrain_dist.tuning.lora import Lora
+from posttrain_dist.tuning.prefix_tuning import Prefix
+from posttrain_dist.tuning.prompt_tuning import Prompt, PTuning
 
 
 @dataclass(kw_only=True, slots=True)
@@ -90,7 +95,15 @@ class RunConfig:
 # The one table of options: group -> name -> dataclass. The first is the default.
 SLOTS: dict[str, dict[str, type]] = {
     "objective": {"sft": Sft, "pretrain": Pretrain},
-    "tuning": {"full": Full},
+    "tuning": {
+        "full": Full,
+        "lora": Lora,
+        "ia3": Ia3,
+        "prompt": Prompt,
+        "p_tuning": PTuning,
+        "prefix": Prefix,
+        "bottleneck": Bottleneck,
+    },
     "optimizer": {"adamw": AdamW},
     "engine": {"single": Single, "deepspeed": DeepSpeed},
     "cluster": {"local": Local, "ray": Ray, "slurm": Slurm},

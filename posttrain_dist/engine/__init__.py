@@ -51,7 +51,7 @@ class Optimizer:
 class AdamW(Optimizer):
     """AdamW (Loshchilov & Hutter 2019)."""
 
-    lr: float = 1e-5  # peak learning rate
+    lr: float | None = None  # peak learning rate; null: that of the tuning
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -62,6 +62,9 @@ class AdamW(Optimizer):
     warmup_ratio: float | None = None
     warmup_steps: int | None = None  # the same as a number of steps; one of the two can be set
     min_lr_ratio: float = 0.1  # lr at the last step, as a share of the peak
+    # Bits of each number of the moments: 32, or 8 in blocks (Dettmers et al., arXiv:2110.02861).
+    state_bits: int = 32
+    paged: bool = False  # moments move to host memory when the GPU is full
 
 
 def engine_rules(engine: Engine) -> list[Rule]:
@@ -90,7 +93,7 @@ def optimizer_rules(optimizer: Optimizer) -> list[Rule]:
     if not isinstance(optimizer, AdamW):
         return []
     ranges = {
-        "lr": (0 < optimizer.lr < 10, "above 0 and below 10"),
+        "lr": (optimizer.lr is None or 0 < optimizer.lr < 10, "above 0 and below 10"),
         "beta1": (0 <= optimizer.beta1 < 1, "in [0, 1)"),
         "beta2": (0 <= optimizer.beta2 < 1, "in [0, 1)"),
         "eps": (0 < optimizer.eps < 1, "above 0 and below 1"),
@@ -102,6 +105,12 @@ def optimizer_rules(optimizer: Optimizer) -> list[Rule]:
     both = optimizer.warmup_steps is not None and optimizer.warmup_ratio is not None
     return [
         at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0),
+        Rule(
+            optimizer.state_bits in (8, 32),
+            "optimizer.state_bits",
+            f"is {optimizer.state_bits}, must be 8 or 32",
+            "use optimizer=adamw or optimizer=adamw_8bit",
+        ),
         Rule(
             not both,
             "optimizer.warmup_steps",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -46,8 +46,14 @@ class TrainEngine(Protocol):
     def train(self, mode: bool) -> None:
         """Switch between training (dropout) and evaluation."""
 
-    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter whole, one after the other; each valid until the next is asked for."""
+    def full_tensors(
+        self, wanted: Callable[[str], bool] = lambda name: True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The wanted parameters whole, one after the other; each valid until the next is asked for.
+
+        Args:
+            wanted: by its name in the causal LM.
+        """
 
     def save_state(self, folder: Path) -> Mapping[str, FileDigest]:
         """Write this rank's share of parameters and optimizer state.

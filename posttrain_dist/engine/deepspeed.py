@@ -10,7 +10,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -154,7 +154,7 @@ class DeepSpeedEngine:
 
             betas = (self._optimizer.beta1, self._optimizer.beta2)
             return DeepSpeedCPUAdam(  # type: ignore[no-any-return]
-                groups, lr=self._optimizer.lr, betas=betas, eps=self._optimizer.eps
+                groups, lr=self._optimizer.lr or 0.0, betas=betas, eps=self._optimizer.eps
             )
         return adamw(groups, self._optimizer)
 
@@ -182,8 +182,12 @@ class DeepSpeedEngine:
     def train(self, mode: bool) -> None:
         self._engine.train(mode)
 
-    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def full_tensors(
+        self, wanted: Callable[[str], bool] = lambda name: True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in stored_tensors(self._engine.module):
+            if not wanted(name):
+                continue
             if not hasattr(tensor, "ds_id"):
                 yield name, tensor.detach()
                 continue

@@ -13,6 +13,7 @@ from posttrain_dist.engine import WARMUP_RATIO, AdamW, Schedule
 
 def learning_rate(config: AdamW, step: int, total_steps: int) -> float:
     """The rate of update `step` (1 is the first): linear warm-up, then the schedule."""
+    assert config.lr is not None, "a completed config has one"
     warmup = warmup_steps(config, total_steps)
     if step < warmup:
         return config.lr * step / warmup
@@ -57,5 +58,5 @@ def parameter_groups(
 def adamw(groups: list[dict[str, Any]], config: AdamW) -> torch.optim.AdamW:
     """torch's fused AdamW, which exists on CPU and CUDA."""
     return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+        groups, lr=config.lr or 0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,12 @@ class SingleEngine:
     def train(self, mode: bool) -> None:
         self.policy.train(mode)
 
-    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def full_tensors(
+        self, wanted: Callable[[str], bool] = lambda name: True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in stored_tensors(self.policy):
-            yield name, tensor.detach()
+            if wanted(name):
+                yield name, tensor.detach()
 
     def save_state(self, folder: Path) -> dict[str, FileDigest]:
         folder.mkdir(parents=True, exist_ok=True)

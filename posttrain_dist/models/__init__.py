@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from posttrain_dist.errors import Rule, at_least
@@ -44,6 +44,8 @@ class ModelConfig:
     weights: Weights = Weights.load
     activation_checkpointing: Checkpointing = Checkpointing.none
     checkpoint_layers: int | None = None  # how many layers, of `selective`
+    # Tokens that the tokenizer gets, with the mean of all embeddings at first.
+    add_tokens: list[str] = field(default_factory=list)
     compile: bool = False  # torch.compile of norms and MLPs; needs a C++ compiler
 
 

@@ -35,7 +35,7 @@ def load_model(
     Args:
         materialise: the engine's context: under ZeRO-3 every rank keeps its shard only.
         dtype: of the weights.
-        seed: for `weights=random`, where no file is read.
+        seed: of what is inserted, and for `weights=random`, where no file is read.
         attach: of the tuning: freezes and inserts, in the same context.
 
     Raises:
@@ -49,7 +49,9 @@ def load_model(
     with materialise:
         with named_failures(name, "loaded"):
             model: Any = _build(config, folder, dtype, seed if fresh else None)
-        attach(model)
+        with torch.random.fork_rng(devices=[]):  # what is inserted depends on the seed alone
+            torch.manual_seed(seed)
+            attach(model)
     model.config.use_cache = False
     checkpoint_activations(model, config)
     if config.compile:

@@ -29,6 +29,9 @@ class Extends(Protocol):
     def embed(self, model: nn.Module, batch: Batch) -> torch.Tensor | None:
         """Its embeddings [T, D]; None: the model's own."""
 
+    def row_keywords(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        """More keywords for every attention."""
+
 
 class Policy(nn.Module):
     """A causal LM as `forward(batch, objective, denominators) -> Loss`.
@@ -162,8 +165,10 @@ class Policy(nn.Module):
         tokens = {"input_ids": batch.input_ids_T[None]}
         if embeds_TD is not None:
             tokens = {"inputs_embeds": embeds_TD[None]}
+        more = {} if self._tuning is None else self._tuning.row_keywords(self.causal_lm, batch)
         return {
             **tokens,
+            **more,
             "position_ids": batch.position_ids_T[None],
             "cu_seqlens": batch.cu_seqlens_S,
             "bounds_S": batch.bounds_S,

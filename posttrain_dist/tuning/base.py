@@ -1,9 +1,21 @@
-"""Which parameters are trained, and what is inserted for it: the slot, and what Policy asks."""
+"""Which parameters are trained, and what is inserted for it: the slot, and what Policy asks.
+
+    attach      freeze, insert, continue an adapter; once, while the engine materialises the model
+    extend, embed, row_keywords, copies     what a packed row becomes in every forward
+    trained, kept, decays, lr_ratio         what the engine and the checkpoints ask, by name
+    to_adapter, from_adapter, merge         what is saved, and how it goes back
+
+Parameters are named as in the causal LM after `attach`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from posttrain_dist.errors import Rule, at_least
 
 if TYPE_CHECKING:
     import torch
@@ -12,12 +24,32 @@ if TYPE_CHECKING:
     from posttrain_dist.flow import Batch
 
 
+class Quantize(Enum):
+    """Storage of the frozen base weights."""
+
+    none = "none"
+    # 4-bit NormalFloat with double quantisation (Dettmers et al., arXiv:2305.14314).
+    nf4 = "nf4"
+
+
+class SavedAdapter(NamedTuple):
+    """An adapter as its folder holds it."""
+
+    config: dict[str, Any]  # adapter_config.json, but for the name of the base model
+    tensors: dict[str, torch.Tensor]  # by the names of the file
+
+
 @dataclass(kw_only=True, slots=True)
 class Tuning:
     """The slot `tuning`: a dataclass whose fields are its knobs. Here every parameter is trained.
 
-    Parameters are named as in the causal LM.
+    Attributes:
+        default_lr: peak learning rate where `optimizer.lr` is null.
+        whole_model: whether checkpoints and exports hold the whole model; else only what is kept.
     """
+
+    default_lr: ClassVar[float] = 1e-5
+    whole_model: ClassVar[bool] = True
 
     @property
     def unmergeable(self) -> str:
@@ -29,25 +61,43 @@ class Tuning:
         """Whether what is trained can become part of the model's own weights."""
         return not self.unmergeable
 
+    def rules(self) -> list[Rule]:
+        """What must hold among the values of the group."""
+        return []
+
+    # -------------------------------------------------------------------- parameters, by name
+
     def trained(self, name: str) -> bool:
-        """Whether the parameter `name` is trained. Checkpoints hold the frozen ones too."""
+        """Whether the parameter `name` is trained."""
         return True
 
-    def exported(self, name: str) -> bool:
-        """Whether the parameter `name` is part of an export.
+    def kept(self, name: str) -> bool:
+        """Whether the tensor `name` belongs to the checkpoints of a tuning without whole model."""
+        return self.trained(name)
 
-        Of a mergeable tuning that is the whole model; of another one what was trained beside it.
-        """
-        return self.mergeable or self.trained(name)
+    def decays(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether weight decay applies: to matrices, not to norms, biases and other vectors."""
+        return len(shape) >= 2
+
+    def lr_ratio(self, name: str) -> float:
+        """What the learning rate is multiplied by for the parameter `name`."""
+        return 1.0
+
+    # ------------------------------------------------------------------------------ the model
 
     def attach(self, model: nn.Module) -> None:
         """Insert modules, if any, and freeze what is not trained.
 
-        Called once, inside the engine's `materialise()`. What is inserted must be a module that
-        is called, so that its hooks fire under ZeRO-3.
+        Called once, inside the engine's `materialise()`, with torch's seed set. What is inserted
+        must be a module that is called, so that its hooks fire under ZeRO-3.
         """
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.trained(name))
+
+    @property
+    def copies(self) -> int:
+        """How often each row is trained on at once, each time by other parameters (ensembles)."""
+        return 1
 
     def extend(self, batch: Batch) -> Batch:
         """The row that the model runs on: with virtual tokens, if there are any.
@@ -59,3 +109,89 @@ class Tuning:
     def embed(self, model: nn.Module, batch: Batch) -> torch.Tensor | None:
         """Embeddings [T, D] of an extended row; None: the model's own, of `input_ids_T`."""
         return None
+
+    def row_keywords(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        """More keywords that travel through the backbone to every attention."""
+        return {}
+
+    # ------------------------------------------------------------------------------ the files
+
+    def to_adapter(
+        self, kept: Mapping[str, torch.Tensor], network: Mapping[str, Any]
+    ) -> SavedAdapter:
+        """What is kept, as an adapter that `peft` loads.
+
+        Args:
+            kept: every tensor that `kept` names, whole.
+            network: config.json of the base model.
+        """
+        raise NotImplementedError
+
+    def from_adapter(
+        self, saved: SavedAdapter, network: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """The inverse of `to_adapter`: tensors by their names in the attached model.
+
+        Raises:
+            ModelError: the adapter is of another method, or of other sizes.
+        """
+        raise NotImplementedError
+
+    def merge(
+        self, name: str, weight: torch.Tensor, kept: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """A tensor of the base model with what is trained merged in; float32 inside.
+
+        Args:
+            name: in the base model's files.
+            weight: of any shape and dtype; the result has its dtype.
+            kept: as for `to_adapter`.
+        """
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True, slots=True)
+class AdapterTuning(Tuning):
+    """A frozen base model with something small beside it, which alone is saved.
+
+    Attributes:
+        marks: parts of the names of what is inserted: dotted components.
+    """
+
+    quantize: Quantize = Quantize.none  # storage of the frozen base
+    init_from: str | None = None  # an adapter folder (or a run's) to continue
+
+    default_lr: ClassVar[float] = 1e-4
+    whole_model: ClassVar[bool] = False
+    marks: ClassVar[tuple[str, ...]] = ()
+
+    def trained(self, name: str) -> bool:
+        """Whether the parameter `name` was inserted."""
+        return any(part in self.marks for part in name.split("."))
+
+
+def above_zero(key: str, value: float, most: float) -> Rule:
+    """The rule that a value is above 0 and at most `most`."""
+    return Rule(
+        0 < value <= most,
+        key,
+        f"is {value}, must be above 0 and at most {most:,}",
+        f"set {key} to a value above 0",
+    )
+
+
+def virtual_tokens_rule(tokens: int) -> Rule:
+    """0 virtual tokens are allowed: they are the base model."""
+    return at_least("tuning.tokens", tokens, 0, 10**6)
+
+
+def names_rule(key: str, value: object) -> Rule:
+    """The rule that a value is text, or a list of texts that are not empty."""
+    texts = [value] if isinstance(value, str) else value
+    good = isinstance(texts, list | tuple) and all(isinstance(t, str) and t for t in texts)
+    return Rule(
+        good and bool(texts),
+        key,
+        f"is {value!r}, must be text or a list of texts",
+        f"set {key}=all-linear, or for instance '{key}=[q_proj,v_proj]'",
+    )

@@ -149,13 +149,9 @@ def test_a_virtual_token_before_each_sample(tiny_llama):
     assert float(nothing.total.detach()) == 0
 
 
-def test_what_is_exported_and_whether_it_can_be_merged():
-    assert Full().mergeable and Full().exported("model.norm.weight")
+def test_whether_it_can_be_merged():
+    assert Full().mergeable and Full().whole_model
     assert not Virtual().mergeable and "no weight of the model" in Virtual().unmergeable
-    names = ["virtual.weight", "model.norm.weight"]
-    assert [Virtual().exported(name) for name in names] == [True, False]
-    frozen = ["model.embed_tokens.weight", "model.norm.weight"]
-    assert [Norms().exported(name) for name in frozen] == [True, True]  # a whole model
 
 
 @pytest.mark.parametrize("tuning", [Full(), Norms()])
