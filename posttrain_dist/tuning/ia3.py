@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +14,24 @@ from posttrain_dist.tuning.saved_adapter import SavedAdapter
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+
+@contextmanager
+def _as_plain_linears(model: Any) -> Iterator[None]:
+    """Hide from `peft` that the base is in 4 bits.
+
+    Its layer for that computes in float32 and hands float32 on, which a model in bfloat16 fails
+    on; its plain one calls the quantised linear as it is.
+    """
+    quantised = getattr(model, "is_loaded_in_4bit", False)
+    if not quantised:
+        yield
+        return
+    model.is_loaded_in_4bit = False
+    try:
+        yield
+    finally:
+        model.is_loaded_in_4bit = True
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,7 +83,8 @@ class Ia3(AdapterTuning):
             target_modules=[one.name for one in (*outputs, *inputs)],
             feedforward_modules=[one.name for one in inputs],
         )
-        inject(config, model, self.marks)
+        with _as_plain_linears(model):
+            inject(config, model, self.marks)
 
     def to_adapter(
         self, kept: Mapping[str, torch.Tensor], network: Mapping[str, Any]
