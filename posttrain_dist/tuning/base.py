@@ -135,7 +135,11 @@ class Tuning:
         raise NotImplementedError
 
     def merge(
-        self, name: str, weight: torch.Tensor, kept: Mapping[str, torch.Tensor]
+        self,
+        name: str,
+        weight: torch.Tensor,
+        kept: Mapping[str, torch.Tensor],
+        network: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """A tensor of the base model with what is trained merged in; float32 inside.
 
@@ -143,6 +147,7 @@ class Tuning:
             name: in the base model's files.
             weight: of any shape and dtype; the result has its dtype.
             kept: as for `to_adapter`.
+            network: config.json; it alone says what the rows of a square weight of GPT-2 are.
         """
         raise NotImplementedError
 
@@ -185,7 +190,16 @@ class AdapterTuning(Tuning):
 
             config: Any = model.config
             saved = read_adapter(Path(self.init_from))
-            fill_parameters(model, self.from_adapter(saved, config.to_dict()), self.init_from)
+            tensors = self.from_adapter(saved, config.to_dict())
+            own = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+            missing = [name for name in own if self.kept(name) and name not in tensors]
+            if missing:
+                raise ModelError(
+                    f"the adapter lacks {len(missing)} tensors, such as {missing[0]}",
+                    where=self.init_from,
+                    fix="continue it with the targets that it was trained with",
+                )
+            fill_parameters(model, tensors, self.init_from)
 
 
 def fill_parameters(
