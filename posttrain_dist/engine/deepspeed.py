@@ -99,7 +99,7 @@ class DeepSpeedEngine:
         dtype: torch.dtype,
         rules: ParameterRules | None = None,
     ) -> None:
-        self._rules = rules or ParameterRules()
+        self._rules, self._dtype = rules or ParameterRules(), dtype
         self.device, self.world = device, torch.distributed.get_world_size()
         self._stage, self._optimizer = config.stage, optimizer
         self._offload = config.offload
@@ -128,6 +128,7 @@ class DeepSpeedEngine:
     def attach(self, policy: nn.Module) -> None:
         if self._stage < 3:
             policy.to(self.device)
+        _one_dtype(policy, self._dtype)
         self._tune(policy)
         trained = trained_parameters(policy)
         groups = parameter_groups(trained, self._optimizer.weight_decay, self._rules)
@@ -247,6 +248,16 @@ class DeepSpeedEngine:
         return self._deepspeed.zero.GatheredParameters(  # type: ignore[no-any-return]
             [tensor], modifier_rank=writer
         )
+
+
+def _one_dtype(policy: nn.Module, dtype: torch.dtype) -> None:
+    """Give what a tuning inserted the dtype of the model; its float32 master comes after.
+
+    Below stage 3 DeepSpeed does it itself; at stage 3 it asks for one dtype and does not.
+    """
+    for parameter in policy.parameters():
+        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _record_digests(writer: Any) -> dict[Path, FileDigest]:

@@ -2,9 +2,9 @@
 
 Each stage keeps float32 masters and moments in other places:
 
-    0 in float32          the parameters themselves, whole on every rank
-    0 in bfloat16, 1, 2   flat partitions, of which a parameter knows its piece (`_hp_mapping`)
-    3                     flat partitions, which the ZeRO optimizer reads and writes piece by piece
+    0      whole on every rank: in float32 the parameters themselves, in bfloat16 one beside each
+    1, 2   flat partitions, of which a parameter knows its piece (`_hp_mapping`)
+    3      flat partitions, which the ZeRO optimizer reads and writes piece by piece
 
 A rank's piece of a parameter is `numel` elements from `start` of the flattened whole.
 """
@@ -42,6 +42,11 @@ class ShardedState:
         self, zero: Any, base: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]
     ) -> None:
         self._zero, self._base, self._trained = zero, base, trained
+        self._masters: dict[torch.Tensor, torch.Tensor] = {}  # stage 0 in bfloat16
+        for members, masters in zip(
+            getattr(zero, "fp16_groups", ()), getattr(zero, "fp32_groups", ()), strict=False
+        ):
+            self._masters.update(zip(members, masters, strict=True))
 
     def local(
         self, wanted: Callable[[str], bool], *, moments: bool
@@ -121,7 +126,7 @@ class ShardedState:
 
     def _view(self, parameter: Any, key: str) -> torch.Tensor:
         """The piece itself, for writing too; stages 0 to 2."""
-        holder, first, numel = parameter, 0, parameter.numel()
+        holder, first, numel = self._masters.get(parameter, parameter), 0, parameter.numel()
         if hasattr(parameter, "_hp_mapping"):
             # By the flat partition: DeepSpeed's own table of moments knows the first group only,
             # for it is made when that one is updated.
@@ -158,7 +163,8 @@ class ShardedState:
 
     def _make_moments(self) -> None:
         """Zero moments where there was no update yet, as the first one would make them."""
-        for holder in _flat_masters(self._zero) or list(self._trained.values()):
+        whole = [self._masters.get(p, p) for p in self._trained.values()]
+        for holder in _flat_masters(self._zero) or whole:
             if not self._base.state.get(holder):
                 plain = type(self._base).__module__.startswith("torch.")
                 self._base.state[holder] = {
@@ -168,11 +174,11 @@ class ShardedState:
 
 
 def _flat_masters(zero: Any) -> list[torch.Tensor]:
-    """The flat partitions that the torch optimizer updates; none at stage 0 in float32."""
+    """The flat partitions that the torch optimizer updates; none at stage 0."""
     for name in (
         "fp32_partitioned_groups_flat",  # stage 3
         "single_partition_of_fp32_groups",  # 1 and 2
-        "fp32_groups_flat_partition",  # 0 in bfloat16
+        "fp32_groups_flat_partition",  # 1, where a user's JSON adds gradients up in float32
     ):
         if hasattr(zero, name):
             return list(getattr(zero, name))
