@@ -80,6 +80,10 @@ class Tuning:
         """What the learning rate is multiplied by for the parameter `name`."""
         return 1.0
 
+    def sparse(self, name: str) -> bool:
+        """Whether steps without any gradient are normal for `name`: embeddings of rare tokens."""
+        return "trainable_tokens_delta" in name
+
     # ------------------------------------------------------------------------------ the model
 
     def attach(self, model: nn.Module) -> None:
