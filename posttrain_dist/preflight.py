@@ -56,7 +56,8 @@ def _faults(check: Callable[[], object]) -> list[PosttrainError]:
 
 def _check_model(config: RunConfig, need_weights: bool) -> None:
     model = check_folder(resolve(config.model.path), need_weights)
-    check_row_length(model, config.data.max_length)
+    check_row_length(model, config.data.max_length, config.tuning.virtual_tokens)
+    config.tuning.check_network(model)
 
 
 def _data_faults(config: RunConfig, only_heldout: bool) -> list[PosttrainError]:
