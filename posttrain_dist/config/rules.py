@@ -17,6 +17,7 @@ from posttrain_dist.engine import AdamW, DeepSpeed, Single, engine_rules, optimi
 from posttrain_dist.engine.ds_config import deepspeed_config
 from posttrain_dist.errors import ConfigError, PosttrainError, Rule, at_least, raise_all
 from posttrain_dist.models import Weights, model_rules
+from posttrain_dist.tuning.base import AdapterTuning, Quantize
 
 MAX_SEED = (1 << 63) - 1  # torch and numpy take it
 
@@ -136,6 +137,8 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
             "use engine=zero2, or make the weights once with engine=single and load them",
         ),
     ]
+    if isinstance(config.tuning, AdapterTuning):
+        rules += _quantize_rules(config, config.tuning)
     needed = ", ".join(extra.name for extra in config.objective.extra)
     rules.append(
         Rule(
@@ -149,3 +152,21 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
         workers = f"cluster.workers is {cluster.workers}"
         rules.append(single_process_rule(cluster.workers, workers))
     return rules
+
+
+def _quantize_rules(config: RunConfig, tuning: AdapterTuning) -> list[Rule]:
+    nf4, model = tuning.quantize is Quantize.nf4, config.model
+    return [
+        Rule(
+            not (nf4 and model.weights is Weights.random),
+            "tuning.quantize",
+            "is nf4, and model.weights is random: weights that are not trained, and mean nothing",
+            "set model.weights=load, or tuning.quantize=none",
+        ),
+        Rule(
+            not (nf4 and model.compile),
+            "model.compile",
+            "is on, and the 4-bit products of tuning.quantize=nf4 are not compiled",
+            "set model.compile=false",
+        ),
+    ]
