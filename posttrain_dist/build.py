@@ -40,7 +40,7 @@ from posttrain_dist.models.folder import check_folder, read_shape, resolve
 from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
-from posttrain_dist.models.quantized import check_base
+from posttrain_dist.models.quantized import check_base, check_fits
 from posttrain_dist.objectives.base import TokenLoss
 from posttrain_dist.tuning.base import AdapterTuning, Quantize
 
@@ -166,6 +166,8 @@ def build_policy(
     """Load and tune the model inside the engine's context and hand it to the engine."""
     folder = resolve(config.model.path)
     nf4 = on_nf4(config, folder)
+    if nf4:
+        _check_room(config, folder, engine, dtype)
     model = load_model(
         config.model,
         folder,
@@ -196,6 +198,18 @@ def on_nf4(config: RunConfig, folder: Path) -> bool:
     found = check_folder(folder, need_weights=not fresh)
     stored = check_base(found, folder, adapters=adapters, fresh=fresh)
     return stored or (isinstance(tuning, AdapterTuning) and tuning.quantize is Quantize.nf4)
+
+
+def _check_room(config: RunConfig, folder: Path, engine: TrainEngine, dtype: torch.dtype) -> None:
+    """Refuse a base in NF4 that the GPU of this rank cannot take."""
+    if engine.device.type == "cuda":
+        check_fits(
+            read_shape(config.model.path),
+            folder,
+            bytes_per_value=dtype.itemsize,
+            free_bytes=torch.cuda.mem_get_info(engine.device)[0],
+            world=engine.world,
+        )
 
 
 def make_source(

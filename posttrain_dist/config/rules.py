@@ -155,18 +155,11 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
 
 
 def _quantize_rules(config: RunConfig, tuning: AdapterTuning) -> list[Rule]:
-    nf4, model = tuning.quantize is Quantize.nf4, config.model
     return [
         Rule(
-            not (nf4 and model.weights is Weights.random),
+            tuning.quantize is Quantize.none or config.model.weights is Weights.load,
             "tuning.quantize",
             "is nf4, and model.weights is random: weights that are not trained, and mean nothing",
             "set model.weights=load, or tuning.quantize=none",
-        ),
-        Rule(
-            not (nf4 and model.compile),
-            "model.compile",
-            "is on, and the 4-bit products of tuning.quantize=nf4 are not compiled",
-            "set model.compile=false",
         ),
     ]

@@ -55,6 +55,6 @@ def refuse_extremes(extremes: dict[str, torch.Tensor], folder: Path, *, num_tens
 
 
 def _share(parameter: Any) -> torch.Tensor | None:
-    """What this rank holds of a parameter: under ZeRO-3 its part of it, of a packed one its scales."""
+    """What this rank has of a parameter: its part under ZeRO-3, the scales of a packed one."""
     share: torch.Tensor | None = packed_values(parameter)
     return getattr(parameter, "ds_tensor", parameter) if share is None else share

@@ -62,6 +62,7 @@ def load_model(
     with materialise:
         with named_failures(name, "loaded"):
             if nf4 or holds_nf4(found):
+                assert not fresh, "check_base and the rules of the config refuse it"
                 model: Any = _build_nf4(config, folder, dtype, device or torch.device("cpu"))
             else:
                 model = _build(config, folder, dtype, seed if fresh else None)
@@ -95,8 +96,7 @@ def _build_nf4(
     """The model with its layers' weights in NF4 on `device`, from 16-bit files or as stored."""
     hf_config = read_config(folder)
     stored = holds_nf4(hf_config.to_dict())
-    if not stored:
-        refuse_unquantisable(hf_config, folder)
+    refuse_unquantisable(hf_config, folder, device)
     options = _options(config, hf_config, folder, dtype)
     with quantising() as extremes:
         model = _read_weights(folder, options | nf4_options(dtype, device, stored=stored))

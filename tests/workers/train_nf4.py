@@ -15,7 +15,6 @@ from posttrain_dist import dist
 from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.engine import AdamW, DeepSpeed
 from posttrain_dist.engine.deepspeed import DeepSpeedEngine
-from posttrain_dist.engine.single import SingleEngine
 from posttrain_dist.flow import Batch, Example
 from posttrain_dist.models import ModelConfig
 from posttrain_dist.models.finite import refuse_nonfinite
@@ -56,17 +55,15 @@ def batches(step: int) -> list[Batch]:
     return rows
 
 
-def policy_of(
-    folder: Path, engine: Any, dtype: torch.dtype, quantise: bool = True, evaluate: bool = False
-) -> Policy:
+def policy_of(folder: Path, engine: Any, dtype: torch.dtype) -> Policy:
     model = load_model(
         ModelConfig(path=str(folder)),
         folder,
         dtype=dtype,
         seed=0,
-        materialise=nullcontext() if quantise else engine.materialise(),
+        materialise=nullcontext(),
         attach=insert_lora,
-        nf4=quantise,
+        nf4=True,
         device=engine.device,
     )
     policy = Policy(model, HeadKernels(linear_cross_entropy, linear_logprob), 1)
@@ -109,11 +106,12 @@ if __name__ == "__main__":
     settings = DeepSpeed(stage=stage, persistence_threshold=0, offload=offload)
     engine = DeepSpeedEngine(settings, AdamW(clip=0.5), CPU, getattr(torch, dtype))
     policy = policy_of(folder, engine, getattr(torch, dtype))
-    sizes = [getattr(p, "ds_tensor", p).numel() for p in policy.parameters()]
+    held = sum(getattr(p, "ds_tensor", p).numel() for p in policy.parameters())
+    whole = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters())
     seen = train(engine, rank, world)
     weights = adapters(engine)
     if rank == 0:
         torch.save(weights, out)
-    print("TOLD " + json.dumps({**seen, "held": sum(sizes)}))
+    print("TOLD " + json.dumps({**seen, "held": held, "whole": whole}))
     dist.barrier()
     dist.stop()

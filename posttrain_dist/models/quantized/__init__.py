@@ -32,12 +32,12 @@ def quantisation_fault(config: Mapping[str, Any]) -> tuple[str, str] | None:
         return "its quantization_config is not a JSON object", "get the file again"
     method = str(found.get("quant_method", "a method that it does not name"))
     if method != "bitsandbytes":
-        return f"holds weights quantised by {method}, which cannot be trained on", _UNQUANTISED
+        return f"holds quantised weights, by {method}, which cannot be trained on", _UNQUANTISED
     if not found.get("load_in_4bit"):
-        return "holds weights quantised by bitsandbytes to 8 bits, not to NF4", _UNQUANTISED
+        return "holds quantised weights, by bitsandbytes in 8 bits, not in NF4", _UNQUANTISED
     kind = found.get("bnb_4bit_quant_type", "fp4")
     if kind != "nf4":
-        return f"holds weights quantised by bitsandbytes to {kind}, not to NF4", _UNQUANTISED
+        return f"holds quantised weights, by bitsandbytes in {kind}, not in NF4", _UNQUANTISED
     return None
 
 
@@ -68,6 +68,37 @@ def check_base(config: Mapping[str, Any], folder: Path, *, adapters: bool, fresh
             fix="use model.weights=load, or remove quantization_config from a copy of the file",
         )
     return True
+
+
+def check_fits(
+    shape: ModelShape, folder: Path, *, bytes_per_value: int, free_bytes: int, world: int
+) -> None:
+    """Refuse a base that does not fit where it is loaded: whole, on every rank.
+
+    ZeRO-3 shards it only when it is there: packed weights cannot be made in parts.
+
+    Raises:
+        ModelError: with the bytes of each part, and what ZeRO-3 without NF4 would take.
+    """
+    needed = nf4_bytes(shape, bytes_per_value)
+    if needed <= free_bytes:
+        return
+    layers = shape.num_layers * shape.layer_parameters
+    ranks = max(world, -(-shape.num_parameters * bytes_per_value // free_bytes))
+    share = shape.num_parameters * bytes_per_value / ranks
+    raise ModelError(
+        f"takes {_gb(needed)} in NF4 on every rank before it is sharded ({layers / 1e9:.1f}B "
+        f"weights of layers at {NF4_BYTES_PER_WEIGHT:.3f} bytes, "
+        f"{(shape.num_parameters - layers) / 1e9:.1f}B of embeddings and head at "
+        f"{bytes_per_value}), and {_gb(free_bytes)} of the device are free",
+        where=str(folder),
+        fix=f"use a larger GPU, or tuning.quantize=none engine=zero3, which shards while it loads: "
+        f"{_gb(share)} on each of {ranks} ranks",
+    )
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"
 
 
 def nf4_bytes(shape: ModelShape, bytes_per_value: int) -> int:

@@ -1,9 +1,9 @@
 """Loading a base in NF4 by transformers and bitsandbytes, and what they get wrong put right.
 
-    nf4_options         keywords of `from_pretrained`
-    quantising          the context of loading: tensor by tensor, each looked at before
-    prepare_linears     what must hold of every 4-bit layer before it is trained through
-    packed_values       the numbers of a packed parameter that can be looked at
+nf4_options         keywords of `from_pretrained`
+quantising          the context of loading: tensor by tensor, each looked at before
+prepare_linears     what must hold of every 4-bit layer before it is trained through
+packed_values       the numbers of a packed parameter that can be looked at
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from posttrain_dist.models.layers import decoder_layers
 
 # bitsandbytes, which peft imports too, warns about a kernel of a hub that it cannot have here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+BLOCK = 64  # weights that share a scale
 _SYNCHRONOUS = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
@@ -80,38 +81,49 @@ def quantising() -> Iterator[dict[str, torch.Tensor]]:
             os.environ[_SYNCHRONOUS] = before
 
 
-def refuse_unquantisable(hf_config: Any, folder: Path) -> None:
-    """Refuse an architecture whose matrices would stay as they are, before weights are read.
+def refuse_unquantisable(hf_config: Any, folder: Path, device: torch.device) -> None:
+    """Refuse what bitsandbytes cannot store or read, before weights are read.
 
-    bitsandbytes takes the place of torch's own linear and of GPT-2's, not of others.
+    It takes the place of torch's own linear and of GPT-2's, not of others. And on a CPU (0.50) it
+    reads the blocks of 64 weights that share a scale row by row, though they are made without
+    regard to rows: with rows of another length it computes with wrong weights.
 
     Raises:
-        ModelError: with the class of the layers.
+        ModelError: with the class of the layers, or the length of the rows.
     """
     import transformers
     from transformers.pytorch_utils import Conv1D
 
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
-    taken = 0
+    taken, rows = 0, set()
     left: dict[str, int] = {}
-    for layer in decoder_layers(model):
-        for module in layer.modules():
-            matrices = [p.numel() for p in module.parameters(recurse=False) if p.ndim >= 2]
-            if type(module) is nn.Linear or isinstance(module, Conv1D):
-                taken += sum(matrices)
-            elif matrices:
-                name = type(module).__name__
-                left[name] = left.get(name, 0) + sum(matrices)
-    if sum(left.values()) < 0.05 * taken:
-        return
-    raise ModelError(
-        f"{type(model).__name__} computes by {', '.join(sorted(left))}, which bitsandbytes does "
-        f"not store in 4 bits: {sum(left.values()):,} of {taken + sum(left.values()):,} weights of "
-        "its layers would stay as they are",
-        where=str(folder / "config.json"),
-        fix="set tuning.quantize=none",
-    )
+    for module in (m for layer in decoder_layers(model) for m in layer.modules()):
+        matrices = [p for p in module.parameters(recurse=False) if p.ndim >= 2]
+        count = sum(p.numel() for p in matrices)
+        if type(module) is nn.Linear or isinstance(module, Conv1D):
+            taken += count
+            rows.add(matrices[0].shape[0 if isinstance(module, Conv1D) else 1])
+        elif matrices:
+            left[type(module).__name__] = left.get(type(module).__name__, 0) + count
+    where = str(folder / "config.json")
+    kept = sum(left.values())
+    if kept > 0.05 * taken:
+        raise ModelError(
+            f"{type(model).__name__} computes by {', '.join(sorted(left))}, which bitsandbytes "
+            f"does not store in 4 bits: {kept:,} of {taken + kept:,} weights of its layers would "
+            "stay as they are",
+            where=where,
+            fix="set tuning.quantize=none",
+        )
+    odd = sorted(length for length in rows if length % BLOCK)
+    if device.type == "cpu" and odd:
+        raise ModelError(
+            f"has matrices whose rows have {', '.join(map(str, odd))} weights, and on a CPU "
+            f"bitsandbytes computes wrongly in NF4 unless that is a multiple of {BLOCK}",
+            where=where,
+            fix="set tuning.quantize=none, or train on a GPU",
+        )
 
 
 def prepare_linears(model: nn.Module, dtype: torch.dtype, folder: Path) -> None:
