@@ -188,7 +188,8 @@ def build_policy(
         device=engine.device,
     )
     kernels = HeadKernels(linear_cross_entropy, linear_logprob)
-    policy = Policy(model, kernels, len(channels), config.tuning)
+    noise = config.train.neftune_alpha
+    policy = Policy(model, kernels, len(channels), config.tuning, neftune_alpha=noise)
     engine.attach(policy)
     if config.model.weights is Weights.load:
         refuse_nonfinite(policy, folder, prefix="causal_lm.")

@@ -15,6 +15,7 @@ from posttrain_dist.models.architectures.failures import named_failures
 from posttrain_dist.models.architectures.known import DROPS_KEYWORDS, KEEPS_ROWS, TRAINED
 from posttrain_dist.models.architectures.packing_check import check_packing
 from posttrain_dist.models.architectures.row_keywords import hand_row_to_attention
+from posttrain_dist.models.embeddings.neftune import EmbeddingNoise
 from posttrain_dist.models.head import Head, HeadKernels
 from posttrain_dist.models.last_layer import select_supervised_rows
 from posttrain_dist.models.shape import ModelShape
@@ -45,6 +46,7 @@ class Policy(nn.Module):
         kernels: the fused operations of the head, handed over by the assembly.
         num_channels: C, rows of the channel table.
         tuning: what extends the rows, and embeds them; None: nothing does.
+        neftune_alpha: of the noise on the embeddings while training; 0: none.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Policy(nn.Module):
         kernels: HeadKernels,
         num_channels: int,
         tuning: Extends | None = None,
+        neftune_alpha: float = 0.0,
     ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
@@ -66,6 +69,9 @@ class Policy(nn.Module):
                 hand_row_to_attention(self._backbone)
             select_supervised_rows(self._backbone, self._keeps_rows)
             lm_head: nn.Module = causal_lm.get_output_embeddings()  # type: ignore[operator]
+        self._noise: EmbeddingNoise | None = None
+        if neftune_alpha:
+            self._noise = EmbeddingNoise(neftune_alpha, causal_lm.get_input_embeddings())  # type: ignore[operator]
         self.head = Head(lm_head, self.shape, kernels, num_channels)
 
     @property
@@ -194,6 +200,8 @@ class Policy(nn.Module):
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """Keywords of a backbone; those it does not know travel through it to the attention."""
         embeds_TD = None if self._tuning is None else self._tuning.embed(self.causal_lm, batch)
+        if self._noise is not None and self.training:
+            embeds_TD = self._noise.apply(embeds_TD, batch)
         tokens = {"input_ids": batch.input_ids_T[None]}
         if embeds_TD is not None:
             tokens = {"inputs_embeds": embeds_TD[None]}
