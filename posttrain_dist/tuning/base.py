@@ -62,6 +62,13 @@ class Tuning:
         """What must hold among the values of the group."""
         return []
 
+    def check_network(self, network: Mapping[str, Any]) -> None:
+        """Refuse a model that this cannot be done to, by what its config.json says; nothing else.
+
+        Raises:
+            PosttrainError: why not.
+        """
+
     # -------------------------------------------------------------------- parameters, by name
 
     def trained(self, name: str) -> bool:
@@ -80,6 +87,10 @@ class Tuning:
         """What the learning rate is multiplied by for the parameter `name`."""
         return 1.0
 
+    def sparse(self, name: str) -> bool:
+        """Whether steps without any gradient are normal for `name`: embeddings of rare tokens."""
+        return "trainable_tokens_delta" in name
+
     # ------------------------------------------------------------------------------ the model
 
     def attach(self, model: nn.Module) -> None:
@@ -96,10 +107,16 @@ class Tuning:
         """How often each row is trained on at once, each time by other parameters (ensembles)."""
         return 1
 
+    @property
+    def virtual_tokens(self) -> int:
+        """How many positions come before those of a sample."""
+        return 0
+
     def extend(self, batch: Batch) -> Batch:
         """The row that the model runs on: with virtual tokens, if there are any.
 
-        `supervised_N` still names the rows that predict `labels_N`; see `tuning/virtual.py`.
+        `supervised_N` still names the rows that predict `labels_N`; with `copies`, those of each
+        copy in turn. See `tuning/virtual.py`.
         """
         return batch
 
