@@ -151,6 +151,24 @@ class Lora(AdapterTuning):
 
     # ------------------------------------------------------------------------------ the model
 
+    def check_network(self, network: Mapping[str, Any]) -> None:
+        """Find the targets in the modules of config.json, and refuse what `insert` would."""
+        from posttrain_dist.tuning.injection.empty_model import empty_model, surely_fits
+        from posttrain_dist.tuning.injection.targets import WORDS
+
+        if self.init is LoraInit.pissa and network.get("quantization_config"):
+            raise ConfigError(
+                "is pissa, which changes the base weights, and those of this folder are quantised",
+                where="tuning.init",
+                fix="set tuning.init=zero_b, or use the model in 16 bits",
+            )
+        by_word = isinstance(self.targets, str) and self.targets in WORDS
+        if by_word and not self.modules_to_save and surely_fits(network, self.rank):
+            return
+        model = empty_model(network)
+        if model is not None:
+            self._find_targets(model)
+
     def insert(self, model: nn.Module) -> None:
         """Put A and B beside the targets.
 
@@ -158,11 +176,8 @@ class Lora(AdapterTuning):
             ConfigError: a target is not there, is too small for the rank, or cannot be changed.
         """
         from posttrain_dist.tuning.injection.inject import inject, quiet_import
-        from posttrain_dist.tuning.injection.targets import find_targets
 
-        targets = find_targets(model, self.targets)
-        self._check_sizes(targets)
-        self._check_modules(model, targets)
+        targets = self._find_targets(model)
         quiet_import()
         inject(self._peft_config([target.name for target in targets]), model, self.marks)
         if self.init is LoraInit.pissa:
@@ -193,6 +208,14 @@ class Lora(AdapterTuning):
             use_rslora=self.rslora,
             use_dora=self.dora,
         )
+
+    def _find_targets(self, model: nn.Module) -> list[Linear]:
+        from posttrain_dist.tuning.injection.targets import find_targets
+
+        targets = find_targets(model, self.targets)
+        self._check_sizes(targets)
+        self._check_modules(model, targets)
+        return targets
 
     def _check_sizes(self, targets: list[Linear]) -> None:
         smallest = min(targets, key=lambda one: min(one.in_features, one.out_features))
