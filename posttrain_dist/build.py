@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ from posttrain_dist.models.folder import check_folder, read_shape, resolve
 from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
+from posttrain_dist.models.quantized import check_base, check_fits
 from posttrain_dist.objectives.base import TokenLoss
+from posttrain_dist.tuning.base import AdapterTuning, Quantize
 
 _log = logging.getLogger(__name__)
 # Below this ratio a measurement of products decides nothing: the machine may be busy.
@@ -172,16 +175,23 @@ def build_policy(
 ) -> Policy:
     """Load and tune the model inside the engine's context and hand it to the engine."""
     folder = resolve(config.model.path)
+    nf4 = on_nf4(config, folder)
+    if nf4:
+        _check_room(config, folder, engine, dtype)
     model = load_model(
         config.model,
         folder,
         dtype=dtype,
         seed=config.seed,
-        materialise=engine.materialise(),
+        # A base in NF4 is whole on every rank before ZeRO-3 shards it.
+        materialise=nullcontext() if nf4 else engine.materialise(),
         attach=config.tuning.attach,
+        nf4=nf4,
+        device=engine.device,
     )
     kernels = HeadKernels(linear_cross_entropy, linear_logprob)
-    policy = Policy(model, kernels, len(channels), config.tuning)
+    noise = config.train.neftune_alpha
+    policy = Policy(model, kernels, len(channels), config.tuning, neftune_alpha=noise)
     engine.attach(policy)
     if config.model.weights is Weights.load:
         refuse_nonfinite(policy, folder, prefix="causal_lm.")
@@ -199,6 +209,31 @@ def make_update_check(
     rules, optimizer = parameter_rules(config), config.optimizer
     assert isinstance(optimizer, AdamW)
     return UpdateCheck(engine, policy, optimizer, rules, learning_rate, start)
+
+
+def on_nf4(config: RunConfig, folder: Path) -> bool:
+    """Whether the base is in NF4: as the tuning wants it, or as it is stored.
+
+    Raises:
+        ModelError: it is stored so, and the tuning would train it itself.
+    """
+    tuning, fresh = config.tuning, config.model.weights is Weights.random
+    adapters = isinstance(tuning, AdapterTuning)
+    found = check_folder(folder, need_weights=not fresh)
+    stored = check_base(found, folder, adapters=adapters, fresh=fresh)
+    return stored or (isinstance(tuning, AdapterTuning) and tuning.quantize is Quantize.nf4)
+
+
+def _check_room(config: RunConfig, folder: Path, engine: TrainEngine, dtype: torch.dtype) -> None:
+    """Refuse a base in NF4 that the GPU of this rank cannot take."""
+    if engine.device.type == "cuda":
+        check_fits(
+            read_shape(config.model.path),
+            folder,
+            bytes_per_value=dtype.itemsize,
+            free_bytes=torch.cuda.mem_get_info(engine.device)[0],
+            world=engine.world,
+        )
 
 
 def make_source(

@@ -24,6 +24,7 @@ from posttrain_dist.engine import (
 from posttrain_dist.engine.ds_config import deepspeed_config
 from posttrain_dist.errors import ConfigError, PosttrainError, Rule, at_least, raise_all
 from posttrain_dist.models import Weights, model_rules
+from posttrain_dist.tuning.base import AdapterTuning, Quantize
 
 MAX_SEED = (1 << 63) - 1  # torch and numpy take it
 
@@ -144,6 +145,8 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
         ),
     ]
     rules.append(optimizer_engine_rule(config.optimizer, engine))
+    if isinstance(config.tuning, AdapterTuning):
+        rules += _quantize_rules(config, config.tuning)
     needed = ", ".join(extra.name for extra in config.objective.extra)
     rules.append(
         Rule(
@@ -157,3 +160,14 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
         workers = f"cluster.workers is {cluster.workers}"
         rules.append(single_process_rule(cluster.workers, workers))
     return rules
+
+
+def _quantize_rules(config: RunConfig, tuning: AdapterTuning) -> list[Rule]:
+    return [
+        Rule(
+            tuning.quantize is Quantize.none or config.model.weights is Weights.load,
+            "tuning.quantize",
+            "is nf4, and model.weights is random: weights that are not trained, and mean nothing",
+            "set model.weights=load, or tuning.quantize=none",
+        ),
+    ]

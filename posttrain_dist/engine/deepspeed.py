@@ -105,6 +105,7 @@ class DeepSpeedEngine:
         self._offload = config.offload
         bf16 = dtype == torch.bfloat16
         self._json = deepspeed_config(config, clip=optimizer.clip, bf16=bf16)
+        self._prefer(loading_zero(self._stage, cpu=device.type == "cpu"))
         self._deepspeed = import_deepspeed()
         backend = "nccl" if device.type == "cuda" else "gloo"
         self._deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
@@ -117,7 +118,6 @@ class DeepSpeedEngine:
         # transformers partitions while it loads as long as this object is alive.
         from transformers.integrations import deepspeed as hf
 
-        self._prefer(loading_zero(self._stage, cpu=self.device.type == "cpu"))
         alive = hf.HfDeepSpeedConfig({**self._json, "train_batch_size": self.world})
         try:
             yield

@@ -1,6 +1,6 @@
 """Which parameters are trained, and what is inserted for it: the slot, and what Policy asks.
 
-    attach      freeze, insert, continue an adapter; once, while the engine materialises the model
+    attach      insert, freeze, continue an adapter; once, while the engine materialises the model
     extend, embed, row_keywords, copies     what a packed row becomes in every forward
     trained, kept, decays, lr_ratio         what the engine and the checkpoints ask, by name
     to_adapter, from_adapter, merge         what is saved, and how it goes back
@@ -10,12 +10,16 @@ Parameters are named as in the causal LM after `attach`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from posttrain_dist.errors import Rule, at_least
+from posttrain_dist.errors import ModelError, Rule, at_least
+from posttrain_dist.tuning.saved_adapter import SavedAdapter as SavedAdapter
 
 if TYPE_CHECKING:
     import torch
@@ -30,13 +34,6 @@ class Quantize(Enum):
     none = "none"
     # 4-bit NormalFloat with double quantisation (Dettmers et al., arXiv:2305.14314).
     nf4 = "nf4"
-
-
-class SavedAdapter(NamedTuple):
-    """An adapter as its folder holds it."""
-
-    config: dict[str, Any]  # adapter_config.json, but for the name of the base model
-    tensors: dict[str, torch.Tensor]  # by the names of the file
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,6 +61,13 @@ class Tuning:
     def rules(self) -> list[Rule]:
         """What must hold among the values of the group."""
         return []
+
+    def check_network(self, network: Mapping[str, Any]) -> None:
+        """Refuse a model that this cannot be done to, by what its config.json says; nothing else.
+
+        Raises:
+            PosttrainError: why not.
+        """
 
     # -------------------------------------------------------------------- parameters, by name
 
@@ -103,10 +107,16 @@ class Tuning:
         """How often each row is trained on at once, each time by other parameters (ensembles)."""
         return 1
 
+    @property
+    def virtual_tokens(self) -> int:
+        """How many positions come before those of a sample."""
+        return 0
+
     def extend(self, batch: Batch) -> Batch:
         """The row that the model runs on: with virtual tokens, if there are any.
 
-        `supervised_N` still names the rows that predict `labels_N`; see `tuning/virtual.py`.
+        `supervised_N` still names the rows that predict `labels_N`; with `copies`, those of each
+        copy in turn. See `tuning/virtual.py`.
         """
         return batch
 
@@ -142,7 +152,11 @@ class Tuning:
         raise NotImplementedError
 
     def merge(
-        self, name: str, weight: torch.Tensor, kept: Mapping[str, torch.Tensor]
+        self,
+        name: str,
+        weight: torch.Tensor,
+        kept: Mapping[str, torch.Tensor],
+        network: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """A tensor of the base model with what is trained merged in; float32 inside.
 
@@ -150,6 +164,7 @@ class Tuning:
             name: in the base model's files.
             weight: of any shape and dtype; the result has its dtype.
             kept: as for `to_adapter`.
+            network: config.json; it alone says what the rows of a square weight of GPT-2 are.
         """
         raise NotImplementedError
 
@@ -172,6 +187,70 @@ class AdapterTuning(Tuning):
     def trained(self, name: str) -> bool:
         """Whether the parameter `name` was inserted."""
         return any(part in self.marks for part in name.split("."))
+
+    def insert(self, model: nn.Module) -> None:
+        """Put what is trained into the model: the hook of a method; see `attach`."""
+
+    def attach(self, model: nn.Module) -> None:
+        """Insert, freeze the rest, and continue the adapter of `init_from`, if one is named.
+
+        Raises:
+            ConfigError: the model has not what the tuning is to change.
+            ModelError: the adapter to continue is of another method, or of other sizes.
+        """
+        self.insert(model)
+        Tuning.attach(self, model)
+        if self.init_from is not None:
+            from posttrain_dist.tuning.adapters.adapter_folder import (  # type: ignore[import-not-found, unused-ignore]
+                read_adapter,
+            )
+
+            config: Any = model.config
+            saved = read_adapter(Path(self.init_from))
+            tensors = self.from_adapter(saved, config.to_dict())
+            own = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+            missing = [name for name in own if self.kept(name) and name not in tensors]
+            if missing:
+                raise ModelError(
+                    f"the adapter lacks {len(missing)} tensors, such as {missing[0]}",
+                    where=self.init_from,
+                    fix="continue it with the targets that it was trained with",
+                )
+            fill_parameters(model, tensors, self.init_from)
+
+
+def fill_parameters(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], where: str = "tuning.init_from"
+) -> None:
+    """Copy tensors into the parameters and buffers of their names, also those that are sharded.
+
+    Raises:
+        ModelError: the model has no such tensor, or one of another shape.
+    """
+    import torch
+
+    own: dict[str, torch.Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    for name, tensor in tensors.items():
+        target = own.get(name)
+        shape = None if target is None else tuple(getattr(target, "ds_shape", target.shape))
+        if target is None or shape != tuple(tensor.shape):
+            found = "is not in the model" if target is None else f"has the shape {shape} there"
+            raise ModelError(
+                f"{name} {tuple(tensor.shape)} of the adapter {found}",
+                where=where,
+                fix="continue it with the tuning and the base model that it was trained with",
+            )
+        with torch.no_grad(), gathered(target):
+            if target.numel():  # of a sharded one, rank 0 hands out what it has
+                target.copy_(tensor)
+
+
+def gathered(parameter: torch.Tensor) -> AbstractContextManager[Any]:
+    """A context where a parameter that DeepSpeed shards is whole, and may be written."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    zero: Any = sys.modules["deepspeed"].zero  # it sharded the parameter, so it is there
+    return zero.GatheredParameters([parameter], modifier_rank=0)  # type: ignore[no-any-return]
 
 
 def above_zero(key: str, value: float, most: float) -> Rule:
