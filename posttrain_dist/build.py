@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -30,9 +31,10 @@ from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.diagnosis.facts import ModelFacts
 from posttrain_dist.dist import Process
-from posttrain_dist.engine import DeepSpeed, Single
+from posttrain_dist.engine import AdamW, DeepSpeed, Single
 from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.engine.optimizers import ParameterRules
+from posttrain_dist.engine.update_check import UpdateCheck
 from posttrain_dist.files import read_object, write_atomic
 from posttrain_dist.flow import Batch
 from posttrain_dist.models import Weights
@@ -194,6 +196,19 @@ def build_policy(
     if config.model.weights is Weights.load:
         refuse_nonfinite(policy, folder, prefix="causal_lm.")
     return policy
+
+
+def make_update_check(
+    config: RunConfig,
+    engine: TrainEngine,
+    policy: Policy,
+    learning_rate: Callable[[int], float],
+    start: int,
+) -> UpdateCheck:
+    """The hook that sees whether what is trained moves, from update `start` on."""
+    rules, optimizer = parameter_rules(config), config.optimizer
+    assert isinstance(optimizer, AdamW)
+    return UpdateCheck(engine, policy, optimizer, rules, learning_rate, start)
 
 
 def on_nf4(config: RunConfig, folder: Path) -> bool:
