@@ -32,6 +32,7 @@ from posttrain_dist.diagnosis.facts import ModelFacts
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import DeepSpeed, Single
 from posttrain_dist.engine.base import TrainEngine
+from posttrain_dist.engine.optimizers import ParameterRules
 from posttrain_dist.files import read_object, write_atomic
 from posttrain_dist.flow import Batch
 from posttrain_dist.models import Weights
@@ -148,16 +149,23 @@ def make_engine(config: RunConfig, process: Process, dtype: torch.dtype) -> Trai
         ConfigError: engine=single with several workers.
     """
     device = dist.device(process)
+    rules = parameter_rules(config)
     if isinstance(config.engine, Single):
         rule = single_process_rule(process.world, f"there are {process.world} workers")
         if not rule.holds:
             raise rule.error()
         from posttrain_dist.engine.single import SingleEngine
 
-        return SingleEngine(config.optimizer, device)  # type: ignore[arg-type]
+        return SingleEngine(config.optimizer, device, rules)  # type: ignore[arg-type]
     from posttrain_dist.engine.deepspeed import DeepSpeedEngine
 
-    return DeepSpeedEngine(config.engine, config.optimizer, device, dtype)  # type: ignore[arg-type]
+    return DeepSpeedEngine(config.engine, config.optimizer, device, dtype, rules)  # type: ignore[arg-type]
+
+
+def parameter_rules(config: RunConfig) -> ParameterRules:
+    """What the tuning says of parameters, as the engines ask it."""
+    tuning = config.tuning
+    return ParameterRules(tuning.decays, tuning.lr_ratio, tuning.sparse)
 
 
 def build_policy(
@@ -180,7 +188,8 @@ def build_policy(
         device=engine.device,
     )
     kernels = HeadKernels(linear_cross_entropy, linear_logprob)
-    policy = Policy(model, kernels, len(channels), config.tuning)
+    noise = config.train.neftune_alpha
+    policy = Policy(model, kernels, len(channels), config.tuning, neftune_alpha=noise)
     engine.attach(policy)
     if config.model.weights is Weights.load:
         refuse_nonfinite(policy, folder, prefix="causal_lm.")

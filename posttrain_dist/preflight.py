@@ -61,7 +61,8 @@ def _check_model(config: RunConfig, need_weights: bool) -> None:
     model = check_folder(folder, need_weights)
     adapters = isinstance(config.tuning, AdapterTuning)
     check_base(model, folder, adapters=adapters, fresh=not need_weights)
-    check_row_length(model, config.data.max_length)
+    check_row_length(model, config.data.max_length, config.tuning.virtual_tokens)
+    config.tuning.check_network(model)
 
 
 def _data_faults(config: RunConfig, only_heldout: bool) -> list[PosttrainError]:
