@@ -1,4 +1,4 @@
-"""Load a base in NF4 as one process and print its private memory: rank world port folder save_to."""
+"""Load a base in NF4 and print the private memory: rank world port folder save_to."""
 
 import gc
 import json
