@@ -37,6 +37,7 @@ def input_problems(config: RunConfig, verb: str = "train") -> list[PosttrainErro
     found += _faults(lambda: _check_model(config, need_weights))
     found += _data_faults(config, only_heldout=verb == "evaluate")
     if verb in ("train", "submit"):
+        found += _faults(lambda: _check_init_from(config))
         found += _cluster_faults(config, verb)
         found += _faults(lambda: _check_resume(config.train.resume))
         found += _faults(lambda: resolve_mode(config.logging.wandb))
@@ -57,6 +58,15 @@ def _faults(check: Callable[[], object]) -> list[PosttrainError]:
 def _check_model(config: RunConfig, need_weights: bool) -> None:
     model = check_folder(resolve(config.model.path), need_weights)
     check_row_length(model, config.data.max_length)
+
+
+def _check_init_from(config: RunConfig) -> None:
+    """The adapter that the training goes on with is whole, and of this base model."""
+    named = getattr(config.tuning, "init_from", None)
+    if named is not None:
+        from posttrain_dist.tuning.adapters.base_check import check_base
+
+        check_base(Path(named), resolve(config.model.path))
 
 
 def _data_faults(config: RunConfig, only_heldout: bool) -> list[PosttrainError]:
