@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from posttrain_dist.checkpoint.hf_folder import RunFacts
     from posttrain_dist.data.chat.rendering.served import Served
     from posttrain_dist.flow import StepInfo
-    from posttrain_dist.tuning.base import SavedAdapter
 
     NamedTensors = Iterable[tuple[str, torch.Tensor]]
     FullTensors = Callable[[Callable[[str], bool]], NamedTensors]
@@ -55,10 +54,9 @@ def export_checkpoint(
     Raises:
         CheckpointError: there is no whole checkpoint, a file of it is damaged, or `out` is already
             there; a training row's prompt comes out otherwise than it was trained.
-        ConfigError: `plain` of what is no LoRA.
+        ConfigError, ModelError: `plain` of what is no LoRA.
         DataError: the prepared data of the run is damaged.
     """
-    from posttrain_dist.checkpoint.hf_folder import RunFacts
     from posttrain_dist.engine.state_files import step_of_file
 
     if not (run_folder / "config.yaml").is_file():
@@ -75,14 +73,10 @@ def export_checkpoint(
     manifest = read_manifest(source)
     if damage := store.damage_of(source, step_of_file):
         raise CheckpointError(damage, where=str(source), fix=_older(run_folder, source))
-    facts = RunFacts(
-        manifest.recipe.model, _end_token_ids(manifest.lineage), _served(run_folder, manifest)
-    )
-    export = RunExport(config, run_folder, manifest, facts, notice)
+    served = _served(run_folder, manifest)
+    export = RunExport(config, run_folder, manifest, served, notice)
     if not config.tuning.whole_model:
-        from posttrain_dist.checkpoint.trained_state import (  # type: ignore[import-not-found, unused-ignore]
-            read_kept,
-        )
+        from posttrain_dist.checkpoint.trained_state import read_kept
 
         kept = read_kept(source / store.STATE).items()
         return export.write_adapter(kept, target, manifest.step, dtype=dtype, plain=plain)
@@ -113,15 +107,24 @@ class RunExport:
 
     Args:
         manifest: of the run or of a checkpoint.
-        facts: network, end tokens and chat templates.
+        served: the chat templates, and rows that check them; None: those of the model folder.
         notice: called with what the user should know of the folder.
     """
 
     config: RunConfig
     run_folder: Path
     manifest: Manifest
-    facts: RunFacts
+    served: Served | None
     notice: Callable[[str], None] = _log.info
+
+    @property
+    def facts(self) -> RunFacts:
+        """What the run knows of the model that it makes, beside the weights."""
+        from posttrain_dist.checkpoint.hf_folder import RunFacts
+
+        manifest = self.manifest
+        ends = _end_token_ids(manifest.lineage)
+        return RunFacts(manifest.recipe.model, ends, self.served)
 
     def write(self, full_tensors: FullTensors, step: int) -> Path:
         """Write `export/` or `adapter/` of the run; collective.
@@ -168,7 +171,7 @@ class RunExport:
 
         Raises:
             CheckpointError: nothing was trained, a number is not finite, or the disk refused.
-            ConfigError: `plain` of what is no LoRA.
+            ModelError: `plain` of what is no LoRA.
         """
         import torch
 
@@ -178,7 +181,8 @@ class RunExport:
             if dist.rank() == 0:
                 own = wanted if tensor.is_floating_point() else tensor.dtype
                 tensors[name] = tensor.detach().to("cpu", own, copy=True)
-        dist.on_main(lambda: self._write_adapter(tensors, target, step, plain))
+        in_order = dict(sorted(tensors.items()))  # as a checkpoint gives them
+        dist.on_main(lambda: self._write_adapter(in_order, target, step, plain))
         return target
 
     def _write_adapter(
@@ -187,13 +191,14 @@ class RunExport:
         from posttrain_dist.models.folder import check_folder, resolve
         from posttrain_dist.tuning.adapters.adapter_folder import AdapterFacts, write_adapter
         from posttrain_dist.tuning.adapters.base_digest import digest_of_model
+        from posttrain_dist.tuning.injection.low_rank import as_plain_lora
 
         model, values = self.config.model, self.config.to_dict()["tuning"]
         base = resolve(model.path)
         network = {**check_folder(base, need_weights=False), **self.facts.network}
         saved = self.config.tuning.to_adapter(tensors, network)
         if plain:
-            saved = _as_plain(saved, values["kind"])
+            saved = as_plain_lora(saved)
         digest = digest_of_model(model)
         if self.manifest.lineage.get("base_digest", digest) != digest:
             self.notice(
@@ -246,18 +251,6 @@ class RehearseExport:
         target = export.run_folder / ".rehearsal"
         export.write_adapter(self._full_tensors(export.config.tuning.kept), target, info.step)
         dist.on_main(lambda: shutil.rmtree(target, ignore_errors=True))
-
-
-def _as_plain(saved: SavedAdapter, kind: str) -> SavedAdapter:
-    if saved.config.get("peft_type") != "LORA":
-        raise ConfigError(
-            f"tuning={kind} is no LoRA, so there is no plain LoRA that equals it",
-            where="--plain",
-            fix="leave it out",
-        )
-    from posttrain_dist.tuning.lora import as_plain_lora  # type: ignore[attr-defined, unused-ignore]
-
-    return as_plain_lora(saved)  # type: ignore[no-any-return, unused-ignore]
 
 
 def _versions() -> dict[str, str]:

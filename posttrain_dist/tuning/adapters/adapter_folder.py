@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain_dist.errors import CheckpointError, ModelError, reason
 from posttrain_dist.files import commit_folder, partial_of
 from posttrain_dist.tuning.adapters.model_card import adapter_card, ensemble_card
-from posttrain_dist.tuning.base import SavedAdapter
+from posttrain_dist.tuning.saved_adapter import SavedAdapter
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from posttrain_dist.tuning.adapters.adapter_folder import find_adapter, read_ada
 from posttrain_dist.tuning.adapters.base_digest import RANDOM, BaseTensor, base_digest, base_tensors
 
 if TYPE_CHECKING:
-    from posttrain_dist.tuning.base import SavedAdapter
+    from posttrain_dist.tuning.saved_adapter import SavedAdapter
 
 # A tensor of LoRA or IA3: the module that it stands beside, and what it is there.
 _BESIDE = re.compile(

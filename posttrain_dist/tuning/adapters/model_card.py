@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from posttrain_dist.tuning.base import SavedAdapter
+    from posttrain_dist.tuning.saved_adapter import SavedAdapter
 
 _MERGE = "`posttrain export RUN OUT --merge` makes a plain model of base and adapter"
 _PLAIN = "`posttrain export RUN OUT --plain`"
