@@ -12,16 +12,30 @@ import pytest
 import torch
 
 from posttrain_dist.checkpoint import store
-from posttrain_dist.config import DataConfig, Lora, ModelConfig, RunConfig, TrainConfig, complete
-from posttrain_dist.engine import AdamW, Single
+from posttrain_dist.config import (
+    Bottleneck,
+    DataConfig,
+    Ia3,
+    Lora,
+    ModelConfig,
+    Prefix,
+    Prompt,
+    PTuning,
+    RunConfig,
+    TrainConfig,
+    complete,
+)
+from posttrain_dist.engine import AdamW, DeepSpeed, Single
 from posttrain_dist.errors import CheckpointError, ConfigError, ModelError
 from posttrain_dist.export import export_checkpoint
 from posttrain_dist.files import read_object, read_rows
 from posttrain_dist.metrics import LoggingConfig, WandbMode
 from posttrain_dist.run import run
 from posttrain_dist.train import train
-from posttrain_dist.tuning import base as tuning_base
-from posttrain_dist.tuning.adapters.adapter_folder import read_adapter
+from posttrain_dist.tuning.adapters.adapter_folder import adapter_parts, read_adapter
+from posttrain_dist.tuning.base import Tuning
+from posttrain_dist.tuning.lora import LoraInit
+from posttrain_dist.tuning.saved_adapter import SavedAdapter
 
 RATE = 3e-2
 
@@ -179,7 +193,7 @@ def test_what_cannot_be_saved_ends_the_run_at_its_first_step(
     def emptied(self: Lora, kept: Any, network: Any) -> Any:
         saved = real(self, kept, network)
         tensors = {name: tensor[:0] for name, tensor in saved.tensors.items()}
-        return tuning_base.SavedAdapter(saved.config, tensors)
+        return SavedAdapter(saved.config, tensors)
 
     real = Lora.to_adapter
     monkeypatch.setattr(Lora, "to_adapter", emptied)
@@ -208,3 +222,78 @@ def test_a_base_that_changed_is_said(finished: Path, tmp_path: Path, tiny_llama:
     assert len(notices) == 1 and "was changed since the training began" in notices[0]
     facts = json.loads((finished / "adapter" / "posttrain.json").read_text())
     assert read_object(out / "posttrain.json")["base_digest"] == facts["base_digest"]
+
+
+# ---------------------------------------------------------------------------- every method
+
+METHODS: dict[str, Tuning] = {
+    "dora": Lora(rank=4, dora=True),
+    "pissa": Lora(rank=4, init=LoraInit.pissa),
+    "head": Lora(rank=4, targets=["v_proj", "lm_head"], modules_to_save=["norm"]),
+    "ia3": Ia3(),
+    "prompt": Prompt(tokens=3),
+    "ensemble": Prompt(tokens=3, ensemble=2),
+    "p_tuning": PTuning(tokens=3, hidden_size=16),
+    "prefix": Prefix(tokens=3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_plain_peft_gives_the_trained_loss_of_every_method(
+    method: str, base: RunConfig, finished: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    config = replace(base, tuning=METHODS[method])
+    shutil.copytree(finished / "prepared", tmp_path / "prepared")
+    train(config, tmp_path)
+    parts = adapter_parts(tmp_path)
+    assert len(parts) == (2 if method == "ensemble" else 1)
+    losses = [heldout_loss(tmp_path, tiny_llama, part) for part in parts]
+    assert sum(losses) / len(losses) == pytest.approx(trained_loss(tmp_path), rel=1e-5)
+    before = read_rows(tmp_path / "metrics.jsonl")[0]["eval/loss"]
+    assert abs(trained_loss(tmp_path) - before) > 1e-3 * before
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    again = read_adapter(export_checkpoint(tmp_path, tmp_path / "again"))
+    for name, tensor in read_adapter(tmp_path).tensors.items():
+        torch.testing.assert_close(again.tensors[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_a_bottleneck_comes_back_as_it_was(base: RunConfig, finished: Path, tmp_path: Path) -> None:
+    """In the file of the `adapters` library, which is no dependency: a second run reads it."""
+    config = replace(base, tuning=Bottleneck(reduction=4))
+    for name in ("first", "second"):
+        shutil.copytree(finished / "prepared", tmp_path / name / "prepared")
+    train(config, tmp_path / "first")
+    adapter = tmp_path / "first" / "adapter"
+    assert (adapter / "adapter.safetensors").is_file()
+    assert "it cannot be merged" in (adapter / "README.md").read_text()
+    tuning = Bottleneck(reduction=4, init_from=str(tmp_path / "first"))
+    train(replace(config, tuning=tuning), tmp_path / "second")
+    rows = [read_rows(tmp_path / name / "metrics.jsonl") for name in ("first", "second")]
+    assert rows[1][0]["eval/loss"] == pytest.approx(rows[0][-1]["eval/loss"], rel=1e-6)
+    assert rows[1][0]["eval/loss"] != pytest.approx(rows[0][0]["eval/loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_ranks_of_every_stage_write_the_adapter_of_one_process(
+    base: RunConfig, finished: Path, tmp_path: Path, run_workers: Any
+) -> None:
+    folders = []
+    for stage in range(4):
+        engine = DeepSpeed(stage=stage, persistence_threshold=0)
+        train_config = replace(base.train, micro_batch_size=1, batch_size=4)
+        folder = tmp_path / f"zero{stage}"
+        shutil.copytree(finished / "prepared", folder / "prepared")
+        config = replace(base, engine=engine, train=train_config)
+        (folder / "config.yaml").write_text(config.to_yaml())
+        folders.append(folder)
+    run_workers("train_runs.py", 2, *folders)
+    wanted = read_adapter(finished / "adapter")
+    for folder in folders:
+        found = read_adapter(folder / "adapter")
+        assert found.config == wanted.config
+        for name, tensor in wanted.tensors.items():
+            torch.testing.assert_close(found.tensors[name], tensor, rtol=2e-4, atol=2e-5)
+        streamed = read_adapter(export_checkpoint(folder, folder / "again"))
+        assert all(torch.equal(streamed.tensors[n], t) for n, t in found.tensors.items())
