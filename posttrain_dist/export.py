@@ -189,7 +189,7 @@ class RunExport:
         self, tensors: dict[str, torch.Tensor], target: Path, step: int, plain: bool
     ) -> None:
         from posttrain_dist.models.folder import check_folder, resolve
-        from posttrain_dist.tuning.adapters.adapter_folder import AdapterFacts, write_adapter
+        from posttrain_dist.tuning.adapters.adapter_writer import AdapterFacts, write_adapter
         from posttrain_dist.tuning.adapters.base_digest import digest_of_model
         from posttrain_dist.tuning.injection.low_rank import as_plain_lora
 

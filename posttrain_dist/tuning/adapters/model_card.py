@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _MERGE = "`posttrain export RUN OUT --merge` makes a plain model of base and adapter"
 _PLAIN = "`posttrain export RUN OUT --plain`"
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that `--max-lora-rank` takes
 _VIRTUAL = {
     "PROMPT_TUNING": "prompt tuning",
     "P_TUNING": "P-tuning",
@@ -29,6 +30,7 @@ def adapter_card(
     base: Path,
     *,
     method: str,
+    tuning: Mapping[str, Any] | None = None,
     channels: Sequence[str] = (),
     facts: Mapping[str, str] | None = None,
 ) -> str:
@@ -36,13 +38,14 @@ def adapter_card(
 
     Args:
         method: option of the group `tuning`.
+        tuning: the values of the group.
         channels: of the data that it was trained on.
         facts: more rows of the table: label -> value.
     """
-    config = saved.config
+    config, tuning = saved.config, tuning or {}
     is_peft = "peft_type" in config
     rows = {
-        "method": _method(config, method),
+        "method": _method(config, method, tuning),
         "base model": f"`{base}`",
         "parameters": f"{sum(tensor.numel() for tensor in saved.tensors.values()):,}",
     }
@@ -72,7 +75,7 @@ def adapter_card(
             "",
             "## Which engines can load it",
             "",
-            *(f"- {line}" for line in engine_lines(saved)),
+            *(f"- {line}" for line in engine_lines(saved, tuning)),
             "",
         ]
     )
@@ -135,8 +138,18 @@ def merged_card(
     )
 
 
-def engine_lines(saved: SavedAdapter) -> list[str]:
+def engine_lines(saved: SavedAdapter, tuning: Mapping[str, Any]) -> list[str]:
     """Who can load an adapter, who cannot and why, and what to do then; one line each."""
+    lines = _loading_lines(saved, tuning)
+    if tuning.get("quantize", "none") != "none":
+        lines.append(
+            f"it was trained beside the base in {str(tuning['quantize']).upper()}: on the 16-bit "
+            "base it answers slightly otherwise; `posttrain export RUN OUT --merge` measures both"
+        )
+    return lines
+
+
+def _loading_lines(saved: SavedAdapter, tuning: Mapping[str, Any]) -> list[str]:
     config = saved.config
     kind = config.get("peft_type")
     if kind is None:
@@ -156,10 +169,10 @@ def engine_lines(saved: SavedAdapter) -> list[str]:
         ]
     if kind != "LORA":
         return ["this project, and plain `peft`", f"no server of LoRA adapters: {_MERGE}"]
-    return ["this project, and plain `peft`", *_lora_lines(saved)]
+    return ["this project, and plain `peft`", *_lora_lines(saved, tuning)]
 
 
-def _lora_lines(saved: SavedAdapter) -> list[str]:
+def _lora_lines(saved: SavedAdapter, tuning: Mapping[str, Any]) -> list[str]:
     config, lines = saved.config, []
     refused = [
         name
@@ -173,14 +186,13 @@ def _lora_lines(saved: SavedAdapter) -> list[str]:
     if refused:
         lines.append(f"not vLLM: it refuses {' and '.join(refused)}. {_MERGE}")
     else:
-        lines.append(f"vLLM, with `--max-lora-rank {config.get('r')}` or more")
+        lines.append(_vllm_line(int(config.get("r", 0))))
     if config.get("trainable_token_indices"):
         lines.append(f"the vocabulary has grown: a server needs the merged model. {_MERGE}")
-    if is_pissa(config):
+    if _is_pissa(tuning):
         lines.append(
-            "PiSSA took its part out of the base weights: on the base as it is, a server answers "
-            f"wrongly without an error. {_PLAIN} writes the same adapter as LoRA on the base as "
-            "it is, of twice the rank"
+            "PiSSA's own part of the base weights is subtracted in it: it is plain LoRA of twice "
+            f"the trained rank ({config.get('r')}), on the base as it is"
         )
     if config.get("use_rslora"):
         lines.append(
@@ -194,9 +206,15 @@ def _lora_lines(saved: SavedAdapter) -> list[str]:
     return lines
 
 
-def is_pissa(config: Mapping[str, Any]) -> bool:
-    """Whether a LoRA began with singular vectors of its base, which are missing there."""
-    return str(config.get("init_lora_weights", "")).lower().startswith("pissa")
+def _vllm_line(rank: int) -> str:
+    room = next((limit for limit in _VLLM_RANKS if limit >= rank), None)
+    if room is None:
+        return f"not vLLM: it takes ranks up to {_VLLM_RANKS[-1]}, and this is {rank}. {_MERGE}"
+    return f"vLLM, with `--enable-lora --max-lora-rank {room}`"
+
+
+def _is_pissa(tuning: Mapping[str, Any]) -> bool:
+    return tuning.get("init") == "pissa"
 
 
 def effective_scale(config: Mapping[str, Any]) -> str:
@@ -209,12 +227,13 @@ def effective_scale(config: Mapping[str, Any]) -> str:
     return f"{alpha / rank:.4g} (alpha {alpha:g} / rank {rank})"
 
 
-def _method(config: Mapping[str, Any], method: str) -> str:
+def _method(config: Mapping[str, Any], method: str, tuning: Mapping[str, Any]) -> str:
     """The method by its name, with what it is a variant of."""
     variants = {
         "DoRA": config.get("use_dora"),
         "rsLoRA": config.get("use_rslora"),
-        "PiSSA": is_pissa(config),
+        "PiSSA": _is_pissa(tuning),
+        "NF4 base": tuning.get("quantize", "none") != "none",
     }
     named = [name for name, there in variants.items() if there]
     return f"{method} ({', '.join(named)})" if named else method

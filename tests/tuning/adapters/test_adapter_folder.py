@@ -11,14 +11,12 @@ import pytest
 import torch
 
 from posttrain_dist.errors import CheckpointError, ModelError
-from posttrain_dist.tuning.adapters import adapter_folder
-from posttrain_dist.tuning.adapters.adapter_folder import (
+from posttrain_dist.tuning.adapters import adapter_writer
+from posttrain_dist.tuning.adapters.adapter_folder import find_adapter, read_adapter, read_facts
+from posttrain_dist.tuning.adapters.adapter_writer import (
     AdapterFacts,
     check_adapter,
     class_of,
-    find_adapter,
-    read_adapter,
-    read_facts,
     write_adapter,
 )
 from posttrain_dist.tuning.adapters.base_check import check_base
@@ -74,7 +72,10 @@ def test_plain_peft_loads_what_is_written(good: Path, made: Any, tiny_llama: Pat
     assert config["base_model_name_or_path"] == str(tiny_llama)
     card = (good / "README.md").read_text()
     assert "| effective scale | 1.5 (alpha 6 / rank 4) |" in card
-    assert "vLLM, with `--max-lora-rank 4`" in card and "| data channels | copy |" in card
+    assert (
+        "vLLM, with `--enable-lora --max-lora-rank 8`" in card
+        and "| data channels | copy |" in card
+    )
     assert (good / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o666 & ~_umask()
     assert sorted(p.name for p in good.parent.iterdir()) == ["adapter"]  # no partial, no older one
 
@@ -214,14 +215,17 @@ def test_before_the_first_update_lora_b_may_be_zero(
 def test_a_write_that_fails_leaves_what_was_there(
     saved: SavedAdapter, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "a.partial" / "prompt-0").mkdir(parents=True)  # of a process that was killed
+    (tmp_path / "a.partial" / "prompt-0" / "adapter_config.json").write_text("{}")
     write_adapter(tmp_path / "a", saved, tiny_llama, FACTS)
+    assert not (tmp_path / "a" / "prompt-0").exists()
 
     def full(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(CheckpointError, match="no space left on device"):
         write_adapter(tmp_path / "a", saved, tiny_llama, FACTS, carry=full)
-    monkeypatch.setattr(adapter_folder, "commit_folder", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(adapter_writer, "commit_folder", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_adapter(tmp_path / "a", saved, tiny_llama, FACTS)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
