@@ -16,6 +16,7 @@ from posttrain_kernels import (
     multiplies_fast,
     product_speedup,
 )
+from torch import nn
 
 from posttrain_dist import dist
 from posttrain_dist.checkpoint.manifest import Layout, Manifest, Recipe, network_of
@@ -38,7 +39,7 @@ from posttrain_dist.models.finite import refuse_nonfinite
 from posttrain_dist.models.folder import check_folder, read_shape, resolve
 from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
-from posttrain_dist.models.policy import Policy
+from posttrain_dist.models.policy import Extends, Policy
 from posttrain_dist.objectives.base import TokenLoss
 
 _log = logging.getLogger(__name__)
@@ -170,12 +171,17 @@ def build_policy(
         materialise=engine.materialise(),
         attach=config.tuning.attach,
     )
-    kernels = HeadKernels(linear_cross_entropy, linear_logprob)
-    policy = Policy(model, kernels, len(channels), config.tuning)
+    policy = make_policy(model, len(channels), config.tuning)
     engine.attach(policy)
     if config.model.weights is Weights.load:
         refuse_nonfinite(policy, folder, prefix="causal_lm.")
     return policy
+
+
+def make_policy(model: nn.Module, num_channels: int, tuning: Extends | None) -> Policy:
+    """A loaded model, with what `tuning` attached to it, as one forward with the fused head."""
+    kernels = HeadKernels(linear_cross_entropy, linear_logprob)
+    return Policy(model, kernels, num_channels, tuning)
 
 
 def make_source(

@@ -135,7 +135,11 @@ class Tuning:
         raise NotImplementedError
 
     def merge(
-        self, name: str, weight: torch.Tensor, kept: Mapping[str, torch.Tensor]
+        self,
+        name: str,
+        weight: torch.Tensor,
+        kept: Mapping[str, torch.Tensor],
+        network: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """A tensor of the base model with what is trained merged in; float32 inside.
 
@@ -143,6 +147,7 @@ class Tuning:
             name: in the base model's files.
             weight: of any shape and dtype; the result has its dtype.
             kept: as for `to_adapter`.
+            network: config.json; it alone says what the rows of a square weight of GPT-2 are.
         """
         raise NotImplementedError
 
