@@ -26,13 +26,12 @@ class AddOne(Tuning):
 
 torch.set_num_threads(1)
 torch.randn(64, 64) @ torch.randn(64, 64)  # what torch allocates once
-allocated = int(next(x for x in open("/proc/self/status") if x.startswith("VmData")).split()[1])
-resource.setrlimit(resource.RLIMIT_DATA, ((allocated << 10) + limit_bytes,) * 2)
+status = Path("/proc/self/status").read_text()
+allocated_kb = int(status.partition("VmData:")[2].split()[0])
+resource.setrlimit(resource.RLIMIT_DATA, ((allocated_kb << 10) + limit_bytes,) * 2)
 tensors = merged_tensors(folder, AddOne(), {"delta": torch.ones(())}, dtype=torch.bfloat16)
 facts = RunFacts(served=None)
-write_hf_folder(
-    tensors, folder, out, dtype=torch.bfloat16, facts=facts, shard_bytes=shard_bytes
-)
+write_hf_folder(tensors, folder, out, dtype=torch.bfloat16, facts=facts, shard_bytes=shard_bytes)
 print("merged")
 try:  # the limit holds: what is written would not fit
     whole = [torch.zeros(limit_bytes, dtype=torch.uint8) for _ in range(2)]

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from posttrain_dist.config import SLOTS, type_name
 from posttrain_dist.errors import ConfigError
-from posttrain_launch.compose.spellings import foreign
+from posttrain_launch.compose.spellings import WITH_VALUE, foreign
 
 # A group of keys -> the one that is meant where the group is given one value.
 MAIN_KEYS = {"data": "data.train", "model": "model.path"}
@@ -39,7 +39,8 @@ def value_problems(
             return []  # below a name of the user's own
         node = node.get(part) if isinstance(node, DictConfig) and part in node else None
     if not isinstance(node, DictConfig) or (leaf not in node and not _takes_any_key(node)):
-        typed = value if leaf == "chat_template" and isinstance(value, str) else None
+        named = leaf.lower().replace("-", "_") in WITH_VALUE
+        typed = str(value) if named and isinstance(value, str | int) else None
         return [ConfigError("unknown key", where=place, fix=unknown_key_fix(base, key, typed))]
     target = node.get(leaf) if leaf in node else None
     if isinstance(target, DictConfig):

@@ -28,6 +28,7 @@ from posttrain_launch.compose.keys import is_flag, is_number, value_problems
 from posttrain_launch.compose.misused_words import Words, word_problems
 from posttrain_launch.compose.paths import with_absolute_paths
 from posttrain_launch.compose.spellings import foreign_template
+from posttrain_launch.compose.tuning_spellings import foreign_option
 
 FAULTS = (
     HydraException,
@@ -244,15 +245,18 @@ def _option_problems(composer: Composer, override: Override, text: str) -> Itera
         )
     for value in _values(override):
         if str(value) not in options:
-            fix = f"use one of: {', '.join(options)}"
-            if group == "template":
-                known = foreign_template(str(value))
-                fix = (
-                    f"write template={known} (that is the name here)"
-                    if known
-                    else (f"{fix}; a file is template.name=<path>.jinja")
-                )
+            fix = _option_fix(group, str(value), options)
             yield ConfigError(f"there is no option {value}", where=group, fix=fix)
+
+
+def _option_fix(group: str, value: str, options: list[str]) -> str:
+    known = foreign_option(group, value)
+    if group == "template" and (name := foreign_template(value)):
+        known = f"template={name}"
+    if known is not None:
+        return f"write {known} (that is the name here)"
+    fix = f"use one of: {', '.join(options)}"
+    return f"{fix}; a file is template.name=<path>.jinja" if group == "template" else fix
 
 
 def _base(composer: Composer, groups: list[str]) -> DictConfig | None:

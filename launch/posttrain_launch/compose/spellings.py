@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from posttrain_launch.compose.tuning_spellings import OTHER_KEYS, VALUED, tuning_advice
+
 # Spelling of Hugging Face, axolotl, LLaMA-Factory or ms-swift -> our key.
 KEYS: dict[str, str] = {
     # optimizer
@@ -114,14 +116,16 @@ KEYS: dict[str, str] = {
     "nproc_per_node": "cluster.workers",
     "nnodes": "cluster.nodes",
     "num_nodes": "cluster.nodes",
+    **OTHER_KEYS,
 }
+# The advice for these has the value that was typed, or follows from it.
+WITH_VALUE = VALUED | {"chat_template"}
 
 # Our own keys of earlier versions -> their names now.
 RENAMED: dict[str, str] = {"template.policy": "template.supervise"}
 
 _PACKED = "leave it out: rows are always packed, attention and positions never cross a sample"
 _NO_HUB = "nothing is uploaded; `hf upload OWNER/NAME RUN/export` sends the model after the run"
-_ONLY_FULL = "this version trains every parameter (tuning=full); adapters are not there yet"
 
 _BEST = "leave it out: the best evaluation is that of the lowest held-out loss"
 
@@ -142,22 +146,8 @@ EXPLAINED: dict[str, str] = {
     "deepspeed": "choose engine=zero0, zero1, zero2, zero3 or zero3_offload; a DeepSpeed JSON of "
     "your own is merged in by engine.config=/path/ds.json",
     "fsdp": "choose engine=zero3",
-    "optim": "choose optimizer=adamw",
     "stage": "choose objective=sft or objective=pretrain; the ZeRO stage is engine=zero0 to zero3",
     "rlhf_type": "choose objective=sft or objective=pretrain",
-    "finetuning_type": f"leave it out: {_ONLY_FULL}",
-    "train_type": f"leave it out: {_ONLY_FULL}",
-    "adapter": f"leave it out: {_ONLY_FULL}",
-    "lora_r": f"leave it out: {_ONLY_FULL}",
-    "lora_rank": f"leave it out: {_ONLY_FULL}",
-    "lora_alpha": f"leave it out: {_ONLY_FULL}",
-    "lora_dropout": f"leave it out: {_ONLY_FULL}",
-    "lora_target": f"leave it out: {_ONLY_FULL}",
-    "lora_target_modules": f"leave it out: {_ONLY_FULL}",
-    "target_modules": f"leave it out: {_ONLY_FULL}",
-    "load_in_4bit": f"leave it out: {_ONLY_FULL}",
-    "load_in_8bit": f"leave it out: {_ONLY_FULL}",
-    "quantization_bit": f"leave it out: {_ONLY_FULL}",
     "packing": _PACKED,
     "sample_packing": _PACKED,
     "pad_to_sequence_len": _PACKED,
@@ -185,10 +175,6 @@ EXPLAINED: dict[str, str] = {
     "data.workers is how many processes tokenise",
     "remove_unused_columns": "leave it out: keys of a row that no format knows are never used",
     "group_by_length": _PACKED,
-    "tuner_type": f"leave it out: {_ONLY_FULL}",
-    "tuner_backend": f"leave it out: {_ONLY_FULL}",
-    "use_peft": f"leave it out: {_ONLY_FULL}",
-    "use_lora": f"leave it out: {_ONLY_FULL}",
     "explode_turns": "write template.form=turns (one sample for each turn); left out, a turn is a "
     "sample where the whole conversation is not proven right",
     "chat_template": "choose template=chatml, llama3, qwen or another of those that `posttrain "
@@ -200,7 +186,6 @@ EXPLAINED: dict[str, str] = {
     "per_device_eval_batch_size": "leave it out: evaluation uses train.micro_batch_size",
     "overwrite_output_dir": "leave it out: every run has a folder of its own",
     "use_liger_kernel": "leave it out: the loss is always fused",
-    "neftune_noise_alpha": "leave it out: not there yet",
 }
 
 
@@ -308,7 +293,7 @@ def foreign(key: str, value: str | None = None) -> str | None:
         return f"write {KEYS[leaf]}{typed} (that is the name here)"
     if key.startswith("diagnose.") and leaf in _THRESHOLDS:
         return "leave it out: it is a constant of its rule now; diagnose.off leaves a rule out"
-    return EXPLAINED.get(leaf)
+    return EXPLAINED.get(leaf) or tuning_advice(leaf, value)
 
 
 def foreign_template(name: str) -> str | None:

@@ -1,0 +1,1 @@
+"""What happens to the input embeddings: noise while training, rows of tokens that were added."""
