@@ -79,20 +79,30 @@ class HeldOut:
         self.channels = list(examples.channels)
         self._source = make_source(self.config, examples, Process(), mixed=False)
 
-    def load_model(self) -> nn.Module:
-        """The base model, with nothing inserted."""
+    def load_model(self, *, nf4: bool | None = None, dtype: torch.dtype | None = None) -> Any:
+        """The base model, with nothing inserted.
+
+        Args:
+            nf4: whether its weights are quantised; None: as the tuning says.
+            dtype: of its weights, or what it computes in; None: that of the config.
+        """
         from posttrain_dist.models.finite import refuse_nonfinite
         from posttrain_dist.models.folder import resolve
         from posttrain_dist.models.load import load_model
+        from posttrain_dist.tuning.base import Quantize
 
         folder = resolve(self.config.model.path)
-        model = load_model(
+        wanted = getattr(self.config.tuning, "quantize", Quantize.none) is Quantize.nf4
+        model: Any = load_model(
             self.config.model,
             folder,
-            dtype=self.dtype,
+            dtype=dtype or self.dtype,
             seed=self.config.seed,
             materialise=nullcontext(),
-        ).to(self.device)
+            nf4=wanted if nf4 is None else nf4,
+            device=self.device,
+        )
+        model.requires_grad_(False).to(self.device)
         refuse_nonfinite(model, folder)
         return model
 
