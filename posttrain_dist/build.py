@@ -20,7 +20,7 @@ from posttrain_kernels import (
 from torch import nn
 
 from posttrain_dist import dist
-from posttrain_dist.checkpoint.manifest import Layout, Manifest, Recipe, network_of
+from posttrain_dist.checkpoint.manifest import Layout, Manifest, Recipe
 from posttrain_dist.config import Dtype, RunConfig, single_process_rule
 from posttrain_dist.data.chat.rendering.served import Served
 from posttrain_dist.data.packs.balance import Cost
@@ -38,7 +38,7 @@ from posttrain_dist.files import read_object, write_atomic
 from posttrain_dist.flow import Batch
 from posttrain_dist.models import Weights
 from posttrain_dist.models.finite import refuse_nonfinite
-from posttrain_dist.models.folder import check_folder, read_shape, resolve
+from posttrain_dist.models.folder import check_folder, network_of, read_shape, resolve
 from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Extends, Policy
@@ -174,6 +174,7 @@ def build_policy(
 ) -> Policy:
     """Load and tune the model inside the engine's context and hand it to the engine."""
     folder = resolve(config.model.path)
+    _check_init_from(config, folder)
     nf4 = on_nf4(config, folder)
     if nf4:
         _check_room(config, folder, engine, dtype)
@@ -194,6 +195,16 @@ def build_policy(
     if config.model.weights is Weights.load:
         refuse_nonfinite(policy, folder, prefix="causal_lm.")
     return policy
+
+
+def _check_init_from(config: RunConfig, base: Path) -> None:
+    """Refuse an adapter to go on with that is damaged, or of another base."""
+    named = getattr(config.tuning, "init_from", None)
+    if named is not None:
+        from posttrain_dist.tuning.adapters import base_check
+
+        if said := dist.from_main(lambda: base_check.check_base(Path(named), base)):
+            _log.warning("%s", said)
 
 
 def on_nf4(config: RunConfig, folder: Path) -> bool:
@@ -269,8 +280,18 @@ def run_manifest(
             "end_token_ids": data.end_token_ids,
             "template_sha256": data.fingerprint["template"],
             "template_variables": data.fingerprint.get("variables", {}),
+            **_base_digest(config),
         },
     )
+
+
+def _base_digest(config: RunConfig) -> dict[str, str]:
+    """What an adapter is bound to; of no use where the whole model is trained."""
+    if config.tuning.whole_model:
+        return {}
+    from posttrain_dist.tuning.adapters.base_digest import digest_of_model
+
+    return {"base_digest": dist.from_main(lambda: digest_of_model(config.model))}
 
 
 def model_facts(config: RunConfig, policy: Policy, source: PackedSource) -> ModelFacts:
