@@ -18,6 +18,7 @@ from posttrain_kernels import (
     multiplies_fast,
     product_speedup,
 )
+from torch import nn
 
 from posttrain_dist import dist
 from posttrain_dist.checkpoint.manifest import Layout, Manifest, Recipe
@@ -42,7 +43,7 @@ from posttrain_dist.models.finite import refuse_nonfinite
 from posttrain_dist.models.folder import check_folder, network_of, read_shape, resolve
 from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
-from posttrain_dist.models.policy import Policy
+from posttrain_dist.models.policy import Extends, Policy
 from posttrain_dist.models.quantized import check_base, check_fits
 from posttrain_dist.objectives.base import TokenLoss
 from posttrain_dist.tuning.base import AdapterTuning, Quantize
@@ -190,9 +191,8 @@ def build_policy(
         nf4=nf4,
         device=engine.device,
     )
-    kernels = HeadKernels(linear_cross_entropy, linear_logprob)
     noise = config.train.neftune_alpha
-    policy = Policy(model, kernels, len(channels), config.tuning, neftune_alpha=noise)
+    policy = make_policy(model, len(channels), config.tuning, neftune_alpha=noise)
     engine.attach(policy)
     if config.model.weights is Weights.load:
         refuse_nonfinite(policy, folder, prefix="causal_lm.")
@@ -244,6 +244,14 @@ def _check_room(config: RunConfig, folder: Path, engine: TrainEngine, dtype: tor
             free_bytes=torch.cuda.mem_get_info(engine.device)[0],
             world=engine.world,
         )
+
+
+def make_policy(
+    model: nn.Module, num_channels: int, tuning: Extends | None, *, neftune_alpha: float = 0.0
+) -> Policy:
+    """A loaded model, with what `tuning` attached to it, as one forward with the fused head."""
+    kernels = HeadKernels(linear_cross_entropy, linear_logprob)
+    return Policy(model, kernels, num_channels, tuning, neftune_alpha=neftune_alpha)
 
 
 def make_source(
