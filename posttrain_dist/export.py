@@ -72,6 +72,7 @@ def export_checkpoint(
             manifest.recipe.model,
             _end_token_ids(manifest.lineage),
             _served(run_folder, manifest),
+            config.model.add_tokens,
         ),
         notice=notice,
     )

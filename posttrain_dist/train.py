@@ -127,7 +127,9 @@ def _export(
         resolve(config.model.path),
         run_folder / "export",
         dtype=getattr(torch, manifest.layout.dtype),
-        facts=RunFacts(manifest.recipe.model, data.end_token_ids, data.served),
+        facts=RunFacts(
+            manifest.recipe.model, data.end_token_ids, data.served, config.model.add_tokens
+        ),
         notice=partial(notify, run_folder),
     )
 

@@ -23,6 +23,7 @@ from posttrain_dist.data.chat.rendering.template_choice import DEFAULT
 from posttrain_dist.errors import CheckpointError, ModelError, reason
 from posttrain_dist.files import commit_folder, partial_of, read_object
 from posttrain_dist.models.folder import load_tokenizer
+from posttrain_dist.models.tokenizer.new_tokens import write_tokens
 
 SHARD_BYTES = 4 << 30
 
@@ -36,6 +37,7 @@ class RunFacts:
     network: Mapping[str, Any] = field(default_factory=dict)  # `Recipe.model`; empty: the source's
     end_token_ids: Sequence[int] = ()  # that end an assistant turn: generation stops at them
     served: Served | None = None  # chat templates and rows to check them; null: the source's
+    added_tokens: Sequence[str] = ()  # `model.add_tokens`, which the source's tokenizer has not
 
 
 def write_hf_folder(
@@ -83,6 +85,7 @@ def write_hf_folder(
             writer.finish()
             _write_config(config, partial, dtype)
             carry_files(source, partial, templates=facts.served is None, notice=notice)
+            write_tokens(partial, facts.added_tokens)
             if facts.served is not None:
                 _write_templates(facts.served, partial)
             _write_generation_config(source, partial, facts.end_token_ids, notice)

@@ -17,6 +17,8 @@ from posttrain_dist.engine import AdamW, DeepSpeed, Single, engine_rules, optimi
 from posttrain_dist.engine.ds_config import deepspeed_config
 from posttrain_dist.errors import ConfigError, PosttrainError, Rule, at_least, raise_all
 from posttrain_dist.models import Weights, model_rules
+from posttrain_dist.tuning.full import Full
+from posttrain_dist.tuning.lora import Lora
 
 MAX_SEED = (1 << 63) - 1  # torch and numpy take it
 
@@ -136,6 +138,14 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
             "use engine=zero2, or make the weights once with engine=single and load them",
         ),
     ]
+    rules.append(
+        Rule(
+            not model.add_tokens or isinstance(config.tuning, Full | Lora),
+            "model.add_tokens",
+            "adds tokens, and this tuning would never train their embeddings",
+            "use tuning=lora, which trains their rows alone, or tuning=full",
+        )
+    )
     needed = ", ".join(extra.name for extra in config.objective.extra)
     rules.append(
         Rule(

@@ -68,4 +68,10 @@ def model_rules(model: ModelConfig) -> list[Rule]:
             "set model.activation_checkpointing=selective",
         ),
         at_least(key, model.checkpoint_layers),
+        Rule(
+            all(model.add_tokens) and len(set(model.add_tokens)) == len(model.add_tokens),
+            "model.add_tokens",
+            f"is {model.add_tokens}: a token is empty, or stands there twice",
+            "name each new token once, for instance '[<tool>,</tool>]'",
+        ),
     ]
