@@ -1,6 +1,6 @@
-"""The tables of docs/performance.md, made from the rows under benchmarks/results/.
+"""The tables of docs/performance.md and docs/tuning.md, from the rows under benchmarks/results/.
 
-    python benchmarks/tables.py            # rewrites the page; a test compares it
+    python benchmarks/tables.py            # rewrites the pages; a test compares them
 
 A table stands between two comments, `<!-- table: name -->` and `<!-- /table -->`, and shows rows of
 one run: the last one that has what the table asks for, because only arms of one run compare. Under
@@ -19,7 +19,7 @@ from typing import Any
 from cells import Cell, Row, error, number, span, text, texts
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PAGE = RESULTS.parents[1] / "docs" / "performance.md"
+PAGES = [RESULTS.parents[1] / "docs" / name for name in ("performance.md", "tuning.md")]
 MARKS = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -222,6 +222,18 @@ GPU_STEPS: dict[str, Cell] = {
     "losses apart": error("loss_apart"),
 }
 
+TUNINGS: dict[str, Cell] = {
+    "arm": text("arm"),
+    "learning rate": text("lr"),
+    "trained": number("trainable", 0),
+    "saved kB": number("saved_bytes", 0, 1e-3),
+    "held-out loss": number("heldout", 3),
+    "of its seeds": span("heldout_low", "heldout_high", 3),
+    "exact match": number("exact_match", 0, 100, " %"),
+    "tokens/s": number("tokens_per_s", 0),
+    "peak MiB": number("peak_bytes", 0, MIB),
+}
+
 # ------------------------------------------------------------------------------- goals
 
 FASTER = "ours_times_faster"
@@ -366,6 +378,7 @@ TABLES: dict[str, Table | Goals] = {
     "deepspeed-overhead": Table(
         source="deepspeed_overhead", columns=DEEPSPEED, per=("size", "processes", "stage", "tokens")
     ),
+    "tunings": Table(source="tunings", columns=TUNINGS, where={"summary": True}, per=("arm",)),
     "gpu-goals": Goals([*gpu_goals()]),
     "gpu-kernels": Table(source="gpu", columns=GPU_KERNELS, where=gpu_rows("kernels")),
     "gpu-head": Table(source="gpu", columns=GPU_HEAD, where=gpu_rows("head")),
@@ -374,4 +387,5 @@ TABLES: dict[str, Table | Goals] = {
 
 
 if __name__ == "__main__":
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(fill(page.read_text(encoding="utf-8"), TABLES), encoding="utf-8")

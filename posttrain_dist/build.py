@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from posttrain_dist.diagnosis.facts import ModelFacts
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import DeepSpeed, Single
 from posttrain_dist.engine.base import TrainEngine
+from posttrain_dist.engine.optimizers import ParameterRules
 from posttrain_dist.files import read_object, write_atomic
 from posttrain_dist.flow import Batch
 from posttrain_dist.models import Weights
@@ -39,7 +41,9 @@ from posttrain_dist.models.folder import check_folder, grown_config, read_shape,
 from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
+from posttrain_dist.models.quantized import check_base, check_fits
 from posttrain_dist.objectives.base import TokenLoss
+from posttrain_dist.tuning.base import AdapterTuning, Quantize
 
 _log = logging.getLogger(__name__)
 # Below this ratio a measurement of products decides nothing: the machine may be busy.
@@ -145,16 +149,23 @@ def make_engine(config: RunConfig, process: Process, dtype: torch.dtype) -> Trai
         ConfigError: engine=single with several workers.
     """
     device = dist.device(process)
+    rules = parameter_rules(config)
     if isinstance(config.engine, Single):
         rule = single_process_rule(process.world, f"there are {process.world} workers")
         if not rule.holds:
             raise rule.error()
         from posttrain_dist.engine.single import SingleEngine
 
-        return SingleEngine(config.optimizer, device)  # type: ignore[arg-type]
+        return SingleEngine(config.optimizer, device, rules)  # type: ignore[arg-type]
     from posttrain_dist.engine.deepspeed import DeepSpeedEngine
 
-    return DeepSpeedEngine(config.engine, config.optimizer, device, dtype)  # type: ignore[arg-type]
+    return DeepSpeedEngine(config.engine, config.optimizer, device, dtype, rules)  # type: ignore[arg-type]
+
+
+def parameter_rules(config: RunConfig) -> ParameterRules:
+    """What the tuning says of parameters, as the engines ask it."""
+    tuning = config.tuning
+    return ParameterRules(tuning.decays, tuning.lr_ratio, tuning.sparse)
 
 
 def build_policy(
@@ -162,13 +173,19 @@ def build_policy(
 ) -> Policy:
     """Load and tune the model inside the engine's context and hand it to the engine."""
     folder = resolve(config.model.path)
+    nf4 = on_nf4(config, folder)
+    if nf4:
+        _check_room(config, folder, engine, dtype)
     model = load_model(
         config.model,
         folder,
         dtype=dtype,
         seed=config.seed,
-        materialise=engine.materialise(),
+        # A base in NF4 is whole on every rank before ZeRO-3 shards it.
+        materialise=nullcontext() if nf4 else engine.materialise(),
         attach=config.tuning.attach,
+        nf4=nf4,
+        device=engine.device,
     )
     kernels = HeadKernels(linear_cross_entropy, linear_logprob)
     noise = config.train.neftune_alpha
@@ -177,6 +194,31 @@ def build_policy(
     if config.model.weights is Weights.load:
         refuse_nonfinite(policy, folder, prefix="causal_lm.")
     return policy
+
+
+def on_nf4(config: RunConfig, folder: Path) -> bool:
+    """Whether the base is in NF4: as the tuning wants it, or as it is stored.
+
+    Raises:
+        ModelError: it is stored so, and the tuning would train it itself.
+    """
+    tuning, fresh = config.tuning, config.model.weights is Weights.random
+    adapters = isinstance(tuning, AdapterTuning)
+    found = check_folder(folder, need_weights=not fresh)
+    stored = check_base(found, folder, adapters=adapters, fresh=fresh)
+    return stored or (isinstance(tuning, AdapterTuning) and tuning.quantize is Quantize.nf4)
+
+
+def _check_room(config: RunConfig, folder: Path, engine: TrainEngine, dtype: torch.dtype) -> None:
+    """Refuse a base in NF4 that the GPU of this rank cannot take."""
+    if engine.device.type == "cuda":
+        check_fits(
+            read_shape(config.model.path),
+            folder,
+            bytes_per_value=dtype.itemsize,
+            free_bytes=torch.cuda.mem_get_info(engine.device)[0],
+            world=engine.world,
+        )
 
 
 def make_source(

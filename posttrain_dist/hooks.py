@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from posttrain_dist import dist
 from posttrain_dist.checkpoint import store
 from posttrain_dist.checkpoint.manifest import Manifest
+from posttrain_dist.checkpoint.trained_state import save_trained
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.diagnosis.facts import ModelFacts
@@ -181,6 +183,7 @@ class Save:
     ) -> None:
         self._folder, self._engine, self._manifest, self._log = run_folder, engine, manifest, log
         self._every, self._keep = config.train.save_every, config.checkpoint.keep
+        self._tuning = config.tuning
 
     def __call__(self, info: StepInfo) -> None:
         """Write the checkpoint of a step that is due; collective."""
@@ -193,7 +196,10 @@ class Save:
         manifest = replace(self._manifest, step=info.step, lineage=lineage)
         monitor = self._log.monitor
         best = monitor.best_step if monitor is not None else None
-        store.save(self._folder, manifest, self._engine.save_state, keep=self._keep, best=best)
+        write: store.WriteState = self._engine.save_state
+        if not self._tuning.whole_model:
+            write = partial(save_trained, self._engine, self._tuning.kept, info.step)
+        store.save(self._folder, manifest, write, keep=self._keep, best=best)
 
 
 class EndOnNonfinite:

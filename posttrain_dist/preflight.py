@@ -15,6 +15,8 @@ from posttrain_dist.metrics.wandb_sink import resolve_mode
 from posttrain_dist.models import Weights
 from posttrain_dist.models.architectures.positions import check_row_length
 from posttrain_dist.models.folder import check_folder, resolve
+from posttrain_dist.models.quantized import check_base
+from posttrain_dist.tuning.base import AdapterTuning
 
 
 def check_inputs(config: RunConfig, verb: str = "train") -> None:
@@ -55,8 +57,12 @@ def _faults(check: Callable[[], object]) -> list[PosttrainError]:
 
 
 def _check_model(config: RunConfig, need_weights: bool) -> None:
-    model = check_folder(resolve(config.model.path), need_weights)
-    check_row_length(model, config.data.max_length)
+    folder = resolve(config.model.path)
+    model = check_folder(folder, need_weights)
+    adapters = isinstance(config.tuning, AdapterTuning)
+    check_base(model, folder, adapters=adapters, fresh=not need_weights)
+    check_row_length(model, config.data.max_length, config.tuning.virtual_tokens)
+    config.tuning.check_network(model)
 
 
 def _data_faults(config: RunConfig, only_heldout: bool) -> list[PosttrainError]:

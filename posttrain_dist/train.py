@@ -20,12 +20,14 @@ from posttrain_dist.build import (
     make_source,
     model_facts,
     open_prepared,
+    parameter_rules,
     run_manifest,
 )
 from posttrain_dist.checkpoint import resume, store
 from posttrain_dist.checkpoint.hf_folder import RunFacts, write_hf_folder
 from posttrain_dist.checkpoint.manifest import Manifest
 from posttrain_dist.checkpoint.notices import Notices
+from posttrain_dist.checkpoint.trained_state import load_trained
 from posttrain_dist.config import RunConfig, complete
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.dist import Process
@@ -33,6 +35,8 @@ from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.engine.optimizers import learning_rate
 from posttrain_dist.engine.state_files import step_of_file
+from posttrain_dist.engine.update_check import UpdateCheck
+from posttrain_dist.errors import CheckpointError
 from posttrain_dist.files import write_atomic
 from posttrain_dist.flow import StepInfo
 from posttrain_dist.hooks import EndOnNonfinite, Evaluate, Log, Save
@@ -82,6 +86,15 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
             for _ in range(2)
         )
         evaluate = Evaluate(engine, heldout, config.objective, eval_meter, config.train.eval_every)
+        rate = partial(learning_rate, config.optimizer, total_steps=steps)  # type: ignore[arg-type]
+        update_check = UpdateCheck(
+            engine,
+            policy,
+            config.optimizer,  # type: ignore[arg-type]
+            parameter_rules(config),
+            rate,
+            start,
+        )
         facts = model_facts(config, policy, source)
         with Log(config, run_folder, engine, source, facts, start) as log:
             _write_main(run_folder / "logs" / "plan.json", total_steps=steps, start_step=start)
@@ -91,7 +104,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
                 objective=config.objective,
                 meter=meter,
                 describe=meter.train_metrics,
-                learning_rate=partial(learning_rate, config.optimizer, total_steps=steps),  # type: ignore[arg-type]
+                learning_rate=rate,
                 steps=steps,
                 start=start,
                 seed=config.seed,
@@ -101,6 +114,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
                 hooks=(
                     evaluate,
                     log,
+                    update_check,
                     Save(config, run_folder, engine, manifest, log),
                     EndOnNonfinite(run_folder),
                 ),
@@ -167,12 +181,28 @@ def _resume(
     there = resume.check_compatible(found, run, steps)
     changed = resume.changed_settings(there, run)
     settings = f" with other settings: {'; '.join(changed)}" if changed else ""
-    engine.load_state(found / store.STATE)
+    _load(config, engine, there, found)
     for moved in dist.from_main(lambda: resume.put_newer_aside(run_folder, found)):
         notices.add(f"{moved.name} is kept in {moved.parent}")
     notices.add(f"going on from step {there.step}{settings}")
     notices.record(found, there.step)
     return there.step
+
+
+def _load(config: RunConfig, engine: TrainEngine, there: Manifest, found: Path) -> None:
+    """The state of a checkpoint: what is trained by name, or the engine's own files."""
+    if there.by_name == config.tuning.whole_model:
+        raise CheckpointError(
+            f"holds {'what an adapter trains' if there.by_name else 'the whole model'}, and "
+            f"tuning={config.to_dict()['tuning']['kind']} trains another part of it",
+            where=str(found),
+            fix="resume with the same tuning; to train on with another one, start a new run with "
+            "model.path=<that run>/export; or use train.resume=never",
+        )
+    if there.by_name:
+        load_trained(engine, config.tuning.kept, found / store.STATE)
+    else:
+        engine.load_state(found / store.STATE)
 
 
 def _check_parity(policy: Policy, source: PackedSource, step: int, device: torch.device) -> None:

@@ -144,6 +144,13 @@ def tiny_llama(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def nf4_llama(tmp_path_factory) -> Path:
+    """One whose rows are of whole blocks of 64, which NF4 on a CPU needs."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    return make_model(tmp_path_factory.mktemp("nf4"), **sizes)
+
+
+@pytest.fixture(scope="session")
 def rows_file(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", make_rows())
 

@@ -17,6 +17,7 @@ from posttrain_dist.errors import CheckpointError
 from posttrain_dist.files import FileDigest
 
 MANIFEST = "MANIFEST.json"
+TRAINED = "trained.safetensors"  # in `state/` of a checkpoint by parameter name
 FORMAT = 5
 READABLE = (4, FORMAT)
 WITH_NETWORK = 5  # first format that has `recipe.model`, of a run with prepared/served.json
@@ -74,6 +75,11 @@ class Manifest:
     lineage: dict[str, Any] = field(default_factory=dict)  # hashes, W&B id
     files: dict[str, FileDigest] = field(default_factory=dict)  # path below the folder
     format: int = FORMAT
+
+    @property
+    def by_name(self) -> bool:
+        """Whether the state is what is trained, by parameter name: any layout reads it."""
+        return f"state/{TRAINED}" in self.files
 
     def to_json(self) -> str:
         """The text of MANIFEST.json, with a digest of itself: an edit of it is seen."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,8 @@ def check_compatible(folder: Path, run: Manifest, steps: int) -> Manifest:
     """The manifest of `folder`, if this run can go on from it.
 
     Args:
-        run: what this run is: the checkpoint must have its recipe, and the layout that wrote it.
+        run: what this run is: the checkpoint must have its recipe, and the layout that wrote it
+            unless its state is by parameter name.
         steps: of the whole run.
 
     Raises:
@@ -130,7 +132,7 @@ def check_compatible(folder: Path, run: Manifest, steps: int) -> Manifest:
     """
     recipe = run.recipe
     manifest = read_manifest(folder)
-    if manifest.layout != run.layout:
+    if manifest.layout != run.layout and not manifest.by_name:
         raise CheckpointError(
             f"was written with {manifest.layout}; this run has {run.layout}",
             where=str(folder),
@@ -169,7 +171,10 @@ def check_compatible(folder: Path, run: Manifest, steps: int) -> Manifest:
 
 def changed_settings(before: Manifest, run: Manifest) -> list[str]:
     """What of a run's settings is another than in the checkpoint that it goes on from."""
-    return _changed(before.settings, run.settings)
+    layouts = [
+        {key: str(value) for key, value in asdict(each.layout).items()} for each in (before, run)
+    ]
+    return _changed(*layouts) + _changed(before.settings, run.settings)
 
 
 def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:

@@ -26,6 +26,7 @@ from posttrain_dist.errors import CheckpointError, reason
 from posttrain_dist.files import FileDigest, commit_folder, digest_of, partial_of, write_atomic
 
 STATE = "state"  # folder of the engine's files inside a checkpoint
+OPENED = (".pt", ".safetensors")  # of these files every one is opened before a load
 
 WriteState = Callable[[Path], Mapping[str, FileDigest]]
 # Opens a file of the engine as it will be opened for loading; the updates that its state has had,
@@ -150,15 +151,15 @@ def _damage_of_share(folder: Path, open_file: OpenFile) -> str:
         return fault
     manifest = read_manifest(folder)
     files = manifest.files
-    for path in sorted((folder / STATE).rglob("*.pt")):  # which a library may find by its pattern
-        if path.relative_to(folder).as_posix() not in files:
+    for path in sorted((folder / STATE).rglob("*")):  # which a library may find by its pattern
+        if path.suffix in OPENED and path.relative_to(folder).as_posix() not in files:
             return f"{path.relative_to(folder)} is not in {MANIFEST}"
     largest_first = sorted(files, key=lambda name: (-files[name].bytes, name))
     for name in largest_first[dist.rank() :: dist.world()]:
         try:
             if digest_of(folder / name) != files[name]:
                 return f"{name} is damaged: its content has changed since it was written"
-            step = open_file(folder / name) if name.endswith(".pt") else None
+            step = open_file(folder / name) if name.endswith(OPENED) else None
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
         except CheckpointError as error:

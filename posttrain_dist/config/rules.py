@@ -13,10 +13,18 @@ from posttrain_dist.config.run_config import SLOTS, RunConfig, untouched_slots
 from posttrain_dist.config.value_types import type_problems
 from posttrain_dist.data import data_rules, template_rules
 from posttrain_dist.diagnosis.rule_table import diagnose_problems
-from posttrain_dist.engine import AdamW, DeepSpeed, Single, engine_rules, optimizer_rules
+from posttrain_dist.engine import (
+    AdamW,
+    DeepSpeed,
+    Single,
+    engine_rules,
+    optimizer_engine_rule,
+    optimizer_rules,
+)
 from posttrain_dist.engine.ds_config import deepspeed_config
 from posttrain_dist.errors import ConfigError, PosttrainError, Rule, at_least, raise_all
 from posttrain_dist.models import Weights, model_rules
+from posttrain_dist.tuning.base import AdapterTuning, Quantize
 from posttrain_dist.tuning.full import Full
 from posttrain_dist.tuning.lora import Lora
 
@@ -146,6 +154,9 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
             "use tuning=lora, which trains their rows alone, or tuning=full",
         )
     )
+    rules.append(optimizer_engine_rule(config.optimizer, engine))
+    if isinstance(config.tuning, AdapterTuning):
+        rules += _quantize_rules(config, config.tuning)
     needed = ", ".join(extra.name for extra in config.objective.extra)
     rules.append(
         Rule(
@@ -159,3 +170,14 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
         workers = f"cluster.workers is {cluster.workers}"
         rules.append(single_process_rule(cluster.workers, workers))
     return rules
+
+
+def _quantize_rules(config: RunConfig, tuning: AdapterTuning) -> list[Rule]:
+    return [
+        Rule(
+            tuning.quantize is Quantize.none or config.model.weights is Weights.load,
+            "tuning.quantize",
+            "is nf4, and model.weights is random: weights that are not trained, and mean nothing",
+            "set model.weights=load, or tuning.quantize=none",
+        ),
+    ]

@@ -65,6 +65,39 @@ class TrainEngine(Protocol):
     def load_state(self, folder: Path) -> None:
         """Read what `save_state` wrote in the same layout."""
 
+    def local_state(
+        self, wanted: Callable[[str], bool], *, moments: bool = True
+    ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """For each wanted trained parameter, what of its state lies on this rank; not collective.
+
+        Args:
+            wanted: by its name in the causal LM.
+            moments: with those, not the master alone.
+
+        Returns:
+            Name in the causal LM -> flat float32 `master` and, once there was an update, `exp_avg`
+            and `exp_avg_sq`; the same part of each. Empty where nothing of it lies here.
+        """
+
+    def named_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """The optimizer state of each trained parameter, whole and exact; valid until the next.
+
+        Returns:
+            Name in the causal LM -> `master` (float32), and once there was an update `step` and
+            `exp_avg`, `exp_avg_sq`; in their place the blocks of an 8-bit optimizer.
+        """
+
+    def load_named_state(self, get: Callable[[str], dict[str, torch.Tensor]], step: int) -> None:
+        """Take what `named_state` of any engine gave; parameters become their masters, rounded.
+
+        Args:
+            get: name in the causal LM -> the tensors, on the CPU.
+            step: updates that the state has had.
+        """
+
+    def load_full_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set frozen parameters and buffers; `tensors` by name, the same on all ranks."""
+
 
 def stored_tensors(policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters (tied ones once) and persistent buffers under the names of the causal LM."""

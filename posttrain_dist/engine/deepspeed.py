@@ -10,8 +10,8 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +22,7 @@ from torch import nn
 from posttrain_dist.engine import AdamW, DeepSpeed
 from posttrain_dist.engine.base import stored_tensors
 from posttrain_dist.engine.ds_config import deepspeed_config
+from posttrain_dist.engine.ds_state import ShardedState
 from posttrain_dist.engine.ds_tuning import (
     Sizes,
     loading_zero,
@@ -29,7 +30,13 @@ from posttrain_dist.engine.ds_tuning import (
     tuned_zero,
 )
 from posttrain_dist.engine.memory import keep_freed_memory
-from posttrain_dist.engine.optimizers import adamw, parameter_groups
+from posttrain_dist.engine.optimizers import (
+    ParameterRules,
+    adamw,
+    parameter_groups,
+    set_learning_rate,
+    trained_parameters,
+)
 from posttrain_dist.engine.state_files import DEEPSPEED_TYPES, fitting, read_state, without_code
 from posttrain_dist.files import DigestWriter, FileDigest
 from posttrain_dist.flow import Batch, Loss
@@ -85,13 +92,20 @@ class DeepSpeedEngine:
     """A Policy under `deepspeed.initialize`; needs a process group."""
 
     def __init__(
-        self, config: DeepSpeed, optimizer: AdamW, device: torch.device, dtype: torch.dtype
+        self,
+        config: DeepSpeed,
+        optimizer: AdamW,
+        device: torch.device,
+        dtype: torch.dtype,
+        rules: ParameterRules | None = None,
     ) -> None:
+        self._rules, self._dtype = rules or ParameterRules(), dtype
         self.device, self.world = device, torch.distributed.get_world_size()
         self._stage, self._optimizer = config.stage, optimizer
         self._offload = config.offload
         bf16 = dtype == torch.bfloat16
         self._json = deepspeed_config(config, clip=optimizer.clip, bf16=bf16)
+        self._prefer(loading_zero(self._stage, cpu=device.type == "cpu"))
         self._deepspeed = import_deepspeed()
         backend = "nccl" if device.type == "cuda" else "gloo"
         self._deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
@@ -104,7 +118,6 @@ class DeepSpeedEngine:
         # transformers partitions while it loads as long as this object is alive.
         from transformers.integrations import deepspeed as hf
 
-        self._prefer(loading_zero(self._stage, cpu=self.device.type == "cpu"))
         alive = hf.HfDeepSpeedConfig({**self._json, "train_batch_size": self.world})
         try:
             yield
@@ -115,10 +128,14 @@ class DeepSpeedEngine:
     def attach(self, policy: nn.Module) -> None:
         if self._stage < 3:
             policy.to(self.device)
+        _one_dtype(policy, self._dtype)
         self._tune(policy)
-        groups = parameter_groups(policy.named_parameters(), self._optimizer.weight_decay)
+        trained = trained_parameters(policy)
+        groups = parameter_groups(trained, self._optimizer.weight_decay, self._rules)
+        optimizer = self._make_optimizer(groups)
         with stderr_of_children():
-            self._initialize(policy, self._make_optimizer(groups))
+            self._initialize(policy, optimizer)
+        self._state = ShardedState(self._zero, optimizer, trained)
         self._written = _record_digests(self._engine.checkpoint_engine)
 
     def _initialize(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -167,8 +184,7 @@ class DeepSpeedEngine:
         self._engine.backward(loss * self.world)
 
     def step(self, lr: float) -> torch.Tensor | float:
-        for group in self._zero.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._zero.param_groups, lr)
         norm: torch.Tensor | float | None = None
         if self._stage == 0 and not self._json["bf16"]["enabled"]:
             limit = self._optimizer.clip or float("inf")
@@ -186,13 +202,9 @@ class DeepSpeedEngine:
         self, wanted: Callable[[str], bool] = lambda name: True
     ) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in stored_tensors(self._engine.module):
-            if not wanted(name):
-                continue
-            if not hasattr(tensor, "ds_id"):
-                yield name, tensor.detach()
-                continue
-            with self._deepspeed.zero.GatheredParameters([tensor]):
-                yield name, tensor.detach()
+            if wanted(name):
+                with self._whole(tensor):
+                    yield name, tensor.detach()
 
     def save_state(self, folder: Path) -> dict[str, FileDigest]:
         self._written.clear()
@@ -206,6 +218,46 @@ class DeepSpeedEngine:
             )
             if found is None:  # it only logs that it found nothing
                 raise ValueError("DeepSpeed finds no state of this rank in it")
+
+    def local_state(
+        self, wanted: Callable[[str], bool], *, moments: bool = True
+    ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        return self._state.local(wanted, moments=moments)
+
+    def named_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        return self._state.whole()
+
+    def load_named_state(self, get: Callable[[str], dict[str, torch.Tensor]], step: int) -> None:
+        self._engine.global_steps = step
+        parameters = trained_parameters(self._engine.module)
+        for name, master in self._state.load(get):
+            with self._whole(parameters[name], write=True):
+                parameters[name].data.copy_(master)
+
+    def load_full_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in stored_tensors(self._engine.module):
+            if name in tensors:
+                with self._whole(tensor, write=True):
+                    tensor.data.copy_(tensors[name])
+
+    def _whole(self, tensor: Any, *, write: bool = False) -> AbstractContextManager[Any]:
+        """The context in which `tensor` is whole; what all ranks write in it stays."""
+        if not hasattr(tensor, "ds_id"):
+            return nullcontext()
+        writer = 0 if write else None
+        return self._deepspeed.zero.GatheredParameters(  # type: ignore[no-any-return]
+            [tensor], modifier_rank=writer
+        )
+
+
+def _one_dtype(policy: nn.Module, dtype: torch.dtype) -> None:
+    """Give what a tuning inserted the dtype of the model; its float32 master comes after.
+
+    Below stage 3 DeepSpeed does it itself; at stage 3 it asks for one dtype and does not.
+    """
+    for parameter in policy.parameters():
+        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _record_digests(writer: Any) -> dict[Path, FileDigest]:

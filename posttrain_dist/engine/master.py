@@ -7,13 +7,24 @@ step            clipping is a factor inside the fused update, not a pass of its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
 
 from posttrain_dist.engine import AdamW
-from posttrain_dist.engine.optimizers import adamw, parameter_groups
+from posttrain_dist.engine.blockwise import (
+    blockwise_adamw,
+    named_moments,
+    set_moments,
+    wanted,
+)
+from posttrain_dist.engine.optimizers import (
+    ParameterRules,
+    adamw,
+    parameter_groups,
+    set_learning_rate,
+)
 
 # Elements of a bucket, whose gradients stand in float32 for the time of its update.
 BUCKET_ELEMENTS = 1 << 26
@@ -23,13 +34,23 @@ PIECE_ELEMENTS = 1024
 class MasterAdamW:
     """Updates `named` parameters; a float32 one is its own master, others have one beside them.
 
+    Moments of 8 bits stand beside a float32 master as well: at the learning rates of full tuning
+    most updates are smaller than the last place of a bfloat16 weight, and would be rounded away.
+
     Args:
         named: the parameters that are trained, by name.
+        rules: what each parameter's name says.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: AdamW) -> None:
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        config: AdamW,
+        rules: ParameterRules | None = None,
+    ) -> None:
         self._limit = config.clip
-        self._buckets = [_Bucket(part, config) for part in _parts(list(named))]
+        rules = rules or ParameterRules()
+        self._buckets = [_Bucket(part, config, rules) for part in _parts(list(named))]
         self._norms: dict[nn.Parameter, torch.Tensor] = {}
         self._listening = False
         for bucket in self._buckets:
@@ -63,20 +84,27 @@ class MasterAdamW:
 
     def state(self) -> list[dict[str, torch.Tensor]]:
         """Master and moments of each parameter, in their order, for `torch.save`."""
-        return [
-            {"master": master.detach(), **bucket.optimizer.state[master]}
-            for bucket in self._buckets
-            for master in bucket.masters
-        ]
+        return [state for _, state in self.named_state()]
 
     def load_state(self, state: list[dict[str, torch.Tensor]]) -> None:
         """Take what `state` gave; 16-bit parameters themselves are not touched."""
-        places = [(bucket, master) for bucket in self._buckets for master in bucket.masters]
-        for (bucket, master), saved in zip(places, state, strict=True):
-            moments = dict(saved)
-            with torch.no_grad():
-                master.copy_(moments.pop("master"))
-            bucket.optimizer.state[master] = moments
+        places = [(bucket, i) for bucket in self._buckets for i in range(len(bucket.names))]
+        for (bucket, i), saved in zip(places, state, strict=True):
+            bucket.load(i, saved)
+
+    def named_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Name, and master and moments: views, not copies."""
+        for bucket in self._buckets:
+            for name, master in zip(bucket.names, bucket.masters, strict=True):
+                moments = named_moments(bucket.optimizer.state.get(master, {}))
+                yield name, {"master": master.detach(), **moments}
+
+    def load_named_state(self, get: Callable[[str], dict[str, torch.Tensor]]) -> None:
+        """Take the named state of any engine; 16-bit parameters become their masters, rounded."""
+        for bucket in self._buckets:
+            for i, name in enumerate(bucket.names):
+                bucket.load(i, get(name))
+            bucket.round()
 
     def _arrived(self, parameter: torch.Tensor) -> None:
         if self._listening and parameter.grad is not None:
@@ -86,32 +114,57 @@ class MasterAdamW:
 class _Bucket:
     """Parameters that are updated together."""
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]], config: AdamW) -> None:
+    def __init__(
+        self, named: list[tuple[str, nn.Parameter]], config: AdamW, rules: ParameterRules
+    ) -> None:
+        self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         self.masters = [
             p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
             for p in self.parameters
         ]
-        names = (name for name, _ in named)
-        masters = zip(names, self.masters, strict=True)
-        self.optimizer = adamw(parameter_groups(masters, config.weight_decay), config)
+        masters = dict(zip(self.names, self.masters, strict=True))
+        groups = parameter_groups(masters, config.weight_decay, rules)
+        self._blockwise = wanted(config)
+        self.optimizer = (
+            blockwise_adamw(groups, config, self.masters[0].device)
+            if self._blockwise
+            else adamw(groups, config)
+        )
 
     def step(self, lr: float, too_large: torch.Tensor | None) -> None:
-        pairs = list(zip(self.parameters, self.masters, strict=True))
-        for parameter, master in pairs:
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
                 parameter.grad = None
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        # The fused update divides each gradient by this as it reads it.
-        self.optimizer.grad_scale = too_large  # type: ignore[attr-defined]
+        set_learning_rate(self.optimizer.param_groups, lr)
+        if not self._blockwise:
+            # The fused update divides each gradient by this as it reads it.
+            self.optimizer.grad_scale = too_large  # type: ignore[attr-defined]
+        elif too_large is not None:
+            for master in self.masters:
+                if master.grad is not None:
+                    master.grad.div_(too_large)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        with torch.no_grad():
-            for parameter, master in pairs:
-                if master is not parameter:
-                    parameter.copy_(master)
+        self.round()
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Give 16-bit parameters the values of their masters."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter:
+                parameter.copy_(master)
+
+    @torch.no_grad()
+    def load(self, i: int, saved: Mapping[str, torch.Tensor]) -> None:
+        """Take master and moments of parameter `i`."""
+        moments, master = dict(saved), self.masters[i]
+        value = moments.pop("master")
+        if value.shape != master.shape:
+            raise ValueError(f"{self.names[i]} has shape {tuple(value.shape)}")
+        master.copy_(value)
+        set_moments(self.optimizer, master, moments)
 
 
 def _parts(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from torch import nn
 
 from posttrain_dist.engine import AdamW
 from posttrain_dist.engine.base import stored_tensors
+from posttrain_dist.engine.blockwise import to_float
 from posttrain_dist.engine.master import MasterAdamW
 from posttrain_dist.engine.memory import keep_freed_memory
+from posttrain_dist.engine.optimizers import ParameterRules, trained_parameters
 from posttrain_dist.engine.state_files import STEP, fitting, read_state
 from posttrain_dist.files import DigestWriter, FileDigest
 from posttrain_dist.flow import Batch, Loss
@@ -24,9 +26,11 @@ class SingleEngine:
 
     world = 1
 
-    def __init__(self, optimizer: AdamW, device: torch.device) -> None:
+    def __init__(
+        self, optimizer: AdamW, device: torch.device, rules: ParameterRules | None = None
+    ) -> None:
         self.device = device
-        self._config = optimizer
+        self._config, self._rules = optimizer, rules
         self._num_updates = 0
 
     def materialise(self) -> AbstractContextManager[Any]:
@@ -36,8 +40,8 @@ class SingleEngine:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.policy = policy.to(self.device)
-        trained = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
-        self._optimizer = MasterAdamW(trained, self._config)
+        trained = trained_parameters(policy).items()
+        self._optimizer = MasterAdamW(trained, self._config, self._rules)
 
     def forward(self, batch: Batch, objective: Any, denominators: Any) -> Loss:
         loss: Loss = self.policy(batch, objective, denominators)
@@ -78,6 +82,27 @@ class SingleEngine:
             self.policy.load_state_dict(state["policy"])
             self._optimizer.load_state(state["optimizer"])
             self._num_updates = int(state[STEP])
+
+    def local_state(
+        self, wanted: Callable[[str], bool], *, moments: bool = True
+    ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        for name, state in self._optimizer.named_state():
+            if wanted(name):
+                found = to_float(state) if moments else {"master": state["master"]}
+                yield name, {key: v.reshape(-1) for key, v in found.items() if key != "step"}
+
+    def named_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        return self._optimizer.named_state()
+
+    def load_named_state(self, get: Callable[[str], dict[str, torch.Tensor]], step: int) -> None:
+        self._optimizer.load_named_state(get)
+        self._num_updates = step
+
+    @torch.no_grad()
+    def load_full_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in stored_tensors(self.policy):
+            if name in tensors:
+                tensor.copy_(tensors[name])
 
 
 def read_full_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,5 +1,7 @@
 """Attention over one packed row: every sample attends to itself alone, and to its parents.
 
+With prefix tuning, to the prefix of its layer before that: keys and values in the keyword `prefix`.
+
 Registered with transformers' AttentionInterface, so that the model classes stay untouched. The
 sample bounds travel as keywords through the backbone: `cu_seqlens` and `parent_S` (host integers),
 and for kernels `bounds_S` (int32 on the device) and `max_seqlen`. No [T, T] mask is built, and no
@@ -23,6 +25,7 @@ from posttrain_dist.models import Attention
 from posttrain_dist.models.varlen import (
     AttentionArgs,
     AttentionRequirements,
+    RowPrefix,
     flash_attention,
     flash_missing,
     varlen,
@@ -34,7 +37,7 @@ VARLEN, FLASH = "posttrain_varlen", "posttrain_flash"
 
 _log = logging.getLogger(__name__)
 
-ROW_KEYWORDS = ("cu_seqlens", "bounds_S", "max_seqlen", "parent_S")
+ROW_KEYWORDS = ("cu_seqlens", "bounds_S", "max_seqlen", "parent_S", "prefix")
 # What layers hand to their attention beside its own keywords: the row, and what attention inside
 # a sample does not depend on. Whatever else there is would be left out without a word.
 _KNOWN = {
@@ -77,6 +80,8 @@ def _for_transformers(attend: Callable[..., torch.Tensor]) -> Callable[..., Any]
             bounds_S=row.get("bounds_S"),
             max_seqlen=row.get("max_seqlen"),
             parent_S=row.get("parent_S"),
+            prefix=row.get("prefix"),
+            prefix_kv=_layer_prefix(module, row.get("prefix"), key, value),
         )
         return attend(query, key, value, args), None
 
@@ -103,6 +108,31 @@ def _refuse_unknown(
             where="model.path",
             fix="use an architecture that docs/models.md lists as trained",
         )
+
+
+def _layer_prefix(
+    module: torch.nn.Module, prefix: RowPrefix | None, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor | None:
+    """The prefix of one layer, [2, H, k, d]; None: there is none, or it has no key.
+
+    Raises:
+        ModelError: the layer does not say which it is, or its heads are not those of the prefix.
+    """
+    if prefix is None or not prefix.kv_L[0].shape[2]:
+        return None
+    layer = getattr(module, "layer_idx", None)
+    what = "" if isinstance(layer, int) and layer < len(prefix.kv_L) else "does not know its layer"
+    if not what:
+        found = prefix.kv_L[layer]  # type: ignore[index]
+        sizes = [(x.shape[1], x.shape[3]) for x in (key, value, *found[:, None])]
+        if len(set(sizes)) == 1:
+            return found
+        what = f"has keys of {sizes[0]} and values of {sizes[1]} (heads, width), not {sizes[2]}"
+    raise ModelError(
+        f"{type(module).__name__} {what}, so that it cannot have a prefix",
+        where="tuning",
+        fix="use tuning=prompt or tuning=lora",
+    )
 
 
 def implementation(choice: Attention, requirements: AttentionRequirements) -> str:
@@ -157,6 +187,11 @@ def _sample_by_sample(attend: Any) -> Callable[..., torch.Tensor]:
             if parent >= 0:  # an earlier sample: its own already stand behind its parent's
                 keys[sample] = torch.cat([keys[parent], keys[sample]], dim=2)
                 values[sample] = torch.cat([values[parent], values[sample]], dim=2)
+            elif args.prefix_kv is not None:
+                # Cast for each sample, so that the gradients of all are added up in float32.
+                before = args.prefix_kv.to(key.dtype)[:, None]
+                keys[sample] = torch.cat([before[0], keys[sample]], dim=2)
+                values[sample] = torch.cat([before[1], values[sample]], dim=2)
             q, k, v = queries[sample], keys[sample], values[sample]
             mask = _mask(q.shape[2], k.shape[2], args.window, query.device)
             outputs.append(attend(q, k, v, mask, args).transpose(1, 2))

@@ -11,6 +11,7 @@ from torch import nn
 from posttrain_dist import dist
 from posttrain_dist.errors import ModelError
 from posttrain_dist.models.folder import file_of_tensor
+from posttrain_dist.models.quantized.load_nf4 import packed_values
 
 MAX_NAMES = 3  # that a message holds
 
@@ -27,20 +28,26 @@ def refuse_nonfinite(model: nn.Module, folder: Path, prefix: str = "") -> None:
     """
     named = [(name.removeprefix(prefix), _share(p)) for name, p in model.named_parameters()]
     looked_at = [(n, p) for n, p in named if p is not None and p.numel() and p.is_floating_point()]
-    # The extremes are NaN where any value is; they travel to the host together.
-    extremes = [torch.stack(torch.aminmax(p.detach())).float() for _, p in looked_at]
-    if len({pair.device for pair in extremes}) > 1:  # some are offloaded
-        extremes = [pair.cpu() for pair in extremes]
-    finite = torch.stack(extremes).isfinite().all(1).tolist() if extremes else []
-    found = [name for (name, _), ok in zip(looked_at, finite, strict=True) if not ok]
-    shares = dist.gather(found)
+    # The extremes are NaN where any value is.
+    extremes = {name: torch.stack(torch.aminmax(p.detach())).float() for name, p in looked_at}
+    refuse_extremes(extremes, folder, num_tensors=len(named))
+
+
+def refuse_extremes(extremes: dict[str, torch.Tensor], folder: Path, *, num_tensors: int) -> None:
+    """Refuse tensors one of whose `extremes` is not finite; collective, as `refuse_nonfinite`."""
+    pairs = list(extremes.values())
+    if len({pair.device for pair in pairs}) > 1:  # some are offloaded
+        pairs = [pair.cpu() for pair in pairs]
+    # They travel to the host together.
+    finite = torch.stack(pairs).isfinite().all(1).tolist() if pairs else []
+    shares = dist.gather([name for name, ok in zip(extremes, finite, strict=True) if not ok])
     names = dist.from_main(lambda: list(dict.fromkeys(n for share in shares for n in share)))
     if not names:
         return
     file = file_of_tensor(folder, names[0])
     shown = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
     raise ModelError(
-        f"{len(names)} of its {len(named)} tensors hold NaN or infinity: {shown}",
+        f"{len(names)} of its {num_tensors} tensors hold NaN or infinity: {shown}",
         where=str(file),
         fix="get the weights again, or use those of an earlier checkpoint: the training that wrote "
         "these has diverged, or the file was damaged",
@@ -48,6 +55,6 @@ def refuse_nonfinite(model: nn.Module, folder: Path, prefix: str = "") -> None:
 
 
 def _share(parameter: Any) -> torch.Tensor | None:
-    """What this rank holds of a parameter: under ZeRO-3 its part of it."""
-    share: torch.Tensor | None = getattr(parameter, "ds_tensor", parameter)
-    return share
+    """What this rank has of a parameter: its part under ZeRO-3, the scales of a packed one."""
+    share: torch.Tensor | None = packed_values(parameter)
+    return getattr(parameter, "ds_tensor", parameter) if share is None else share

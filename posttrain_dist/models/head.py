@@ -2,7 +2,8 @@
 
 Being the real module, its hooks fire under ZeRO-3, which bring its weight, and the weight may be
 tied to the embedding. Whoever wants a loss or log-probabilities asks `Head`, which calls the
-module; called with hidden states alone, the module is the plain projection that it was.
+module; called with hidden states alone, the module is the plain projection that it was. It may be
+a LoRA layer of `peft`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Head:
         self._kernels = kernels
         self._scale = shape.logit_scale
         self._softcap = {"softcap": shape.softcap}
-        module.forward = _forward_of(module)
+        lora = _lora_of(module)
+        module.forward = _forward_of(module) if lora is None else _lora_forward(lora)
 
     def loss(
         self,
@@ -117,10 +119,100 @@ class Head:
         )
 
 
-def _forward_of(module: nn.Module) -> Callable[..., Any]:
+def _forward_of(module: Any) -> Callable[..., Any]:
     """forward(hidden, operation): `operation(hidden, weight, bias)` while the weight is here."""
 
     def forward(hidden: torch.Tensor, operation: Callable[..., Any] = nn.functional.linear) -> Any:
         return operation(hidden, module.weight, getattr(module, "bias", None))
 
     return forward
+
+
+# ------------------------------------------------------------------------- with LoRA on the head
+#
+# Of a `LoraLayer` of peft `weight` is that of the base: an operation that reads it would train
+# neither A nor B. And one that reads `lora_A.weight` would meet a shard under ZeRO-3, where a
+# module's weights are whole only while it is called. So each module is called inside the other,
+# with the hidden states, to which the hooks for backward are tied, and hands its weight inwards.
+
+
+class _Lora(NamedTuple):
+    """The parts of a `LoraLayer` with one adapter."""
+
+    base: nn.Module
+    a: nn.Module  # its weight is [r, D]
+    b: nn.Module  # [V, r]
+    magnitude: nn.Module | None  # [V], of DoRA
+    scale: float
+
+
+def _lora_of(module: Any) -> _Lora | None:
+    """The parts, if `peft` put a layer there; found by its attributes."""
+    if not hasattr(module, "base_layer"):
+        return None
+    if not getattr(module, "lora_A", None):
+        raise ModelError(
+            f"the head is a {type(module).__module__}.{type(module).__name__}, which the fused "
+            "loss does not know",
+            where="tuning.targets",
+            fix="leave the head out of tuning.targets",
+        )
+    (adapter,) = module.lora_A  # one that is trained; generation with several goes another way
+    magnitudes = dict(module.lora_magnitude_vector.items())
+    return _Lora(
+        module.base_layer,
+        module.lora_A[adapter],
+        module.lora_B[adapter],
+        magnitudes.get(adapter),
+        float(module.scaling[adapter]),
+    )
+
+
+def _lora_forward(lora: _Lora) -> Callable[..., Any]:
+    """forward(hidden, operation) of W x + scale B A x, as one product with [W, B].
+
+        [x, scale A x] @ [W, B].T = W x + scale B A x
+
+    Not with W + scale B A, for in 16 bits a small change of a weight rounds to none.
+    """
+    parts = [lora.a, lora.b, lora.base, *([] if lora.magnitude is None else [lora.magnitude])]
+    for part in parts:
+        part.forward = _give_weight(part)
+
+    def forward(hidden: torch.Tensor, operation: Callable[..., Any] = nn.functional.linear) -> Any:
+        def descend(*weights: torch.Tensor) -> Any:
+            if len(weights) < len(parts):
+                return parts[len(weights)](hidden, lambda weight: descend(*weights, weight))
+            a_RD, b_VR, weight_VD, *magnitude = weights
+            low = nn.functional.linear(hidden, a_RD) * lora.scale
+            both_VE = torch.cat([weight_VD, b_VR], dim=1)
+            if magnitude:
+                factor_V = _row_factor(weight_VD, a_RD, b_VR, magnitude[0], lora.scale)
+                both_VE = both_VE * factor_V[:, None]
+            bias = getattr(lora.base, "bias", None)
+            return operation(torch.cat([hidden, low], dim=-1), both_VE, bias)
+
+        return descend()
+
+    return forward
+
+
+def _give_weight(module: Any) -> Callable[..., Any]:
+    def forward(hidden: torch.Tensor, inner: Callable[[torch.Tensor], Any]) -> Any:
+        return inner(module.weight)
+
+    return forward
+
+
+def _row_factor(
+    weight_VD: torch.Tensor,
+    a_RD: torch.Tensor,
+    b_VR: torch.Tensor,
+    m_V: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """m / |W + scale B A| of each row; the length is constant in backward (DoRA, section 4.3)."""
+    with torch.no_grad():
+        length_V = torch.linalg.norm(weight_VD + scale * (b_VR @ a_RD), dim=1)
+    factor_V: torch.Tensor = m_V / length_V
+    return factor_V

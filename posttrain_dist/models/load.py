@@ -16,8 +16,17 @@ from posttrain_dist.models.architectures.failures import named_failures
 from posttrain_dist.models.attention import implementation, register
 from posttrain_dist.models.compiled import compile_layers
 from posttrain_dist.models.embeddings.added_tokens import add_rows, refuse_untrained
+from posttrain_dist.models.finite import refuse_extremes
 from posttrain_dist.models.folder import check_folder, read_added_ids
 from posttrain_dist.models.layers import checkpoint_activations
+from posttrain_dist.models.quantized import holds_nf4
+from posttrain_dist.models.quantized.load_nf4 import (
+    nf4_options,
+    prepare_linears,
+    quantising,
+    refuse_trained,
+    refuse_unquantisable,
+)
 from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.models.varlen import AttentionRequirements
 
@@ -30,6 +39,8 @@ def load_model(
     seed: int,
     materialise: AbstractContextManager[Any],
     attach: Callable[[nn.Module], None] = lambda model: None,
+    nf4: bool = False,
+    device: torch.device | None = None,
 ) -> nn.Module:
     """The causal LM of `folder` for packed training.
 
@@ -38,6 +49,8 @@ def load_model(
         dtype: of the weights.
         seed: of what is inserted, and for `weights=random`, where no file is read.
         attach: of the tuning: freezes and inserts, in the same context.
+        nf4: store the layers' weights in 4 bits, as those of a folder that holds them so.
+        device: where a base in NF4 is made, tensor by tensor; others come to the host first.
 
     Raises:
         ModelError: the folder cannot be used, or weights are missing from it.
@@ -49,12 +62,17 @@ def load_model(
     name = str((found.get("architectures") or [found["model_type"]])[0])
     with materialise:
         with named_failures(name, "loaded"):
-            model: Any = _build(config, folder, dtype, seed if fresh else None)
+            if nf4 or holds_nf4(found):
+                assert not fresh, "check_base and the rules of the config refuse it"
+                model: Any = _build_nf4(config, folder, dtype, device or torch.device("cpu"))
+            else:
+                model = _build(config, folder, dtype, seed if fresh else None)
         add_rows(model, read_added_ids(folder, config.add_tokens))
         with torch.random.fork_rng(devices=[]):  # what is inserted depends on the seed alone
             torch.manual_seed(seed)
             attach(model)
-        refuse_untrained(model)
+    refuse_trained(model, folder)
+    refuse_untrained(model)
     model.config.use_cache = False
     checkpoint_activations(model, config)
     if config.compile:
@@ -66,22 +84,51 @@ def _build(config: ModelConfig, folder: Path, dtype: torch.dtype, seed: int | No
     """The model with the attention of `config`; its weights from files, or fresh of a `seed`."""
     import transformers
 
-    hf_config = transformers.AutoConfig.from_pretrained(
+    hf_config = read_config(folder)
+    options = _options(config, hf_config, folder, dtype)
+    if seed is None:
+        return _read_weights(folder, options)
+    torch.manual_seed(seed)
+    auto = transformers.AutoModelForCausalLM
+    return auto.from_config(hf_config, **options)  # type: ignore[no-any-return]
+
+
+def _build_nf4(
+    config: ModelConfig, folder: Path, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """The model with its layers' weights in NF4 on `device`, from 16-bit files or as stored."""
+    hf_config = read_config(folder)
+    stored = holds_nf4(hf_config.to_dict())
+    refuse_unquantisable(hf_config, folder, device)
+    options = _options(config, hf_config, folder, dtype)
+    with quantising() as extremes:
+        model = _read_weights(folder, options | nf4_options(dtype, device, stored=stored))
+    refuse_extremes(extremes, folder, num_tensors=len(list(model.parameters())))
+    prepare_linears(model, dtype, folder)
+    return model
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a folder, whose code is never run."""
+    import transformers
+
+    return transformers.AutoConfig.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
     )
+
+
+def _options(
+    config: ModelConfig, hf_config: Any, folder: Path, dtype: torch.dtype
+) -> dict[str, Any]:
     shape = ModelShape.of(hf_config.to_dict(), str(folder / "config.json"))
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "attn_implementation": implementation(
-            config.attention, AttentionRequirements.of(shape, dtype)
-        ),
-        "trust_remote_code": False,
-    }
-    auto = transformers.AutoModelForCausalLM
-    if seed is not None:
-        torch.manual_seed(seed)
-        return auto.from_config(hf_config, **options)  # type: ignore[no-any-return]
-    model, report = auto.from_pretrained(
+    attention = implementation(config.attention, AttentionRequirements.of(shape, dtype))
+    return {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+
+
+def _read_weights(folder: Path, options: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder, **options, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
     _refuse_incomplete(report, folder)

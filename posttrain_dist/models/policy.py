@@ -24,6 +24,10 @@ from posttrain_dist.models.shape import ModelShape
 class Extends(Protocol):
     """A tuning, as far as the forward is concerned; see `tuning/base.py`."""
 
+    @property
+    def copies(self) -> int:
+        """How often the row that `extend` gives holds the batch, one copy after the other."""
+
     def extend(self, batch: Batch) -> Batch:
         """The row that the model runs on."""
 
@@ -75,8 +79,16 @@ class Policy(nn.Module):
         backbone: nn.Module = getattr(self.causal_lm, str(self.causal_lm.base_model_prefix))
         return backbone
 
+    @property
+    def copies(self) -> int:
+        """How many models the tuning trains at once, each on every batch: E."""
+        return 1 if self._tuning is None else self._tuning.copies
+
     def hidden(self, batch: Batch) -> torch.Tensor:
-        """Last hidden states [N, D], after the final norm, of the rows `batch.supervised_N`."""
+        """Last hidden states [E · N, D], after the final norm, of the rows `batch.supervised_N`.
+
+        E is 1 but for an ensemble, whose copies stand one after the other.
+        """
         batch = self._extended(batch)
         output = self._backbone(**self._inputs(batch), supervised_N=batch.supervised_N)
         hidden: torch.Tensor = output.last_hidden_state[0]
@@ -85,12 +97,24 @@ class Policy(nn.Module):
     def forward(self, batch: Batch, objective: Any, denominators: Any) -> Loss:
         """Loss of one micro-batch, divided by the step's global `denominators`.
 
+        Of an ensemble it is the mean over its copies, as are `nll_N` and the sums of channels; a
+        token is correct where more than half of the copies have it right.
+
+        Raises:
+            DataError: the batch lacks what the objective declares.
+        """
+        losses = self.losses(batch, objective, denominators)
+        return losses[0] if len(losses) == 1 else _mean(losses)
+
+    def losses(self, batch: Batch, objective: Any, denominators: Any) -> list[Loss]:
+        """The loss of each of the E copies, from one pass over the backbone.
+
         Raises:
             DataError: the batch lacks what the objective declares.
         """
         objective.check_extra(batch)
-        loss: Loss = objective.loss(self.hidden(batch), self.head, batch, denominators)
-        return loss
+        hidden_E = self.hidden(batch).tensor_split(self.copies)
+        return [objective.loss(own, self.head, batch, denominators) for own in hidden_E]
 
     @torch.no_grad()
     def check_head(self, batch: Batch) -> float:
@@ -105,21 +129,29 @@ class Policy(nn.Module):
             ModelError: a token's loss differs by more than rounding, or the model's code fails.
         """
         with self._named_failures():
-            fused = self.head.loss(self.hidden(batch), batch.labels_N, denominator=1.0).nll_N
-            batch = self._extended(batch)
-            logits_TV = self.causal_lm(**self._inputs(batch)).logits[0]  # by no path of ours
-        difference = self._compare(fused, logits_TV, batch)
+            labels_N = batch.labels_N.repeat(self.copies)
+            fused = self.head.loss(self.hidden(batch), labels_N, denominator=1.0).nll_N
+            row = self._extended(batch)
+            inputs = self._inputs(row)
+            logits_TV = self.causal_lm(**inputs).logits[0]  # by no path of ours
+        difference = self._compare(fused, logits_TV, row.supervised_N, labels_N)
         if self.config.model_type not in TRAINED:
             with self._named_failures():
-                check_packing(self.causal_lm, self._inputs(batch), logits_TV)
+                check_packing(self.causal_lm, inputs, logits_TV)
         return difference
 
     def _named_failures(self) -> AbstractContextManager[None]:
         return named_failures(type(self.causal_lm).__name__, "run on a packed row")
 
-    def _compare(self, fused: torch.Tensor, logits_TV: torch.Tensor, batch: Batch) -> float:
-        logits_NV = logits_TV[batch.supervised_N].float()
-        own = nn.functional.cross_entropy(logits_NV, batch.labels_N, reduction="none")
+    def _compare(
+        self,
+        fused: torch.Tensor,
+        logits_TV: torch.Tensor,
+        rows_N: torch.Tensor,
+        labels_N: torch.Tensor,
+    ) -> float:
+        logits_NV = logits_TV[rows_N].float()
+        own = nn.functional.cross_entropy(logits_NV, labels_N, reduction="none")
         difference = float((fused - own).abs().max()) if len(own) else 0.0
         largest = float(own.abs().max()) if len(own) else 0.0
         tolerance = (2e-5 if logits_TV.dtype == torch.float32 else 3e-2) * max(1.0, largest)
@@ -184,3 +216,14 @@ class Policy(nn.Module):
             "parent_S": batch.parent_S,
             "use_cache": False,
         }
+
+
+def _mean(losses: list[Loss]) -> Loss:
+    """The mean of the losses of one batch; see `Policy.forward`."""
+    total, channels, nll, correct = zip(*losses, strict=True)
+    return Loss(
+        total=torch.stack(total).mean(),
+        channels_CK=torch.stack(channels).mean(dim=0),
+        nll_N=None if nll[0] is None else torch.stack(nll).mean(dim=0),
+        correct_N=None if correct[0] is None else torch.stack(correct).sum(dim=0) * 2 > len(losses),
+    )

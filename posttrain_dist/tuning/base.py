@@ -62,6 +62,13 @@ class Tuning:
         """What must hold among the values of the group."""
         return []
 
+    def check_network(self, network: Mapping[str, Any]) -> None:
+        """Refuse a model that this cannot be done to, by what its config.json says; nothing else.
+
+        Raises:
+            PosttrainError: why not.
+        """
+
     # -------------------------------------------------------------------- parameters, by name
 
     def trained(self, name: str) -> bool:
@@ -80,6 +87,10 @@ class Tuning:
         """What the learning rate is multiplied by for the parameter `name`."""
         return 1.0
 
+    def sparse(self, name: str) -> bool:
+        """Whether steps without any gradient are normal for `name`: embeddings of rare tokens."""
+        return "trainable_tokens_delta" in name
+
     # ------------------------------------------------------------------------------ the model
 
     def attach(self, model: nn.Module) -> None:
@@ -96,10 +107,16 @@ class Tuning:
         """How often each row is trained on at once, each time by other parameters (ensembles)."""
         return 1
 
+    @property
+    def virtual_tokens(self) -> int:
+        """How many positions come before those of a sample."""
+        return 0
+
     def extend(self, batch: Batch) -> Batch:
         """The row that the model runs on: with virtual tokens, if there are any.
 
-        `supervised_N` still names the rows that predict `labels_N`; see `tuning/virtual.py`.
+        `supervised_N` still names the rows that predict `labels_N`; with `copies`, those of each
+        copy in turn. See `tuning/virtual.py`.
         """
         return batch
 
@@ -135,7 +152,11 @@ class Tuning:
         raise NotImplementedError
 
     def merge(
-        self, name: str, weight: torch.Tensor, kept: Mapping[str, torch.Tensor]
+        self,
+        name: str,
+        weight: torch.Tensor,
+        kept: Mapping[str, torch.Tensor],
+        network: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """A tensor of the base model with what is trained merged in; float32 inside.
 
@@ -143,6 +164,7 @@ class Tuning:
             name: in the base model's files.
             weight: of any shape and dtype; the result has its dtype.
             kept: as for `to_adapter`.
+            network: config.json; it alone says what the rows of a square weight of GPT-2 are.
         """
         raise NotImplementedError
 
@@ -185,7 +207,16 @@ class AdapterTuning(Tuning):
 
             config: Any = model.config
             saved = read_adapter(Path(self.init_from))
-            fill_parameters(model, self.from_adapter(saved, config.to_dict()), self.init_from)
+            tensors = self.from_adapter(saved, config.to_dict())
+            own = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+            missing = [name for name in own if self.kept(name) and name not in tensors]
+            if missing:
+                raise ModelError(
+                    f"the adapter lacks {len(missing)} tensors, such as {missing[0]}",
+                    where=self.init_from,
+                    fix="continue it with the targets that it was trained with",
+                )
+            fill_parameters(model, tensors, self.init_from)
 
 
 def fill_parameters(

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from posttrain_dist.errors import Rule
+from posttrain_dist.errors import ModelError, Rule
 from posttrain_dist.tuning.base import AdapterTuning, names_rule
+from posttrain_dist.tuning.saved_adapter import SavedAdapter
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 @dataclass(kw_only=True, slots=True)
 class Ia3(AdapterTuning):
-    """One trained vector for each target, of ones at the start."""
+    """One trained vector for each target, of ones at the start.
+
+    It scales the output of a target, but the input of the second linear of an MLP.
+    """
 
     # auto (keys, values and the second linear of the MLP), or a list of names.
     targets: Any = "auto"
@@ -22,3 +31,104 @@ class Ia3(AdapterTuning):
     def rules(self) -> list[Rule]:
         """The targets are names."""
         return [names_rule("tuning.targets", self.targets)]
+
+    def decays(self, name: str, shape: Sequence[int]) -> bool:
+        """Never: decay pulls to zero, and a vector that does nothing is of ones."""
+        return False
+
+    def insert(self, model: nn.Module) -> None:
+        """Put a vector beside each target.
+
+        Raises:
+            ConfigError: a target is not there, or is the head.
+        """
+        import peft
+
+        from posttrain_dist.tuning.injection.inject import inject, quiet_import
+        from posttrain_dist.tuning.injection.targets import (
+            find_targets,
+            keys_values_and_mlp,
+            refuse_head,
+            scales_input,
+        )
+
+        quiet_import()
+        if self.targets == "auto":
+            outputs, inputs = keys_values_and_mlp(model)
+        else:
+            every = find_targets(model, self.targets)
+            refuse_head(model, [one.name for one in every])
+            inputs = [one for one in every if scales_input(one)]
+            outputs = [one for one in every if one not in inputs]
+        config = peft.IA3Config(
+            target_modules=[one.name for one in (*outputs, *inputs)],
+            feedforward_modules=[one.name for one in inputs],
+        )
+        inject(config, model, self.marks)
+
+    def to_adapter(
+        self, kept: Mapping[str, torch.Tensor], network: Mapping[str, Any]
+    ) -> SavedAdapter:
+        """The adapter that plain `peft` loads: vectors [out, 1], of MLP inputs [1, in]."""
+        from posttrain_dist.tuning.injection.inject import file_name
+        from posttrain_dist.tuning.injection.low_rank import TRANSPOSED_TYPES
+
+        targets = {name.partition(".ia3_l.")[0]: tensor for name, tensor in kept.items()}
+        config = {
+            "peft_type": "IA3",
+            "task_type": "CAUSAL_LM",
+            "inference_mode": True,
+            "target_modules": list(targets),
+            "feedforward_modules": [n for n, vector in targets.items() if vector.shape[0] == 1],
+            "modules_to_save": None,
+            "init_ia3_weights": True,
+            "fan_in_fan_out": network.get("model_type") in TRANSPOSED_TYPES,
+        }
+        return SavedAdapter(config, {file_name(n): t.detach() for n, t in kept.items()})
+
+    def from_adapter(
+        self, saved: SavedAdapter, network: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """Tensors by their names in the attached model.
+
+        Raises:
+            ModelError: the adapter is of another method, or trains more.
+        """
+        from posttrain_dist.tuning.injection.inject import model_name
+
+        method, more = saved.config.get("peft_type"), saved.config.get("modules_to_save")
+        if method != "IA3" or more:
+            what = f"is of the method {method}" if method != "IA3" else f"trains {more} in full"
+            raise ModelError(
+                f"the adapter {what}, this tuning is IA3 alone",
+                where="tuning.init_from",
+                fix="choose the tuning that it was trained with",
+            )
+        return {model_name(name): tensor for name, tensor in saved.tensors.items()}
+
+    def merge(
+        self,
+        name: str,
+        weight: torch.Tensor,
+        kept: Mapping[str, torch.Tensor],
+        network: Mapping[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """The base tensor scaled: rows of the weight and the bias, or columns of the weight."""
+        from posttrain_dist.tuning.injection.inject import ADAPTER, base_name
+        from posttrain_dist.tuning.injection.low_rank import is_turned
+
+        own = base_name(kept, name)
+        module, _, leaf = own.rpartition(".")
+        vector = kept.get(f"{module}.ia3_l.{ADAPTER}")
+        if vector is None or leaf not in ("weight", "bias"):
+            return weight
+        vector = vector.to(weight.device).float()
+        of_input = vector.shape[0] == 1
+        if leaf == "bias":
+            if of_input:  # it scales what the weight is multiplied by
+                return weight
+            factor = vector.flatten()
+        else:
+            sizes = (None, vector.numel()) if of_input else (vector.numel(), None)
+            factor = vector.T if is_turned(weight, own, sizes, network) else vector
+        return (weight.float() * factor).to(weight.dtype)

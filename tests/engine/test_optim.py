@@ -9,7 +9,13 @@ import torch
 
 from posttrain_dist.engine import AdamW, DeepSpeed, Schedule, optimizer_rules
 from posttrain_dist.engine.ds_config import deepspeed_config
-from posttrain_dist.engine.optimizers import learning_rate, parameter_groups, warmup_steps
+from posttrain_dist.engine.optimizers import (
+    ParameterRules,
+    learning_rate,
+    parameter_groups,
+    trained_parameters,
+    warmup_steps,
+)
 from posttrain_dist.errors import ConfigError
 
 
@@ -54,7 +60,8 @@ def test_norms_and_biases_are_not_decayed():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     model[0].weight.ds_shape = torch.Size([2, 3])
     model[1].weight.requires_grad_(False)
-    decayed, plain = parameter_groups(model.named_parameters(), 0.1)
+    named = trained_parameters(model)
+    decayed, plain = parameter_groups(named, 0.1, ParameterRules())
     assert decayed["params"] == [model[0].weight] and decayed["weight_decay"] == 0.1
     assert plain["params"] == [model[0].bias, model[1].bias] and plain["weight_decay"] == 0.0
 

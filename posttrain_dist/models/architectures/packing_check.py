@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from posttrain_dist.errors import ModelError
+from posttrain_dist.models.varlen import RowPrefix
 
 # Largest difference of a logit, relative to the largest one: two ways to compute attention.
 TOLERANCE = {torch.float32: 1e-3}
@@ -24,7 +25,8 @@ def check_packing(model: Any, inputs: Mapping[str, Any], logits_TV: torch.Tensor
 
     Args:
         model: a transformers causal LM.
-        inputs: keywords that gave `logits_TV`: ids or embeddings, `position_ids`, `cu_seqlens`.
+        inputs: keywords that gave `logits_TV`: ids or embeddings, `position_ids`, `cu_seqlens`;
+            a `prefix` is what a sample alone has in its key and value cache.
         logits_TV: of the packed row.
 
     Raises:
@@ -36,7 +38,10 @@ def check_packing(model: Any, inputs: Mapping[str, Any], logits_TV: torch.Tensor
     model.set_attn_implementation("eager")
     try:
         alone = [
-            model(**{name: row[:, start:end] for name, row in rows.items()}, use_cache=False).logits
+            model(
+                **{name: row[:, start:end] for name, row in rows.items()},
+                **_cache(inputs.get("prefix")),
+            ).logits
             for start, end in pairwise(inputs["cu_seqlens"])
         ]
     finally:
@@ -51,3 +56,15 @@ def check_packing(model: Any, inputs: Mapping[str, Any], logits_TV: torch.Tensor
             where="model.path",
             fix="nothing was trained; use an architecture that docs/models.md lists as trained",
         )
+
+
+def _cache(prefix: RowPrefix | None) -> dict[str, Any]:
+    """Keywords of a sample alone: with the prefix in its cache, as `peft` does it."""
+    if prefix is None or not prefix.kv_L[0].shape[2]:
+        return {"use_cache": False}
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for layer, kv in enumerate(prefix.kv_L):
+        cache.update(*kv[:, None], layer)
+    return {"use_cache": True, "past_key_values": cache}

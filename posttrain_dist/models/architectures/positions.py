@@ -9,23 +9,34 @@ from posttrain_dist.errors import ConfigError
 from posttrain_dist.models.architectures.known import LEARNED_POSITIONS
 
 
-def check_row_length(config: Mapping[str, Any], max_length: int) -> None:
+def check_row_length(config: Mapping[str, Any], max_length: int, virtual_tokens: int = 0) -> None:
     """Refuse rows for which the model has no positions, or not the same ones in every pack.
 
     Args:
         config: what config.json of the model holds.
         max_length: tokens of a packed row at most, `data.max_length`.
+        virtual_tokens: of the tuning, which stand before each sample.
 
     Raises:
-        ConfigError: it is above what the model allows.
+        ConfigError: they are above what the model allows.
     """
     limits = sorted(_limits(config))
-    if limits and max_length > limits[0][0]:
-        limit, why = limits[0]
+    sizes = [limit for limit, _ in limits] + [config.get("max_position_embeddings")]
+    context = min((size for size in sizes if isinstance(size, int)), default=None)
+    if virtual_tokens and context is not None and virtual_tokens >= context:
         raise ConfigError(
-            f"is {max_length}, and {why}",
+            f"is {virtual_tokens}, and the context of the model is {context} tokens: there is no "
+            "room for a sample",
+            where="tuning.tokens",
+            fix=f"set tuning.tokens far below {context}",
+        )
+    if limits and max_length + virtual_tokens > limits[0][0]:
+        limit, why = limits[0]
+        plus = f", with tuning.tokens {max_length + virtual_tokens}" if virtual_tokens else ""
+        raise ConfigError(
+            f"is {max_length}{plus}, and {why}",
             where="data.max_length",
-            fix=f"set data.max_length={limit} or less",
+            fix=f"set data.max_length={limit - virtual_tokens} or less",
         )
 
 

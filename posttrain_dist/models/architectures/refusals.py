@@ -8,6 +8,7 @@ from typing import Any
 from posttrain_dist.errors import ModelError, PosttrainError
 from posttrain_dist.models.architectures.known import REFUSED, TRAINED
 from posttrain_dist.models.architectures.native_types import native
+from posttrain_dist.models.quantized import quantisation_fault
 from posttrain_dist.models.shape import ModelShape
 
 _EXPERT_KEYS = (
@@ -39,9 +40,8 @@ def architecture_problems(config: dict[str, Any], file: Path) -> list[PosttrainE
     what, fix = fault or ("", "")
     if what:
         found.append(ModelError(what, where=str(file), fix=fix))
-    if config.get("quantization_config"):
-        what = "holds quantised weights (quantization_config), which cannot be trained in full"
-        fix = "use the folder of the unquantised model"
+    if quantised := quantisation_fault(config):
+        what, fix = quantised
         found.append(ModelError(what, where=str(file), fix=fix))
     return found or _size_problems(config, file)
 

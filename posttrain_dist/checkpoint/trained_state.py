@@ -1,0 +1,144 @@
+"""The state of a small tuning: what is trained, by parameter name, in one safetensors file.
+
+`trained.safetensors` holds for each trained parameter its float32 master under the parameter's
+name, `NAME::exp_avg`, `NAME::exp_avg_sq` and `NAME::step` beside it, and every other tensor that
+the tuning keeps. Nothing in it depends on engine, number of ranks or dtype: a 16-bit parameter is
+its master, rounded. Nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain_dist import dist
+from posttrain_dist.checkpoint.manifest import TRAINED
+from posttrain_dist.engine.base import TrainEngine
+from posttrain_dist.engine.state_files import fitting, open_tensors
+from posttrain_dist.errors import CheckpointError
+from posttrain_dist.files import DigestWriter, FileDigest
+
+if TYPE_CHECKING:
+    import torch
+
+_PART = "::"  # between a parameter's name and what of its state a tensor is
+_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+
+
+def save_trained(
+    engine: TrainEngine, kept: Callable[[str], bool], step: int, folder: Path
+) -> dict[str, FileDigest]:
+    """Write `trained.safetensors`; collective, rank 0 writes.
+
+    Args:
+        kept: of the tuning: which tensors, by name.
+
+    Returns:
+        Its digest; nothing on the other ranks.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    keep = dist.rank() == 0
+
+    def add(name: str, tensor: torch.Tensor) -> None:
+        if keep:
+            tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
+
+    trained = set()
+    for name, state in engine.named_state():
+        trained.add(name)
+        for key, tensor in state.items():
+            add(name if key == "master" else f"{name}{_PART}{key}", tensor)
+    for name, tensor in engine.full_tensors(lambda name: kept(name) and name not in trained):
+        add(name, tensor)
+    if not keep:
+        return {}
+    with DigestWriter(folder / TRAINED) as file:
+        _write(file, tensors, {"step": str(step), "format": "pt"})
+    return {TRAINED: file.digest}
+
+
+def load_trained(engine: TrainEngine, kept: Callable[[str], bool], folder: Path) -> None:
+    """Read what `save_trained` wrote, in whatever layout; collective.
+
+    Raises:
+        CheckpointError: the file holds other tensors than this model has.
+    """
+    with fitting(folder), open_tensors(folder / TRAINED) as file:
+        parts: dict[str, list[str]] = {}
+        for name in file.keys():  # noqa: SIM118  no mapping
+            parts.setdefault(name.partition(_PART)[0], []).append(name)
+        trained = {name for name, _ in engine.local_state(lambda name: True, moments=False)}
+        frozen = {name for name, _ in engine.full_tensors(kept)} - trained
+        _compare(set(parts), trained | frozen, folder / TRAINED)
+
+        def get(name: str) -> dict[str, torch.Tensor]:
+            return {
+                part.partition(_PART)[2] or "master": file.get_tensor(part) for part in parts[name]
+            }
+
+        engine.load_full_tensors({name: file.get_tensor(name) for name in frozen})
+        engine.load_named_state(get, int(file.metadata()["step"]))
+
+
+def read_kept(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors that the tuning keeps, from the state of a checkpoint; trained ones in float32.
+
+    Args:
+        folder: `state/` of the checkpoint.
+    """
+    with fitting(folder), open_tensors(folder / TRAINED) as file:
+        return {name: file.get_tensor(name) for name in file.keys() if _PART not in name}  # noqa: SIM118
+
+
+def _compare(there: set[str], wanted: set[str], path: Path) -> None:
+    if there == wanted:
+        return
+    missing, more = sorted(wanted - there), sorted(there - wanted)
+    lists = [f"{len(n)} {what}: {', '.join(n[:3])}" for what, n in _named(missing, more) if n]
+    raise CheckpointError(
+        f"holds another tuning: {'; '.join(lists)}",
+        where=str(path),
+        fix="resume with the same model.path and tuning, or use train.resume=never",
+    )
+
+
+def _named(missing: list[str], more: list[str]) -> list[tuple[str, list[str]]]:
+    return [("of this run are not in it", missing), ("in it are not of this run", more)]
+
+
+def _write(file: Any, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """The format of safetensors, in order: its own writer takes a path only, which no digest sees.
+
+    Largest alignment first, as it says: here everything is written in 8-byte steps.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for tensor in tensors.values():
+        file.write(tensor.reshape(-1).view(_bytes()).numpy())
+
+
+def _bytes() -> Any:
+    import torch
+
+    return torch.uint8
