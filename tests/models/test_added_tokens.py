@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from posttrain_kernels import linear_cross_entropy, linear_logprob
 from small_configs import small_config
 
 from posttrain_dist.config import (
@@ -25,9 +26,16 @@ from posttrain_dist.engine import AdamW
 from posttrain_dist.engine.single import SingleEngine
 from posttrain_dist.errors import ConfigError
 from posttrain_dist.metrics import LoggingConfig, WandbMode
-from posttrain_dist.models.embeddings.added_tokens import add_rows, added_token_ids
+from posttrain_dist.models.architectures.known import TRAINED
+from posttrain_dist.models.embeddings.added_tokens import (
+    add_rows,
+    added_token_ids,
+    train_added_rows,
+)
 from posttrain_dist.models.folder import load_tokenizer, read_shape
+from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
+from posttrain_dist.models.policy import Policy
 from posttrain_dist.models.tokenizer.new_tokens import write_tokens
 from posttrain_dist.prepare import prepare
 from posttrain_dist.prepare.fingerprint import fingerprint
@@ -260,3 +268,39 @@ def test_two_workers_equal_one(tiny_llama, run_workers):
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
     grown = sum(p.numel() for p in model.parameters()) + 2 * 2 * 32
     assert told[0]["tokens zero3"]["elements"] == grown
+
+
+SAMPLE = {"gpt2", "biogpt", "phi"}
+OWN_TABLES = {"gemma4_text", "gemma4_unified_text"}
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(t, marks=() if t in SAMPLE else pytest.mark.slow)
+        for t in sorted(TRAINED - OWN_TABLES)
+    ],
+)
+def test_trained_rows_are_as_if_they_stood_in_the_matrix(model_type):
+    ids = torch.tensor([[5, 221, 7, 220, 222, 9]])
+    logits = []
+    for apart in (False, True):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(
+            small_config(model_type), dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        add_rows(model, [220, 221, 222])
+        model.requires_grad_(False)
+        if apart:
+            train_added_rows(model, lambda name: False)
+            kernels = HeadKernels(linear_cross_entropy, linear_logprob)
+            Policy(model, kernels, 1)  # whose head reads the rows
+        matrices = {
+            id(m.weight): m for m in (model.get_input_embeddings(), model.get_output_embeddings())
+        }
+        for module in matrices.values():
+            rows = module.token_adapter.trainable_tokens_delta if apart else module.weight[220:]
+            rows.detach().copy_(torch.arange(rows.numel()).reshape(rows.shape).sin())
+        logits.append(model(ids, use_cache=False).logits.detach())
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-6, atol=1e-6)
+    assert logits[0].std() > 1e-3

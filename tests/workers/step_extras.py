@@ -1,6 +1,6 @@
 """Three steps of two ranks beside the single engine: rank world port model.
 
-Bottleneck adapters and added tokens with noise on the embeddings, each under ZeRO-1 and ZeRO-3.
+Bottleneck adapters, and added tokens with noise on the embeddings, by LoRA and in full.
 """
 
 import json
@@ -24,6 +24,7 @@ from posttrain_dist.models.policy import Policy
 from posttrain_dist.objectives.base import TokenCount, TokenLoss
 from posttrain_dist.tuning.bottleneck import Bottleneck, Placement
 from posttrain_dist.tuning.full import Full
+from posttrain_dist.tuning.lora import Lora
 
 STEPS = 3
 rank, world, port = (int(argument) for argument in sys.argv[1:4])
@@ -113,6 +114,8 @@ cases = {
     "bottleneck zero1": case(1, houlsby),
     "bottleneck zero3": case(3, houlsby),
     "bottleneck zero3 recomputed": case(3, parallel, recompute="full"),
+    "tokens lora zero2": case(2, Lora(rank=4, targets="attention"), **grown),
+    "tokens lora zero3": case(3, Lora(rank=4, targets="attention"), **grown),
     "tokens zero1": case(1, Full(), **grown),
     "tokens zero3": case(3, Full(), **grown),
 }
