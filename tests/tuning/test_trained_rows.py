@@ -15,7 +15,9 @@ from posttrain_dist.config import Full
 from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.errors import ConfigError
 from posttrain_dist.flow import Example
+from posttrain_dist.objectives.base import TokenCount, TokenLoss
 from posttrain_dist.tuning.base import fill_parameters
+from posttrain_dist.tuning.bottleneck import Bottleneck, Placement
 from posttrain_dist.tuning.lora import Lora
 
 TOKENS = ["<a>", "<b>", "<c>", "<d>"]  # of a model with three rows that no token uses
@@ -165,3 +167,28 @@ def test_embeddings_that_are_trained_in_full_have_their_rows_in_them(folders):
     assert all(gradients[n].abs().max() > 0 for n in trained if "lora_A" not in n)
     with pytest.raises(ConfigError, match="the head is a target itself"):
         tuned_policy(folders("untied"), replace(LORA, targets=["lm_head"]))
+
+
+def test_on_a_base_in_nf4_they_and_bottlenecks_are_trained(nf4_llama):
+    batch, old = collate(rows()), collate(tuned.examples())
+    hidden, losses = [], {}
+    for tuning, tokens in (
+        (LORA, []),
+        (LORA, TOKENS),
+        (Bottleneck(placement=Placement.houlsby, reduction=8), []),
+    ):
+        policy = tuned.tuned_policy(nf4_llama, tuning, add_tokens=tokens, nf4=True)
+        with torch.no_grad():
+            hidden.append(policy.hidden(old))
+        engine = tuned.engine_of(policy)
+        engine.train(True)
+        losses[type(tuning).__name__, len(tokens)] = steps = []
+        for _ in range(5):
+            loss = engine.forward(batch if tokens else old, TokenLoss(), TokenCount(20.0))
+            engine.backward(loss.total, last=True)
+            steps.append(float(loss.total.detach()))
+            engine.step(1e-2)
+        weights = [m.weight for m in policy.modules() if hasattr(m, "quant_state")]
+        assert len(weights) == 14 and all(w.grad is None for w in weights)
+    assert torch.equal(hidden[0], hidden[1]) and torch.equal(hidden[0], hidden[2])
+    assert all(steps[-1] < steps[0] - 0.05 for steps in losses.values()), losses
