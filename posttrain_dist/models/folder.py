@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,6 +16,12 @@ from posttrain_dist.models.tokenizer import ModelTokenizer, read_tokenizer
 TINY_BASE = "tiny_base"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+# Of config.json, what changes no network: how it is stored, who wrote it, a cache of generation,
+# code that is never run.
+NO_NETWORK = frozenset(
+    {"torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache", "auto_map"}
+)
 
 _CONVERT = (
     "convert them once: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
@@ -58,6 +65,11 @@ def check_folder(path: Path, need_weights: bool = True) -> dict[str, Any]:
     config, found = _read_config(path, state)
     raise_all([*found, *(_weight_problems(path, state) if need_weights else [])])
     return config
+
+
+def network_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a model's config.json decides the network."""
+    return {key: value for key, value in sorted(config.items()) if key not in NO_NETWORK}
 
 
 def read_shape(path: str) -> ModelShape:
@@ -150,6 +162,13 @@ def _read_config(
     fix = "the folder of a Hugging Face causal LM has one"
     if (folder / "export" / file.name).is_file():
         fix = f"this is a run; the model that it made is {folder / 'export'}"
+    elif (folder / "adapter").is_dir() and (folder / "config.yaml").is_file():
+        fix = (
+            f"this is a run that trained an adapter; `posttrain export {folder} OUT --merge` makes "
+            "a model of it, and tuning.init_from continues it"
+        )
+    elif (folder / "adapter_config.json").is_file():
+        fix = "this is an adapter: set model.path to its base, and tuning.init_from to this folder"
     config = _read_object(file, fix)
     return config, architecture_problems(config, file)
 
