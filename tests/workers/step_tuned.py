@@ -9,10 +9,10 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from tempfile import TemporaryDirectory
 
 import torch
-from tuned_models import KERNELS, examples
+from tuned_models import KERNELS, examples, write_folder
 
 from posttrain_dist import dist
 from posttrain_dist.data.packs.collate import collate
@@ -81,11 +81,9 @@ def train(engine, tuning, recompute, ranks):
 def continued(engine, tuning, kept, network):
     """What the model holds when the tuning begins with these, as an adapter folder."""
     saved = tuning.to_adapter(kept, network)
-    package = "posttrain_dist.tuning.adapters"
-    sys.modules[package] = SimpleNamespace()
-    sys.modules[f"{package}.adapter_folder"] = SimpleNamespace(read_adapter=lambda folder: saved)
-    again = replace(tuning, init_from="a folder")
-    build(engine, again)
+    with TemporaryDirectory() as place:
+        adapter = write_folder(Path(place) / "adapter", saved, folder)
+        build(engine, replace(tuning, init_from=str(adapter)))
     return {n: t.clone() for n, t in engine.full_tensors()}
 
 
