@@ -40,7 +40,13 @@ from posttrain_dist.files import read_object, write_atomic
 from posttrain_dist.flow import Batch
 from posttrain_dist.models import Weights
 from posttrain_dist.models.finite import refuse_nonfinite
-from posttrain_dist.models.folder import check_folder, network_of, read_shape, resolve
+from posttrain_dist.models.folder import (
+    check_folder,
+    grown_config,
+    network_of,
+    read_shape,
+    resolve,
+)
 from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Extends, Policy
@@ -258,7 +264,7 @@ def make_source(
     config: RunConfig, examples: Examples, process: Process, *, mixed: bool = True
 ) -> PackedSource:
     """The batches of this rank; `mixed`: drawn from sources by weight, as training does."""
-    shape = read_shape(config.model.path)
+    shape = read_shape(config.model.path, config.model.add_tokens)
     return PackedSource(
         examples,
         config.objective,
@@ -284,7 +290,9 @@ def run_manifest(
     """The manifest of this run's checkpoints, but for their step."""
     engine = config.engine
     name = f"zero{engine.stage}" if isinstance(engine, DeepSpeed) else "single"
-    network = network_of(check_folder(resolve(config.model.path), need_weights=False))
+    folder = resolve(config.model.path)
+    found = check_folder(folder, need_weights=False)
+    network = network_of(grown_config(folder, found, config.model.add_tokens))
     return Manifest(
         step=0,
         recipe=Recipe(data.channels, _recipe(config, data.fingerprint), network),

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from posttrain_dist.tuning.injection.targets import Linear
 
 _log = logging.getLogger(__name__)
-# Their names stand in checkpoints; see injection/pissa.py.
-_INITIAL = ("pissa_initial_A", "pissa_initial_B")
+# Their names stand in checkpoints; see injection/pissa.py and models/embeddings/added_tokens.py.
+_BUFFERS = ("pissa_initial_A", "pissa_initial_B", "token_ids")
 
 
 class LoraInit(Enum):
@@ -131,9 +131,9 @@ class Lora(AdapterTuning):
         return any(part in self.marks for part in parts) or self._saved_in_full(name)
 
     def kept(self, name: str) -> bool:
-        """What is trained, a frozen A, and what PiSSA began with."""
+        """What is trained, a frozen A, what PiSSA began with, and which tokens were added."""
         parts = name.split(".")
-        return "lora_A" in parts or parts[-1] in _INITIAL or self.trained(name)
+        return "lora_A" in parts or parts[-1] in _BUFFERS or self.trained(name)
 
     def lr_ratio(self, name: str) -> float:
         """B learns `lr_ratio_b` times as fast as the rest."""
@@ -175,6 +175,7 @@ class Lora(AdapterTuning):
         Raises:
             ConfigError: a target is not there, is too small for the rank, or cannot be changed.
         """
+        from posttrain_dist.models.embeddings.added_tokens import train_added_rows
         from posttrain_dist.tuning.injection.inject import inject, quiet_import
 
         targets = self._find_targets(model)
@@ -184,6 +185,7 @@ class Lora(AdapterTuning):
             from posttrain_dist.tuning.injection.pissa import begin_with_singular_vectors
 
             begin_with_singular_vectors(model, self.scale)
+        train_added_rows(model, self._saved_in_full)
         self._log_scale(len(targets))
 
     def attach(self, model: nn.Module) -> None:
@@ -305,12 +307,16 @@ class Lora(AdapterTuning):
         network: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """The base tensor with A and B in it, or as it was trained in full."""
+        from posttrain_dist.models.embeddings.added_tokens import merged_rows
         from posttrain_dist.tuning.injection.inject import base_name
         from posttrain_dist.tuning.injection.low_rank import LowRank, is_turned
 
         own = base_name(kept, name)
         if own in kept:
             return kept[own].to(weight)
+        grown = merged_rows(own, weight, kept)
+        if grown is not None:
+            return grown
         module, _, leaf = own.rpartition(".")
         low_rank = LowRank.of(kept, module) if leaf == "weight" else None
         if low_rank is None:

@@ -182,8 +182,8 @@ def _check_plain(adapter: WeightedAdapter) -> None:
             where=where,
             fix="`posttrain chat` and `posttrain evaluate` switch between others: --adapter",
         )
-    more = ("use_dora", "modules_to_save", "trainable_token_indices", "rank_pattern")
-    more = (*more, "alpha_pattern", "lora_bias")
+    more = ["use_dora", "modules_to_save", "trainable_token_indices", "rank_pattern"]
+    more += ["alpha_pattern", "lora_bias"]
     found = [key for key in more if config.get(key)]
     other = [name for name in adapter.saved.tensors if ".lora_A." not in name]
     other = [name for name in other if ".lora_B." not in name]
