@@ -12,7 +12,6 @@ import torch
 
 from posttrain_dist import dist
 from posttrain_dist.build import (
-    PreparedData,
     build_policy,
     frozen_dtype,
     make_engine,
@@ -24,7 +23,6 @@ from posttrain_dist.build import (
     run_manifest,
 )
 from posttrain_dist.checkpoint import resume, store
-from posttrain_dist.checkpoint.hf_folder import RunFacts, write_hf_folder
 from posttrain_dist.checkpoint.manifest import Manifest
 from posttrain_dist.checkpoint.notices import Notices
 from posttrain_dist.checkpoint.trained_state import load_trained
@@ -37,13 +35,13 @@ from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.engine.optimizers import learning_rate
 from posttrain_dist.engine.state_files import fitting, step_of_file
 from posttrain_dist.errors import CheckpointError
+from posttrain_dist.export import RehearseExport, RunExport
 from posttrain_dist.files import write_atomic
 from posttrain_dist.flow import StepInfo
 from posttrain_dist.hooks import EndOnNonfinite, Evaluate, Log, Save
 from posttrain_dist.logs import log_to_file, notify
 from posttrain_dist.loop import Stop, fit
 from posttrain_dist.metrics.special_tokens import TokenMeter
-from posttrain_dist.models.folder import resolve
 from posttrain_dist.models.policy import Policy
 
 _log = logging.getLogger(__name__)
@@ -90,6 +88,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
         rate = partial(learning_rate, config.optimizer, total_steps=steps)  # type: ignore[arg-type]
         update_check = make_update_check(config, engine, policy, rate, start)
         facts = model_facts(config, policy, source)
+        export = RunExport(config, run_folder, manifest, data.served, partial(notify, run_folder))
         with Log(config, run_folder, engine, source, facts, start) as log:
             _write_main(run_folder / "logs" / "plan.json", total_steps=steps, start_step=start)
             updates = fit(
@@ -109,6 +108,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
                     evaluate,
                     log,
                     update_check,
+                    RehearseExport(export, engine.full_tensors),
                     Save(config, run_folder, engine, manifest, log),
                     EndOnNonfinite(run_folder),
                 ),
@@ -118,26 +118,9 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
                 last = info
             completed = last.last and not last.stopped
             if completed and config.checkpoint.export:
-                _export(config, run_folder, engine, manifest, data)
+                export.write(engine.full_tensors, last.step)
         outcome = _outcome(last.step, steps, completed, log)
         _write_main(run_folder / "logs" / "outcome.json", **outcome)
-
-
-def _export(
-    config: RunConfig,
-    run_folder: Path,
-    engine: TrainEngine,
-    manifest: Manifest,
-    data: PreparedData,
-) -> None:
-    write_hf_folder(
-        engine.full_tensors(),
-        resolve(config.model.path),
-        run_folder / "export",
-        dtype=getattr(torch, manifest.layout.dtype),
-        facts=RunFacts(manifest.recipe.model, data.end_token_ids, data.served),
-        notice=partial(notify, run_folder),
-    )
 
 
 def _enter(config: RunConfig, run_folder: Path, process: Process) -> Path:
