@@ -134,8 +134,15 @@ def _enter(config: RunConfig, run_folder: Path, process: Process) -> Path:
 
 
 def _say_settings(config: RunConfig, run_folder: Path, *, on_cpu: bool) -> None:
-    _log.info("%s", learning_rate_line(config))
-    for line in warnings(config, on_cpu=on_cpu) if dist.rank() == 0 else []:
+    """The learning rate, on the terminal where it is not that of full tuning; and warnings."""
+    if dist.rank() != 0:
+        return
+    lines = warnings(config, on_cpu=on_cpu)
+    if config.tuning.whole_model:
+        _log.info("%s", learning_rate_line(config))
+    else:
+        lines = [learning_rate_line(config), *lines]
+    for line in lines:
         notify(run_folder, line)
 
 
