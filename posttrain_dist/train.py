@@ -28,6 +28,7 @@ from posttrain_dist.checkpoint.notices import Notices
 from posttrain_dist.checkpoint.trained_state import load_trained
 from posttrain_dist.config import RunConfig, complete
 from posttrain_dist.config.advice import learning_rate_line, warnings
+from posttrain_dist.data.packs.collate import filler
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import DeepSpeed
@@ -73,6 +74,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
 
         # The head is checked, the state of a checkpoint read, the kernels checked.
         engine.train(False)  # no dropout
+        _run_once(engine, config.objective)
         policy.check_head(make_probe(data.train).to(engine.device))
         manifest = run_manifest(config, data, process, dtype)
         start = _resume(config, run_folder, engine, manifest, steps)
@@ -192,6 +194,18 @@ def _load(config: RunConfig, engine: TrainEngine, there: Manifest, found: Path) 
             load_trained(engine, config.tuning.kept, found / store.STATE)
     else:
         engine.load_state(found / store.STATE)
+
+
+@torch.no_grad()
+def _run_once(engine: TrainEngine, objective: Any) -> None:
+    """A forward through the engine, which every other use of the policy needs before it.
+
+    In it ZeRO-3 finds out which modules read the weights of others (DoRA's do), and gathers these
+    from then on, in a plain call of the policy too.
+    """
+    batch = filler(objective).to(engine.device)
+    count = objective.count(batch)
+    engine.forward(batch, objective, count._make([1.0] * len(count)))
 
 
 def _check_parity(policy: Policy, source: PackedSource, step: int, device: torch.device) -> None:
