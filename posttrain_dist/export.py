@@ -237,7 +237,8 @@ class RehearseExport:
 
     def __init__(self, export: RunExport, full_tensors: FullTensors) -> None:
         self._export, self._full_tensors = export, full_tensors
-        self._done = export.config.tuning.whole_model
+        config = export.config
+        self._done = config.tuning.whole_model or not config.checkpoint.export
 
     def __call__(self, info: StepInfo) -> None:
         """Rehearse once; collective.
