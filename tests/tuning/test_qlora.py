@@ -10,8 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from posttrain_dist.checkpoint import CheckpointConfig
+from posttrain_dist.config import (
+    DataConfig,
+    Lora,
+    Quantize,
+    RunConfig,
+    TrainConfig,
+    complete,
+)
 from posttrain_dist.engine import AdamW
 from posttrain_dist.engine.single import SingleEngine
+from posttrain_dist.files import read_rows
+from posttrain_dist.metrics import LoggingConfig, WandbMode
+from posttrain_dist.prepare import prepare
+from posttrain_dist.train import train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "workers"))
 import train_nf4
@@ -69,3 +82,34 @@ def test_two_ranks_train_as_one_process(
     assert distance(trained, start) > 0.1
     share = told[0]["held"] / told[0]["whole"]
     assert share == pytest.approx(0.5 if stage == 3 else 1.0, rel=0.01)
+
+
+def trained(root, name, tuning, steps, resume="auto", **options):
+    """Rows of metrics.jsonl of a run of the small base model on the embedded data."""
+    config = complete(
+        RunConfig(
+            data=DataConfig(train="embedded", max_length=256),
+            tuning=tuning,
+            optimizer=AdamW(lr=3e-3),
+            train=TrainConfig(steps=steps, batch_size=4, micro_batch_size=4, resume=resume),
+            checkpoint=CheckpointConfig(export=False),
+            logging=LoggingConfig(wandb=WandbMode.off),
+        )
+    )
+    if not (root / "prepared").exists():
+        prepare(config, root / "prepared")
+    (root / name).mkdir(exist_ok=True)
+    if not (root / name / "prepared").exists():
+        (root / name / "prepared").symlink_to(root / "prepared")
+    train(config, root / name)
+    return read_rows(root / name / "metrics.jsonl")
+
+
+@pytest.mark.slow
+def test_the_loss_is_that_of_lora_on_an_unquantised_base(tmp_path):
+    rows = {q: trained(tmp_path, q.name, Lora(quantize=q), 100) for q in Quantize}
+    plain, nf4 = ([row["eval/loss"] for row in rows[q] if "eval/loss" in row] for q in Quantize)
+    print(f"held-out loss at steps 0 and 100: LoRA {plain}, QLoRA {nf4}")
+    assert 1e-3 < abs(nf4[0] / plain[0] - 1) < 0.02
+    assert abs(nf4[-1] / plain[-1] - 1) < 0.02
+    assert plain[-1] < plain[0] - 0.5
