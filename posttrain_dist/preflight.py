@@ -39,6 +39,7 @@ def input_problems(config: RunConfig, verb: str = "train") -> list[PosttrainErro
     found += _faults(lambda: _check_model(config, need_weights))
     found += _data_faults(config, only_heldout=verb == "evaluate")
     if verb in ("train", "submit"):
+        found += _faults(lambda: _check_init_from(config))
         found += _cluster_faults(config, verb)
         found += _faults(lambda: _check_resume(config.train.resume))
         found += _faults(lambda: resolve_mode(config.logging.wandb))
@@ -63,6 +64,15 @@ def _check_model(config: RunConfig, need_weights: bool) -> None:
     check_base(model, folder, adapters=adapters, fresh=not need_weights)
     check_row_length(model, config.data.max_length, config.tuning.virtual_tokens)
     config.tuning.check_network(model)
+
+
+def _check_init_from(config: RunConfig) -> None:
+    """The adapter that the training goes on with is whole, and of this base model."""
+    named = getattr(config.tuning, "init_from", None)
+    if named is not None:
+        from posttrain_dist.tuning.adapters.base_check import check_base
+
+        check_base(Path(named), resolve(config.model.path))
 
 
 def _data_faults(config: RunConfig, only_heldout: bool) -> list[PosttrainError]:

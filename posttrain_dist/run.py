@@ -188,10 +188,11 @@ def finish(
     outcome = read_outcome(folder)
     if not outcome.completed:
         return outcome
+    from posttrain_dist.export import made_folder
     from posttrain_dist.report import write_report
 
-    has_export = (folder / "export" / "config.json").is_file()
-    if config.eval.generate_rows > 0 and has_export and config.objective.rows == "messages":
+    has_made = (folder / made_folder(config)).is_dir()
+    if config.eval.generate_rows > 0 and has_made and config.objective.rows == "messages":
         from posttrain_dist.evaluation.answers import compare
 
         log("asking the model before and after ...")

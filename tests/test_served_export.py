@@ -16,12 +16,13 @@ from posttrain_launch.cli import main
 from served_exports import config_of, prompt_of, served_of, tokenizer_of, write
 
 from posttrain_dist.checkpoint import store
-from posttrain_dist.checkpoint.manifest import MANIFEST, network_of, read_manifest
+from posttrain_dist.checkpoint.manifest import MANIFEST, read_manifest
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.errors import CheckpointError
 from posttrain_dist.export import export_checkpoint
 from posttrain_dist.files import read_object
+from posttrain_dist.models.folder import network_of
 from posttrain_dist.prepare import prepare
 from posttrain_dist.run import run
 from posttrain_dist.train import train

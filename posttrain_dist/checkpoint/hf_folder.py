@@ -23,6 +23,7 @@ from posttrain_dist.data.chat.rendering.template_choice import DEFAULT
 from posttrain_dist.errors import CheckpointError, ModelError, reason
 from posttrain_dist.files import commit_folder, partial_of, read_object
 from posttrain_dist.models.folder import load_tokenizer
+from posttrain_dist.models.tokenizer.new_tokens import write_tokens
 
 SHARD_BYTES = 4 << 30
 
@@ -36,6 +37,8 @@ class RunFacts:
     network: Mapping[str, Any] = field(default_factory=dict)  # `Recipe.model`; empty: the source's
     end_token_ids: Sequence[int] = ()  # that end an assistant turn: generation stops at them
     served: Served | None = None  # chat templates and rows to check them; null: the source's
+    card: str = ""  # text of README.md; "": there is none
+    added_tokens: Sequence[str] = ()  # `model.add_tokens`, which the source's tokenizer has not
 
 
 def write_hf_folder(
@@ -82,16 +85,58 @@ def write_hf_folder(
         with _leaving_nothing(partial, target):
             writer.finish()
             _write_config(config, partial, dtype)
-            carry_files(source, partial, templates=facts.served is None, notice=notice)
-            if facts.served is not None:
-                _write_templates(facts.served, partial)
-            _write_generation_config(source, partial, facts.end_token_ids, notice)
-            if facts.served is not None:
-                check_served(partial, facts.served, target, notice)
+            if facts.card:
+                (partial / "README.md").write_text(facts.card, encoding="utf-8")
+            write_served_files(source, partial, facts, target, notice)
             commit_folder(partial, target, replace=True)
 
     dist.on_main(finish)
     return target
+
+
+def write_served_files(
+    source: Path,
+    folder: Path,
+    facts: RunFacts,
+    target: Path,
+    notice: Callable[[str], None] = _log.info,
+) -> None:
+    """What is served beside the weights, of a model as of an adapter; see `write_hf_folder`.
+
+    Args:
+        folder: written to.
+        target: what it will be called, for errors.
+
+    Raises:
+        CheckpointError: a training row's prompt comes out otherwise than it was trained.
+        OSError: the disk refused.
+    """
+    carry_files(source, folder, templates=facts.served is None, notice=notice)
+    if not (folder / "config.json").is_file():
+        _keep_tokenizer_class(source, folder)
+    write_tokens(folder, facts.added_tokens)
+    if facts.served is not None:
+        _write_templates(facts.served, folder)
+    _write_generation_config(source, folder, facts.end_token_ids, notice)
+    if facts.served is not None:
+        check_served(folder, facts.served, target, notice)
+
+
+def _keep_tokenizer_class(source: Path, folder: Path) -> None:
+    """An adapter has no config.json, by which transformers may choose the tokenizer's class."""
+    from transformers import AutoTokenizer
+
+    try:
+        wanted, found = (
+            type(AutoTokenizer.from_pretrained(f, local_files_only=True, trust_remote_code=False))
+            for f in (source, folder)
+        )
+    except Exception:  # tokenizers raise bare Exception; `check_served` says what is wrong
+        return
+    if wanted is not found:
+        file = folder / "tokenizer_config.json"
+        values = {**read_object(file), "tokenizer_class": wanted.__name__}
+        file.write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 @contextlib.contextmanager

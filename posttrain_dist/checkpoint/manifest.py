@@ -15,6 +15,7 @@ import xxhash
 
 from posttrain_dist.errors import CheckpointError
 from posttrain_dist.files import FileDigest
+from posttrain_dist.models.folder import NO_NETWORK
 
 MANIFEST = "MANIFEST.json"
 TRAINED = "trained.safetensors"  # in `state/` of a checkpoint by parameter name
@@ -22,23 +23,13 @@ FORMAT = 5
 READABLE = (4, FORMAT)
 WITH_NETWORK = 5  # first format that has `recipe.model`, of a run with prepared/served.json
 WITHOUT_DIGEST = (1, 2, 3)  # formats whose manifest has none of itself
-# Of config.json, what changes no network: how it is stored, who wrote it, a cache of generation,
-# code that is never run.
-_NO_NETWORK = frozenset(
-    {"torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache", "auto_map"}
-)
-
-
-def network_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a model's config.json decides the network, for `Recipe.model`."""
-    return {key: value for key, value in sorted(config.items()) if key not in _NO_NETWORK}
 
 
 def with_network(config: Mapping[str, Any], network: Mapping[str, Any]) -> dict[str, Any]:
     """config.json as it is now, with the network that a recipe has; empty: as it is."""
     if not network:
         return dict(config)
-    return {**network, **{key: value for key, value in config.items() if key in _NO_NETWORK}}
+    return {**network, **{key: value for key, value in config.items() if key in NO_NETWORK}}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Answers to held-out rows before and after training, and how many are right.
 
-prepared/heldout_records.jsonl -> choose -> answer (base, export) -> answers.json
+prepared/heldout_records.jsonl -> choose -> answer (base, what the run made) -> answers.json
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _final(answer: str) -> str:
 
 
 def compare(config: RunConfig, run_folder: Path) -> dict[str, Any]:
-    """Answer held-out rows with the base model and the run's export; write answers.json.
+    """Answer held-out rows with the base model and what the run made; write answers.json.
 
     Answered are up to `eval.generate_rows` rows of each channel with one right answer, and
     `eval.samples` rows of the other channels in turn. With `model.weights=random` there is no
@@ -62,7 +62,7 @@ def compare(config: RunConfig, run_folder: Path) -> dict[str, Any]:
 
     Raises:
         DataError: the run folder has no held-out rows.
-        ModelError: base model or export cannot be loaded.
+        ModelError: base model, export or adapter cannot be loaded.
     """
     rows = _read_rows(run_folder / "prepared" / "heldout_records.jsonl")
     exact = _exact_rows(rows, config.eval.generate_rows)
@@ -100,11 +100,11 @@ def _answer(
     sampling: Sampling,
     has_base: bool,
 ) -> tuple[list[Reply], list[Reply]]:
-    """Answers of the export and of the base model; empty ones where there is no base model.
+    """Answers of the export (or of base and adapter) and of the base model, if there is one.
 
     Each model is loaded only if there is a row, and freed at the end. The base model is asked with
     the tokenizer and template of the export, and stops where that does: it may have no template of
-    its own, or another one than was trained.
+    its own, or another one than was trained. Of an ensemble of prompts the first one answers.
     """
     empty = [Reply("", StopReason.end_token)] * len(rows)
     if not rows:
@@ -112,7 +112,8 @@ def _answer(
     from posttrain_dist.models.folder import resolve
 
     prompts = [_split(row)[0] for row in rows]
-    generator = LocalGenerator.load(run_folder / "export")
+    made = "export" if config.tuning.whole_model else "adapter"
+    generator = LocalGenerator.load(run_folder / made)
     after = generator.reply(prompts, sampling)
     if not has_base:
         return after, empty

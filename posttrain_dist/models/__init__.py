@@ -76,4 +76,10 @@ def model_rules(model: ModelConfig) -> list[Rule]:
             "is on, and model.activation_checkpointing is none, so that nothing is kept to offload",
             "set model.activation_checkpointing=full",
         ),
+        Rule(
+            all(model.add_tokens) and len(set(model.add_tokens)) == len(model.add_tokens),
+            "model.add_tokens",
+            f"is {model.add_tokens}: a token is empty, or stands there twice",
+            "name each new token once, for instance '[<tool>,</tool>]'",
+        ),
     ]

@@ -201,9 +201,7 @@ class AdapterTuning(Tuning):
         self.insert(model)
         Tuning.attach(self, model)
         if self.init_from is not None:
-            from posttrain_dist.tuning.adapters.adapter_folder import (  # type: ignore[import-not-found, unused-ignore]
-                read_adapter,
-            )
+            from posttrain_dist.tuning.adapters.adapter_folder import read_adapter
 
             config: Any = model.config
             saved = read_adapter(Path(self.init_from))

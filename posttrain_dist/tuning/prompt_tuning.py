@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from posttrain_dist.errors import ModelError, Rule, at_least
-from posttrain_dist.tuning.base import SavedAdapter
+from posttrain_dist.tuning.saved_adapter import ENSEMBLE, SavedAdapter
 from posttrain_dist.tuning.virtual import (
     EMBEDDINGS,
     VirtualTuning,
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from posttrain_dist.flow import Batch
-
-ENSEMBLE = "posttrain_ensemble"  # key of an adapter's config: how many prompts its tensor holds
 
 
 @dataclass(kw_only=True, slots=True)

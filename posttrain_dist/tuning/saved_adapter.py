@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import torch
 
 
+ENSEMBLE = "posttrain_ensemble"  # key of a config: how many prompts stand in the tensors
+
+
 class SavedAdapter(NamedTuple):
     """An adapter as its folder holds it."""
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from posttrain_dist.config import RunConfig
 from posttrain_dist.engine import DeepSpeed
+from posttrain_dist.tuning.base import AdapterTuning
 
 RESERVED = ("embedded", "tiny_base")  # names of what comes with the package, not paths
 
@@ -27,6 +28,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     if template.name.endswith(".jinja"):
         template = replace(template, name=_absolute_path(template.name))
     model = replace(config.model, path=_absolute_path(config.model.path))
+    tuning = config.tuning
+    if isinstance(tuning, AdapterTuning) and tuning.init_from is not None:
+        tuning = replace(tuning, init_from=_absolute_path(tuning.init_from))
     engine = config.engine
     if isinstance(engine, DeepSpeed) and engine.config is not None:
         engine = replace(engine, config=_absolute_path(engine.config))
@@ -42,6 +46,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         data=data,
         template=template,
         model=model,
+        tuning=tuning,
         engine=engine,
         train=train,
         output_root=root,

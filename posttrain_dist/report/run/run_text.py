@@ -72,7 +72,7 @@ def _samples(samples: list[dict[str, Any]]) -> str:
 
 def _places(run_folder: Path) -> str:
     lines = [("run folder", str(run_folder))]
-    for name, part in (("report", "report.html"), ("export", "export")):
+    for name, part in (("report", "report.html"), ("export", "export"), ("adapter", "adapter")):
         if (run_folder / part).exists():
             lines.append((name, str(run_folder / part)))
     if offline := sorted(map(str, (run_folder / "wandb").glob("offline-run-*"))):

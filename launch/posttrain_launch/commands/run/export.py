@@ -1,4 +1,4 @@
-"""`posttrain export`: a checkpoint of a run as a Hugging Face folder."""
+"""`posttrain export`: a checkpoint of a run as a Hugging Face folder, or as an adapter folder."""
 
 from __future__ import annotations
 
@@ -14,15 +14,28 @@ def command(arguments: list[str], debug: bool) -> int:
     parser = parser_of("export")
     add_run_folder(parser)
     parser.add_argument(
-        "out", type=Path, nargs="?", metavar="OUT", help="the new folder; left out: RUN/export"
+        "out",
+        type=Path,
+        nargs="?",
+        metavar="OUT",
+        help="the new folder; left out: RUN/export, or RUN/adapter of a run that trained one",
     )
     parser.add_argument("--step", type=int, help="of a checkpoint; left out: the newest")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="left out: what the run trained in"
     )
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="an rsLoRA or PiSSA adapter as plain LoRA that equals it, which every engine loads",
+    )
     given = parser.parse_args(arguments)
     from posttrain_dist.export import export_checkpoint
 
     notice = partial(print, file=sys.stderr)  # standard output is the path alone
-    print(export_checkpoint(given.run.absolute(), given.out, given.step, given.dtype, notice))
+    print(
+        export_checkpoint(
+            given.run.absolute(), given.out, given.step, given.dtype, notice, plain=given.plain
+        )
+    )
     return 0
