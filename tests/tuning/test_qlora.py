@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,15 @@ from safetensors.torch import load_file
 
 from posttrain_dist.checkpoint import CheckpointConfig
 from posttrain_dist.config import (
+    Bottleneck,
     DataConfig,
     Dtype,
+    Ia3,
     Lora,
     ModelConfig,
+    Prefix,
+    Prompt,
+    PTuning,
     Quantize,
     RunConfig,
     TrainConfig,
@@ -28,6 +34,7 @@ from posttrain_dist.engine import AdamW, DeepSpeed, Single
 from posttrain_dist.engine.single import SingleEngine
 from posttrain_dist.files import read_rows
 from posttrain_dist.metrics import LoggingConfig, WandbMode
+from posttrain_dist.objectives.base import TokenCount, TokenLoss
 from posttrain_dist.prepare import prepare
 from posttrain_dist.train import train
 
@@ -87,6 +94,50 @@ def test_two_ranks_train_as_one_process(
     assert distance(trained, start) > 0.1
     share = told[0]["held"] / told[0]["whole"]
     assert share == pytest.approx(0.5 if stage == 3 else 1.0, rel=0.01)
+
+
+METHODS = {
+    "lora": Lora(rank=4),
+    "rslora": Lora(rank=4, rslora=True),
+    "dora": Lora(rank=4, dora=True),
+    "ia3": Ia3(),
+    "bottleneck": Bottleneck(reduction=4),
+    "prompt": Prompt(tokens=3),
+    "p_tuning": PTuning(tokens=3),
+    "prefix": Prefix(tokens=3),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_any_method_stands_on_a_base_in_nf4(nf4_llama, name):
+    """Everything that it trains gets the gradient that it gets on the dequantised weights."""
+    import bitsandbytes
+
+    gradients = []
+    for dequantise in (False, True):
+        torch.manual_seed(0)
+        engine = SingleEngine(AdamW(), CPU)
+        policy = train_nf4.policy_of(nf4_llama, engine, torch.float32, METHODS[name])
+        engine.train(True)
+        linears = [m for m in policy.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+        assert len(linears) == 14
+        if dequantise:
+            for linear in linears:
+                by = bitsandbytes.functional.dequantize_4bit(
+                    linear.weight.data, linear.weight.quant_state
+                )
+                linear.forward = partial(torch.nn.functional.linear, weight=by)
+        for step in (1, 2):  # B is 0 at first, and A's gradient then
+            batch = train_nf4.batches(step)[0]
+            loss = engine.forward(batch, TokenLoss(), TokenCount(10.0))
+            engine.backward(loss.total, last=True)
+            found = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+            engine.step(1e-2)
+        gradients.append(found)
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, gradient in gradients[0].items():
+        assert gradient.abs().sum() > 0, key
+        torch.testing.assert_close(gradient, gradients[1][key], rtol=1e-3, atol=1e-5, msg=key)
 
 
 def config_of(**changes) -> RunConfig:

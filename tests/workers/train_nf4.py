@@ -22,6 +22,7 @@ from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
 from posttrain_dist.objectives.base import TokenCount, TokenLoss
+from posttrain_dist.tuning.base import AdapterTuning
 
 CPU = torch.device("cpu")
 RATE = 1e-2
@@ -46,18 +47,20 @@ def batches(step: int) -> list[Batch]:
     return rows
 
 
-def policy_of(folder: Path, engine: Any, dtype: torch.dtype) -> Policy:
+def policy_of(
+    folder: Path, engine: Any, dtype: torch.dtype, tuning: AdapterTuning = LORA
+) -> Policy:
     model = load_model(
         ModelConfig(path=str(folder)),
         folder,
         dtype=dtype,
         seed=0,
         materialise=nullcontext(),
-        attach=LORA.attach,
+        attach=tuning.attach,
         nf4=True,
         device=engine.device,
     )
-    policy = Policy(model, HeadKernels(linear_cross_entropy, linear_logprob), 1, LORA)
+    policy = Policy(model, HeadKernels(linear_cross_entropy, linear_logprob), 1, tuning)
     engine.attach(policy)
     refuse_nonfinite(policy, folder, prefix="causal_lm.")
     return policy
