@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from posttrain_launch.cli import main
 
 from posttrain_dist.checkpoint import store
 from posttrain_dist.config import (
@@ -140,9 +141,11 @@ def test_a_checkpoint_exports_what_the_run_did(finished: Path, tmp_path: Path) -
 
 
 def test_plain_lora_of_rslora_is_the_same_model(
-    finished: Path, tiny_llama: Path, tmp_path: Path
+    finished: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = export_checkpoint(finished, tmp_path / "plain", plain=True)
+    out = tmp_path / "plain"
+    assert main(["export", str(finished), str(out), "--plain"]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
     config = read_object(out / "adapter_config.json")
     assert (config["use_rslora"], config["lora_alpha"]) == (False, 12)
     loss = heldout_loss(finished, tiny_llama, out)
