@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from posttrain_kernels import (
     multiplies_fast,
     product_speedup,
 )
+from torch import nn
 
 from posttrain_dist import dist
 from posttrain_dist.checkpoint.manifest import Layout, Manifest, Recipe
@@ -30,17 +32,24 @@ from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.diagnosis.facts import ModelFacts
 from posttrain_dist.dist import Process
-from posttrain_dist.engine import DeepSpeed, Single
+from posttrain_dist.engine import AdamW, DeepSpeed, Single
 from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.engine.optimizers import ParameterRules
+from posttrain_dist.engine.update_check import UpdateCheck
 from posttrain_dist.files import read_object, write_atomic
 from posttrain_dist.flow import Batch
 from posttrain_dist.models import Weights
 from posttrain_dist.models.finite import refuse_nonfinite
-from posttrain_dist.models.folder import check_folder, network_of, read_shape, resolve
+from posttrain_dist.models.folder import (
+    check_folder,
+    grown_config,
+    network_of,
+    read_shape,
+    resolve,
+)
 from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
-from posttrain_dist.models.policy import Policy
+from posttrain_dist.models.policy import Extends, Policy
 from posttrain_dist.models.quantized import check_base, check_fits
 from posttrain_dist.objectives.base import TokenLoss
 from posttrain_dist.tuning.base import AdapterTuning, Quantize
@@ -188,19 +197,30 @@ def build_policy(
         nf4=nf4,
         device=engine.device,
     )
-    kernels = HeadKernels(linear_cross_entropy, linear_logprob)
     noise = config.train.neftune_alpha
-    policy = Policy(model, kernels, len(channels), config.tuning, neftune_alpha=noise)
+    policy = make_policy(model, len(channels), config.tuning, neftune_alpha=noise)
     engine.attach(policy)
     if config.model.weights is Weights.load:
         refuse_nonfinite(policy, folder, prefix="causal_lm.")
     return policy
 
 
+def make_update_check(
+    config: RunConfig,
+    engine: TrainEngine,
+    policy: Policy,
+    learning_rate: Callable[[int], float],
+    start: int,
+) -> UpdateCheck:
+    """The hook that sees whether what is trained moves, from update `start` on."""
+    rules, optimizer = parameter_rules(config), config.optimizer
+    assert isinstance(optimizer, AdamW)
+    return UpdateCheck(engine, policy, optimizer, rules, learning_rate, start)
+
+
 def _check_init_from(config: RunConfig, base: Path) -> None:
     """Refuse an adapter to go on with that is damaged, or of another base."""
-    named = getattr(config.tuning, "init_from", None)
-    if named is not None:
+    if isinstance(config.tuning, AdapterTuning) and (named := config.tuning.init_from):
         from posttrain_dist.tuning.adapters import base_check
 
         if said := dist.from_main(lambda: base_check.check_base(Path(named), base)):
@@ -232,11 +252,19 @@ def _check_room(config: RunConfig, folder: Path, engine: TrainEngine, dtype: tor
         )
 
 
+def make_policy(
+    model: nn.Module, num_channels: int, tuning: Extends | None, *, neftune_alpha: float = 0.0
+) -> Policy:
+    """A loaded model, with what `tuning` attached to it, as one forward with the fused head."""
+    kernels = HeadKernels(linear_cross_entropy, linear_logprob)
+    return Policy(model, kernels, num_channels, tuning, neftune_alpha=neftune_alpha)
+
+
 def make_source(
     config: RunConfig, examples: Examples, process: Process, *, mixed: bool = True
 ) -> PackedSource:
     """The batches of this rank; `mixed`: drawn from sources by weight, as training does."""
-    shape = read_shape(config.model.path)
+    shape = read_shape(config.model.path, config.model.add_tokens)
     return PackedSource(
         examples,
         config.objective,
@@ -262,7 +290,9 @@ def run_manifest(
     """The manifest of this run's checkpoints, but for their step."""
     engine = config.engine
     name = f"zero{engine.stage}" if isinstance(engine, DeepSpeed) else "single"
-    network = network_of(check_folder(resolve(config.model.path), need_weights=False))
+    folder = resolve(config.model.path)
+    found = check_folder(folder, need_weights=False)
+    network = network_of(grown_config(folder, found, config.model.add_tokens))
     return Manifest(
         step=0,
         recipe=Recipe(data.channels, _recipe(config, data.fingerprint), network),

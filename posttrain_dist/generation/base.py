@@ -36,6 +36,8 @@ class Sampling:
     # The same seed, prompts and weights give the same tokens on one machine; None: torch's own
     # random state decides and moves on.
     seed: int | None = None
+    # Which of a generator's adapters answers; "none": the base model; None: what was loaded.
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         ranges = {

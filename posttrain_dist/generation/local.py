@@ -7,17 +7,30 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
-from posttrain_dist.data.chat.rendering.answer_reader import AnswerReader
 from posttrain_dist.data.chat.rendering.served import Prompt
-from posttrain_dist.errors import DataError, ModelError
+from posttrain_dist.errors import ModelError
+from posttrain_dist.generation.adapters import (
+    BASE,
+    AdapterSet,
+    Attach,
+    base_of,
+    find_adapters,
+    own_adapters,
+)
 from posttrain_dist.generation.base import Completion, Reply, Sampling, StopReason
-from posttrain_dist.generation.local_folder import end_ids, load_model, load_tokenizer
+from posttrain_dist.generation.local_folder import (
+    ChatFormat,
+    chat_format,
+    choose_tokenizer,
+    has_tokenizer,
+    load_model,
+    load_tokenizer,
+)
+from posttrain_dist.generation.processors import LogProbRecorder, StopWhenSet
 from posttrain_dist.generation.weight_digest import weight_digest
 from posttrain_dist.models.architectures.positions import learned_positions
 
@@ -38,6 +51,11 @@ class LocalGenerator:
         tokenizer: renders conversations by its chat template.
         batch_size: prompts that are completed together.
         end_token_ids: more tokens that end an answer, beside those of model and tokenizer.
+        attach: loads adapters that `peft` does not know; see `adapters.Attach`.
+
+    Attributes:
+        adapter: the name of the one that answers where `Sampling.adapter` is None; "none": the
+            base model.
 
     Raises:
         ModelError: nothing names a token that ends an answer.
@@ -50,12 +68,16 @@ class LocalGenerator:
         *,
         batch_size: int = 32,
         end_token_ids: Sequence[int] = (),
+        attach: Attach | None = None,
     ) -> None:
         from transformers import GenerationConfig
 
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.end_ids = end_ids(model, tokenizer, end_token_ids)
-        self._reader = AnswerReader(tokenizer)
+        self.model, self.batch_size = model, batch_size
+        self._end_token_ids = end_token_ids
+        self.tokenizer, self.end_ids, self._reader = chat_format(model, tokenizer, end_token_ids)
+        self.adapter = BASE
+        self._adapters = AdapterSet(model, attach)
+        self._formats: dict[str, ChatFormat] = {}  # of adapters that have their own
         pad = tokenizer.pad_token_id
         self._pad_id: int = self.end_ids[0] if pad is None else pad
         self._version = 0
@@ -73,45 +95,101 @@ class LocalGenerator:
         needs_template: bool = True,
         tokenizer: PreTrainedTokenizerBase | None = None,
         end_token_ids: Sequence[int] = (),
+        adapters: Mapping[str, Path] | None = None,
+        attach: Attach | None = None,
     ) -> LocalGenerator:
-        """The generator of a Hugging Face folder.
+        """The generator of a Hugging Face folder, or of an adapter folder and its base.
 
-        The model runs on the GPU in its own dtype if there is one, else on the CPU in float32.
+        The model runs on the GPU in its own dtype if there is one, else on the CPU in float32. Of
+        an adapter folder, the adapter answers, under the name `adapter`; of an ensemble of
+        prompts the first one, `adapter-0`.
 
         Args:
             needs_template: refuse a folder without chat template; False where no conversation
                 will be answered.
             tokenizer: with its chat template, in place of the folder's own.
             end_token_ids: more tokens that end an answer.
+            adapters: more of them on the same base, name -> folder.
 
         Raises:
-            ModelError: the folder holds no model that transformers can load, or no template.
+            ModelError: a folder holds no model that transformers can load, no adapter of it, or
+                no template.
+            ConfigError: two adapters have one name.
         """
-        tokenizer = tokenizer or load_tokenizer(folder)
-        if needs_template and not tokenizer.chat_template:
-            raise ModelError(
-                "the tokenizer has no chat template, so no prompt can be made of a conversation",
-                where=str(folder),
-                fix="give the model that a training with a template made (`posttrain train "
-                "template=chatml ...`, then its run folder), or add chat_template.jinja",
-            )
-        model = load_model(folder)
-        return cls(model, tokenizer, batch_size=batch_size, end_token_ids=end_token_ids)
+        own = {} if (folder / "config.json").is_file() else own_adapters(folder)
+        base = base_of(next(iter(own.values()))) if own else folder
+        given = {
+            k: v
+            for name, path in (adapters or {}).items()
+            for k, v in find_adapters(name, path).items()
+        }
+        if tokenizer is None:
+            folders = [*own.values(), base, *given.values()]
+            tokenizer = choose_tokenizer(folders, base, needs_template=needs_template)
+        generator = cls(
+            load_model(base),
+            tokenizer,
+            batch_size=batch_size,
+            end_token_ids=end_token_ids,
+            attach=attach,
+        )
+        for name, path in [*own.items(), *given.items()]:
+            generator.add_adapter(name, path)
+        generator.adapter = next(iter(own), BASE)
+        return generator
+
+    # ------------------------------------------------------------------------------ adapters
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names that `Sampling.adapter` can have, beside "none"."""
+        return self._adapters.names
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Load an adapter folder beside those that are there; its own tokenizer speaks for it.
+
+        Raises:
+            ConfigError: the name is taken.
+            ModelError: the folder cannot be loaded onto this model.
+        """
+        self._adapters.add(name, folder)
+        if has_tokenizer(folder):
+            tokenizer = load_tokenizer(folder, Path(self.model.name_or_path))
+            if tokenizer.chat_template or not self.tokenizer.chat_template:
+                found = chat_format(self.model, tokenizer, self._end_token_ids)
+                self._formats[name] = found
+
+    def choose(self, name: str) -> None:
+        """Have an adapter, or the base model as "none", answer where a request names none.
+
+        Raises:
+            ConfigError: there is no such adapter.
+        """
+        self._adapters.check(name)
+        self.adapter = name
+
+    def _chosen(self, sampling: Sampling) -> tuple[str, ChatFormat]:
+        """The adapter that a request asks for, and its format."""
+        name = self.adapter if sampling.adapter is None else sampling.adapter
+        self._adapters.check(name)
+        default = ChatFormat(self.tokenizer, self.end_ids, self._reader)
+        return name, self._formats.get(name, default)
 
     # -------------------------------------------------------------------------------- tokens
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         found: dict[int, Completion] = {}
+        chosen_format = self._chosen(sampling)[1]
         with self._seeded(sampling.seed):
-            for chosen in self._batches(prompts):
-                recorder = _LogProbRecorder()
+            for chosen in self._batches(prompts, sampling):
+                recorder = LogProbRecorder()
                 new_BT = self._complete(
                     [prompts[index] for index in chosen], sampling, logits_processor=[recorder]
                 )
                 log_probs_BT = recorder.log_probs(new_BT[:, -1])
                 rows = zip(chosen, new_BT.tolist(), log_probs_BT.tolist(), strict=True)
                 for index, row, log_probs in rows:
-                    ids, reason = self._until_end(row)
+                    ids, reason = chosen_format.until_end(row)
                     found[index] = Completion(ids, log_probs[: len(ids)], reason, self._version)
         return [found[index] for index in range(len(prompts))]
 
@@ -122,8 +200,10 @@ class LocalGenerator:
         scores: list[list[float]] = [[] for _ in sequences]
         for chosen in _groups_of_tokens(sequences, SCORED_TOKENS):
             inputs = self._padded([sequences[index] for index in chosen], left=False)
-            with torch.inference_mode():
-                logits_BTV = self.model(**inputs, use_cache=False).logits
+            with torch.inference_mode(), self._adapters.active(self.adapter) as model:
+                logits_BTV = model(**inputs, use_cache=False).logits
+                # A prompt's virtual tokens have logits too.
+                logits_BTV = logits_BTV[:, -inputs["input_ids"].shape[1] :]
                 for row, index in enumerate(chosen):
                     ids_T = torch.tensor(list(sequences[index]), device=logits_BTV.device)
                     logits_TV = logits_BTV[row, : len(ids_T) - 1].float()
@@ -134,6 +214,8 @@ class LocalGenerator:
     def update(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
         import torch
 
+        if self.adapters:
+            raise self._refusal("there are adapters on the model")
         stored = self.model.state_dict()  # tied tensors under each of their names
         self._refused_update, written = True, set()
         with torch.no_grad():
@@ -157,23 +239,25 @@ class LocalGenerator:
     # ---------------------------------------------------------------------------------- text
 
     def reply(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
-        encoded = [self._encode(prompt) for prompt in prompts]
+        chosen_format = self._chosen(sampling)[1]
+        encoded = [chosen_format.encode(prompt) for prompt in prompts]
         found: dict[int, Reply] = {}
         with self._seeded(sampling.seed):
-            for chosen in self._batches(encoded):
+            for chosen in self._batches(encoded, sampling):
                 new_BT = self._complete([encoded[index] for index in chosen], sampling)
                 for index, row in zip(chosen, new_BT.tolist(), strict=True):
-                    ids, reason = self._until_end(row)
-                    answer = self._reader.read(str(self.tokenizer.decode(ids)))
+                    ids, reason = chosen_format.until_end(row)
+                    answer = chosen_format.read(ids)
                     found[index] = Reply(answer.words, reason, answer.thoughts)
         return [found[index] for index in range(len(prompts))]
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[str, None, Reply]:
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-        encoded = self._encode(prompt)
+        chosen_format = self._chosen(sampling)[1]
+        encoded, reader = chosen_format.encode(prompt), chosen_format.reader
         # transformers' stubs do not know that every tokenizer can be streamed.
-        tokenizer: Any = self.tokenizer
+        tokenizer: Any = chosen_format.tokenizer
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
         closed = threading.Event()
         failures: list[BaseException] = []
@@ -181,7 +265,7 @@ class LocalGenerator:
         def work() -> None:
             try:
                 with self._seeded(sampling.seed):
-                    stop = StoppingCriteriaList([_StopWhenSet(closed)])
+                    stop = StoppingCriteriaList([StopWhenSet(closed)])
                     self._complete([encoded], sampling, streamer=streamer, stopping_criteria=stop)
             except BaseException as error:  # raised again below, in the thread that reads
                 failures.append(error)
@@ -193,7 +277,7 @@ class LocalGenerator:
             raw = shown = ""
             for piece in streamer:
                 raw += piece
-                now = self._reader.read(raw).shown
+                now = reader.read(raw).shown
                 if now.startswith(shown) and now != shown:
                     yield now[len(shown) :]
                     shown = now
@@ -202,31 +286,31 @@ class LocalGenerator:
             thread.join()
         if failures:
             raise failures[0]
-        answer = self._reader.read(raw)
+        answer = reader.read(raw)
         if not answer.shown.startswith(shown):  # its beginning was read otherwise
             yield f"\n\n{answer.shown}"
-        ends = tuple(str(tokenizer.decode([token])) for token in self.end_ids)
+        ends = tuple(str(tokenizer.decode([token])) for token in chosen_format.end_ids)
         reason = StopReason.end_token if raw.endswith(ends) else StopReason.length
         return Reply(answer.words, reason, answer.thoughts)
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        """The ids of a conversation, up to where its answer begins."""
-        try:
-            return prompt.encode(self.tokenizer)
-        except (TemplateError, ValueError, TypeError, LookupError) as error:
-            raise DataError(
-                f"the chat template refuses this conversation: {error}",
-                where=str(getattr(self.tokenizer, "name_or_path", "")),
-                fix="change the order or roles of the messages, or the variables",
-            ) from error
-
     # -------------------------------------------------------------------------------- inside
 
-    def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Indices of the prompts of each batch, like lengths together: less padding."""
+    def _batches(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[int]]:
+        """Indices of the prompts of each batch, like lengths together: less padding.
+
+        Behind a prompt adapter there is none: `peft` would count it as a distance.
+        """
+        padded = self._adapters.virtual_tokens(self._chosen(sampling)[0]) == 0
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        for first in range(0, len(order), self.batch_size):
-            yield order[first : first + self.batch_size]
+        batch: list[int] = []
+        for index in order:
+            longer = bool(batch) and len(prompts[index]) > len(prompts[batch[0]])
+            if len(batch) == self.batch_size or (longer and not padded):
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
+            yield batch
 
     def _padded(self, rows: Sequence[Sequence[int]], *, left: bool) -> dict[str, torch.Tensor]:
         import torch
@@ -251,10 +335,13 @@ class LocalGenerator:
         if sampling.temperature > 0:
             more |= {"do_sample": True, "temperature": sampling.temperature}
             more |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
-        generator: Any = self.model
-        most = self._room(sampling.max_new_tokens, after=inputs["input_ids"].shape[1])
-        with torch.inference_mode():
-            output_BT: torch.Tensor = generator.generate(**inputs, max_new_tokens=most, **more)
+        name, chosen = self._chosen(sampling)
+        if name in self._formats:
+            more["eos_token_id"] = chosen.end_ids
+        before = inputs["input_ids"].shape[1] + self._adapters.virtual_tokens(name)
+        most = self._room(sampling.max_new_tokens, after=before)
+        with torch.inference_mode(), self._adapters.active(name) as model:
+            output_BT: torch.Tensor = model.generate(**inputs, max_new_tokens=most, **more)
         return output_BT[:, inputs["input_ids"].shape[1] :]
 
     def _room(self, asked: int, *, after: int) -> int:
@@ -267,12 +354,6 @@ class LocalGenerator:
                 fix="ask with a shorter conversation",
             )
         return asked if positions is None else min(asked, positions - after)
-
-    def _until_end(self, row: list[int]) -> tuple[list[int], StopReason]:
-        for place, token in enumerate(row):
-            if token in self.end_ids:
-                return row[: place + 1], StopReason.end_token
-        return row, StopReason.length
 
     @contextlib.contextmanager
     def _seeded(self, seed: int | None) -> Iterator[None]:
@@ -314,44 +395,3 @@ def _groups_of_tokens(rows: Sequence[Sequence[int]], most: int) -> Iterator[list
         group.append(index)
     if group:
         yield group
-
-
-class _LogProbRecorder:
-    """A logits processor of transformers that changes nothing and keeps the tokens' log-probs.
-
-    It stands before temperature, top_k and top_p. Only one step's [B, V] is alive: which token
-    was chosen is seen at the next step.
-    """
-
-    def __init__(self) -> None:
-        self._newest_BV: torch.Tensor | None = None
-        self._steps_B: list[torch.Tensor] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self._newest_BV is not None:
-            self._take(input_ids[:, -1])
-        self._newest_BV = scores.float().log_softmax(-1)
-        return scores
-
-    def log_probs(self, last_B: torch.Tensor) -> torch.Tensor:
-        """[B, T] of all new tokens, once the last of them, `last_B`, is known."""
-        import torch
-
-        self._take(last_B)
-        return torch.stack(self._steps_B, dim=1)
-
-    def _take(self, chosen_B: torch.Tensor) -> None:
-        assert self._newest_BV is not None
-        self._steps_B.append(self._newest_BV.gather(-1, chosen_B[:, None])[:, 0])
-
-
-class _StopWhenSet:
-    """A stopping criterion of transformers: every row is done once the event is set."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        import torch
-
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)

@@ -1,32 +1,118 @@
-"""What local generation needs of a folder: model, tokenizer, tokens that end an answer."""
+"""What local generation needs of a folder: model, tokenizer, tokens that end an answer.
+
+Of an adapter folder, the model is that of its base.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from posttrain_dist.errors import ModelError
+from posttrain_dist.data.chat.rendering.answer_reader import Answer, AnswerReader
+from posttrain_dist.data.chat.rendering.served import Prompt
+from posttrain_dist.errors import DataError, ModelError
+from posttrain_dist.generation.base import StopReason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+class ChatFormat(NamedTuple):
+    """How conversations become tokens, and tokens answers."""
+
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: list[int]
+    reader: AnswerReader
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The ids of a conversation, up to where its answer begins.
+
+        Raises:
+            DataError: the chat template refuses it.
+        """
+        try:
+            return prompt.encode(self.tokenizer)
+        except (TemplateError, ValueError, TypeError, LookupError) as error:
+            raise DataError(
+                f"the chat template refuses this conversation: {error}",
+                where=str(getattr(self.tokenizer, "name_or_path", "")),
+                fix="change the order or roles of the messages, or the variables",
+            ) from error
+
+    def until_end(self, row: list[int]) -> tuple[list[int], StopReason]:
+        """New tokens up to the first that ends an answer, and why they end there."""
+        for place, token in enumerate(row):
+            if token in self.end_ids:
+                return row[: place + 1], StopReason.end_token
+        return row, StopReason.length
+
+    def read(self, ids: list[int]) -> Answer:
+        """The answer that new tokens are."""
+        return self.reader.read(str(self.tokenizer.decode(ids)))
+
+
+def chat_format(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_token_ids: Sequence[int] = ()
+) -> ChatFormat:
+    """That of a tokenizer and its template.
+
+    Raises:
+        ModelError: nothing names a token that ends an answer.
+    """
+    ends = end_ids(model, tokenizer, end_token_ids)
+    return ChatFormat(tokenizer, ends, AnswerReader(tokenizer))
+
+
+def choose_tokenizer(
+    folders: Sequence[Path], base: Path, *, needs_template: bool
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of the first folder that has one, with a chat template if one is needed.
+
+    Args:
+        base: which of them is no adapter.
+
+    Raises:
+        ModelError: there is none.
+    """
+    for folder in folders:
+        if folder == base or has_tokenizer(folder):
+            tokenizer = load_tokenizer(folder, base)
+            if tokenizer.chat_template or not needs_template:
+                return tokenizer
+    raise ModelError(
+        "the tokenizer has no chat template, so no prompt can be made of a conversation",
+        where=str(folders[0]),
+        fix="give the model that a training with a template made (`posttrain train "
+        "template=chatml ...`, then its run folder), or add chat_template.jinja",
+    )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer of its own; adapter folders of others may have none."""
+    names = ("tokenizer_config.json", "tokenizer.json")
+    return any((folder / name).is_file() for name in names)
+
+
+def load_tokenizer(folder: Path, base: Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, whose code is never run.
+
+    Args:
+        base: of an adapter folder, which has no config.json.
 
     Raises:
         ModelError: transformers cannot load it.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
-    with _loading(folder):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    with _loading(folder, base or folder):
+        if base is not None and base != folder:
+            options["config"] = AutoConfig.from_pretrained(base, **options)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
     return tokenizer
 
 
@@ -34,6 +120,9 @@ def load_model(folder: Path) -> PreTrainedModel:
     """The causal LM of a folder, in evaluation mode.
 
     It is on the GPU in its own dtype if there is one, else on the CPU in float32.
+
+    Args:
+        folder: of a model; see `adapters.base_of` for what an adapter stands on.
 
     Raises:
         ModelError: transformers cannot load it, or a weight is not finite.
@@ -46,7 +135,7 @@ def load_model(folder: Path) -> PreTrainedModel:
 
     disable_progress_bar()  # loading bars would stand between a chat's lines
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with _loading(folder):
+    with _loading(folder, folder):
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto" if device.type == "cuda" else torch.float32,
@@ -60,9 +149,9 @@ def load_model(folder: Path) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _loading(folder: Path) -> Iterator[None]:
+def _loading(folder: Path, model: Path) -> Iterator[None]:
     """Whatever of a folder cannot be loaded, as an error for the user."""
-    if not (folder / "config.json").is_file():
+    if not (model / "config.json").is_file():
         raise ModelError(
             "holds no model (there is no config.json)",
             where=str(folder),

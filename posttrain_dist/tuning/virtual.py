@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.errors import ConfigError, ModelError, Rule
-from posttrain_dist.tuning.base import AdapterTuning, SavedAdapter, Tuning, virtual_tokens_rule
+from posttrain_dist.tuning.base import AdapterTuning, SavedAdapter, virtual_tokens_rule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -53,11 +53,6 @@ class VirtualTuning(AdapterTuning):
     def decays(self, name: str, shape: Sequence[int]) -> bool:
         """Never: the vectors are input, and 0 is no better input than another."""
         return False
-
-    def attach(self, model: nn.Module) -> None:
-        """Insert, and freeze the model."""
-        self.insert(model)
-        Tuning.attach(self, model)
 
     def insert(self, model: nn.Module) -> None:
         """Put the module of the trained vectors on the model."""

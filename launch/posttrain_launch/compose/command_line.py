@@ -18,6 +18,10 @@ from hydra.errors import HydraException
 
 from posttrain_dist.errors import ConfigError
 
+# Flags of single verbs beside Hydra's; ADAPTER has a value and may be given several times.
+ADAPTER = "--adapter"
+OWN_FLAGS = {"submit": "--dry-run", "inspect": "--template", "evaluate": ADAPTER}
+
 
 @dataclass(frozen=True, slots=True)
 class MisusedWord:
@@ -41,6 +45,7 @@ class CommandLine:
     debug: bool
     dry_run: bool
     shows_template: bool
+    adapters: list[str]  # values of --adapter
 
     @property
     def typed(self) -> str:
@@ -65,7 +70,9 @@ def read_command_line(verb: str, arguments: list[str], debug: bool) -> CommandLi
 
         print(f"posttrain {__version__}")
         raise SystemExit(0)
-    own = {"submit": "--dry-run", "inspect": "--template"}.get(verb)
+    own, adapters = OWN_FLAGS.get(verb), list[str]()
+    if own == ADAPTER:
+        adapters, arguments = _take_adapters(arguments)
     has_own = own in arguments
     arguments = [a for a in arguments if a != own]
     # An experiment is no group with a default, so Hydra wants a plus; nobody need know.
@@ -80,6 +87,9 @@ def read_command_line(verb: str, arguments: list[str], debug: bool) -> CommandLi
     if verb == "submit" and not any(o.startswith("cluster=") for o in words.overrides):
         added.append("cluster=slurm")
     flags.overrides = [*words.overrides, *added]
+    if own == ADAPTER and has_own:
+        fix = f"write {ADAPTER} NAME=FOLDER"
+        words.faults.append(ConfigError("needs a value", where=ADAPTER, fix=fix))
     return CommandLine(
         verb,
         [*arguments, *added],
@@ -90,7 +100,22 @@ def read_command_line(verb: str, arguments: list[str], debug: bool) -> CommandLi
         debug,
         dry_run=verb == "submit" and has_own,
         shows_template=verb == "inspect" and has_own,
+        adapters=adapters,
     )
+
+
+def _take_adapters(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The values of --adapter, and what else was typed; a flag without a value stays there."""
+    values, rest, left = [], [], list(reversed(arguments))
+    while left:
+        word = left.pop()
+        if word.startswith(f"{ADAPTER}="):
+            values.append(word.partition("=")[2])
+        elif word == ADAPTER and left and not left[-1].startswith("-"):
+            values.append(left.pop())
+        else:
+            rest.append(word)
+    return values, rest
 
 
 class _Words:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from posttrain_dist.errors import ConfigError, PosttrainError
 from posttrain_dist.preflight import check_inputs
 from posttrain_launch.cli import VERBS
-from posttrain_launch.compose.command_line import CommandLine, read_command_line
+from posttrain_launch.compose.command_line import ADAPTER, CommandLine, read_command_line
 from posttrain_launch.compose.composer import Composed, Composer, register_schemas
 from posttrain_launch.compose.misused_words import Words
 from posttrain_launch.compose.paths import with_absolute_paths
@@ -59,6 +59,8 @@ $CONFIG"""
 MORE = {
     "submit": "  --dry-run           write the job and submit nothing\n",
     "inspect": "  --template          show a conversation turn by turn, as it is rendered\n",
+    "evaluate": "  --adapter NAME=DIR  an adapter of this model, which gets a column of its own;\n"
+    "                      as often as there are adapters\n",
 }
 
 
@@ -198,4 +200,6 @@ def _run_trial(line: CommandLine, composed: Composed, sweep: Sweep) -> tuple[int
         arguments += ["--config-dir", line.flags.config_dir]
     if line.dry_run:
         arguments.append("--dry-run")
+    for adapter in line.adapters:
+        arguments += [ADAPTER, adapter]
     return sweep.run_subprocess(arguments, line.debug), None

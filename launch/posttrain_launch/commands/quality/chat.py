@@ -1,4 +1,7 @@
-"""`posttrain chat`: a conversation with a model folder, streamed."""
+"""`posttrain chat`: a conversation with a model folder, streamed.
+
+Of several adapters on one base, a line `/adapter NAME` chooses who answers from then on.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,26 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain_dist.errors import ConfigError, ModelError
-from posttrain_launch.commands.arguments import parser_of
+from posttrain_dist.errors import ConfigError, ModelError, PosttrainError
+from posttrain_dist.generation.adapters import BASE
+from posttrain_launch.commands.arguments import add_adapters, named_folders, parser_of
+from posttrain_launch.failures import print_error
 
 if TYPE_CHECKING:
     from posttrain_dist.generation.base import Reply
+    from posttrain_dist.generation.local import LocalGenerator
 
 
 def command(arguments: list[str], debug: bool) -> int:
     """Answer lines from standard input until it ends; at a terminal, with a prompt."""
     parser = parser_of("chat")
     parser.add_argument(
-        "path", type=Path, metavar="PATH|RUN", help="a Hugging Face folder, or a run with export/"
+        "path",
+        type=Path,
+        metavar="PATH|RUN",
+        help="a Hugging Face folder, an adapter folder, or a run with export/ or adapter/",
     )
+    add_adapters(parser, "that answers, until a line /adapter NAME, or /adapter none for the base")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of each reply")
     parser.add_argument("--system", help="a system message")
     parser.add_argument(
@@ -32,24 +42,29 @@ def command(arguments: list[str], debug: bool) -> int:
     )
     given = parser.parse_args(arguments)
     variables = _variables(given.variables)
-    folder = model_folder(given.path)
+    folder, adapters = model_folder(given.path), named_folders(given.adapter)
     from posttrain_dist.data.chat.rendering.jinja_environment import with_thoughts
     from posttrain_dist.data.chat.rendering.served import Prompt
+    from posttrain_dist.evaluation.chat_generator import load_generator
     from posttrain_dist.generation.base import Sampling
-    from posttrain_dist.generation.local import LocalGenerator
 
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars
-        generator = LocalGenerator.load(folder)
+        generator = load_generator(folder, adapters)
     sampling = Sampling(max_new_tokens=given.max_new_tokens)
     first = [{"role": "system", "content": given.system}] if given.system else []
     messages = list(first)
     talks = sys.stdin.isatty()
     if talks:
         print("an empty line starts over, Ctrl-D ends")
+        if generator.adapters:
+            print(f"/adapter NAME chooses of: {', '.join([*generator.adapters, BASE])}")
     while (text := _next_line(talks)) is not None:
         if not text.strip() or not talks:
             messages = list(first)  # from a pipe, every line is a conversation of its own
         if not text.strip():
+            continue
+        if text.split()[0] == "/adapter" and generator.adapters:
+            _choose(generator, text.split()[1:])
             continue
         messages.append({"role": "user", "content": text})
         stream = generator.stream(Prompt(messages, variables=variables), sampling)
@@ -63,6 +78,17 @@ def command(arguments: list[str], debug: bool) -> int:
         if getattr(sys.stdout, "lost", False):  # `| head`: nobody reads the answers
             break
     return 0
+
+
+def _choose(generator: LocalGenerator, words: list[str]) -> None:
+    """Have another adapter answer from now on; a name that is none changes nothing."""
+    name = " ".join(words)
+    try:
+        generator.choose(name)
+    except PosttrainError as error:
+        print_error(error, debug=False)
+    else:
+        print(f"{'the base model' if name == BASE else name} answers", file=sys.stderr)
 
 
 def _told(stream: Generator[str, None, Reply], *, aloud: bool) -> Reply:
@@ -109,7 +135,7 @@ def _variables(text: str) -> dict[str, Any]:
 
 
 def model_folder(path: Path) -> Path:
-    """The model behind a path: the folder itself, or the export of a run.
+    """The model behind a path: the folder itself, or what a run made: its export or adapter.
 
     Raises:
         ModelError: neither is there.
@@ -119,12 +145,12 @@ def model_folder(path: Path) -> Path:
     if str(path) == TINY_BASE:
         return resolve(TINY_BASE)
     if (path / "metrics.jsonl").is_file() or (path / "run.json").is_file():
-        export = path / "export"
-        if not export.is_dir():
+        made = [path / name for name in ("export", "adapter") if (path / name).is_dir()]
+        if not made:
             raise ModelError(
                 "this run has no export yet",
                 where=str(path),
                 fix=f"posttrain export {path} writes one from its newest checkpoint",
             )
-        return export.absolute()
+        return made[0].absolute()
     return path.absolute()

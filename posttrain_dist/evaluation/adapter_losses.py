@@ -1,0 +1,151 @@
+"""The held-out loss of several adapters on one loaded base model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain_dist.config import RunConfig
+from posttrain_dist.generation.adapters import BASE, find_adapters
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from posttrain_dist.flow import Batch, Loss
+    from posttrain_dist.models.policy import Policy
+
+
+def evaluate_adapters(
+    config: RunConfig, prepared: Path, adapters: Mapping[str, Path]
+) -> dict[str, dict[str, Any]]:
+    """The loss of `config.model`, and of each adapter on it, on the held-out rows.
+
+    The base is loaded once. An adapter's modules are taken out again before the next one.
+
+    Args:
+        prepared: the folder that `posttrain_dist.prepare.prepare` wrote.
+        adapters: name -> folder, of adapters, runs or ensembles of prompts.
+
+    Returns:
+        name ("none": the base) -> what `heldout.evaluate` returns. An ensemble NAME gives NAME-0
+        and so on, "NAME average" (of their probabilities) and "NAME vote" (accuracies alone).
+
+    Raises:
+        ModelError: a folder cannot be loaded, or an adapter is for another base model.
+    """
+    from posttrain_dist.evaluation.ensemble import evaluate_ensemble
+    from posttrain_dist.evaluation.restored_model import restored
+    from posttrain_dist.tuning.adapters.adapter_tuning import tuning_from_adapter
+
+    tunings = {
+        name: {one: tuning_from_adapter(folder) for one, folder in found.items()}
+        for name, found in ((n, find_adapters(n, path)) for n, path in adapters.items())
+    }
+    heldout = HeldOut(config, prepared)
+    model = heldout.load_model()
+    results = {}
+    with restored(model):
+        results[BASE] = heldout.measure(heldout.policy(model, None))
+    for name, members in tunings.items():
+        with restored(model):
+            first = next(iter(members.values()))
+            first.attach(model)
+            policy = heldout.policy(model, first)
+            if len(members) == 1:
+                results[name] = heldout.measure(policy)
+            else:
+                results |= evaluate_ensemble(name, members, policy, heldout)
+    return results
+
+
+class HeldOut:
+    """The held-out rows of a config, and what runs a model over them in one process."""
+
+    def __init__(self, config: RunConfig, prepared: Path) -> None:
+        from posttrain_dist import dist
+        from posttrain_dist.build import make_source, pick_dtype
+        from posttrain_dist.data.prepared.arrays import Examples
+        from posttrain_dist.dist import Process
+
+        # What is put into layers that are compiled would be compiled anew each time.
+        self.config = replace(config, model=replace(config.model, compile=False))
+        self.device = dist.device(Process())
+        self.dtype = pick_dtype(config.train.dtype)
+        examples = Examples.open(prepared, "eval")
+        self.channels = list(examples.channels)
+        self._source = make_source(self.config, examples, Process(), mixed=False)
+
+    def load_model(self, *, nf4: bool | None = None, dtype: torch.dtype | None = None) -> Any:
+        """The base model, with nothing inserted.
+
+        Args:
+            nf4: whether its weights are quantised; None: as the tuning says.
+            dtype: of its weights, or what it computes in; None: that of the config.
+        """
+        from posttrain_dist.models.finite import refuse_nonfinite
+        from posttrain_dist.models.folder import resolve
+        from posttrain_dist.models.load import load_model
+        from posttrain_dist.tuning.base import Quantize
+
+        folder = resolve(self.config.model.path)
+        wanted = getattr(self.config.tuning, "quantize", Quantize.none) is Quantize.nf4
+        model: Any = load_model(
+            self.config.model,
+            folder,
+            dtype=dtype or self.dtype,
+            seed=self.config.seed,
+            materialise=nullcontext(),
+            nf4=wanted if nf4 is None else nf4,
+            device=self.device,
+        )
+        model.requires_grad_(False).to(self.device)
+        refuse_nonfinite(model, folder)
+        return model
+
+    def policy(self, model: nn.Module, tuning: Any) -> Policy:
+        """A loaded model, with what `tuning` attached, as what an evaluation calls."""
+        from posttrain_dist.build import make_policy
+
+        return make_policy(model, len(self.channels), tuning).to(self.device).eval()
+
+    def batches(self) -> Any:
+        """All held-out rows, packed."""
+        return self._source.eval_batches()
+
+    def measure(self, policy: Policy) -> dict[str, Any]:
+        """Loss and top-1 accuracy, and the loss of each channel."""
+        from posttrain_dist.loop import evaluate
+        from posttrain_dist.metrics.channels import ChannelMeter
+
+        objective = self.config.objective
+        meter = ChannelMeter(self.channels, objective, self.device)
+        table = evaluate(_Forward(policy, self.device), self.batches(), objective, meter)
+        return result_of(meter.eval_metrics(table))
+
+
+def result_of(metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Metrics of an evaluation, as `heldout.evaluate` returns them."""
+    prefix = "eval_channel_loss/"
+    return {
+        "loss": metrics["eval/loss"],
+        "accuracy": metrics["eval/accuracy"],
+        "channels": {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)},
+    }
+
+
+class _Forward:
+    """What the loop's evaluation asks of an engine."""
+
+    def __init__(self, policy: Policy, device: torch.device) -> None:
+        self._policy, self.device = policy, device
+
+    def train(self, mode: bool) -> None:
+        self._policy.train(mode)
+
+    def forward(self, batch: Batch, objective: Any, denominators: Any) -> Loss:
+        loss: Loss = self._policy(batch, objective, denominators)
+        return loss

@@ -1,0 +1,60 @@
+"""Who answers in a chat: a model, or several adapters on one, also those that `peft` knows not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain_dist.errors import ModelError
+from posttrain_dist.generation.adapters import find_adapters
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from posttrain_dist.generation.local import LocalGenerator
+
+
+def load_generator(folder: Path, adapters: Mapping[str, Path] | None = None) -> LocalGenerator:
+    """The generator of a model or adapter folder, with more adapters on the same base.
+
+    The first of `adapters` answers, if there is one; see `LocalGenerator.load`.
+
+    Raises:
+        ModelError: a folder cannot be loaded, or an adapter is for another base model.
+        ConfigError: two adapters have one name.
+    """
+    from posttrain_dist.generation.local import LocalGenerator
+
+    generator = LocalGenerator.load(folder, adapters=adapters, attach=_OwnMethods())
+    for name, path in (adapters or {}).items():
+        generator.choose(next(iter(find_adapters(name, path))))
+        break
+    return generator
+
+
+class _OwnMethods:
+    """Loads adapters of methods that `peft` does not know; see `generation.adapters.Attach`."""
+
+    def __init__(self) -> None:
+        self._first: Any = None  # tuning of the modules that are in the model
+
+    def __call__(self, model: nn.Module, folder: Path) -> Mapping[str, torch.Tensor]:
+        from posttrain_dist.tuning.adapters.adapter_folder import read_adapter
+        from posttrain_dist.tuning.adapters.adapter_tuning import tuning_from_adapter
+
+        tuning: Any = replace(tuning_from_adapter(folder), init_from=None)
+        if self._first is None:
+            tuning.attach(model)
+            self._first = tuning
+        if tuning != self._first:
+            raise ModelError(
+                "computes something else than the adapters before",
+                where=str(folder),
+                fix="load adapters of one method and of equal settings together",
+            )
+        config: Any = model.config
+        found: dict[str, torch.Tensor] = tuning.from_adapter(read_adapter(folder), config.to_dict())
+        return found

@@ -1,0 +1,312 @@
+"""Adapters on one loaded base model, of which one or none is active at a time.
+
+LoRA, IA3 and what else `peft` inserts into the layers are one PeftModel; prompts and prefixes stand
+before a row and leave the layers alone, so that each has a PeftModel of its own. What `peft` does
+not know comes by a function that is handed over, and is switched by its tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain_dist.errors import ConfigError, ModelError, reason
+from posttrain_dist.files import read_object
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = "none"  # the name by which the base model is asked for
+
+# Inserts the modules of an adapter folder that `peft` does not know, if they are not there yet;
+# returns the folder's tensors by their names in the model.
+Attach = Callable[["nn.Module", Path], Mapping[str, "torch.Tensor"]]
+
+# Initialisations of LoRA that change the base model's own weights.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
+_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    return (folder / CONFIG).is_file()
+
+
+def find_adapters(name: str, path: Path) -> dict[str, Path]:
+    """The adapter folders behind a path: itself, that of a run, or those of an ensemble.
+
+    Returns:
+        {name: folder}, or {name-0: folder, name-1: ...} of an ensemble.
+
+    Raises:
+        ModelError: there is none.
+    """
+    for folder in (path, path / "adapter"):
+        if is_adapter(folder):
+            return {name: folder.absolute()}
+        found: dict[str, Path] = {}
+        while is_adapter(one := folder / f"prompt-{len(found)}"):
+            found[f"{name}-{len(found)}"] = one.absolute()
+        if found:
+            return found
+    raise ModelError(
+        f"holds no adapter (there is no {CONFIG})",
+        where=str(path),
+        fix="give an adapter folder, or the folder of a run with an adapter: `posttrain export "
+        "RUN` writes that of its newest checkpoint",
+    )
+
+
+def own_adapters(folder: Path) -> dict[str, Path]:
+    """What a folder holds itself: one adapter, an ensemble, or none."""
+    if is_adapter(folder) or is_adapter(folder / "prompt-0"):
+        return find_adapters("adapter", folder)
+    return {}
+
+
+def base_of(folder: Path) -> Path:
+    """The folder of the base model that an adapter folder names.
+
+    Raises:
+        ModelError: it names none, or it is not there.
+    """
+    from posttrain_dist.models.folder import resolve
+
+    name = _config_of(folder).get("base_model_name_or_path")
+    fix = f"set base_model_name_or_path in {folder / CONFIG} to the base model's folder"
+    if not isinstance(name, str) or not name:
+        raise ModelError("names no base model", where=str(folder / CONFIG), fix=fix)
+    try:
+        return resolve(name)
+    except ModelError as error:
+        what = f"its base model is not there: {name}"
+        raise ModelError(what, where=str(folder), fix=f"{fix}, or put it back") from error
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    try:
+        found = read_object(folder / CONFIG)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"cannot be read: {reason(error)}", where=str(folder / CONFIG), fix="get it again"
+        ) from error
+    return found
+
+
+def _tensors_of(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  it is no mapping
+            yield name, file.get_tensor(name)
+
+
+def _refuse_nonfinite(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
+    for name, tensor in tensors:
+        if not tensor.isfinite().all():
+            raise ModelError(
+                f"{name} holds NaN or infinity",
+                where=str(folder),
+                fix="use the adapter of an earlier checkpoint: the training that wrote this one "
+                "has diverged, or the file was damaged",
+            )
+
+
+def _inner(name: str) -> str:
+    """The name inside `peft`, which looks for it in the names of tensors."""
+    return f"posttrain_{name}_"
+
+
+class AdapterSet:
+    """Adapters by name on one loaded model.
+
+    Args:
+        model: the base, in evaluation mode; it may get modules inserted.
+        attach: loads what `peft` does not know; None: such folders are refused.
+    """
+
+    def __init__(self, model: PreTrainedModel, attach: Attach | None = None) -> None:
+        self._model: Any = model
+        self._attach = attach
+        self._folders: dict[str, Path] = {}
+        self._tuned: Any = None  # the PeftModel of all adapters that stand in the layers
+        self._tuned_names: list[str] = []
+        self._changes_base = False
+        self._prompts: dict[str, Any] = {}  # a PeftModel each
+        self._own: dict[str, dict[str, torch.Tensor]] = {}  # tensors by parameter
+        self._off: dict[str, torch.Tensor] = {}  # of these parameters while no own one is active
+
+    @property
+    def names(self) -> list[str]:
+        """Of all adapters, in the order in which they came."""
+        return list(self._folders)
+
+    def add(self, name: str, folder: Path) -> None:
+        """Load an adapter folder beside those that are there.
+
+        Raises:
+            ConfigError: the name is taken, or none that an adapter can have.
+            ModelError: the folder cannot be loaded onto this model.
+        """
+        if name in (*self.names, BASE) or not name.replace("-", "").isidentifier():
+            raise ConfigError(
+                f"{name!r} is no free name of an adapter",
+                where=str(folder),
+                fix=f"use letters, digits, - and _; {BASE} is the base model",
+            )
+        config = _config_of(folder)
+        method = config.get("peft_type")
+        if method is None:
+            self._add_own(name, folder)
+            self._folders[name] = folder
+            return
+        if config.get("megatron_config"):
+            what = "names a Python module that loading it would run"
+            raise ModelError(what, where=str(folder / CONFIG), fix="do not use this folder")
+        if not (folder / WEIGHTS).is_file():
+            raise ModelError(
+                f"has no {WEIGHTS}; no other format is read (a pickle can run code)",
+                where=str(folder),
+                fix="save the adapter again with a present version of peft",
+            )
+        with self._loading(folder):
+            _refuse_nonfinite(_tensors_of(folder), folder)
+            if method in _PROMPTS:
+                self._prompts[name] = self._wrapped(name, folder)
+            else:
+                self._add_tuned(name, folder, config)
+        self._folders[name] = folder
+
+    def _add_tuned(self, name: str, folder: Path, config: Mapping[str, Any]) -> None:
+        method, init = str(config["peft_type"]), config.get("init_lora_weights")
+        changes_base = isinstance(init, str) and init.lower().startswith(_CHANGES_BASE)
+        others = set() if self._tuned is None else {c.peft_type.value for c in self._configs()}
+        if self._changes_base or (changes_base and others):
+            raise ModelError(
+                "an adapter that begins with the base model's own weights changes them, so no "
+                "other one can stand beside it",
+                where=str(folder),
+                fix="load it by itself, or convert it to a plain LoRA: `posttrain export RUN OUT "
+                "--plain`",
+            )
+        if others - {method}:
+            raise ModelError(
+                f"an adapter of {method} and one of {min(others)} cannot share a loaded model",
+                where=str(folder),
+                fix="load adapters of one method together",
+            )
+        if self._tuned is None:
+            self._tuned = self._wrapped(name, folder)
+        else:
+            device = str(self._model.device)
+            loaded = self._tuned.load_adapter(str(folder), _inner(name), torch_device=device)
+            if loaded.missing_keys:
+                raise ValueError(f"tensors are missing, first of them {loaded.missing_keys[0]}")
+        self._tuned_names.append(name)
+        self._changes_base = changes_base
+
+    def _configs(self) -> list[Any]:
+        return list(self._tuned.peft_config.values())
+
+    def _wrapped(self, name: str, folder: Path) -> Any:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(
+            self._model,
+            str(folder),
+            adapter_name=_inner(name),
+            is_trainable=False,
+            torch_device=str(self._model.device),
+        ).eval()
+
+    def _add_own(self, name: str, folder: Path) -> None:
+        if self._attach is None:
+            raise ModelError(
+                "is of a method that peft does not know",
+                where=str(folder / CONFIG),
+                fix="load it by `posttrain chat` or `posttrain evaluate`",
+            )
+        tensors = dict(self._attach(self._model, folder))
+        parameters = dict(self._model.named_parameters())
+        for key, tensor in tensors.items():
+            if parameters[key].shape != tensor.shape or (self._off and key not in self._off):
+                raise ModelError(
+                    f"{key} is of another size or place than in the adapters before",
+                    where=str(folder),
+                    fix="load adapters of one method and of equal sizes together",
+                )
+        self._off = self._off or {key: parameters[key].detach().clone() for key in tensors}
+        _refuse_nonfinite(tensors.items(), folder)
+        self._own[name] = tensors
+
+    @contextlib.contextmanager
+    def _loading(self, folder: Path) -> Iterator[None]:
+        """Whatever of a folder `peft` cannot load, or would load in part, as one error."""
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".*missing adapter keys")
+                yield
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, UserWarning) as error:
+            raise ModelError(
+                f"cannot be loaded onto {self._model.name_or_path}: {error}",
+                where=str(folder),
+                fix="is it an adapter of this base model?",
+            ) from error
+
+    @contextlib.contextmanager
+    def active(self, name: str) -> Iterator[Any]:
+        """With one adapter, or none for the name `none`: what generates and gives logits.
+
+        Raises:
+            ConfigError: there is no adapter of this name.
+            ModelError: the base model itself is no longer there.
+        """
+        self.check(name)
+        with contextlib.ExitStack() as stack:
+            if name in self._tuned_names:
+                self._tuned.set_adapter(_inner(name), inference_mode=True)
+                yield self._tuned
+                return
+            if self._tuned is not None:
+                stack.enter_context(self._tuned.disable_adapter())
+            if name in self._own:
+                stack.callback(self._write, self._off)
+                self._write(self._own[name])
+            yield self._prompts.get(name, self._model)
+
+    def check(self, name: str) -> None:
+        """Whether an adapter can be asked for; the errors of `active`."""
+        if name != BASE and name not in self.names:
+            near = difflib.get_close_matches(name, self.names, n=1)
+            there = ", ".join([*self.names, BASE])
+            raise ConfigError(
+                "there is no adapter of this name",
+                where=name,
+                fix=f"did you mean {near[0]}?" if near else f"use one of: {there}",
+            )
+        if self._changes_base and name not in self._tuned_names:
+            raise ModelError(
+                f"the adapter {self._tuned_names[0]} has changed the base model's weights",
+                where=name,
+                fix="load the base model by itself",
+            )
+
+    def virtual_tokens(self, name: str) -> int:
+        """How many positions of a row an adapter takes."""
+        prompt = self._prompts.get(name)
+        return 0 if prompt is None else int(prompt.active_peft_config.num_virtual_tokens)
+
+    def _write(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        import torch
+
+        parameters = dict(self._model.named_parameters())
+        with torch.no_grad():
+            for key, tensor in tensors.items():
+                parameters[key].copy_(tensor)
