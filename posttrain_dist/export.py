@@ -196,7 +196,8 @@ class RunExport:
 
         model, values = self.config.model, self.config.to_dict()["tuning"]
         base = resolve(model.path)
-        network = {**check_folder(base, need_weights=False), **self.facts.network}
+        own = check_folder(base, need_weights=False)
+        network = {**own, **self.facts.network}
         saved = self.config.tuning.to_adapter(tensors, network)
         if plain:
             saved = as_plain_lora(saved)
@@ -214,6 +215,7 @@ class RunExport:
             run=str(self.manifest.lineage.get("id") or self.run_folder),
             step=step,
             versions=_versions(),
+            vocab_size=_unless_same(network.get("vocab_size"), own.get("vocab_size")),
         )
         carry = partial(self._carry, base, target)
         write_adapter(target, saved, base, facts, carry=carry)
@@ -222,6 +224,10 @@ class RunExport:
         from posttrain_dist.checkpoint.hf_folder import write_served_files
 
         write_served_files(base, folder, self.facts, target, self.notice)
+
+
+def _unless_same(value: int | None, other: int | None) -> int | None:
+    return None if value == other else value
 
 
 def _every(name: str) -> bool:

@@ -69,11 +69,15 @@ def heldout_loss(run_folder: Path, base: Path, adapter: Path | None) -> float:
     import peft
     import transformers
 
-    from posttrain_dist.data.prepared.arrays import Examples
-
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, adapter)
+    return loss_of(model, run_folder)
+
+
+def loss_of(model: Any, run_folder: Path) -> float:
+    from posttrain_dist.data.prepared.arrays import Examples
+
     model.eval()
     examples = Examples.open(run_folder / "prepared", "eval")
     total = weight = 0.0
@@ -300,3 +304,36 @@ def test_two_ranks_of_every_stage_write_the_adapter_of_one_process(
             torch.testing.assert_close(found.tensors[name], tensor, rtol=2e-4, atol=2e-5)
         streamed = read_adapter(export_checkpoint(folder, folder / "again"))
         assert all(torch.equal(streamed.tensors[n], t) for n, t in found.tensors.items())
+
+
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_lines_of_the_card_load_an_adapter_with_new_tokens(
+    tied: bool, base: RunConfig, builders: Any, tmp_path: Path
+) -> None:
+    """The trained loss comes out of what the card says, and the tokenizer has the new tokens."""
+    import transformers
+
+    from posttrain_dist.prepare import prepare
+
+    model = builders.model(tmp_path / "model", tie_word_embeddings=tied)
+    rows = [builders.chat(f"say {i}", f"<new> {i} <new>", "new") for i in range(60)]
+    data = DataConfig(train=str(builders.write(tmp_path / "rows.jsonl", rows)), max_length=64)
+    config = replace(
+        base,
+        data=data,
+        model=ModelConfig(path=str(model), add_tokens=["<new>", "<a>", "<b>", "<c>", "<d>"]),
+    )
+    config = replace(config, train=replace(base.train, steps=2, save_every=None))
+    prepare(config, tmp_path / "prepared")
+    train(config, tmp_path)
+    adapter = tmp_path / "adapter"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)
+    assert tokenizer.encode("<new>") == [tokenizer.convert_tokens_to_ids("<new>")]
+    card = (adapter / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0]
+    assert "base.resize_token_embeddings(" in code
+    code = code.replace("<this folder>", str(adapter)).replace('dtype="auto"', 'dtype="float32"')
+    names: dict[str, Any] = {}
+    exec(code, names)
+    loss = loss_of(names["model"], tmp_path)
+    assert loss == pytest.approx(trained_loss(tmp_path), rel=1e-6)
