@@ -212,7 +212,9 @@ def test_what_cannot_be_saved_ends_the_run_at_its_first_step(
     assert not [p for p in tmp_path.iterdir() if "rehearsal" in p.name or p.name == "adapter"]
 
 
-def test_a_base_that_changed_is_said(finished: Path, tmp_path: Path, tiny_llama: Path) -> None:
+def test_a_base_that_changed_is_said_and_not_gone_on_with(
+    finished: Path, tmp_path: Path, tiny_llama: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
     moved = tmp_path / "base"
@@ -227,6 +229,8 @@ def test_a_base_that_changed_is_said(finished: Path, tmp_path: Path, tiny_llama:
     save_file({n: t + 1 for n, t in tensors.items()}, moved / "model.safetensors")
     out = export_checkpoint(tmp_path / "run", tmp_path / "out", notice=notices.append)
     assert len(notices) == 1 and "was changed since the training began" in notices[0]
+    with pytest.raises(CheckpointError, match="beside another base model"):
+        train(RunConfig.from_yaml(config), tmp_path / "run")
     facts = json.loads((finished / "adapter" / "posttrain.json").read_text())
     assert read_object(out / "posttrain.json")["base_digest"] == facts["base_digest"]
 
