@@ -19,6 +19,7 @@ from posttrain_dist.checkpoint import store
 from posttrain_dist.checkpoint.manifest import WITH_NETWORK, Manifest, fault_of, read_manifest
 from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import CheckpointError, ConfigError
+from posttrain_dist.files import read_object
 
 if TYPE_CHECKING:
     import torch
@@ -212,7 +213,7 @@ class RunExport:
             base_digest=self.manifest.lineage.get("base_digest", digest),
             tuning=values,
             channels=self.manifest.recipe.channels,
-            run=str(self.manifest.lineage.get("id") or self.run_folder),
+            run=read_object(self.run_folder / "run.json").get("id", self.run_folder.name),
             step=step,
             versions=_versions(),
             vocab_size=_unless_same(network.get("vocab_size"), own.get("vocab_size")),

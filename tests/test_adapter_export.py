@@ -114,7 +114,8 @@ def test_the_folder_says_where_it_comes_from_and_serves_what_was_trained(
 
     adapter = finished / "adapter"
     facts = read_object(adapter / "posttrain.json")
-    assert (facts["method"], facts["step"], facts["tuning"]["rank"]) == ("lora", 3, 4)
+    assert (facts["method"], facts["step"], facts["run"]) == ("lora", 3, "lora")
+    assert facts["tuning"]["rank"] == 4
     assert facts["base_digest"] == base_digest(tiny_llama)
     assert facts["channels"] == ["copy", "reverse", "upper"] and "peft" in facts["versions"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)
@@ -186,6 +187,9 @@ def test_an_adapter_of_another_base_is_refused_before_a_model_is_loaded(
     config = replace(base, tuning=tuning, model=ModelConfig(path=str(other)))
     (problem,) = input_problems(config)
     assert isinstance(problem, ModelError) and "is another model" in problem.what
+    (problem,) = input_problems(replace(base, tuning=replace(tuning, rank=8)))
+    assert "has the rank 4, this tuning 8" in problem.what
+    assert not input_problems(replace(base, tuning=tuning))
     shutil.copytree(finished / "prepared", tmp_path / "prepared")
     monkeypatch.setattr(build, "load_model", lambda *a, **k: pytest.fail("it was loaded"))
     with pytest.raises(ModelError, match="is another model"):
