@@ -64,7 +64,7 @@ VERBS: dict[str, Verb] = {
         "quality.chat",
     ),
     "export": Verb(
-        "write the newest checkpoint of a run as a Hugging Face folder",
+        "write the newest checkpoint of a run as a Hugging Face or adapter folder",
         "posttrain export outputs/demo/20260101-120000 /models/mine",
         "run.export",
     ),

@@ -31,6 +31,7 @@ def adapter_card(
     *,
     method: str,
     tuning: Mapping[str, Any] | None = None,
+    vocab_size: int | None = None,
     channels: Sequence[str] = (),
     facts: Mapping[str, str] | None = None,
 ) -> str:
@@ -39,6 +40,7 @@ def adapter_card(
     Args:
         method: option of the group `tuning`.
         tuning: the values of the group.
+        vocab_size: rows of the embeddings, where they grew for new tokens; None: as in the base.
         channels: of the data that it was trained on.
         facts: more rows of the table: label -> value.
     """
@@ -65,9 +67,7 @@ def adapter_card(
             "## Load it",
             "",
             "```python",
-            *(_PEFT_LINES if is_peft else _ADAPTERS_LINES)
-            .format(base=repr(str(base)))
-            .splitlines(),
+            *_code(base, is_peft, vocab_size),
             "```",
             "",
             "The tokenizer and the chat template of the training stand in this folder: use them, "
@@ -90,6 +90,16 @@ _ADAPTERS_LINES = """\
 import adapters; from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({base}); adapters.init(model)
 model.set_active_adapters(model.load_adapter("<this folder>", use_safetensors=True))"""
+
+
+def _code(base: Path, is_peft: bool, vocab_size: int | None) -> list[str]:
+    """The lines of Python that load the adapter."""
+    template = _PEFT_LINES if is_peft else _ADAPTERS_LINES
+    lines = template.format(base=repr(str(base))).splitlines()
+    if vocab_size is not None:
+        grow = f"base.resize_token_embeddings({vocab_size}, mean_resizing=False)"
+        lines.insert(2, f"{grow}  # the rows of new tokens are the adapter's")
+    return lines
 
 
 def ensemble_card(num_prompts: int, base: Path) -> str:
