@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -31,14 +32,21 @@ from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.diagnosis.facts import ModelFacts
 from posttrain_dist.dist import Process
-from posttrain_dist.engine import DeepSpeed, Single
+from posttrain_dist.engine import AdamW, DeepSpeed, Single
 from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.engine.optimizers import ParameterRules
+from posttrain_dist.engine.update_check import UpdateCheck
 from posttrain_dist.files import read_object, write_atomic
 from posttrain_dist.flow import Batch
 from posttrain_dist.models import Weights
 from posttrain_dist.models.finite import refuse_nonfinite
-from posttrain_dist.models.folder import check_folder, network_of, read_shape, resolve
+from posttrain_dist.models.folder import (
+    check_folder,
+    grown_config,
+    network_of,
+    read_shape,
+    resolve,
+)
 from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Extends, Policy
@@ -197,10 +205,22 @@ def build_policy(
     return policy
 
 
+def make_update_check(
+    config: RunConfig,
+    engine: TrainEngine,
+    policy: Policy,
+    learning_rate: Callable[[int], float],
+    start: int,
+) -> UpdateCheck:
+    """The hook that sees whether what is trained moves, from update `start` on."""
+    rules, optimizer = parameter_rules(config), config.optimizer
+    assert isinstance(optimizer, AdamW)
+    return UpdateCheck(engine, policy, optimizer, rules, learning_rate, start)
+
+
 def _check_init_from(config: RunConfig, base: Path) -> None:
     """Refuse an adapter to go on with that is damaged, or of another base."""
-    named = getattr(config.tuning, "init_from", None)
-    if named is not None:
+    if isinstance(config.tuning, AdapterTuning) and (named := config.tuning.init_from):
         from posttrain_dist.tuning.adapters import base_check
 
         if said := dist.from_main(lambda: base_check.check_base(Path(named), base)):
@@ -244,7 +264,7 @@ def make_source(
     config: RunConfig, examples: Examples, process: Process, *, mixed: bool = True
 ) -> PackedSource:
     """The batches of this rank; `mixed`: drawn from sources by weight, as training does."""
-    shape = read_shape(config.model.path)
+    shape = read_shape(config.model.path, config.model.add_tokens)
     return PackedSource(
         examples,
         config.objective,
@@ -270,7 +290,9 @@ def run_manifest(
     """The manifest of this run's checkpoints, but for their step."""
     engine = config.engine
     name = f"zero{engine.stage}" if isinstance(engine, DeepSpeed) else "single"
-    network = network_of(check_folder(resolve(config.model.path), need_weights=False))
+    folder = resolve(config.model.path)
+    found = check_folder(folder, need_weights=False)
+    network = network_of(grown_config(folder, found, config.model.add_tokens))
     return Manifest(
         step=0,
         recipe=Recipe(data.channels, _recipe(config, data.fingerprint), network),

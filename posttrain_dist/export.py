@@ -144,7 +144,8 @@ class RunExport:
 
         manifest = self.manifest
         ends = _end_token_ids(manifest.lineage)
-        return RunFacts(manifest.recipe.model, ends, self.served)
+        added = self.config.model.add_tokens
+        return RunFacts(manifest.recipe.model, ends, self.served, added_tokens=added)
 
     def write(self, full_tensors: FullTensors, step: int) -> Path:
         """Write `export/` or `adapter/` of the run; collective.

@@ -17,9 +17,9 @@ from posttrain_dist.build import (
     make_engine,
     make_probe,
     make_source,
+    make_update_check,
     model_facts,
     open_prepared,
-    parameter_rules,
     run_manifest,
 )
 from posttrain_dist.checkpoint import resume, store
@@ -27,13 +27,13 @@ from posttrain_dist.checkpoint.manifest import Manifest
 from posttrain_dist.checkpoint.notices import Notices
 from posttrain_dist.checkpoint.trained_state import load_trained
 from posttrain_dist.config import RunConfig, complete
+from posttrain_dist.config.advice import learning_rate_line, warnings
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.engine.optimizers import learning_rate
-from posttrain_dist.engine.state_files import step_of_file
-from posttrain_dist.engine.update_check import UpdateCheck
+from posttrain_dist.engine.state_files import fitting, step_of_file
 from posttrain_dist.errors import CheckpointError
 from posttrain_dist.export import RehearseExport, RunExport
 from posttrain_dist.files import write_atomic
@@ -65,6 +65,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
         data = open_prepared(run_folder / "prepared")
         dtype = frozen_dtype(config, run_folder)
         engine = make_engine(config, process, dtype)
+        _say_settings(config, run_folder, on_cpu=engine.device.type == "cpu")
         policy = build_policy(config, engine, dtype, data.channels)
         source = make_source(config, data.train, process)
         heldout = make_source(config, data.heldout, process, mixed=False) if data.heldout else None
@@ -85,14 +86,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
         )
         evaluate = Evaluate(engine, heldout, config.objective, eval_meter, config.train.eval_every)
         rate = partial(learning_rate, config.optimizer, total_steps=steps)  # type: ignore[arg-type]
-        update_check = UpdateCheck(
-            engine,
-            policy,
-            config.optimizer,  # type: ignore[arg-type]
-            parameter_rules(config),
-            rate,
-            start,
-        )
+        update_check = make_update_check(config, engine, policy, rate, start)
         facts = model_facts(config, policy, source)
         export = RunExport(config, run_folder, manifest, data.served, partial(notify, run_folder))
         with Log(config, run_folder, engine, source, facts, start) as log:
@@ -139,6 +133,12 @@ def _enter(config: RunConfig, run_folder: Path, process: Process) -> Path:
     return run_folder
 
 
+def _say_settings(config: RunConfig, run_folder: Path, *, on_cpu: bool) -> None:
+    _log.info("%s", learning_rate_line(config))
+    for line in warnings(config, on_cpu=on_cpu) if dist.rank() == 0 else []:
+        notify(run_folder, line)
+
+
 def _write_main(path: Path, **values: Any) -> None:
     """Write an object for the driver, on rank 0 alone."""
     if dist.rank() == 0:
@@ -181,7 +181,8 @@ def _load(config: RunConfig, engine: TrainEngine, there: Manifest, found: Path) 
             "model.path=<that run>/export; or use train.resume=never",
         )
     if there.by_name:
-        load_trained(engine, config.tuning.kept, found / store.STATE)
+        with fitting(found):
+            load_trained(engine, config.tuning.kept, found / store.STATE)
     else:
         engine.load_state(found / store.STATE)
 

@@ -23,6 +23,7 @@ from posttrain_dist.data.chat.rendering.template_choice import DEFAULT
 from posttrain_dist.errors import CheckpointError, ModelError, reason
 from posttrain_dist.files import commit_folder, partial_of, read_object
 from posttrain_dist.models.folder import load_tokenizer
+from posttrain_dist.models.tokenizer.new_tokens import write_tokens
 
 SHARD_BYTES = 4 << 30
 
@@ -37,6 +38,7 @@ class RunFacts:
     end_token_ids: Sequence[int] = ()  # that end an assistant turn: generation stops at them
     served: Served | None = None  # chat templates and rows to check them; null: the source's
     card: str = ""  # text of README.md; "": there is none
+    added_tokens: Sequence[str] = ()  # `model.add_tokens`, which the source's tokenizer has not
 
 
 def write_hf_folder(
@@ -112,6 +114,7 @@ def write_served_files(
     carry_files(source, folder, templates=facts.served is None, notice=notice)
     if not (folder / "config.json").is_file():
         _keep_tokenizer_class(source, folder)
+    write_tokens(folder, facts.added_tokens)
     if facts.served is not None:
         _write_templates(facts.served, folder)
     _write_generation_config(source, folder, facts.end_token_ids, notice)

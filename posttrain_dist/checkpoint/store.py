@@ -22,11 +22,13 @@ from posttrain_dist.checkpoint.manifest import (
     read_manifest,
     step_name,
 )
+from posttrain_dist.checkpoint.trained_state import step_of_tensors
 from posttrain_dist.errors import CheckpointError, reason
 from posttrain_dist.files import FileDigest, commit_folder, digest_of, partial_of, write_atomic
 
 STATE = "state"  # folder of the engine's files inside a checkpoint
-OPENED = (".pt", ".safetensors")  # of these files every one is opened before a load
+TENSORS = ".safetensors"
+OPENED = (".pt", TENSORS)  # of these files every one is opened before a load
 
 WriteState = Callable[[Path], Mapping[str, FileDigest]]
 # Opens a file of the engine as it will be opened for loading; the updates that its state has had,
@@ -146,6 +148,12 @@ def damage_of(folder: Path, open_file: OpenFile) -> str:
     return dist.from_main(lambda: next(filter(None, shares), ""))
 
 
+def _open(path: Path, open_file: OpenFile) -> int | None:
+    if path.suffix not in OPENED:
+        return None
+    return step_of_tensors(path) if path.suffix == TENSORS else open_file(path)
+
+
 def _damage_of_share(folder: Path, open_file: OpenFile) -> str:
     if fault := fault_of(folder):
         return fault
@@ -159,7 +167,7 @@ def _damage_of_share(folder: Path, open_file: OpenFile) -> str:
         try:
             if digest_of(folder / name) != files[name]:
                 return f"{name} is damaged: its content has changed since it was written"
-            step = open_file(folder / name) if name.endswith(OPENED) else None
+            step = _open(folder / name, open_file)
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
         except CheckpointError as error:

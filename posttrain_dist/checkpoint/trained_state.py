@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain_dist import dist
 from posttrain_dist.checkpoint.manifest import TRAINED
-from posttrain_dist.engine.base import TrainEngine
-from posttrain_dist.engine.state_files import fitting, open_tensors
 from posttrain_dist.errors import CheckpointError
 from posttrain_dist.files import DigestWriter, FileDigest
 
 if TYPE_CHECKING:
     import torch
+
+    from posttrain_dist.engine.base import TrainEngine
 
 _PART = "::"  # between a parameter's name and what of its state a tensor is
 _DTYPES = {
@@ -77,7 +78,7 @@ def load_trained(engine: TrainEngine, kept: Callable[[str], bool], folder: Path)
     Raises:
         CheckpointError: the file holds other tensors than this model has.
     """
-    with fitting(folder), open_tensors(folder / TRAINED) as file:
+    with open_tensors(folder / TRAINED) as file:
         parts: dict[str, list[str]] = {}
         for name in file.keys():  # noqa: SIM118  no mapping
             parts.setdefault(name.partition(_PART)[0], []).append(name)
@@ -100,8 +101,52 @@ def read_kept(folder: Path) -> dict[str, torch.Tensor]:
     Args:
         folder: `state/` of the checkpoint.
     """
-    with fitting(folder), open_tensors(folder / TRAINED) as file:
+    with open_tensors(folder / TRAINED) as file:
         return {name: file.get_tensor(name) for name in file.keys() if _PART not in name}  # noqa: SIM118
+
+
+def step_of_tensors(path: Path) -> int | None:
+    """Open such a file and look at each tensor; the updates that its state has had.
+
+    None: the file does not say.
+
+    Raises:
+        CheckpointError: it cannot be opened, or a tensor is not finite.
+        OSError: the file cannot be read.
+    """
+    with open_tensors(path) as file:
+        for name in file.keys():  # noqa: SIM118  no mapping
+            tensor = file.get_tensor(name)
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise CheckpointError(
+                    f"holds {name} with values that are not finite",
+                    where=str(path),
+                    fix="use another checkpoint",
+                )
+        step = (file.metadata() or {}).get("step", "")
+    return int(step) if step.isdecimal() else None
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """An open safetensors file: `keys`, `get_tensor`, `metadata`.
+
+    Raises:
+        CheckpointError: it is none.
+        OSError: the file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        opened = safe_open(path, "pt")
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"does not open as tensors: {error}",
+            where=str(path),
+            fix="use another checkpoint; this file was damaged, or is not one of a run",
+        ) from error
+    with opened as file:
+        yield file
 
 
 def _compare(there: set[str], wanted: set[str], path: Path) -> None:
@@ -123,22 +168,19 @@ def _named(missing: list[str], more: list[str]) -> list[tuple[str, list[str]]]:
 def _write(file: Any, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """The format of safetensors, in order: its own writer takes a path only, which no digest sees.
 
-    Largest alignment first, as it says: here everything is written in 8-byte steps.
+    Wide elements come first, so that each tensor begins at a multiple of its own.
     """
+    import torch
+
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
-    for name, tensor in tensors.items():
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    for name, tensor in ((name, tensors[name]) for name in order):
         start, end = end, end + tensor.nbytes
         dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
-    for tensor in tensors.values():
-        file.write(tensor.reshape(-1).view(_bytes()).numpy())
-
-
-def _bytes() -> Any:
-    import torch
-
-    return torch.uint8
+    for name in order:
+        file.write(tensors[name].reshape(-1).view(torch.uint8).numpy())

@@ -25,6 +25,8 @@ from posttrain_dist.engine.ds_config import deepspeed_config
 from posttrain_dist.errors import ConfigError, PosttrainError, Rule, at_least, raise_all
 from posttrain_dist.models import Weights, model_rules
 from posttrain_dist.tuning.base import AdapterTuning, Quantize
+from posttrain_dist.tuning.full import Full
+from posttrain_dist.tuning.lora import Lora
 
 MAX_SEED = (1 << 63) - 1  # torch and numpy take it
 
@@ -105,6 +107,15 @@ def single_process_rule(num_workers: int | None, workers: str) -> Rule:
     )
 
 
+def _added_tokens_rule(config: RunConfig) -> Rule:
+    return Rule(
+        not config.model.add_tokens or isinstance(config.tuning, Full | Lora),
+        "model.add_tokens",
+        "adds tokens, and this tuning would never train their embeddings",
+        "use tuning=lora, which trains their rows alone, or tuning=full",
+    )
+
+
 def _rules_between_groups(config: RunConfig) -> list[Rule]:
     engine, cluster, model = config.engine, config.cluster, config.model
     stage3 = isinstance(engine, DeepSpeed) and engine.stage == 3
@@ -144,6 +155,7 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
             "use engine=zero2, or make the weights once with engine=single and load them",
         ),
     ]
+    rules.append(_added_tokens_rule(config))
     rules.append(optimizer_engine_rule(config.optimizer, engine))
     if isinstance(config.tuning, AdapterTuning):
         rules += _quantize_rules(config, config.tuning)

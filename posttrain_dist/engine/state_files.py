@@ -89,49 +89,11 @@ def step_of_file(path: Path) -> int | None:
         CheckpointError: it cannot be opened, or holds something that no checkpoint does.
         OSError: the file cannot be read.
     """
-    if path.suffix == ".safetensors":
-        return _step_of_tensors(path)
     state = read_state(path, mmap=True, types=[(_StandIn, name) for name in DEEPSPEED_TYPES])
     if not isinstance(state, dict):
         raise CheckpointError("is no saved state", where=str(path), fix="use another checkpoint")
     step = state.get(STEP, state.get("global_steps"))  # the latter is DeepSpeed's
     return step if isinstance(step, int) else None
-
-
-def _step_of_tensors(path: Path) -> int | None:
-    with open_tensors(path) as file:
-        for name in file.keys():  # noqa: SIM118  no mapping
-            tensor = file.get_tensor(name)
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise CheckpointError(
-                    f"holds {name} with values that are not finite",
-                    where=str(path),
-                    fix="use another checkpoint",
-                )
-        step = (file.metadata() or {}).get(STEP, "")
-    return int(step) if step.isdecimal() else None
-
-
-@contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
-    """An open safetensors file: `keys`, `get_tensor`, `metadata`.
-
-    Raises:
-        CheckpointError: it is none.
-        OSError: the file cannot be read.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        opened = safe_open(path, "pt")
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"does not open as tensors: {_first_line(error)}",
-            where=str(path),
-            fix="use another checkpoint; this file was damaged, or is not one of a run",
-        ) from error
-    with opened as file:
-        yield file
 
 
 @contextmanager

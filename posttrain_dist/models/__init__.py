@@ -44,6 +44,8 @@ class ModelConfig:
     weights: Weights = Weights.load
     activation_checkpointing: Checkpointing = Checkpointing.none
     checkpoint_layers: int | None = None  # how many layers, of `selective`
+    # What such a layer keeps, its input, waits in host memory: long rows fit, a step is slower.
+    checkpoint_offload: bool = False
     # Tokens that the tokenizer gets, with the mean of all embeddings at first.
     add_tokens: list[str] = field(default_factory=list)
     compile: bool = False  # torch.compile of norms and MLPs; needs a C++ compiler
@@ -68,4 +70,16 @@ def model_rules(model: ModelConfig) -> list[Rule]:
             "set model.activation_checkpointing=selective",
         ),
         at_least(key, model.checkpoint_layers),
+        Rule(
+            not (model.checkpoint_offload and model.activation_checkpointing is Checkpointing.none),
+            "model.checkpoint_offload",
+            "is on, and model.activation_checkpointing is none, so that nothing is kept to offload",
+            "set model.activation_checkpointing=full",
+        ),
+        Rule(
+            all(model.add_tokens) and len(set(model.add_tokens)) == len(model.add_tokens),
+            "model.add_tokens",
+            f"is {model.add_tokens}: a token is empty, or stands there twice",
+            "name each new token once, for instance '[<tool>,</tool>]'",
+        ),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,6 +12,7 @@ from posttrain_dist.errors import ModelError, PosttrainError, raise_all
 from posttrain_dist.models.architectures.refusals import architecture_problems
 from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.models.tokenizer import ModelTokenizer, read_tokenizer
+from posttrain_dist.models.tokenizer.new_tokens import grown_vocab_size, new_ids, with_tokens
 
 TINY_BASE = "tiny_base"
 INDEX = "model.safetensors.index.json"
@@ -72,17 +73,42 @@ def network_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in sorted(config.items()) if key not in NO_NETWORK}
 
 
-def read_shape(path: str) -> ModelShape:
+def read_shape(path: str, add_tokens: Sequence[str] = ()) -> ModelShape:
     """The sizes of the model that `model.path` names, from its config.json.
+
+    Args:
+        add_tokens: `model.add_tokens`, for which its vocabulary grows.
 
     Raises:
         ModelError, SeveralErrors: what is wrong with the folder, or the size that is missing.
+        ConfigError: the tokenizer has one of the tokens.
     """
     folder = resolve(path)
-    return ModelShape.of(check_folder(folder, need_weights=False), str(folder / "config.json"))
+    config = grown_config(folder, check_folder(folder, need_weights=False), add_tokens)
+    return ModelShape.of(config, str(folder / "config.json"))
 
 
-def load_tokenizer(folder: Path, cache: Path | None = None) -> ModelTokenizer:
+def grown_config(
+    folder: Path, config: dict[str, Any], add_tokens: Sequence[str], cache: Path | None = None
+) -> dict[str, Any]:
+    """A folder's config.json with the vocabulary that `model.add_tokens` makes of it."""
+    if not add_tokens:
+        return config
+    size = ModelShape.of(config, str(folder / "config.json")).vocab_size
+    ids = read_added_ids(folder, add_tokens, cache)
+    return {**config, "vocab_size": grown_vocab_size(size, ids)}
+
+
+def read_added_ids(folder: Path, add_tokens: Sequence[str], cache: Path | None = None) -> list[int]:
+    """Ids of `model.add_tokens`."""
+    if not add_tokens:
+        return []
+    return new_ids(load_tokenizer(folder, cache, add_tokens), add_tokens)
+
+
+def load_tokenizer(
+    folder: Path, cache: Path | None = None, add_tokens: Sequence[str] = ()
+) -> ModelTokenizer:
     """The tokenizer of a model folder, from its files alone.
 
     It is read once a process, as long as no file of the folder changes; nobody may change it.
@@ -90,11 +116,16 @@ def load_tokenizer(folder: Path, cache: Path | None = None) -> ModelTokenizer:
     Args:
         folder: of the model.
         cache: folder where what transformers makes of the files is kept; null: it is not kept.
+        add_tokens: `model.add_tokens`, which are added to it.
 
     Raises:
         ModelError: there is none, or it needs code of its own.
+        ConfigError: it has one of the tokens already.
     """
-    return _read_tokenizer(folder, _state(folder), cache)
+    state = _state(folder)
+    if not add_tokens:
+        return _read_tokenizer(folder, state, cache)
+    return _read_grown_tokenizer(folder, state, cache, tuple(add_tokens))
 
 
 def _state(folder: Path) -> tuple[tuple[str, int, int], ...]:
@@ -121,6 +152,16 @@ def _read_tokenizer(
             where=str(folder),
             fix="get tokenizer.json and tokenizer_config.json of this model",
         ) from error
+
+
+@lru_cache(maxsize=1)
+def _read_grown_tokenizer(
+    folder: Path,
+    state: tuple[tuple[str, int, int], ...],
+    cache: Path | None,
+    add_tokens: tuple[str, ...],
+) -> ModelTokenizer:
+    return with_tokens(_read_tokenizer(folder, state, cache), add_tokens)
 
 
 def check_tokenizer(tokenizer: Any, folder: Path) -> None:

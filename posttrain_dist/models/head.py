@@ -16,6 +16,7 @@ from torch import nn
 
 from posttrain_dist.errors import ModelError
 from posttrain_dist.models import parity
+from posttrain_dist.models.embeddings.added_tokens import ADAPTER, with_rows
 from posttrain_dist.models.shape import ModelShape
 
 
@@ -120,10 +121,17 @@ class Head:
 
 
 def _forward_of(module: Any) -> Callable[..., Any]:
-    """forward(hidden, operation): `operation(hidden, weight, bias)` while the weight is here."""
+    """forward(hidden, operation): `operation(hidden, weight, bias)` while the weight is here.
+
+    Rows of it that are trained alone, those of added tokens, are in it.
+    """
 
     def forward(hidden: torch.Tensor, operation: Callable[..., Any] = nn.functional.linear) -> Any:
-        return operation(hidden, module.weight, getattr(module, "bias", None))
+        weight, bias = module.weight, getattr(module, "bias", None)
+        rows = getattr(module, ADAPTER, None)
+        if rows is None:
+            return operation(hidden, weight, bias)
+        return rows(hidden, lambda *trained: operation(hidden, with_rows(weight, *trained), bias))
 
     return forward
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -43,7 +45,16 @@ def checkpoint_activations(model: nn.Module, config: ModelConfig) -> None:
     layers = decoder_layers(model)
     for i, layer in enumerate(layers):
         layer.gradient_checkpointing = i < _num_recomputed(config, len(layers))
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer._gradient_checkpointing_func = _offloaded if config.checkpoint_offload else _kept
+
+
+_kept = partial(checkpoint, use_reentrant=False)
+
+
+def _offloaded(layer: Callable[..., Any], *inputs: Any) -> Any:
+    """A checkpoint whose inputs are copied to host memory, and back when backward needs them."""
+    with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return _kept(layer, *inputs)
 
 
 def _num_recomputed(config: ModelConfig, num_layers: int) -> int:

@@ -15,8 +15,9 @@ from posttrain_dist.models import ModelConfig, Weights
 from posttrain_dist.models.architectures.failures import named_failures
 from posttrain_dist.models.attention import implementation, register
 from posttrain_dist.models.compiled import compile_layers
+from posttrain_dist.models.embeddings.added_tokens import add_rows, refuse_untrained
 from posttrain_dist.models.finite import refuse_extremes
-from posttrain_dist.models.folder import check_folder
+from posttrain_dist.models.folder import check_folder, read_added_ids
 from posttrain_dist.models.layers import checkpoint_activations
 from posttrain_dist.models.quantized import holds_nf4
 from posttrain_dist.models.quantized.load_nf4 import (
@@ -53,7 +54,7 @@ def load_model(
 
     Raises:
         ModelError: the folder cannot be used, or weights are missing from it.
-        ConfigError: model.checkpoint_layers or model.compile cannot be had.
+        ConfigError: model.checkpoint_layers, model.compile or model.add_tokens cannot be had.
     """
     fresh = config.weights is Weights.random
     found = check_folder(folder, need_weights=not fresh)
@@ -66,10 +67,12 @@ def load_model(
                 model: Any = _build_nf4(config, folder, dtype, device or torch.device("cpu"))
             else:
                 model = _build(config, folder, dtype, seed if fresh else None)
+        add_rows(model, read_added_ids(folder, config.add_tokens))
         with torch.random.fork_rng(devices=[]):  # what is inserted depends on the seed alone
             torch.manual_seed(seed)
             attach(model)
     refuse_trained(model, folder)
+    refuse_untrained(model)
     model.config.use_cache = False
     checkpoint_activations(model, config)
     if config.compile:

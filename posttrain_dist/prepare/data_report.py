@@ -176,7 +176,8 @@ def _first_pack(config: RunConfig, examples: Examples) -> dict[str, Any]:
     """
     if not len(examples):
         return {}
-    shape = read_shape(config.model.path)
+    added = config.model.add_tokens
+    shape = read_shape(config.model.path, added)
     cost = Cost.of_model(shape.hidden_size, shape.num_layers, shape.vocab_size)
     packs = Order(
         examples.lengths,
@@ -188,7 +189,8 @@ def _first_pack(config: RunConfig, examples: Examples) -> dict[str, Any]:
     ).packs(1)
     costs = [cost.of(examples.lengths[pack], examples.supervised[pack]).sum() for pack in packs]
     pack = packs[assign_packs(np.array(costs), world=1)[0][0]]
-    tokenizer = load_tokenizer(resolve(config.model.path), tokenizer_cache(config.data.cache))
+    kept = tokenizer_cache(config.data.cache)
+    tokenizer = load_tokenizer(resolve(config.model.path), kept, added)
     found: list[list[Any]] = []
     for sample, index in enumerate(pack.tolist()):
         example = examples[index]

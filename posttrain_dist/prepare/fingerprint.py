@@ -18,7 +18,13 @@ from posttrain_dist.data.sources import FileSet, file_sets
 from posttrain_dist.errors import DataError, PosttrainError, raise_all
 from posttrain_dist.models import Weights
 from posttrain_dist.models.architectures.positions import check_row_length
-from posttrain_dist.models.folder import check_folder, check_tokenizer, load_tokenizer, resolve
+from posttrain_dist.models.folder import (
+    check_folder,
+    check_tokenizer,
+    grown_config,
+    load_tokenizer,
+    resolve,
+)
 from posttrain_dist.models.tokenizer import ModelTokenizer
 from posttrain_dist.prepare.cache import cache_folder, tokenizer_cache
 from posttrain_dist.prepare.digests import Digests, state
@@ -45,7 +51,7 @@ class Inputs:
     """Checked input."""
 
     model_folder: Path
-    model: dict[str, Any]  # its config.json
+    model: dict[str, Any]  # its config.json, with the vocabulary that model.add_tokens makes
     tokenizer: ModelTokenizer
     templates: TemplateSet | None  # null: the objective reads no messages
     ends: tuple[str, ...]  # tokens at which generation stops, by generation_config.json
@@ -77,7 +83,7 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
     rows, data = config.objective.rows, config.data
     check_row_length(model, data.max_length)
     sets = file_sets(data, rows, only_heldout=only_heldout)
-    tokenizer = load_tokenizer(model_folder, tokenizer_cache(data.cache))
+    tokenizer, model = _with_added_tokens(config, model_folder, model)
     check_tokenizer(tokenizer, model_folder)
     readers = _readers(sets, config)
     ends = _generation_ends(model_folder, tokenizer)
@@ -117,6 +123,7 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
             for each in sets
         },
         "tokenizer": _of_tokenizer(model_folder, digests),
+        **({"add_tokens": list(config.model.add_tokens)} if config.model.add_tokens else {}),
     }
     digests.save()
     return Inputs(
@@ -132,6 +139,14 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
         states,
         digest,
     )
+
+
+def _with_added_tokens(
+    config: RunConfig, folder: Path, model: dict[str, Any]
+) -> tuple[ModelTokenizer, dict[str, Any]]:
+    """Tokenizer and config.json of a model folder, with `model.add_tokens`."""
+    kept, added = tokenizer_cache(config.data.cache), config.model.add_tokens
+    return load_tokenizer(folder, kept, added), grown_config(folder, model, added, kept)
 
 
 def _generation_ends(model_folder: Path, tokenizer: ModelTokenizer) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +14,26 @@ from posttrain_dist.tuning.saved_adapter import SavedAdapter
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from posttrain_dist.tuning.injection.targets import Linear
+
+
+@contextmanager
+def _as_plain_linears(model: Any) -> Iterator[None]:
+    """Hide from `peft` that the base is in 4 bits.
+
+    Its layer for that computes in float32 and hands float32 on, which a model in bfloat16 fails
+    on; its plain one calls the quantised linear as it is.
+    """
+    quantised = getattr(model, "is_loaded_in_4bit", False)
+    if not quantised:
+        yield
+        return
+    model.is_loaded_in_4bit = False
+    try:
+        yield
+    finally:
+        model.is_loaded_in_4bit = True
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,15 +57,37 @@ class Ia3(AdapterTuning):
         """Never: decay pulls to zero, and a vector that does nothing is of ones."""
         return False
 
+    def check_network(self, network: Mapping[str, Any]) -> None:
+        """Find the targets in the modules of config.json, and refuse what `insert` would."""
+        from posttrain_dist.tuning.injection.empty_model import empty_model, surely_fits
+
+        if self.targets == "auto" and surely_fits(network):
+            return
+        model = empty_model(network)
+        if model is not None:
+            self._find_targets(model)
+
     def insert(self, model: nn.Module) -> None:
         """Put a vector beside each target.
 
         Raises:
             ConfigError: a target is not there, or is the head.
         """
+        from posttrain_dist.tuning.injection.inject import inject, quiet_import
+
+        quiet_import()
         import peft
 
-        from posttrain_dist.tuning.injection.inject import inject, quiet_import
+        outputs, inputs = self._find_targets(model)
+        config = peft.IA3Config(
+            target_modules=[one.name for one in (*outputs, *inputs)],
+            feedforward_modules=[one.name for one in inputs],
+        )
+        with _as_plain_linears(model):
+            inject(config, model, self.marks)
+
+    def _find_targets(self, model: nn.Module) -> tuple[list[Linear], list[Linear]]:
+        """Those whose output is scaled, and those whose input is."""
         from posttrain_dist.tuning.injection.targets import (
             find_targets,
             keys_values_and_mlp,
@@ -52,19 +95,12 @@ class Ia3(AdapterTuning):
             scales_input,
         )
 
-        quiet_import()
         if self.targets == "auto":
-            outputs, inputs = keys_values_and_mlp(model)
-        else:
-            every = find_targets(model, self.targets)
-            refuse_head(model, [one.name for one in every])
-            inputs = [one for one in every if scales_input(one)]
-            outputs = [one for one in every if one not in inputs]
-        config = peft.IA3Config(
-            target_modules=[one.name for one in (*outputs, *inputs)],
-            feedforward_modules=[one.name for one in inputs],
-        )
-        inject(config, model, self.marks)
+            return keys_values_and_mlp(model)
+        every = find_targets(model, self.targets)
+        refuse_head(model, [one.name for one in every])
+        inputs = [one for one in every if scales_input(one)]
+        return [one for one in every if one not in inputs], inputs
 
     def to_adapter(
         self, kept: Mapping[str, torch.Tensor], network: Mapping[str, Any]

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from posttrain_dist.tuning.injection.targets import Linear
 
 _log = logging.getLogger(__name__)
-# Their names stand in checkpoints; see injection/pissa.py.
-_INITIAL = ("pissa_initial_A", "pissa_initial_B")
+# Their names stand in checkpoints; see injection/pissa.py and models/embeddings/added_tokens.py.
+_BUFFERS = ("pissa_initial_A", "pissa_initial_B", "token_ids")
 
 
 class LoraInit(Enum):
@@ -131,9 +131,9 @@ class Lora(AdapterTuning):
         return any(part in self.marks for part in parts) or self._saved_in_full(name)
 
     def kept(self, name: str) -> bool:
-        """What is trained, a frozen A, and what PiSSA began with."""
+        """What is trained, a frozen A, what PiSSA began with, and which tokens were added."""
         parts = name.split(".")
-        return "lora_A" in parts or parts[-1] in _INITIAL or self.trained(name)
+        return "lora_A" in parts or parts[-1] in _BUFFERS or self.trained(name)
 
     def lr_ratio(self, name: str) -> float:
         """B learns `lr_ratio_b` times as fast as the rest."""
@@ -151,24 +151,41 @@ class Lora(AdapterTuning):
 
     # ------------------------------------------------------------------------------ the model
 
+    def check_network(self, network: Mapping[str, Any]) -> None:
+        """Find the targets in the modules of config.json, and refuse what `insert` would."""
+        from posttrain_dist.tuning.injection.empty_model import empty_model, surely_fits
+        from posttrain_dist.tuning.injection.targets import WORDS
+
+        if self.init is LoraInit.pissa and network.get("quantization_config"):
+            raise ConfigError(
+                "is pissa, which changes the base weights, and those of this folder are quantised",
+                where="tuning.init",
+                fix="set tuning.init=zero_b, or use the model in 16 bits",
+            )
+        by_word = isinstance(self.targets, str) and self.targets in WORDS
+        if by_word and not self.modules_to_save and surely_fits(network, self.rank):
+            return
+        model = empty_model(network)
+        if model is not None:
+            self._find_targets(model)
+
     def insert(self, model: nn.Module) -> None:
         """Put A and B beside the targets.
 
         Raises:
             ConfigError: a target is not there, is too small for the rank, or cannot be changed.
         """
+        from posttrain_dist.models.embeddings.added_tokens import train_added_rows
         from posttrain_dist.tuning.injection.inject import inject, quiet_import
-        from posttrain_dist.tuning.injection.targets import find_targets
 
-        targets = find_targets(model, self.targets)
-        self._check_sizes(targets)
-        self._check_modules(model, targets)
+        targets = self._find_targets(model)
         quiet_import()
         inject(self._peft_config([target.name for target in targets]), model, self.marks)
         if self.init is LoraInit.pissa:
             from posttrain_dist.tuning.injection.pissa import begin_with_singular_vectors
 
             begin_with_singular_vectors(model, self.scale)
+        train_added_rows(model, self._saved_in_full)
         self._log_scale(len(targets))
 
     def attach(self, model: nn.Module) -> None:
@@ -193,6 +210,14 @@ class Lora(AdapterTuning):
             use_rslora=self.rslora,
             use_dora=self.dora,
         )
+
+    def _find_targets(self, model: nn.Module) -> list[Linear]:
+        from posttrain_dist.tuning.injection.targets import find_targets
+
+        targets = find_targets(model, self.targets)
+        self._check_sizes(targets)
+        self._check_modules(model, targets)
+        return targets
 
     def _check_sizes(self, targets: list[Linear]) -> None:
         smallest = min(targets, key=lambda one: min(one.in_features, one.out_features))
@@ -282,12 +307,16 @@ class Lora(AdapterTuning):
         network: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """The base tensor with A and B in it, or as it was trained in full."""
+        from posttrain_dist.models.embeddings.added_tokens import merged_rows
         from posttrain_dist.tuning.injection.inject import base_name
         from posttrain_dist.tuning.injection.low_rank import LowRank, is_turned
 
         own = base_name(kept, name)
         if own in kept:
             return kept[own].to(weight)
+        grown = merged_rows(own, weight, kept)
+        if grown is not None:
+            return grown
         module, _, leaf = own.rpartition(".")
         low_rank = LowRank.of(kept, module) if leaf == "weight" else None
         if low_rank is None:

@@ -31,8 +31,9 @@ def folder(request, tmp_path_factory, builders):
     return builders.model(target, request.param, num_hidden_layers=LAYERS)
 
 
-def policy_of(folder, wish=none, number=None) -> Policy:
+def policy_of(folder, wish=none, number=None, offload=False) -> Policy:
     config = ModelConfig(path=str(folder), activation_checkpointing=wish, checkpoint_layers=number)
+    config.checkpoint_offload = offload
     model = load_model(config, folder, dtype=torch.float32, seed=0, materialise=nullcontext())
     return Policy(model, HeadKernels(linear_cross_entropy, linear_logprob), num_channels=1).train()
 
@@ -94,6 +95,30 @@ def test_gradients_stay_layers_run_again_and_less_is_kept(folder):
     assert one > 10 * 160 * 32 * 4
     assert three == pytest.approx(3 * one, rel=0.02)
     assert kept_bytes[3] < kept_bytes[2]
+
+
+def test_what_waits_in_host_memory_is_the_input_of_each_layer(folder, monkeypatch):
+    """A copy there, and another one back, as between a GPU and its host."""
+    expected, *_ = measured(folder, none, None)
+    away = []
+
+    class Away(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pin_memory):
+            assert pin_memory == torch.cuda.is_available()
+            super().__init__(self.pack, lambda place: away[place].clone())
+
+        def pack(self, tensor):
+            away.append(tensor.detach().clone())
+            return len(away) - 1
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Away)
+    policy = policy_of(folder, full, offload=True)
+    total = policy(batch(), Sft(), TokenCount(10.0)).total
+    rows = [tuple(tensor.shape) for tensor in away if tensor.is_floating_point()]
+    assert [shape for shape in rows if len(shape) == 3] == [(1, 160, 32)] * LAYERS
+    total.backward()
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-6, atol=0, msg=name)
 
 
 def test_evaluation_recomputes_nothing(folder):

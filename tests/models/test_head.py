@@ -69,3 +69,44 @@ def test_the_module_alone_is_the_plain_projection(tiny_llama):
     policy = Policy(model, HeadKernels(linear_cross_entropy, linear_logprob), num_channels=1)
     assert policy.head.module is plain
     assert torch.equal(policy.head.module(hidden), before)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("name", ["Gemma2", "Granite"])
+def test_lora_on_the_head_is_that_of_plain_peft(name, dora, tmp_path, builders):
+    """Log-probabilities, and the gradients of A, B and the magnitudes, with cap and scale."""
+    import peft
+    import transformers
+    import tuned_models as tuned
+
+    from posttrain_dist.tuning.lora import Lora
+
+    changes = {**CASES[name], "tie_word_embeddings": False}
+    folder = builders.model(tmp_path / "model", architecture=name, **changes)
+    tuning = Lora(rank=4, alpha=6.0, targets=["lm_head"], dora=dora)
+    policy = tuned.tuned_policy(folder, tuning)
+    tuned.scatter(policy.causal_lm, tuning)
+    batch = collate(tuned.examples((40,)))
+    found = policy.head.logprob(policy.hidden(batch), batch.labels_N, entropy=True)
+    factor_N = torch.linspace(-1, 2, batch.num_targets)
+    (found.logprob_N[: batch.num_targets] * factor_N).sum().backward()
+
+    saved = tuning.to_adapter(tuned.kept_of(policy, tuning), policy.config.to_dict())
+    adapter = tuned.write_folder(tmp_path / "adapter", saved, folder)
+    own = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    own = peft.PeftModel.from_pretrained(own, str(adapter), is_trainable=True).eval()
+    every = own(input_ids=batch.input_ids_T[None]).logits[0].log_softmax(-1)[batch.supervised_N]
+    logprob = every.gather(1, batch.labels_N[:, None])[: batch.num_targets, 0]
+    (logprob * factor_N).sum().backward()
+    torch.testing.assert_close(found.logprob_N[: batch.num_targets], logprob, rtol=1e-5, atol=1e-5)
+    theirs = {
+        n.removeprefix("base_model.model."): p.grad
+        for n, p in own.named_parameters()
+        if p.requires_grad
+    }
+    ours = {n: p.grad for n, p in policy.causal_lm.named_parameters() if p.requires_grad}
+    assert ours.keys() == theirs.keys() and len(ours) == 2 + dora
+    for key, gradient in ours.items():
+        assert (gradient - theirs[key]).norm() <= 2e-5 * theirs[key].norm(), key
+    assert max(policy.check_parity(batch).values()) < 1e-4
+    assert policy.check_head(batch) < 1e-4

@@ -304,19 +304,20 @@ def test_bytes_are_foretold_and_what_does_not_fit_is_refused(builders, tmp_path)
 
 @pytest.mark.slow
 def test_the_host_never_holds_the_model(tmp_path, builders, run_workers):
-    """Many shards, 16-bit: what is private to the process stays near the NF4 that it ends as."""
-    size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "head_dim": 64}
+    """Many shards: what is private to the process is NF4, and one matrix on its way."""
+    size = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 72, "head_dim": 128}
     config = transformers.LlamaConfig(**builders.size | size, vocab_size=300)
     config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(tmp_path, max_shard_size="20MB")
+    model.save_pretrained(tmp_path, max_shard_size="15MB")
     whole = sum(p.nbytes for p in model.parameters())
-    assert whole > 400e6 and len(list(tmp_path.glob("*.safetensors"))) > 16
+    assert whole > 400e6 and len(list(tmp_path.glob("*.safetensors"))) > 25
     del model
-    (output,) = run_workers("load_nf4.py", 1, tmp_path, fresh=True)
-    seen = json.loads(re.search(r"MEMORY (.*)", output).group(1))
-    print(f"host memory of loading {whole / 1e6:.0f} MB in NF4: {seen}")
-    assert seen["held"] < 0.3 * whole
-    assert seen["peak"] < seen["held"] + 60e6, (seen, whole)
-    assert seen["after"] < seen["held"] + 30e6, (seen, whole)
+    stored = tmp_path / "stored"
+    for folder, save_to in ((tmp_path, stored), (stored, "")):
+        (output,) = run_workers("load_nf4.py", 1, folder, save_to, fresh=True)
+        seen = json.loads(re.search(r"MEMORY (.*)", output).group(1))
+        print(f"host memory of loading {folder.name}, {whole / 1e6:.0f} MB in bfloat16: {seen}")
+        assert seen["held"] < 0.27 * whole
+        assert seen["peak"] < seen["held"] + 0.15 * whole, (seen, whole)

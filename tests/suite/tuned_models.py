@@ -37,9 +37,10 @@ def examples(lengths: tuple[int, ...] = (7, 17, 2, 11), seed: int = 0) -> list[E
 
 
 def tuned_model(folder: Path, tuning: Tuning, dtype: torch.dtype = torch.float32, **model: Any):
-    """The causal LM of a folder with the tuning attached."""
+    """The causal LM of a folder with the tuning attached; `nf4` is a keyword of `load_model`."""
     from contextlib import nullcontext
 
+    loading = {key: model.pop(key) for key in ("nf4",) if key in model}
     return load_model(
         ModelConfig(path=str(folder), attention=Attention.eager, **model),
         folder,
@@ -47,6 +48,7 @@ def tuned_model(folder: Path, tuning: Tuning, dtype: torch.dtype = torch.float32
         seed=0,
         materialise=nullcontext(),
         attach=tuning.attach,
+        **loading,
     )
 
 

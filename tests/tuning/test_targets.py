@@ -95,9 +95,27 @@ def test_what_matches_nothing_is_refused_with_what_there_is(targets, message):
     ],
 )
 def test_what_the_model_cannot_have_is_refused(model_type, tuning, where, message):
-    with pytest.raises(ConfigError, match=message) as caught:
-        tuning.attach(build(model_type))
-    assert caught.value.where == where
+    for refuse in (
+        lambda: tuning.attach(build(model_type)),
+        lambda: tuning.check_network(small_config(model_type).to_dict()),  # before any load
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            refuse()
+        assert caught.value.where == where
+
+
+def test_what_config_json_can_have_is_let_through():
+    network = small_config("llama").to_dict()
+    Lora(rank=4, targets=["lm_head"], modules_to_save=["norm"]).check_network(network)
+    Lora(rank=8).check_network(network)  # no size of config.json is below 8: no look is needed
+    with pytest.raises(ConfigError, match="is 40, above the smaller dimension"):
+        Lora(rank=40).check_network(network)
+    Ia3().check_network(network)
+    Lora(targets=["nothing"]).check_network({"model_type": "not_one_of_transformers"})
+    quantised = network | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    Lora(rank=4).check_network(quantised)
+    with pytest.raises(ConfigError, match="folder are quantised"):
+        Lora(rank=4, init=LoraInit.pissa).check_network(quantised)
 
 
 @pytest.mark.parametrize(

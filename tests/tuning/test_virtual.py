@@ -27,6 +27,7 @@ from posttrain_dist.models import Checkpointing
 from posttrain_dist.models.architectures.positions import check_row_length
 from posttrain_dist.objectives.base import TokenCount, TokenLoss
 from posttrain_dist.preflight import input_problems
+from posttrain_dist.tuning.virtual import insert_virtual_tokens, prepend
 
 each_tuning = pytest.mark.parametrize("name", TUNINGS)
 GEMMA = {"sliding_window": 6, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}
@@ -149,6 +150,16 @@ def test_only_matrices_that_multiply_decay(tiny_llama, name):
     decayed = {n for n, tensor in trained.items() if tuning.decays(n, tensor.shape)}
     assert decayed == {n for n in trained if "mlp_head" in n and n.endswith("weight")}
     assert not tuning.mergeable and "none of its weights can take in" in tuning.unmergeable
+
+
+def test_gradients_of_many_samples_add_up_in_float32():
+    """Each of 300 samples adds 1; a sum in bfloat16 stands still at 256."""
+    rows = [Example(np.full(1, 5, np.int32), np.ones(1, np.float32), 0, i) for i in range(300)]
+    model = torch.nn.Module()
+    model.get_input_embeddings = lambda: torch.nn.Embedding(9, 4, dtype=torch.bfloat16)
+    prompt_PD = torch.zeros(2, 4, requires_grad=True)
+    prepend(model, prompt_PD, 2, insert_virtual_tokens(collate(rows), 2)).sum().backward()
+    assert prompt_PD.grad.tolist() == [[300.0] * 4] * 2
 
 
 # ------------------------------------------------------------------------------------ bad input

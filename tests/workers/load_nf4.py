@@ -1,4 +1,4 @@
-"""Load a base in NF4 as one process and print its private memory: rank world port folder."""
+"""Load a base in NF4 and print the private memory: rank world port folder save_to."""
 
 import gc
 import json
@@ -44,7 +44,8 @@ def watch() -> None:
 threading.Thread(target=watch, daemon=True).start()
 model = load(folder)
 gc.collect()
+after = private_bytes() - before
 held = sum(p.nbytes for p in model.parameters())
-print(
-    "MEMORY " + json.dumps({"peak": peak - before, "after": private_bytes() - before, "held": held})
-)
+if sys.argv[5]:
+    model.save_pretrained(sys.argv[5])
+print("MEMORY " + json.dumps({"peak": peak - before, "after": after, "held": held}))

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from posttrain_dist import dist
-from posttrain_dist.build import build_policy, make_engine, open_prepared, pick_dtype
+from posttrain_dist.build import build_policy, frozen_dtype, make_engine, open_prepared
 from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import CheckpointError
 
@@ -17,7 +17,7 @@ run_folder = Path(sys.argv[4])
 config = RunConfig.from_yaml((run_folder / "config.yaml").read_text())
 process = dist.Process()
 dist.start(process)
-dtype = pick_dtype(config.train.dtype)
+dtype = frozen_dtype(config, run_folder)
 engine = make_engine(config, process, dtype)
 build_policy(config, engine, dtype, open_prepared(run_folder / "prepared").channels)
 for state in map(Path, sys.argv[5:]):

@@ -8,7 +8,6 @@ padding left out; here a row has many samples, and packing must not change their
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,10 +54,9 @@ class EmbeddingNoise:
             if parent >= 0:
                 length_S[sample] += length_S[parent]
         scale_S = self._alpha / length_S.clamp(min=1).float().sqrt()
-        lengths = [end - start for start, end in pairwise(batch.cu_seqlens_S)]
-        repeats = torch.tensor(lengths).to(scale_S.device, non_blocking=True)
-        scale_T = scale_S.repeat_interleave(repeats, output_size=len(real_T))
-        return scale_T * real_T
+        place_T = torch.arange(len(real_T), device=real_T.device)
+        sample_T = torch.searchsorted(bounds_S[1:].contiguous(), place_T, right=True)
+        return scale_S[sample_T] * real_T
 
     def _hook(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
         scale_T, self._scale_T = self._scale_T, None

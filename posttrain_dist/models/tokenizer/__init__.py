@@ -4,6 +4,7 @@ model_tokenizer.py     what our code uses of a tokenizer, as a value
 plain_files.py         ... from tokenizer.json itself, where transformers would change nothing of it
 transformers_child.py  ... from transformers, in a process of its own
 tokenizer_cache.py     ... kept on disk
+new_tokens.py          tokens that a run adds
 
 transformers decides what a tokenizer is: many of its classes build another pipeline than
 tokenizer.json describes. But importing it takes seconds of every command and of every process that

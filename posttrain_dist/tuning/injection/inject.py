@@ -54,7 +54,7 @@ def model_name(name: str) -> str:
     """The inverse of `file_name`."""
     name = name.removeprefix(PREFIX)
     *path, last = name.split(".")
-    if last in ("lora_magnitude_vector", "ia3_l", "trainable_tokens_delta"):
+    if last in ("lora_magnitude_vector", "ia3_l"):
         tail = ".weight" if last == "lora_magnitude_vector" else ""
         return f"{name}.{ADAPTER}{tail}"
     if path and path[-1] in ("lora_A", "lora_B"):
@@ -87,5 +87,7 @@ def changed_tensors(kept: Mapping[str, torch.Tensor]) -> set[str]:
             module, inserted, _ = name.partition(".ia3_l.")
         if not inserted:
             module, inserted, _ = name.partition(".pissa_initial_")
+        if not inserted:
+            module, inserted, _ = name.partition(".token_adapter.")
         changed.add(f"{module}.weight" if inserted else name)
     return changed

@@ -14,6 +14,7 @@ from posttrain_dist.tuning.injection.low_rank import TRANSPOSED_TYPES, LowRank, 
 from posttrain_dist.tuning.injection.pissa import INITIAL_A, INITIAL_B
 from posttrain_dist.tuning.saved_adapter import SavedAdapter
 
+_IDS = ".token_adapter.token_ids"  # of added tokens; see models/embeddings/added_tokens.py
 _A = f".lora_A.{ADAPTER}.weight"
 _INSERTED = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".token_adapter.")
 # Initialisations of peft that leave the base as it is; the others change it.
@@ -44,7 +45,7 @@ def to_files(
     tensors: dict[str, torch.Tensor] = {}
     joined = False
     for name, tensor in kept.items():
-        if name.endswith((INITIAL_A, INITIAL_B)):
+        if name.endswith((INITIAL_A, INITIAL_B, _IDS)):
             continue
         tensors[file_name(name)] = tensor
     for target in targets:
@@ -71,6 +72,12 @@ def to_files(
         "modules_to_save": list(dict.fromkeys(n.rpartition(".")[0] for n in in_full)) or None,
         "rank_pattern": {},
         "alpha_pattern": {},
+        "trainable_token_indices": {
+            name.removesuffix(_IDS): ids.tolist()
+            for name, ids in kept.items()
+            if name.endswith(_IDS)
+        }
+        or None,
         "init_lora_weights": True,
     }
     return SavedAdapter(config, {n: t.detach().contiguous() for n, t in tensors.items()})
@@ -91,6 +98,8 @@ def from_files(tuning: LoraLike, saved: SavedAdapter) -> dict[str, torch.Tensor]
             found[f"{layer}.{INITIAL_B}"] = -initial
         else:
             found[name] = tensor
+    for module, ids in (saved.config.get("trainable_token_indices") or {}).items():
+        found[module + _IDS] = torch.tensor(ids)
     return found
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 ALL_LINEAR, ATTENTION, MLP = "all-linear", "attention", "mlp"
-_WORDS = (ALL_LINEAR, ATTENTION, MLP)
+WORDS = (ALL_LINEAR, ATTENTION, MLP)
 _WHERE = "tuning.targets"
 # Of every trained architecture: where a projection holds queries, too, it is taken whole.
 _KEYS_AND_VALUES = ("k_proj", "v_proj", "kv_b_proj", "qkv_proj", "query_key_value", "c_attn")
@@ -65,7 +65,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Linear]
         ConfigError: a name or the pattern matches none; the message lists what there is.
     """
     every = linears(model)
-    if isinstance(targets, str) and targets in _WORDS:
+    if isinstance(targets, str) and targets in WORDS:
         parts = {ALL_LINEAR: (ATTENTION, MLP, "layer"), ATTENTION: (ATTENTION,), MLP: (MLP,)}
         found = [one for one in every if one.part in parts[targets]]
         if not found:
