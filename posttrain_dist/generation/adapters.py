@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OURS = "posttrain.json"  # of this library's adapter folders: how they were trained
 BASE = "none"  # the name by which the base model is asked for
 
 # Inserts the modules of an adapter folder that `peft` does not know, if they are not there yet;
@@ -88,6 +89,15 @@ def base_of(folder: Path) -> Path:
     except ModelError as error:
         what = f"its base model is not there: {name}"
         raise ModelError(what, where=str(folder), fix=f"{fix}, or put it back") from error
+
+
+def stood_on_nf4(folder: Path) -> bool:
+    """Whether an adapter was trained by this library beside weights in NF4."""
+    try:
+        tuning = read_object(folder / OURS).get("tuning", {})
+    except (OSError, ValueError):
+        return False
+    return isinstance(tuning, dict) and tuning.get("quantize") == "nf4"
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
