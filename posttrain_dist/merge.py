@@ -17,7 +17,11 @@ from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import CheckpointError, ConfigError, ModelError
 from posttrain_dist.evaluation.merge_choice import MergeChoice, choose_weights
 from posttrain_dist.tuning.adapters.combine import Combination, WeightedAdapter, combine
-from posttrain_dist.tuning.adapters.merge import MergeInto, merged_tensors, refuse_unmergeable
+from posttrain_dist.tuning.adapters.merged_tensors import (
+    MergeInto,
+    merged_tensors,
+    refuse_unmergeable,
+)
 from posttrain_dist.tuning.base import Quantize
 
 if TYPE_CHECKING:

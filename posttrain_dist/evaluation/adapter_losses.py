@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,12 @@ class HeldOut:
         examples = Examples.open(prepared, "eval")
         self.channels = list(examples.channels)
         self._source = make_source(self.config, examples, Process(), mixed=False)
+
+    def on(self, device: torch.device) -> HeldOut:
+        """The same rows, on another device."""
+        other = copy(self)
+        other.device = device
+        return other
 
     def load_model(self, *, nf4: bool | None = None, dtype: torch.dtype | None = None) -> Any:
         """The base model, with nothing inserted.

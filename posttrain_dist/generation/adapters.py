@@ -213,6 +213,7 @@ class AdapterSet:
                 fix="load adapters of one method together",
             )
         if self._tuned is None:
+            self._grow(config)
             self._tuned = self._wrapped(name, folder)
         else:
             device = str(self._model.device)
@@ -221,6 +222,16 @@ class AdapterSet:
                 raise ValueError(f"tensors are missing, first of them {loaded.missing_keys[0]}")
         self._tuned_names.append(name)
         self._changes_base = changes_base
+
+    def _grow(self, config: Mapping[str, Any]) -> None:
+        """Give the base rows for tokens that an adapter was trained with, and that it has not."""
+        trained = config.get("trainable_token_indices") or {}
+        lists = trained.values() if isinstance(trained, dict) else [trained]
+        ids = sorted({int(token) for tokens in lists for token in tokens})
+        if ids and ids[-1] >= self._model.get_input_embeddings().num_embeddings:
+            from posttrain_dist.models.embeddings.added_tokens import add_rows
+
+            add_rows(self._model, ids)
 
     def _configs(self) -> list[Any]:
         return list(self._tuned.peft_config.values())

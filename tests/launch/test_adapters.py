@@ -32,6 +32,7 @@ from posttrain_dist.train import train
 from posttrain_dist.tuning.base import Quantize
 from posttrain_dist.tuning.bottleneck import Bottleneck
 from posttrain_dist.tuning.lora import Lora
+from posttrain_dist.tuning.prompt_tuning import Prompt as PromptTuning
 
 ASKED = ["copy abc", "reverse stone"]
 TEXT = [5, 80, 91, 7, 120, 44]
@@ -194,6 +195,24 @@ def test_evaluate_has_a_column_for_each_adapter(
         rows = (run / "metrics.jsonl").read_text().splitlines()
         last = float(re.findall(r'"eval/loss": ([\d.]+)', rows[-1])[0])
         assert losses["all"][column] == f"{last:.4f}"
+
+
+def test_an_ensemble_is_scored_and_answers(
+    wide: Path, run_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run = run_of("ensemble", PromptTuning(tokens=2, ensemble=2))
+    given = ["--adapter", f"e={run}"]
+    assert main(["evaluate", f"model.path={wide}", *data_of(run), *given]) == 0
+    losses, accuracies = capsys.readouterr().out.strip().split("\n\n")
+    first = re.split("  +", losses.splitlines()[0])
+    assert first == ["channel (held-out loss)", "base", "e-0", "e-1", "e average"]
+    second = re.split("  +", accuracies.splitlines()[0])
+    assert second == ["channel (top-1 accuracy)", "e-0", "e-1", "e average", "e vote"]
+    # Two prompts agree, or the average decides: the vote is the average.
+    total = accuracies.splitlines()[-1].split()
+    assert total[-1] == total[-2]
+    code, told, _ = chat(monkeypatch, capsys, run, lines=ASKED)
+    assert code == 0 and told == replies(run / "adapter" / "prompt-0")
 
 
 @pytest.mark.parametrize(
