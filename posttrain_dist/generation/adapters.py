@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OURS = "posttrain.json"  # of this library's adapter folders: how they were trained
 BASE = "none"  # the name by which the base model is asked for
 
 # Inserts the modules of an adapter folder that `peft` does not know, if they are not there yet;
@@ -88,6 +89,15 @@ def base_of(folder: Path) -> Path:
     except ModelError as error:
         what = f"its base model is not there: {name}"
         raise ModelError(what, where=str(folder), fix=f"{fix}, or put it back") from error
+
+
+def stood_on_nf4(folder: Path) -> bool:
+    """Whether an adapter was trained by this library beside weights in NF4."""
+    try:
+        tuning = read_object(folder / OURS).get("tuning", {})
+    except (OSError, ValueError):
+        return False
+    return isinstance(tuning, dict) and tuning.get("quantize") == "nf4"
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
@@ -203,6 +213,7 @@ class AdapterSet:
                 fix="load adapters of one method together",
             )
         if self._tuned is None:
+            self._grow(config)
             self._tuned = self._wrapped(name, folder)
         else:
             device = str(self._model.device)
@@ -211,6 +222,16 @@ class AdapterSet:
                 raise ValueError(f"tensors are missing, first of them {loaded.missing_keys[0]}")
         self._tuned_names.append(name)
         self._changes_base = changes_base
+
+    def _grow(self, config: Mapping[str, Any]) -> None:
+        """Give the base rows for tokens that an adapter was trained with, and that it has not."""
+        trained = config.get("trainable_token_indices") or {}
+        lists = trained.values() if isinstance(trained, dict) else [trained]
+        ids = sorted({int(token) for tokens in lists for token in tokens})
+        if ids and ids[-1] >= self._model.get_input_embeddings().num_embeddings:
+            from posttrain_dist.models.embeddings.added_tokens import add_rows
+
+            add_rows(self._model, ids)
 
     def _configs(self) -> list[Any]:
         return list(self._tuned.peft_config.values())
