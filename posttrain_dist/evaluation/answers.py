@@ -14,6 +14,7 @@ from posttrain_dist.config import RunConfig
 from posttrain_dist.data.chat.rendering.served import Prompt
 from posttrain_dist.data.chat.thoughts import CLOSING
 from posttrain_dist.errors import DataError
+from posttrain_dist.evaluation.chat_generator import load_generator
 from posttrain_dist.files import write_atomic
 from posttrain_dist.flow import Message
 from posttrain_dist.generation.base import Reply, Sampling, StopReason
@@ -109,19 +110,21 @@ def _answer(
     empty = [Reply("", StopReason.end_token)] * len(rows)
     if not rows:
         return empty, empty
-    from posttrain_dist.models.folder import resolve
+    from posttrain_dist.models.embeddings.added_tokens import add_rows
+    from posttrain_dist.models.folder import read_added_ids, resolve
 
     prompts = [_split(row)[0] for row in rows]
     made = "export" if config.tuning.whole_model else "adapter"
-    generator = LocalGenerator.load(run_folder / made)
+    generator = load_generator(run_folder / made)
     after = generator.reply(prompts, sampling)
     if not has_base:
         return after, empty
     tokenizer, end_token_ids = generator.tokenizer, generator.end_ids
     del generator
-    generator = LocalGenerator.load(
-        resolve(config.model.path), tokenizer=tokenizer, end_token_ids=end_token_ids
-    )
+    base = resolve(config.model.path)
+    generator = LocalGenerator.load(base, tokenizer=tokenizer, end_token_ids=end_token_ids)
+    # As the training began: the tokenizer of the export has them.
+    add_rows(generator.model, read_added_ids(base, config.model.add_tokens))
     return after, generator.reply(prompts, sampling)
 
 

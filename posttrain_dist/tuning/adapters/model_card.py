@@ -65,9 +65,7 @@ def adapter_card(
             "## Load it",
             "",
             "```python",
-            *(_PEFT_LINES if is_peft else _ADAPTERS_LINES)
-            .format(base=repr(str(base)))
-            .splitlines(),
+            *_load_lines(config, base),
             "```",
             "",
             "The tokenizer and the chat template of the training stand in this folder: use them, "
@@ -81,6 +79,21 @@ def adapter_card(
     )
 
 
+def _load_lines(config: Mapping[str, Any], base: Path) -> list[str]:
+    lines = _PEFT_LINES if "peft_type" in config else _ADAPTERS_LINES
+    own = config.get("config")
+    if isinstance(own, Mapping) and own.get("architecture"):  # which that library has not
+        lines = _OUR_LINES
+    found = lines.format(base=repr(str(base))).splitlines()
+    trained = config.get("trainable_token_indices") or []
+    lists = trained.values() if isinstance(trained, Mapping) else [trained]
+    added = [i for ids in lists for i in ids]
+    if added:  # what the new rows hold is in the adapter
+        grow = f"base.resize_token_embeddings(max({max(added) + 1}, base.config.vocab_size))"
+        found.insert(2, grow)
+    return found
+
+
 _PEFT_LINES = """\
 from peft import PeftModel; from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")
@@ -90,6 +103,11 @@ _ADAPTERS_LINES = """\
 import adapters; from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({base}); adapters.init(model)
 model.set_active_adapters(model.load_adapter("<this folder>", use_safetensors=True))"""
+
+
+_OUR_LINES = """\
+from pathlib import Path; from posttrain_dist.evaluation.chat_generator import load_generator
+generator = load_generator(Path("<this folder>"))"""
 
 
 def ensemble_card(num_prompts: int, base: Path) -> str:
