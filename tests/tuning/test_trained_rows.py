@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,7 @@ from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.engine import AdamW
 from posttrain_dist.errors import ConfigError
+from posttrain_dist.evaluation.adapter_losses import evaluate_adapters
 from posttrain_dist.files import read_rows
 from posttrain_dist.flow import Example
 from posttrain_dist.generation.local import LocalGenerator
@@ -223,12 +225,17 @@ def test_a_run_of_lora_ends_in_a_folder_that_has_them(tiny_llama, tmp_path, buil
             data=DataConfig(train=str(builders.write(tmp_path / "rows.jsonl", chats))),
             tuning=LORA,
             optimizer=AdamW(lr=1e-2),
-            train=TrainConfig(steps=3, batch_size=2, dtype=Dtype.float32),
+            train=TrainConfig(steps=3, batch_size=2, save_every=2, dtype=Dtype.float32),
             logging=LoggingConfig(wandb=WandbMode.off),
         )
     )
     prepare(config, tmp_path / "run" / "prepared")
     train(config, tmp_path / "run")
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000003")
+    train(config, tmp_path / "run")  # from step 2, with the same result
+    again = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [r.get("train/loss") for r in again] == [r.get("train/loss") for r in rows]
     folder = tmp_path / "run" / "adapter"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer.convert_tokens_to_ids(TOKENS) == list(NEW)
@@ -243,8 +250,10 @@ def test_a_run_of_lora_ends_in_a_folder_that_has_them(tiny_llama, tmp_path, buil
         nll = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
         total, weight = total + float((nll * weight_L).sum()), weight + float(weight_L.sum())
         new += float(((ids[1:] >= NEW.start) * weight_L).sum())
-    row = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
-    assert row["eval/loss"] == pytest.approx(total / weight, rel=1e-5)
+    assert again[-1]["eval/loss"] == pytest.approx(total / weight, rel=1e-5)
+    found = evaluate_adapters(config, tmp_path / "run" / "prepared", {"mine": folder})
+    assert found["mine"]["loss"] == pytest.approx(total / weight, rel=1e-5)
+    assert found["none"]["loss"] == pytest.approx(rows[0]["eval/loss"], rel=1e-6)
     assert new >= 2 * len(heldout)
     generator = LocalGenerator.load(folder)  # grows the base for it
     prompt = tokenizer("say four 2").input_ids
