@@ -67,7 +67,7 @@ def adapter_card(
             "## Load it",
             "",
             "```python",
-            *_code(base, is_peft, vocab_size),
+            *_code(config, base, vocab_size),
             "```",
             "",
             "The tokenizer and the chat template of the training stand in this folder: use them, "
@@ -92,9 +92,17 @@ model = AutoModelForCausalLM.from_pretrained({base}); adapters.init(model)
 model.set_active_adapters(model.load_adapter("<this folder>", use_safetensors=True))"""
 
 
-def _code(base: Path, is_peft: bool, vocab_size: int | None) -> list[str]:
+_OUR_LINES = """\
+from pathlib import Path; from posttrain_dist.evaluation.chat_generator import load_generator
+generator = load_generator(Path("<this folder>"))"""
+
+
+def _code(config: Mapping[str, Any], base: Path, vocab_size: int | None) -> list[str]:
     """The lines of Python that load the adapter."""
-    template = _PEFT_LINES if is_peft else _ADAPTERS_LINES
+    template = _PEFT_LINES if "peft_type" in config else _ADAPTERS_LINES
+    own = config.get("config")
+    if isinstance(own, Mapping) and own.get("architecture"):  # which that library has not
+        template = _OUR_LINES
     lines = template.format(base=repr(str(base))).splitlines()
     if vocab_size is not None:
         grow = f"base.resize_token_embeddings({vocab_size}, mean_resizing=False)"
