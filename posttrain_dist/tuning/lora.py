@@ -255,7 +255,10 @@ class Lora(AdapterTuning):
         for end, found in shared_names(modules, self.modules_to_save).items():
             parameters = [p for name in found for p in modules[name].parameters()]
             if not parameters:
-                has = sorted({name.rpartition(".")[2] for name in modules if name})
+                with_some = (
+                    n for n, m in modules.items() if next(m.parameters(), None) is not None
+                )
+                has = sorted({name.rpartition(".")[2] for name in with_some if name})
                 raise ConfigError(
                     f"{end!r} is no module with parameters; the model has "
                     + ", ".join(one for one in has if not one.isdigit()),
