@@ -25,6 +25,7 @@ def test_every_variant_runs_and_the_table_comes_last(one_process, tmp_path, monk
     import json
 
     import qlora_70b
+    import qlora_model
 
     command = ["qlora_70b.py", "--shape", "small", "--results", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
@@ -40,7 +41,7 @@ def test_every_variant_runs_and_the_table_comes_last(one_process, tmp_path, monk
     assert tokens["AdamW"] == [64, 128, 192, 384]
     shape = qlora_70b.SHAPES["small"]
     for row in found:
-        assert row["trained"] == qlora_70b.lora_parameters(shape)
+        assert row["trained"] == qlora_model.lora_parameters(shape)
         assert abs(row["losses"][0] - 6.24) < 0.1  # ln 512
     # The same rows, the same losses: offloading and paging change no number.
     first, second = ([r["losses"] for r in found if r["arm"] == name] for name in list(tokens)[:2])
@@ -54,13 +55,13 @@ def test_every_variant_runs_and_the_table_comes_last(one_process, tmp_path, monk
 def test_the_model_is_one_that_transformers_makes():
     """But for its quantisation: the same logits from the dequantised weights."""
     import bitsandbytes
-    import qlora_70b
+    import qlora_model
     import transformers
 
-    shape = qlora_70b.SHAPES["small"]
+    shape = qlora_model.SHAPES["small"]
     cpu = torch.device("cpu")
-    model = qlora_70b.make_model(shape, qlora_70b.VARIANTS[0], torch.float32, cpu).eval()
-    own = transformers.LlamaForCausalLM(qlora_70b.llama_config(shape)).eval()
+    model = qlora_model.make_model(shape, torch.float32, cpu, offload=False).eval()
+    own = transformers.LlamaForCausalLM(qlora_model.llama_config(shape)).eval()
     found = {n.replace(".base_layer", ""): m for n, m in model.named_modules()}
     with torch.no_grad():
         for name, parameter in own.named_parameters():
@@ -85,11 +86,14 @@ def test_the_model_is_one_that_transformers_makes():
 
 def test_the_goals_are_near_what_is_foretold():
     import qlora_70b
+    import qlora_model
 
     shape = qlora_70b.SHAPES["70b"]
     for variant in qlora_70b.VARIANTS[:2]:
         for tokens, goal in zip(shape.contexts, qlora_70b.GOALS[variant.offload], strict=True):
             row = {"arm": variant.name, "tokens": tokens}
             assert qlora_70b.with_goals("70b", row)["goal_bytes"] == goal * 2**30
-            foretold = qlora_70b.foretold_bytes(shape, variant, tokens, torch.bfloat16)
+            foretold = qlora_model.foretold_bytes(
+                shape, tokens, torch.bfloat16, offload=variant.offload, state_bits=32
+            )
             assert foretold / 2**30 == pytest.approx(goal, rel=0.13)
