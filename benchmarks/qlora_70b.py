@@ -6,8 +6,8 @@
 The model has the shape of Llama 3 70B and random weights, made in NF4 on the device matrix by
 matrix, so that 16 bits never stand there whole. What is trained is the library's own: LoRA of rank
 16 on every linear layer but the head, in its Policy and its engine for one process, with full
-activation checkpointing. Nothing is downloaded or installed; torch, transformers, peft and
-bitsandbytes must be there, posttrain-dist need not be installed.
+activation checkpointing. Nothing is downloaded or installed; torch, transformers, peft, accelerate,
+bitsandbytes and xxhash must be there, posttrain-dist need not be installed.
 
 Four variants, each a process of its own: AdamW, and paged 8-bit AdamW, each with the inputs of
 layers kept on the GPU and in host memory (model.checkpoint_offload). The first two try the longest
@@ -17,7 +17,8 @@ the shape:
     base          layers' weights · 0.516 bytes + embeddings and head in 16 bits
     trained       LoRA's parameters · (weight, gradient, float32 master and both moments)
     inputs        layers · tokens · hidden size · 2 bytes, unless they wait in host memory
-    one layer     tokens · what a layer keeps for its own backward, + two dequantised matrices
+    one layer     tokens · (what a layer keeps for its own backward, and the gradients inside)
+                  + two dequantised matrices
 
 The table comes last; one row per line of it goes to benchmarks/results/qlora_70b.jsonl.
 """

@@ -145,15 +145,22 @@ def foretold_bytes(
     # Parameters in float32 are their own master.
     trained = lora_parameters(shape) * (2 * size + (4 if size < 4 else 0) + moments)
     inputs = 0 if offload else shape.layers * tokens * shape.hidden * size
-    keys = shape.hidden * shape.kv_heads // shape.heads
-    # Both norms in float32 and their outputs, residual; queries, keys, values, rotated, attention;
-    # gate, up, activation and product, and the gradients of three of them.
-    layer = tokens * (
-        2 * 4 * shape.hidden
-        + size * (4 * shape.hidden + 3 * shape.hidden + 3 * keys + 7 * shape.feed_forward)
-    )
+    # In backward: the gradients inside the MLP, of its product twice, for LoRA adds its own.
+    gradients = tokens * size * (3 * shape.feed_forward + 2 * shape.hidden)
+    layer = tokens * kept_by_layer(shape, size) + gradients
     dequantised = 2 * shape.hidden * shape.feed_forward * size
     return base + trained + inputs + layer + dequantised
+
+
+def kept_by_layer(shape: Shape, size: int) -> int:
+    """Bytes that a layer with LoRA keeps for its own backward, a token.
+
+    The input of each norm in float32; what they return, queries, attention and its input; keys and
+    values, rotated and not; gate, activation, up and product; and what each A returns.
+    """
+    keys = shape.hidden * shape.kv_heads // shape.heads
+    values = 5 * shape.hidden + 4 * keys + 4 * shape.feed_forward + 7 * RANK
+    return 2 * 4 * shape.hidden + size * values
 
 
 def lora_parameters(shape: Shape) -> int:

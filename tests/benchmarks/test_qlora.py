@@ -84,6 +84,43 @@ def test_the_model_is_one_that_transformers_makes():
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
+class Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Bytes that a forward keeps, each storage once, parameters left out."""
+
+    def __init__(self, module):
+        self.known = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self.num_bytes, self.kept = 0, []
+        super().__init__(self.pack, lambda tensor: tensor)
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.known:
+            self.known.add(storage.data_ptr())
+            self.kept.append(tensor)  # so that no address is used twice
+            self.num_bytes += storage.nbytes()
+        return tensor
+
+
+def test_what_a_layer_keeps_is_foretold():
+    """At the proportions of 70B: grouped keys, an MLP of 3.5 times the width."""
+    import qlora_model
+
+    shape = qlora_model.Shape(256, 1, 896, 8, 1, 512, (), 0, 0)
+    dtype, tokens = torch.bfloat16, 512
+    model = qlora_model.make_model(shape, dtype, torch.device("cpu"), offload=False).train()
+    layer = model.model.layers[0]
+    layer.gradient_checkpointing = False
+    inputs = torch.randn(1, tokens, 256, dtype=dtype, requires_grad=True)
+    positions = torch.arange(tokens)[None]
+    row = {"bounds_S": torch.tensor([0, tokens], dtype=torch.int32), "parent_S": [-1]}
+    row |= {"cu_seqlens": [0, tokens], "max_seqlen": tokens, "position_ids": positions}
+    kept = Kept(model)
+    with kept:
+        layer(inputs, position_embeddings=model.model.rotary_emb(inputs, positions), **row)
+    foretold = qlora_model.kept_by_layer(shape, dtype.itemsize)
+    assert kept.num_bytes / tokens == pytest.approx(foretold, rel=0.01)
+
+
 def test_the_goals_are_near_what_is_foretold():
     import qlora_70b
     import qlora_model
