@@ -121,6 +121,13 @@ class Lora(AdapterTuning):
         """What B A is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    @property
+    def effect(self) -> str:
+        """The scale, which alpha alone does not tell."""
+        return (
+            f"effective scale alpha / {'sqrt(rank)' if self.rslora else 'rank'} = {self.scale:.4g}"
+        )
+
     # -------------------------------------------------------------------- parameters, by name
 
     def trained(self, name: str) -> bool:
