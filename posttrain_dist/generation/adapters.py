@@ -212,8 +212,8 @@ class AdapterSet:
                 where=str(folder),
                 fix="load adapters of one method together",
             )
+        self._grow(config, folder)
         if self._tuned is None:
-            self._grow(config)
             self._tuned = self._wrapped(name, folder)
         else:
             device = str(self._model.device)
@@ -223,15 +223,23 @@ class AdapterSet:
         self._tuned_names.append(name)
         self._changes_base = changes_base
 
-    def _grow(self, config: Mapping[str, Any]) -> None:
+    def _grow(self, config: Mapping[str, Any], folder: Path) -> None:
         """Give the base rows for tokens that an adapter was trained with, and that it has not."""
         trained = config.get("trainable_token_indices") or {}
         lists = trained.values() if isinstance(trained, dict) else [trained]
         ids = sorted({int(token) for tokens in lists for token in tokens})
-        if ids and ids[-1] >= self._model.get_input_embeddings().num_embeddings:
-            from posttrain_dist.models.embeddings.added_tokens import add_rows
+        embeddings = self._model.get_input_embeddings()
+        if not ids or ids[-1] < len(getattr(embeddings, "base_layer", embeddings).weight):
+            return
+        if hasattr(embeddings, "base_layer"):
+            raise ModelError(
+                "was trained with more new tokens than the adapters before",
+                where=str(folder),
+                fix="give it before the others",
+            )
+        from posttrain_dist.models.embeddings.added_tokens import add_rows
 
-            add_rows(self._model, ids)
+        add_rows(self._model, ids)
 
     def _configs(self) -> list[Any]:
         return list(self._tuned.peft_config.values())
