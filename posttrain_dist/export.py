@@ -19,6 +19,7 @@ from posttrain_dist.checkpoint import store
 from posttrain_dist.checkpoint.manifest import WITH_NETWORK, Manifest, fault_of, read_manifest
 from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import CheckpointError, ConfigError
+from posttrain_dist.files import read_object
 
 if TYPE_CHECKING:
     import torch
@@ -216,7 +217,8 @@ class RunExport:
 
         model, values = self.config.model, self.config.to_dict()["tuning"]
         base = resolve(model.path)
-        network = {**check_folder(base, need_weights=False), **self.facts.network}
+        own = check_folder(base, need_weights=False)
+        network = {**own, **self.facts.network}
         saved = self.config.tuning.to_adapter(tensors, network)
         if plain:
             saved = as_plain_lora(saved)
@@ -231,9 +233,10 @@ class RunExport:
             base_digest=self.manifest.lineage.get("base_digest", digest),
             tuning=values,
             channels=self.manifest.recipe.channels,
-            run=str(self.manifest.lineage.get("id") or self.run_folder),
+            run=read_object(self.run_folder / "run.json").get("id", self.run_folder.name),
             step=step,
             versions=_versions(),
+            vocab_size=_unless_same(network.get("vocab_size"), own.get("vocab_size")),
         )
         carry = partial(self._carry, base, target)
         write_adapter(target, saved, base, facts, carry=carry)
@@ -242,6 +245,10 @@ class RunExport:
         from posttrain_dist.checkpoint.hf_folder import write_served_files
 
         write_served_files(base, folder, self.facts, target, self.notice)
+
+
+def _unless_same(value: int | None, other: int | None) -> int | None:
+    return None if value == other else value
 
 
 def _every(name: str) -> bool:
@@ -257,7 +264,8 @@ class RehearseExport:
 
     def __init__(self, export: RunExport, full_tensors: FullTensors) -> None:
         self._export, self._full_tensors = export, full_tensors
-        self._done = export.config.tuning.whole_model
+        config = export.config
+        self._done = config.tuning.whole_model or not config.checkpoint.export
 
     def __call__(self, info: StepInfo) -> None:
         """Rehearse once; collective.

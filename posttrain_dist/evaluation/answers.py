@@ -113,7 +113,8 @@ def _answer(
     empty = [Reply("", StopReason.end_token)] * len(rows)
     if not rows:
         return empty, empty
-    from posttrain_dist.models.folder import resolve
+    from posttrain_dist.models.embeddings.added_tokens import add_rows
+    from posttrain_dist.models.folder import read_added_ids, resolve
 
     prompts = [_split(row)[0] for row in rows]
     made = "export" if config.tuning.whole_model else "adapter"
@@ -125,9 +126,10 @@ def _answer(
         return after, generator.reply(prompts, replace(sampling, adapter=BASE))
     tokenizer, end_token_ids = generator.tokenizer, generator.end_ids
     del generator
-    generator = LocalGenerator.load(
-        resolve(config.model.path), tokenizer=tokenizer, end_token_ids=end_token_ids
-    )
+    base = resolve(config.model.path)
+    generator = LocalGenerator.load(base, tokenizer=tokenizer, end_token_ids=end_token_ids)
+    # As the training began: the tokenizer of the export has them.
+    add_rows(generator.model, read_added_ids(base, config.model.add_tokens))
     return after, generator.reply(prompts, sampling)
 
 

@@ -186,6 +186,7 @@ class AdapterSet:
                 where=str(folder),
                 fix="save the adapter again with a present version of peft",
             )
+        self._grow(config, folder)
         with self._loading(folder):
             _refuse_nonfinite(_tensors_of(folder), folder)
             if method in _PROMPTS:
@@ -212,7 +213,6 @@ class AdapterSet:
                 where=str(folder),
                 fix="load adapters of one method together",
             )
-        self._grow(config, folder)
         if self._tuned is None:
             self._tuned = self._wrapped(name, folder)
         else:
@@ -224,22 +224,24 @@ class AdapterSet:
         self._changes_base = changes_base
 
     def _grow(self, config: Mapping[str, Any], folder: Path) -> None:
-        """Give the base rows for tokens that an adapter was trained with, and that it has not."""
-        trained = config.get("trainable_token_indices") or {}
-        lists = trained.values() if isinstance(trained, dict) else [trained]
-        ids = sorted({int(token) for tokens in lists for token in tokens})
-        embeddings = self._model.get_input_embeddings()
-        if not ids or ids[-1] < len(getattr(embeddings, "base_layer", embeddings).weight):
-            return
-        if hasattr(embeddings, "base_layer"):
-            raise ModelError(
-                "was trained with more new tokens than the adapters before",
-                where=str(folder),
-                fix="give it before the others",
-            )
+        """Rows for the tokens that an adapter adds; what they hold is in the adapter."""
         from posttrain_dist.models.embeddings.added_tokens import add_rows
 
-        add_rows(self._model, ids)
+        added = config.get("trainable_token_indices") or {}
+        lists = list(added.values()) if isinstance(added, dict) else [added]
+        size = int(self._model.config.get_text_config().vocab_size)
+        needed = max((int(i) + 1 for ids in lists for i in ids), default=0)
+        if needed <= size:
+            return
+        tables = self._model.get_input_embeddings(), self._model.get_output_embeddings()
+        if any(hasattr(table, "base_layer") for table in tables):
+            raise ModelError(
+                f"adds tokens, up to {needed - 1}, and an adapter before stands in the embeddings "
+                "or the head",
+                where=str(folder),
+                fix="load it first, or by itself",
+            )
+        add_rows(self._model, range(size, needed))
 
     def _configs(self) -> list[Any]:
         return list(self._tuned.peft_config.values())

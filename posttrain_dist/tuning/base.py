@@ -236,7 +236,8 @@ def fill_parameters(
             raise ModelError(
                 f"{name} {tuple(tensor.shape)} of the adapter {found}",
                 where=where,
-                fix="continue it with the tuning and the base model that it was trained with",
+                fix="continue it with the tuning, the base model and the model.add_tokens that it "
+                "was trained with",
             )
         with torch.no_grad(), gathered(target):
             if target.numel():  # of a sharded one, rank 0 hands out what it has
