@@ -233,9 +233,11 @@ class AdapterSet:
         needed = max((int(i) + 1 for ids in lists for i in ids), default=0)
         if needed <= size:
             return
-        if self._tuned is not None:
+        tables = self._model.get_input_embeddings(), self._model.get_output_embeddings()
+        if any(hasattr(table, "base_layer") for table in tables):
             raise ModelError(
-                f"adds tokens, up to {needed - 1}, and the model was given adapters already",
+                f"adds tokens, up to {needed - 1}, and an adapter before stands in the embeddings "
+                "or the head",
                 where=str(folder),
                 fix="load it first, or by itself",
             )

@@ -53,11 +53,11 @@ def run_of(
     """run_of(name, tuning): the folder of a finished run of three steps."""
     root, made = tmp_path_factory.mktemp("runs"), dict[str, Path]()
 
-    def run(name: str, tuning: Any) -> Path:
+    def run(name: str, tuning: Any, add_tokens: tuple[str, ...] = ()) -> Path:
         if name not in made:
             config = complete(
                 RunConfig(
-                    model=ModelConfig(path=str(wide)),
+                    model=ModelConfig(path=str(wide), add_tokens=list(add_tokens)),
                     data=DataConfig(train=str(rows_file), max_length=64, eval_fraction=0.1),
                     tuning=tuning,
                     optimizer=AdamW(lr=3e-2),
@@ -151,12 +151,44 @@ def test_a_quantised_base_is_merged_where_it_was_measured_nearer(
     assert main(["evaluate", f"model.path={tmp_path / 'merged'}", *data_of(run)]) == 0
     loss = re.search(r"all channels +([\d.]+)", capsys.readouterr().out).group(1)
     assert loss == figures[1][1]
-    # The adapter is served on the NF4 base that it was trained on.
+    # The adapter is evaluated and served on the NF4 base that it was trained on.
+    base = RunConfig.from_yaml((run / "config.yaml").read_text()).model.path
+    given = ["--adapter", f"q={run}", f"model.path={base}", *data_of(run)]
+    assert main(["evaluate", *given]) == 0
+    found = re.search(r"all channels +[\d.]+ +([\d.]+)", capsys.readouterr().out).group(1)
+    assert found == f"{last_loss(run):.4f}"
     merged, beside = (
         LocalGenerator.load(folder).score([TEXT])[0]
         for folder in (tmp_path / "merged", run / "adapter")
     )
     assert merged == pytest.approx(beside, abs=1e-4)
+
+
+def test_new_tokens_are_served_and_merged(
+    wide: Path, run_of: Callable[..., Path], lora: Path, tmp_path: Path, capsys: Any
+) -> None:
+    new = [f"<new{number}>" for number in range(5)]
+    run = run_of("tokens", Lora(rank=4), add_tokens=tuple(new))
+    assert main(["export", str(run), str(tmp_path / "merged"), "--merge"]) == 0
+    beside = LocalGenerator.load(wide, adapters={"plain": lora, "new": run})
+    merged = LocalGenerator.load(tmp_path / "merged")
+    ids = merged.tokenizer("".join(new), add_special_tokens=False)["input_ids"]
+    # The base has three rows that no token had.
+    rows = len(LocalGenerator.load(wide).model.lm_head.weight)
+    assert ids == list(range(rows - 3, rows + 2)) and merged.model.config.vocab_size == rows + 2
+    speaks = beside._chosen(Sampling(adapter="new"))[1].tokenizer
+    assert speaks("".join(new), add_special_tokens=False)["input_ids"] == ids
+    text = [*TEXT, *ids, 7]
+    beside.choose("new")
+    assert main(["evaluate", f"model.path={wide}", *data_of(run), "--adapter", f"t={run}"]) == 2
+    assert "model.add_tokens: is not set" in capsys.readouterr().err
+    assert merged.score([text])[0] == pytest.approx(beside.score([text])[0], abs=1e-5)
+
+
+def last_loss(run: Path) -> float:
+    """Of the held-out rows, at the end of the training."""
+    row = (run / "metrics.jsonl").read_text().splitlines()[-1]
+    return float(re.findall(r'"eval/loss": ([\d.]+)', row)[0])
 
 
 def data_of(run: Path) -> list[str]:
@@ -167,6 +199,7 @@ def data_of(run: Path) -> list[str]:
     return [*words, "train.dtype=float32"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_merged_says_why(
     run_of: Callable[..., Path], tmp_path: Path, capsys: Any
 ) -> None:
@@ -192,11 +225,10 @@ def test_evaluate_has_a_column_for_each_adapter(
     assert {row[0]: row[-1] for row in alone[1:]} == {k: v[0] for k, v in losses.items()}
     # At the end of its training each run had this loss.
     for column, run in ((1, lora), (2, other)):
-        rows = (run / "metrics.jsonl").read_text().splitlines()
-        last = float(re.findall(r'"eval/loss": ([\d.]+)', rows[-1])[0])
-        assert losses["all"][column] == f"{last:.4f}"
+        assert losses["all"][column] == f"{last_loss(run):.4f}"
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_scored_and_answers(
     wide: Path, run_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -271,6 +303,7 @@ def test_combine_writes_an_adapter_that_is_the_weighted_sum(
     assert "--density: ties keeps a part" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_answers_before_and_after_come_from_one_base(lora: Path) -> None:
     from posttrain_dist.evaluation.answers import compare
 
