@@ -28,6 +28,7 @@ from posttrain_dist.checkpoint.notices import Notices
 from posttrain_dist.checkpoint.trained_state import load_trained
 from posttrain_dist.config import RunConfig, complete
 from posttrain_dist.config.advice import learning_rate_line, warnings
+from posttrain_dist.data.packs.collate import filler
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import DeepSpeed
@@ -73,6 +74,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
 
         # The head is checked, the state of a checkpoint read, the kernels checked.
         engine.train(False)  # no dropout
+        _run_once(engine, config.objective)
         policy.check_head(make_probe(data.train).to(engine.device))
         manifest = run_manifest(config, data, process, dtype)
         start = _resume(config, run_folder, engine, manifest, steps)
@@ -134,8 +136,15 @@ def _enter(config: RunConfig, run_folder: Path, process: Process) -> Path:
 
 
 def _say_settings(config: RunConfig, run_folder: Path, *, on_cpu: bool) -> None:
-    _log.info("%s", learning_rate_line(config))
-    for line in warnings(config, on_cpu=on_cpu) if dist.rank() == 0 else []:
+    """The learning rate, on the terminal where it is not that of full tuning; and warnings."""
+    if dist.rank() != 0:
+        return
+    lines = warnings(config, on_cpu=on_cpu)
+    if config.tuning.whole_model:
+        _log.info("%s", learning_rate_line(config))
+    else:
+        lines = [learning_rate_line(config), *lines]
+    for line in lines:
         notify(run_folder, line)
 
 
@@ -185,6 +194,18 @@ def _load(config: RunConfig, engine: TrainEngine, there: Manifest, found: Path) 
             load_trained(engine, config.tuning.kept, found / store.STATE)
     else:
         engine.load_state(found / store.STATE)
+
+
+@torch.no_grad()
+def _run_once(engine: TrainEngine, objective: Any) -> None:
+    """A forward through the engine, which every other use of the policy needs before it.
+
+    In it ZeRO-3 finds out which modules read the weights of others (DoRA's do), and gathers these
+    from then on, in a plain call of the policy too.
+    """
+    batch = filler(objective).to(engine.device)
+    count = objective.count(batch)
+    engine.forward(batch, objective, count._make([1.0] * len(count)))
 
 
 def _check_parity(policy: Policy, source: PackedSource, step: int, device: torch.device) -> None:

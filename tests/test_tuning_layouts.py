@@ -9,6 +9,7 @@ from posttrain_dist.checkpoint import store
 from posttrain_dist.checkpoint.manifest import MANIFEST
 from posttrain_dist.checkpoint.trained_state import read_kept
 from posttrain_dist.config import (
+    Bottleneck,
     CheckpointConfig,
     DataConfig,
     Dtype,
@@ -19,6 +20,7 @@ from posttrain_dist.config import (
     Prefix,
     Prompt,
     PTuning,
+    Quantize,
     RunConfig,
     TrainConfig,
     complete,
@@ -31,13 +33,17 @@ from posttrain_dist.train import train
 from posttrain_dist.tuning.lora import LoraInit
 
 STEPS, SAVED = 4, 2
+QLORA = Lora(rank=4, quantize=Quantize.nf4)
 TUNINGS = {
     "lora": Lora(rank=4),
     "lora_plus": Lora(rank=4, lr_ratio_b=4.0, rslora=True),
     "lora_fa": Lora(rank=4, freeze_a=True),
     "pissa": Lora(rank=4, init=LoraInit.pissa),
     "dora": Lora(rank=4, dora=True),
+    "lora_in_full": Lora(rank=4, modules_to_save=["model.norm", "embed_tokens"]),
     "ia3": Ia3(),
+    "bottleneck": Bottleneck(reduction=4),
+    "ensemble": Prompt(tokens=2, ensemble=2),
     "prompt": Prompt(tokens=3),
     "p_tuning": PTuning(tokens=3),
     "prefix": Prefix(tokens=3),
@@ -52,7 +58,7 @@ def config_of(name, engine, tiny_llama, rows_file, dtype=Dtype.float32):
         RunConfig(
             model=ModelConfig(path=str(tiny_llama)),
             data=DataConfig(train=str(rows_file), max_length=64),
-            tuning=TUNINGS[name],
+            tuning=QLORA if name == "qlora" else TUNINGS[name],
             engine=engine,
             optimizer=AdamW(lr=rate, clip=0.5, weight_decay=0.1),
             train=TrainConfig(
@@ -137,6 +143,15 @@ def test_lora_under_zero3_on_two_ranks(tmp_path, tiny_llama, rows_file, run_work
 def test_every_tuning(tmp_path, tiny_llama, rows_file, run_workers, stage, world):
     first = check(TUNINGS, stage, world, tmp_path, tiny_llama, rows_file, run_workers)
     assert len({tuple(each) for each in first.values()}) > len(TUNINGS) // 2  # they differ
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(4))
+def test_qlora(tmp_path, builders, rows_file, run_workers, stage):
+    """The base in NF4 is in no checkpoint, and none is read for it."""
+    size = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    llama = builders.model(tmp_path / "model", **size)
+    check(["qlora"], stage, 2, tmp_path, llama, rows_file, run_workers)
 
 
 @pytest.mark.slow

@@ -83,7 +83,8 @@ def load_trained(engine: TrainEngine, kept: Callable[[str], bool], folder: Path)
         for name in file.keys():  # noqa: SIM118  no mapping
             parts.setdefault(name.partition(_PART)[0], []).append(name)
         trained = {name for name, _ in engine.local_state(lambda name: True, moments=False)}
-        frozen = {name for name, _ in engine.full_tensors(kept)} - trained
+        others = engine.full_tensors(lambda name: kept(name) and name not in trained)
+        frozen = {name for name, _ in others}
         _compare(set(parts), trained | frozen, folder / TRAINED)
 
         def get(name: str) -> dict[str, torch.Tensor]:

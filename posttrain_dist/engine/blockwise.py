@@ -85,6 +85,8 @@ def set_moments(
         if member is parameter
     )
     optimizer.init_state(group, parameter, *place)  # the buffers, paged where they are
+    if parameter.is_cuda:
+        torch.cuda.synchronize()  # pages are zeroed by the GPU and written by the host
     state = optimizer.state[parameter]
     blocks = "absmax1" in state
     given = _to_blocks(values) if blocks else to_float(values)
@@ -102,8 +104,8 @@ def to_float(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     functional = import_bitsandbytes().functional
     found = {k: v for k, v in values.items() if k not in (*_FLOATS, "absmax1", "absmax2")}
     for key, name in _FLOATS.items():
-        codes = values[key]
         magnitudes = values[key.replace("state", "absmax")]
+        codes = values[key].to(magnitudes.device)  # torch takes pages for memory of the host
         code = _codes(key == "state1").to(codes.device)
         found[name] = functional.dequantize_blockwise(
             codes, absmax=magnitudes, code=code, blocksize=BLOCK

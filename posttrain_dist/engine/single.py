@@ -88,8 +88,11 @@ class SingleEngine:
     ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         for name, state in self._optimizer.named_state():
             if wanted(name):
-                found = to_float(state) if moments else {"master": state["master"]}
-                yield name, {key: v.reshape(-1) for key, v in found.items() if key != "step"}
+                master = state["master"]
+                found = to_float(state) if moments else {"master": master}
+                found.pop("step", None)
+                # Paged moments are memory of the host for torch.
+                yield name, {key: v.to(master.device).reshape(-1) for key, v in found.items()}
 
     def named_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         return self._optimizer.named_state()

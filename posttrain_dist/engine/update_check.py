@@ -159,16 +159,17 @@ class UpdateCheck:
         for name, state in self._engine.local_state(self._pending.__contains__):
             names.append(name)
             rows.append(self._look_at(self._pending[name], state, step, updates))
-        table = dist.all_max(torch.stack(rows).cpu()).bool().tolist()
+        # Under CPU offload some of it is there, and what lies on no rank here is nowhere.
+        table = dist.all_max(torch.stack([row.cpu() for row in rows])).bool().tolist()
         return {name: _Found(*row) for name, row in zip(names, table, strict=True)}
 
     def _look_at(
         self, trained: _Trained, state: dict[str, torch.Tensor], step: int, updates: int
     ) -> torch.Tensor:
-        """The fields of `_Found` on this rank, as numbers on the device: nobody waits for them."""
+        """The fields of `_Found` on this rank, as numbers."""
         before = trained.before
         if "exp_avg" not in state or not len(before):
-            return torch.zeros(4, device=before.device)
+            return torch.zeros(4)
         config = self._optimizer
         largest = torch.linalg.vector_norm(state["exp_avg"], float("inf"))
         rates = [trained.lr_ratio * self._rates(step - i) for i in range(updates)]

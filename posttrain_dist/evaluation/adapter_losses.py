@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
     from posttrain_dist.flow import Batch, Loss
     from posttrain_dist.models.policy import Policy
+
+_log = logging.getLogger(__name__)
 
 
 def evaluate_adapters(
@@ -39,12 +43,19 @@ def evaluate_adapters(
     """
     from posttrain_dist.evaluation.ensemble import evaluate_ensemble
     from posttrain_dist.evaluation.restored_model import restored
+    from posttrain_dist.models.folder import resolve
     from posttrain_dist.tuning.adapters.adapter_tuning import tuning_from_adapter
+    from posttrain_dist.tuning.adapters.base_check import check_base
 
+    folders = {name: find_adapters(name, path) for name, path in adapters.items()}
     tunings = {
         name: {one: tuning_from_adapter(folder) for one, folder in found.items()}
-        for name, found in ((n, find_adapters(n, path)) for n, path in adapters.items())
+        for name, found in folders.items()
     }
+    for found in folders.values():
+        for folder in found.values():
+            if said := check_base(folder, resolve(config.model.path)):
+                _log.info("%s", said)
     heldout = HeldOut(config, prepared)
     model = heldout.load_model()
     results = {}
@@ -78,6 +89,12 @@ class HeldOut:
         examples = Examples.open(prepared, "eval")
         self.channels = list(examples.channels)
         self._source = make_source(self.config, examples, Process(), mixed=False)
+
+    def on(self, device: torch.device) -> HeldOut:
+        """The same rows, on another device."""
+        other = copy(self)
+        other.device = device
+        return other
 
     def load_model(self, *, nf4: bool | None = None, dtype: torch.dtype | None = None) -> Any:
         """The base model, with nothing inserted.

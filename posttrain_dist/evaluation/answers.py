@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from posttrain_dist.errors import DataError
 from posttrain_dist.evaluation.chat_generator import load_generator
 from posttrain_dist.files import write_atomic
 from posttrain_dist.flow import Message
+from posttrain_dist.generation.adapters import BASE
 from posttrain_dist.generation.base import Reply, Sampling, StopReason
 from posttrain_dist.generation.local import LocalGenerator
 from posttrain_dist.models import Weights
@@ -103,9 +105,10 @@ def _answer(
 ) -> tuple[list[Reply], list[Reply]]:
     """Answers of the export (or of base and adapter) and of the base model, if there is one.
 
-    Each model is loaded only if there is a row, and freed at the end. The base model is asked with
-    the tokenizer and template of the export, and stops where that does: it may have no template of
-    its own, or another one than was trained. Of an ensemble of prompts the first one answers.
+    A model is loaded only if there is a row, and freed at the end; an adapter's base is loaded
+    once. The base model is asked with the tokenizer and template of the export, and stops where
+    that does: it may have no template of its own, or another one than was trained. Of an ensemble
+    of prompts the first one answers.
     """
     empty = [Reply("", StopReason.end_token)] * len(rows)
     if not rows:
@@ -119,6 +122,8 @@ def _answer(
     after = generator.reply(prompts, sampling)
     if not has_base:
         return after, empty
+    if not config.tuning.whole_model:
+        return after, generator.reply(prompts, replace(sampling, adapter=BASE))
     tokenizer, end_token_ids = generator.tokenizer, generator.end_ids
     del generator
     base = resolve(config.model.path)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OURS = "posttrain.json"  # of this library's adapter folders: how they were trained
 BASE = "none"  # the name by which the base model is asked for
 
 # Inserts the modules of an adapter folder that `peft` does not know, if they are not there yet;
@@ -88,6 +89,15 @@ def base_of(folder: Path) -> Path:
     except ModelError as error:
         what = f"its base model is not there: {name}"
         raise ModelError(what, where=str(folder), fix=f"{fix}, or put it back") from error
+
+
+def stood_on_nf4(folder: Path) -> bool:
+    """Whether an adapter was trained by this library beside weights in NF4."""
+    try:
+        tuning = read_object(folder / OURS).get("tuning", {})
+    except (OSError, ValueError):
+        return False
+    return isinstance(tuning, dict) and tuning.get("quantize") == "nf4"
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
@@ -176,7 +186,6 @@ class AdapterSet:
                 where=str(folder),
                 fix="save the adapter again with a present version of peft",
             )
-        self._grow(config, folder)
         with self._loading(folder):
             _refuse_nonfinite(_tensors_of(folder), folder)
             if method in _PROMPTS:
@@ -204,6 +213,7 @@ class AdapterSet:
                 fix="load adapters of one method together",
             )
         if self._tuned is None:
+            self._grow(config)
             self._tuned = self._wrapped(name, folder)
         else:
             device = str(self._model.device)
@@ -213,23 +223,15 @@ class AdapterSet:
         self._tuned_names.append(name)
         self._changes_base = changes_base
 
-    def _grow(self, config: Mapping[str, Any], folder: Path) -> None:
-        """Rows for the tokens that an adapter adds; what they hold is in the adapter."""
-        from posttrain_dist.models.embeddings.added_tokens import add_rows
+    def _grow(self, config: Mapping[str, Any]) -> None:
+        """Give the base rows for tokens that an adapter was trained with, and that it has not."""
+        trained = config.get("trainable_token_indices") or {}
+        lists = trained.values() if isinstance(trained, dict) else [trained]
+        ids = sorted({int(token) for tokens in lists for token in tokens})
+        if ids and ids[-1] >= self._model.get_input_embeddings().num_embeddings:
+            from posttrain_dist.models.embeddings.added_tokens import add_rows
 
-        added = config.get("trainable_token_indices") or {}
-        lists = list(added.values()) if isinstance(added, dict) else [added]
-        size = int(self._model.config.get_text_config().vocab_size)
-        needed = max((int(i) + 1 for ids in lists for i in ids), default=0)
-        if needed <= size:
-            return
-        if self._tuned is not None:
-            raise ModelError(
-                f"adds tokens, up to {needed - 1}, and the model was given adapters already",
-                where=str(folder),
-                fix="load it first, or by itself",
-            )
-        add_rows(self._model, range(size, needed))
+            add_rows(self._model, ids)
 
     def _configs(self) -> list[Any]:
         return list(self._tuned.peft_config.values())

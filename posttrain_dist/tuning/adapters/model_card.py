@@ -31,6 +31,7 @@ def adapter_card(
     *,
     method: str,
     tuning: Mapping[str, Any] | None = None,
+    vocab_size: int | None = None,
     channels: Sequence[str] = (),
     facts: Mapping[str, str] | None = None,
 ) -> str:
@@ -39,6 +40,7 @@ def adapter_card(
     Args:
         method: option of the group `tuning`.
         tuning: the values of the group.
+        vocab_size: rows of the embeddings, where they grew for new tokens; None: as in the base.
         channels: of the data that it was trained on.
         facts: more rows of the table: label -> value.
     """
@@ -65,7 +67,7 @@ def adapter_card(
             "## Load it",
             "",
             "```python",
-            *_load_lines(config, base),
+            *_code(base, config, vocab_size),
             "```",
             "",
             "The tokenizer and the chat template of the training stand in this folder: use them, "
@@ -77,21 +79,6 @@ def adapter_card(
             "",
         ]
     )
-
-
-def _load_lines(config: Mapping[str, Any], base: Path) -> list[str]:
-    lines = _PEFT_LINES if "peft_type" in config else _ADAPTERS_LINES
-    own = config.get("config")
-    if isinstance(own, Mapping) and own.get("architecture"):  # which that library has not
-        lines = _OUR_LINES
-    found = lines.format(base=repr(str(base))).splitlines()
-    trained = config.get("trainable_token_indices") or []
-    lists = trained.values() if isinstance(trained, Mapping) else [trained]
-    added = [i for ids in lists for i in ids]
-    if added:  # what the new rows hold is in the adapter
-        grow = f"base.resize_token_embeddings(max({max(added) + 1}, base.config.vocab_size))"
-        found.insert(2, grow)
-    return found
 
 
 _PEFT_LINES = """\
@@ -108,6 +95,20 @@ model.set_active_adapters(model.load_adapter("<this folder>", use_safetensors=Tr
 _OUR_LINES = """\
 from pathlib import Path; from posttrain_dist.evaluation.chat_generator import load_generator
 generator = load_generator(Path("<this folder>"))"""
+
+
+def _code(base: Path, config: Mapping[str, Any], vocab_size: int | None) -> list[str]:
+    """The lines of Python that load the adapter."""
+    template, own = _PEFT_LINES, config.get("config")
+    if "peft_type" not in config:
+        # An architecture that the library has not is one that it refuses.
+        ours = isinstance(own, Mapping) and own.get("architecture")
+        template = _OUR_LINES if ours else _ADAPTERS_LINES
+    lines = template.format(base=repr(str(base))).splitlines()
+    if vocab_size is not None:
+        grow = f"base.resize_token_embeddings({vocab_size}, mean_resizing=False)"
+        lines.insert(2, f"{grow}  # the rows of new tokens are the adapter's")
+    return lines
 
 
 def ensemble_card(num_prompts: int, base: Path) -> str:
