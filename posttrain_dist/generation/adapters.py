@@ -186,6 +186,7 @@ class AdapterSet:
                 where=str(folder),
                 fix="save the adapter again with a present version of peft",
             )
+        self._grow(config, folder)
         with self._loading(folder):
             _refuse_nonfinite(_tensors_of(folder), folder)
             if method in _PROMPTS:
@@ -213,7 +214,6 @@ class AdapterSet:
                 fix="load adapters of one method together",
             )
         if self._tuned is None:
-            self._grow(config)
             self._tuned = self._wrapped(name, folder)
         else:
             device = str(self._model.device)
@@ -223,15 +223,23 @@ class AdapterSet:
         self._tuned_names.append(name)
         self._changes_base = changes_base
 
-    def _grow(self, config: Mapping[str, Any]) -> None:
-        """Give the base rows for tokens that an adapter was trained with, and that it has not."""
-        trained = config.get("trainable_token_indices") or {}
-        lists = trained.values() if isinstance(trained, dict) else [trained]
-        ids = sorted({int(token) for tokens in lists for token in tokens})
-        if ids and ids[-1] >= self._model.get_input_embeddings().num_embeddings:
-            from posttrain_dist.models.embeddings.added_tokens import add_rows
+    def _grow(self, config: Mapping[str, Any], folder: Path) -> None:
+        """Rows for the tokens that an adapter adds; what they hold is in the adapter."""
+        from posttrain_dist.models.embeddings.added_tokens import add_rows
 
-            add_rows(self._model, ids)
+        added = config.get("trainable_token_indices") or {}
+        lists = list(added.values()) if isinstance(added, dict) else [added]
+        size = int(self._model.config.get_text_config().vocab_size)
+        needed = max((int(i) + 1 for ids in lists for i in ids), default=0)
+        if needed <= size:
+            return
+        if self._tuned is not None:
+            raise ModelError(
+                f"adds tokens, up to {needed - 1}, and the model was given adapters already",
+                where=str(folder),
+                fix="load it first, or by itself",
+            )
+        add_rows(self._model, range(size, needed))
 
     def _configs(self) -> list[Any]:
         return list(self._tuned.peft_config.values())

@@ -67,7 +67,7 @@ def adapter_card(
             "## Load it",
             "",
             "```python",
-            *_code(base, config, vocab_size),
+            *_code(config, base, vocab_size),
             "```",
             "",
             "The tokenizer and the chat template of the training stand in this folder: use them, "
@@ -97,13 +97,12 @@ from pathlib import Path; from posttrain_dist.evaluation.chat_generator import l
 generator = load_generator(Path("<this folder>"))"""
 
 
-def _code(base: Path, config: Mapping[str, Any], vocab_size: int | None) -> list[str]:
+def _code(config: Mapping[str, Any], base: Path, vocab_size: int | None) -> list[str]:
     """The lines of Python that load the adapter."""
-    template, own = _PEFT_LINES, config.get("config")
-    if "peft_type" not in config:
-        # An architecture that the library has not is one that it refuses.
-        ours = isinstance(own, Mapping) and own.get("architecture")
-        template = _OUR_LINES if ours else _ADAPTERS_LINES
+    template = _PEFT_LINES if "peft_type" in config else _ADAPTERS_LINES
+    own = config.get("config")
+    if isinstance(own, Mapping) and own.get("architecture"):  # which that library has not
+        template = _OUR_LINES
     lines = template.format(base=repr(str(base))).splitlines()
     if vocab_size is not None:
         grow = f"base.resize_token_embeddings({vocab_size}, mean_resizing=False)"
