@@ -19,6 +19,7 @@ from posttrain_dist.checkpoint import store
 from posttrain_dist.checkpoint.manifest import WITH_NETWORK, Manifest, fault_of, read_manifest
 from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import CheckpointError, ConfigError
+from posttrain_dist.files import read_object
 
 if TYPE_CHECKING:
     import torch
@@ -57,24 +58,8 @@ def export_checkpoint(
         ConfigError, ModelError: `plain` of what is no LoRA.
         DataError: the prepared data of the run is damaged.
     """
-    from posttrain_dist.engine.state_files import step_of_file
-
-    if not (run_folder / "config.yaml").is_file():
-        raise CheckpointError(
-            "is no run folder: it has no config.yaml",
-            where=str(run_folder),
-            fix="give a folder such as outputs/<name>/<time>",
-        )
-    config = RunConfig.from_yaml((run_folder / "config.yaml").read_text(encoding="utf-8"))
-    source = _choose(run_folder, step)
-    target = out or run_folder / made_folder(config)
-    if out is not None and target.exists():
-        raise CheckpointError("is already there", where=str(target), fix="name a new folder")
-    manifest = read_manifest(source)
-    if damage := store.damage_of(source, step_of_file):
-        raise CheckpointError(damage, where=str(source), fix=_older(run_folder, source))
-    served = _served(run_folder, manifest)
-    export = RunExport(config, run_folder, manifest, served, notice)
+    export, source, target = open_checkpoint(run_folder, out, step, notice)
+    config, manifest = export.config, export.manifest
     if not config.tuning.whole_model:
         from posttrain_dist.checkpoint.trained_state import read_kept
 
@@ -91,6 +76,42 @@ def export_checkpoint(
     else:
         from posttrain_dist.engine.deepspeed import read_full_tensors
     return export.write_model(read_full_tensors(source / store.STATE), target, dtype=dtype)
+
+
+def open_checkpoint(
+    run_folder: Path,
+    out: Path | None,
+    step: int | None,
+    notice: Callable[[str], None],
+    made: str | None = None,
+) -> tuple[RunExport, Path, Path]:
+    """What writes a checkpoint, the folder of that checkpoint, and the new folder.
+
+    Args:
+        made: where the run has what is made, if `out` is None; None: as `made_folder` says.
+
+    Raises:
+        CheckpointError: as `export_checkpoint`.
+        DataError: the prepared data of the run is damaged.
+    """
+    from posttrain_dist.engine.state_files import step_of_file
+
+    if not (run_folder / "config.yaml").is_file():
+        raise CheckpointError(
+            "is no run folder: it has no config.yaml",
+            where=str(run_folder),
+            fix="give a folder such as outputs/<name>/<time>",
+        )
+    config = RunConfig.from_yaml((run_folder / "config.yaml").read_text(encoding="utf-8"))
+    source = _choose(run_folder, step)
+    target = out or run_folder / (made or made_folder(config))
+    if out is not None and target.exists():
+        raise CheckpointError("is already there", where=str(target), fix="name a new folder")
+    manifest = read_manifest(source)
+    if damage := store.damage_of(source, step_of_file):
+        raise CheckpointError(damage, where=str(source), fix=_older(run_folder, source))
+    served = _served(run_folder, manifest)
+    return RunExport(config, run_folder, manifest, served, notice), source, target
 
 
 def made_folder(config: RunConfig) -> str:
@@ -196,7 +217,8 @@ class RunExport:
 
         model, values = self.config.model, self.config.to_dict()["tuning"]
         base = resolve(model.path)
-        network = {**check_folder(base, need_weights=False), **self.facts.network}
+        own = check_folder(base, need_weights=False)
+        network = {**own, **self.facts.network}
         saved = self.config.tuning.to_adapter(tensors, network)
         if plain:
             saved = as_plain_lora(saved)
@@ -211,9 +233,10 @@ class RunExport:
             base_digest=self.manifest.lineage.get("base_digest", digest),
             tuning=values,
             channels=self.manifest.recipe.channels,
-            run=str(self.manifest.lineage.get("id") or self.run_folder),
+            run=read_object(self.run_folder / "run.json").get("id", self.run_folder.name),
             step=step,
             versions=_versions(),
+            vocab_size=_unless_same(network.get("vocab_size"), own.get("vocab_size")),
         )
         carry = partial(self._carry, base, target)
         write_adapter(target, saved, base, facts, carry=carry)
@@ -222,6 +245,10 @@ class RunExport:
         from posttrain_dist.checkpoint.hf_folder import write_served_files
 
         write_served_files(base, folder, self.facts, target, self.notice)
+
+
+def _unless_same(value: int | None, other: int | None) -> int | None:
+    return None if value == other else value
 
 
 def _every(name: str) -> bool:

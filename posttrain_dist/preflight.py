@@ -1,4 +1,7 @@
-"""What a command would trip over later, found before it makes anything. Imports no torch."""
+"""What a command would trip over later, found before it makes anything.
+
+Imports no torch, unless an adapter is read that the training goes on with.
+"""
 
 from __future__ import annotations
 
@@ -67,12 +70,15 @@ def _check_model(config: RunConfig, need_weights: bool) -> None:
 
 
 def _check_init_from(config: RunConfig) -> None:
-    """The adapter that the training goes on with is whole, and of this base model."""
-    named = getattr(config.tuning, "init_from", None)
-    if named is not None:
-        from posttrain_dist.tuning.adapters.base_check import check_base
+    """The adapter that the training goes on with is whole, of this base model and this tuning."""
+    tuning = config.tuning
+    if isinstance(tuning, AdapterTuning) and tuning.init_from is not None:
+        from posttrain_dist.tuning.adapters import base_check
+        from posttrain_dist.tuning.adapters.adapter_folder import read_adapter
 
-        check_base(Path(named), resolve(config.model.path))
+        base, adapter = resolve(config.model.path), Path(tuning.init_from)
+        base_check.check_base(adapter, base)
+        tuning.from_adapter(read_adapter(adapter), check_folder(base, need_weights=False))
 
 
 def _data_faults(config: RunConfig, only_heldout: bool) -> list[PosttrainError]:

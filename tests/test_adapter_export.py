@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from posttrain_launch.cli import main
 
 from posttrain_dist.checkpoint import store
 from posttrain_dist.config import (
     Bottleneck,
     DataConfig,
+    EvalConfig,
     Ia3,
     Lora,
     ModelConfig,
@@ -50,6 +52,7 @@ def base(tiny_llama: Path, rows_file: Path) -> RunConfig:
             optimizer=AdamW(lr=RATE),
             engine=Single(),
             train=TrainConfig(steps=3, batch_size=4, save_every=2),
+            eval=EvalConfig(generate_rows=1, samples=3, max_new_tokens=6),
             logging=LoggingConfig(wandb=WandbMode.off),
         )
     )
@@ -68,11 +71,15 @@ def heldout_loss(run_folder: Path, base: Path, adapter: Path | None) -> float:
     import peft
     import transformers
 
-    from posttrain_dist.data.prepared.arrays import Examples
-
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, adapter)
+    return loss_of(model, run_folder)
+
+
+def loss_of(model: Any, run_folder: Path) -> float:
+    from posttrain_dist.data.prepared.arrays import Examples
+
     model.eval()
     examples = Examples.open(run_folder / "prepared", "eval")
     total = weight = 0.0
@@ -100,6 +107,32 @@ def test_plain_peft_gives_the_loss_that_the_trainer_evaluated(
     assert (finished / "FINISHED").is_file()
 
 
+def test_base_and_adapter_answer_as_plain_peft_does(finished: Path, tiny_llama: Path) -> None:
+    import peft
+    import transformers
+
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(finished / "adapter")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    samples = json.loads((finished / "answers.json").read_text())["samples"]
+    asked = [[{"role": "user", "content": sample["prompt"]}] for sample in samples]
+    rows = [
+        tokenizer.apply_chat_template(m, add_generation_prompt=True)["input_ids"] for m in asked
+    ]
+
+    def answers() -> list[str]:
+        texts = []
+        for ids in rows:
+            made = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=6, do_sample=False)
+            texts.append(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True))
+        return texts
+
+    before = answers()
+    model = peft.PeftModel.from_pretrained(model, finished / "adapter").eval()
+    after = answers()
+    assert [sample["before"] for sample in samples] == before
+    assert [sample["after"] for sample in samples] == after != before
+
+
 def test_the_folder_says_where_it_comes_from_and_serves_what_was_trained(
     finished: Path, tiny_llama: Path
 ) -> None:
@@ -109,7 +142,8 @@ def test_the_folder_says_where_it_comes_from_and_serves_what_was_trained(
 
     adapter = finished / "adapter"
     facts = read_object(adapter / "posttrain.json")
-    assert (facts["method"], facts["step"], facts["tuning"]["rank"]) == ("lora", 3, 4)
+    assert (facts["method"], facts["step"], facts["run"]) == ("lora", 3, "lora")
+    assert facts["tuning"]["rank"] == 4
     assert facts["base_digest"] == base_digest(tiny_llama)
     assert facts["channels"] == ["copy", "reverse", "upper"] and "peft" in facts["versions"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)
@@ -140,9 +174,11 @@ def test_a_checkpoint_exports_what_the_run_did(finished: Path, tmp_path: Path) -
 
 
 def test_plain_lora_of_rslora_is_the_same_model(
-    finished: Path, tiny_llama: Path, tmp_path: Path
+    finished: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = export_checkpoint(finished, tmp_path / "plain", plain=True)
+    out = tmp_path / "plain"
+    assert main(["export", str(finished), str(out), "--plain"]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
     config = read_object(out / "adapter_config.json")
     assert (config["use_rslora"], config["lora_alpha"]) == (False, 12)
     loss = heldout_loss(finished, tiny_llama, out)
@@ -179,6 +215,9 @@ def test_an_adapter_of_another_base_is_refused_before_a_model_is_loaded(
     config = replace(base, tuning=tuning, model=ModelConfig(path=str(other)))
     (problem,) = input_problems(config)
     assert isinstance(problem, ModelError) and "is another model" in problem.what
+    (problem,) = input_problems(replace(base, tuning=replace(tuning, rank=8)))
+    assert "has the rank 4, this tuning 8" in problem.what
+    assert not input_problems(replace(base, tuning=tuning))
     shutil.copytree(finished / "prepared", tmp_path / "prepared")
     monkeypatch.setattr(build, "load_model", lambda *a, **k: pytest.fail("it was loaded"))
     with pytest.raises(ModelError, match="is another model"):
@@ -205,7 +244,9 @@ def test_what_cannot_be_saved_ends_the_run_at_its_first_step(
     assert not [p for p in tmp_path.iterdir() if "rehearsal" in p.name or p.name == "adapter"]
 
 
-def test_a_base_that_changed_is_said(finished: Path, tmp_path: Path, tiny_llama: Path) -> None:
+def test_a_base_that_changed_is_said_and_not_gone_on_with(
+    finished: Path, tmp_path: Path, tiny_llama: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
     moved = tmp_path / "base"
@@ -220,6 +261,8 @@ def test_a_base_that_changed_is_said(finished: Path, tmp_path: Path, tiny_llama:
     save_file({n: t + 1 for n, t in tensors.items()}, moved / "model.safetensors")
     out = export_checkpoint(tmp_path / "run", tmp_path / "out", notice=notices.append)
     assert len(notices) == 1 and "was changed since the training began" in notices[0]
+    with pytest.raises(CheckpointError, match="beside another base model"):
+        train(RunConfig.from_yaml(config), tmp_path / "run")
     facts = json.loads((finished / "adapter" / "posttrain.json").read_text())
     assert read_object(out / "posttrain.json")["base_digest"] == facts["base_digest"]
 
@@ -297,3 +340,36 @@ def test_two_ranks_of_every_stage_write_the_adapter_of_one_process(
             torch.testing.assert_close(found.tensors[name], tensor, rtol=2e-4, atol=2e-5)
         streamed = read_adapter(export_checkpoint(folder, folder / "again"))
         assert all(torch.equal(streamed.tensors[n], t) for n, t in found.tensors.items())
+
+
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_lines_of_the_card_load_an_adapter_with_new_tokens(
+    tied: bool, base: RunConfig, builders: Any, tmp_path: Path
+) -> None:
+    """The trained loss comes out of what the card says, and the tokenizer has the new tokens."""
+    import transformers
+
+    from posttrain_dist.prepare import prepare
+
+    model = builders.model(tmp_path / "model", tie_word_embeddings=tied)
+    rows = [builders.chat(f"say {i}", f"<new> {i} <new>", "new") for i in range(60)]
+    data = DataConfig(train=str(builders.write(tmp_path / "rows.jsonl", rows)), max_length=64)
+    config = replace(
+        base,
+        data=data,
+        model=ModelConfig(path=str(model), add_tokens=["<new>", "<a>", "<b>", "<c>", "<d>"]),
+    )
+    config = replace(config, train=replace(base.train, steps=2, save_every=None))
+    prepare(config, tmp_path / "prepared")
+    train(config, tmp_path)
+    adapter = tmp_path / "adapter"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)
+    assert tokenizer.encode("<new>") == [tokenizer.convert_tokens_to_ids("<new>")]
+    card = (adapter / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0]
+    assert "base.resize_token_embeddings(" in code
+    code = code.replace("<this folder>", str(adapter)).replace('dtype="auto"', 'dtype="float32"')
+    names: dict[str, Any] = {}
+    exec(code, names)
+    loss = loss_of(names["model"], tmp_path)
+    assert loss == pytest.approx(trained_loss(tmp_path), rel=1e-6)

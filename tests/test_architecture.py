@@ -21,6 +21,7 @@ LAYERS = {
     "posttrain_launch": 8,
     "run": 7,
     "train": 6,
+    "merge": 6,
     **dict.fromkeys(
         (
             "hooks",

@@ -42,7 +42,7 @@ VERBS: dict[str, Verb] = {
         hydra=True,
     ),
     "evaluate": Verb(
-        "held-out loss of a model, for every channel",
+        "held-out loss of a model, and of adapters on it, for every channel",
         "posttrain evaluate model.path=outputs/demo/20260101-120000/export",
         "quality.evaluate",
         hydra=True,
@@ -59,14 +59,20 @@ VERBS: dict[str, Verb] = {
         "run.run",
     ),
     "chat": Verb(
-        "talk to a model folder or to the export of a run",
+        "talk to a model folder or to what a run made; --adapter NAME=FOLDER switches adapters",
         "posttrain chat outputs/demo/20260101-120000",
         "quality.chat",
     ),
     "export": Verb(
-        "write the newest checkpoint of a run as a Hugging Face folder",
+        "write the newest checkpoint of a run as a Hugging Face or adapter folder",
         "posttrain export outputs/demo/20260101-120000 /models/mine",
         "run.export",
+    ),
+    "combine": Verb(
+        "several LoRA adapters of one base model as one: a weighted sum, TIES, DARE",
+        "posttrain combine /adapters/both /adapters/a:0.7 /adapters/b:0.3 --method ties "
+        "--density 0.5",
+        "quality.combine",
     ),
     "report": Verb(
         "write report.html of a run, finished or not",

@@ -15,7 +15,7 @@ class CheckpointConfig:
 
     # Newest checkpoints that stay on disk, and the one of the best evaluation; 0: all.
     keep: int = 2
-    export: bool = True  # write a Hugging Face folder to export/ at the end
+    export: bool = True  # at the end, write the model to export/, or the adapter to adapter/
 
 
 def checkpoint_rules(checkpoint: CheckpointConfig) -> list[Rule]:

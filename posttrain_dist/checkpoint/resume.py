@@ -160,6 +160,14 @@ def check_compatible(folder: Path, run: Manifest, steps: int) -> Manifest:
             fix="give the model folder that was trained (model.path), with its config.json as it "
             "was; to train another network, start a new run or set train.resume=never",
         )
+    digests = [each.lineage.get("base_digest") for each in (manifest, run)]
+    if all(digests) and digests[0] != digests[1]:
+        raise CheckpointError(
+            f"holds what was trained beside another base model: its weights changed (digest "
+            f"{digests[0]}, and {digests[1]} now)",
+            where=str(folder),
+            fix="put the model folder back as it was (model.path), or use train.resume=never",
+        )
     if manifest.step > steps:
         raise CheckpointError(
             f"is at step {manifest.step}, and this run has {steps} steps",

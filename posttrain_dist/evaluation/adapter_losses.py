@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.config import RunConfig
-from posttrain_dist.generation.adapters import BASE, find_adapters
+from posttrain_dist.errors import ConfigError
+from posttrain_dist.generation.adapters import BASE, find_adapters, stood_on_nf4
 
 if TYPE_CHECKING:
     import torch
@@ -18,13 +21,16 @@ if TYPE_CHECKING:
     from posttrain_dist.flow import Batch, Loss
     from posttrain_dist.models.policy import Policy
 
+_log = logging.getLogger(__name__)
+
 
 def evaluate_adapters(
     config: RunConfig, prepared: Path, adapters: Mapping[str, Path]
 ) -> dict[str, dict[str, Any]]:
     """The loss of `config.model`, and of each adapter on it, on the held-out rows.
 
-    The base is loaded once. An adapter's modules are taken out again before the next one.
+    The base is loaded once, in NF4 if all adapters were trained so. An adapter's modules are taken
+    out again before the next one.
 
     Args:
         prepared: the folder that `posttrain_dist.prepare.prepare` wrote.
@@ -41,12 +47,16 @@ def evaluate_adapters(
     from posttrain_dist.evaluation.restored_model import restored
     from posttrain_dist.tuning.adapters.adapter_tuning import tuning_from_adapter
 
+    folders = {name: find_adapters(name, path) for name, path in adapters.items()}
     tunings = {
         name: {one: tuning_from_adapter(folder) for one, folder in found.items()}
-        for name, found in ((n, find_adapters(n, path)) for n, path in adapters.items())
+        for name, found in folders.items()
     }
+    every = [folder for found in folders.values() for folder in found.values()]
+    for folder in every:
+        _check(folder, config)
     heldout = HeldOut(config, prepared)
-    model = heldout.load_model()
+    model = heldout.load_model(nf4=True if all(map(stood_on_nf4, every)) else None)
     results = {}
     with restored(model):
         results[BASE] = heldout.measure(heldout.policy(model, None))
@@ -60,6 +70,22 @@ def evaluate_adapters(
             else:
                 results |= evaluate_ensemble(name, members, policy, heldout)
     return results
+
+
+def _check(folder: Path, config: RunConfig) -> None:
+    """Refuse an adapter of another base, or with tokens that the rows would not have."""
+    from posttrain_dist.models.folder import resolve
+    from posttrain_dist.tuning.adapters.adapter_folder import read_adapter
+    from posttrain_dist.tuning.adapters.base_check import check_base
+
+    if said := check_base(folder, resolve(config.model.path)):
+        _log.info("%s", said)
+    if read_adapter(folder).config.get("trainable_token_indices") and not config.model.add_tokens:
+        raise ConfigError(
+            f"is not set, and {folder} was trained with new tokens",
+            where="model.add_tokens",
+            fix="list the tokens as in its training; they stand in config.yaml of its run",
+        )
 
 
 class HeldOut:
@@ -78,6 +104,12 @@ class HeldOut:
         examples = Examples.open(prepared, "eval")
         self.channels = list(examples.channels)
         self._source = make_source(self.config, examples, Process(), mixed=False)
+
+    def on(self, device: torch.device) -> HeldOut:
+        """The same rows, on another device."""
+        other = copy(self)
+        other.device = device
+        return other
 
     def load_model(self, *, nf4: bool | None = None, dtype: torch.dtype | None = None) -> Any:
         """The base model, with nothing inserted.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from posttrain_dist.config import RunConfig
 from posttrain_dist.data.chat.rendering.served import Prompt
 from posttrain_dist.data.chat.thoughts import CLOSING
 from posttrain_dist.errors import DataError
+from posttrain_dist.evaluation.chat_generator import load_generator
 from posttrain_dist.files import write_atomic
 from posttrain_dist.flow import Message
+from posttrain_dist.generation.adapters import BASE
 from posttrain_dist.generation.base import Reply, Sampling, StopReason
 from posttrain_dist.generation.local import LocalGenerator
 from posttrain_dist.models import Weights
@@ -102,26 +105,31 @@ def _answer(
 ) -> tuple[list[Reply], list[Reply]]:
     """Answers of the export (or of base and adapter) and of the base model, if there is one.
 
-    Each model is loaded only if there is a row, and freed at the end. The base model is asked with
-    the tokenizer and template of the export, and stops where that does: it may have no template of
-    its own, or another one than was trained. Of an ensemble of prompts the first one answers.
+    A model is loaded only if there is a row, and freed at the end; an adapter's base is loaded
+    once. The base model is asked with the tokenizer and template of the export, and stops where
+    that does: it may have no template of its own, or another one than was trained. Of an ensemble
+    of prompts the first one answers.
     """
     empty = [Reply("", StopReason.end_token)] * len(rows)
     if not rows:
         return empty, empty
-    from posttrain_dist.models.folder import resolve
+    from posttrain_dist.models.embeddings.added_tokens import add_rows
+    from posttrain_dist.models.folder import read_added_ids, resolve
 
     prompts = [_split(row)[0] for row in rows]
     made = "export" if config.tuning.whole_model else "adapter"
-    generator = LocalGenerator.load(run_folder / made)
+    generator = load_generator(run_folder / made)
     after = generator.reply(prompts, sampling)
     if not has_base:
         return after, empty
+    if not config.tuning.whole_model:
+        return after, generator.reply(prompts, replace(sampling, adapter=BASE))
     tokenizer, end_token_ids = generator.tokenizer, generator.end_ids
     del generator
-    generator = LocalGenerator.load(
-        resolve(config.model.path), tokenizer=tokenizer, end_token_ids=end_token_ids
-    )
+    base = resolve(config.model.path)
+    generator = LocalGenerator.load(base, tokenizer=tokenizer, end_token_ids=end_token_ids)
+    # As the training began: the tokenizer of the export has them.
+    add_rows(generator.model, read_added_ids(base, config.model.add_tokens))
     return after, generator.reply(prompts, sampling)
 
 

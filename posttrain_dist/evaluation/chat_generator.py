@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.errors import ModelError
-from posttrain_dist.generation.adapters import find_adapters
+from posttrain_dist.generation.adapters import base_of, find_adapters, own_adapters
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from posttrain_dist.generation.local import LocalGenerator
+
+_log = logging.getLogger(__name__)
 
 
 def load_generator(folder: Path, adapters: Mapping[str, Path] | None = None) -> LocalGenerator:
@@ -27,11 +30,17 @@ def load_generator(folder: Path, adapters: Mapping[str, Path] | None = None) -> 
         ConfigError: two adapters have one name.
     """
     from posttrain_dist.generation.local import LocalGenerator
+    from posttrain_dist.tuning.adapters.base_check import check_base
 
-    generator = LocalGenerator.load(folder, adapters=adapters, attach=_OwnMethods())
-    for name, path in (adapters or {}).items():
-        generator.choose(next(iter(find_adapters(name, path))))
-        break
+    given = adapters or {}
+    own = {} if (folder / "config.json").is_file() else own_adapters(folder)
+    base = base_of(next(iter(own.values()))) if own else folder
+    for place in (*own.values(), *given.values()):
+        if said := check_base(place, base):
+            _log.info("%s", said)
+    generator = LocalGenerator.load(folder, adapters=given, attach=_OwnMethods())
+    for name in list(given)[:1]:
+        generator.choose(next(iter(find_adapters(name, given[name]))))
     return generator
 
 

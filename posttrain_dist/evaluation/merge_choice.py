@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import DataError
-from posttrain_dist.tuning.adapters.merge import MergeInto
+from posttrain_dist.tuning.adapters.merged_tensors import MergeInto
 
 if TYPE_CHECKING:
     import torch
@@ -126,11 +126,12 @@ def _merged(
     import torch
 
     from posttrain_dist.models.folder import resolve
-    from posttrain_dist.tuning.adapters.merge import merged_tensors
+    from posttrain_dist.tuning.adapters.merged_tensors import merged_tensors
 
+    base = resolve(heldout.config.model.path)
+    heldout = heldout.on(_device_of(base, heldout.device))
     model: Any = heldout.load_model(nf4=False, dtype=dtype)
     own = model.state_dict()
-    base = resolve(heldout.config.model.path)
     with torch.no_grad():
         for name, tensor in merged_tensors(
             base, heldout.config.tuning, kept, dtype=dtype, into=into
@@ -139,6 +140,20 @@ def _merged(
             if inside in own:
                 own[inside].copy_(tensor)
     return _losses(heldout.policy(model, None), batches, model.device)
+
+
+def _device_of(base: Path, device: torch.device) -> torch.device:
+    """Where a base that is not quantised has room: a GPU that trained it in NF4 may have none."""
+    import torch
+
+    from posttrain_dist.tuning.adapters.base_tensors import tensor_files
+
+    if device.type != "cuda":
+        return device
+    torch.cuda.empty_cache()
+    size_bytes = sum(file.stat().st_size for file in set(tensor_files(base).values()))
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return device if 1.2 * size_bytes < free_bytes else torch.device("cpu")
 
 
 def _losses(policy: Policy, batches: list[Any], device: torch.device) -> torch.Tensor:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OURS = "posttrain.json"  # of this library's adapter folders: how they were trained
 BASE = "none"  # the name by which the base model is asked for
 
 # Inserts the modules of an adapter folder that `peft` does not know, if they are not there yet;
@@ -88,6 +89,15 @@ def base_of(folder: Path) -> Path:
     except ModelError as error:
         what = f"its base model is not there: {name}"
         raise ModelError(what, where=str(folder), fix=f"{fix}, or put it back") from error
+
+
+def stood_on_nf4(folder: Path) -> bool:
+    """Whether an adapter was trained by this library beside weights in NF4."""
+    try:
+        tuning = read_object(folder / OURS).get("tuning", {})
+    except (OSError, ValueError):
+        return False
+    return isinstance(tuning, dict) and tuning.get("quantize") == "nf4"
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
@@ -176,6 +186,7 @@ class AdapterSet:
                 where=str(folder),
                 fix="save the adapter again with a present version of peft",
             )
+        self._grow(config, folder)
         with self._loading(folder):
             _refuse_nonfinite(_tensors_of(folder), folder)
             if method in _PROMPTS:
@@ -211,6 +222,26 @@ class AdapterSet:
                 raise ValueError(f"tensors are missing, first of them {loaded.missing_keys[0]}")
         self._tuned_names.append(name)
         self._changes_base = changes_base
+
+    def _grow(self, config: Mapping[str, Any], folder: Path) -> None:
+        """Rows for the tokens that an adapter adds; what they hold is in the adapter."""
+        from posttrain_dist.models.embeddings.added_tokens import add_rows
+
+        added = config.get("trainable_token_indices") or {}
+        lists = list(added.values()) if isinstance(added, dict) else [added]
+        size = int(self._model.config.get_text_config().vocab_size)
+        needed = max((int(i) + 1 for ids in lists for i in ids), default=0)
+        if needed <= size:
+            return
+        tables = self._model.get_input_embeddings(), self._model.get_output_embeddings()
+        if any(hasattr(table, "base_layer") for table in tables):
+            raise ModelError(
+                f"adds tokens, up to {needed - 1}, and an adapter before stands in the embeddings "
+                "or the head",
+                where=str(folder),
+                fix="load it first, or by itself",
+            )
+        add_rows(self._model, range(size, needed))
 
     def _configs(self) -> list[Any]:
         return list(self._tuned.peft_config.values())

@@ -20,6 +20,7 @@ from posttrain_dist.generation.adapters import (
     base_of,
     find_adapters,
     own_adapters,
+    stood_on_nf4,
 )
 from posttrain_dist.generation.base import Completion, Reply, Sampling, StopReason
 from posttrain_dist.generation.local_folder import (
@@ -102,7 +103,7 @@ class LocalGenerator:
 
         The model runs on the GPU in its own dtype if there is one, else on the CPU in float32. Of
         an adapter folder, the adapter answers, under the name `adapter`; of an ensemble of
-        prompts the first one, `adapter-0`.
+        prompts the first one, `adapter-0`. The base is in NF4 if all adapters were trained so.
 
         Args:
             needs_template: refuse a folder without chat template; False where no conversation
@@ -123,11 +124,12 @@ class LocalGenerator:
             for name, path in (adapters or {}).items()
             for k, v in find_adapters(name, path).items()
         }
+        folders = [*own.values(), *given.values()]
         if tokenizer is None:
-            folders = [*own.values(), base, *given.values()]
-            tokenizer = choose_tokenizer(folders, base, needs_template=needs_template)
+            places = [*own.values(), base, *given.values()]
+            tokenizer = choose_tokenizer(places, base, needs_template=needs_template)
         generator = cls(
-            load_model(base),
+            load_model(base, nf4=bool(folders) and all(map(stood_on_nf4, folders))),
             tokenizer,
             batch_size=batch_size,
             end_token_ids=end_token_ids,

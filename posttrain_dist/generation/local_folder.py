@@ -116,13 +116,14 @@ def load_tokenizer(folder: Path, base: Path | None = None) -> PreTrainedTokenize
     return tokenizer
 
 
-def load_model(folder: Path) -> PreTrainedModel:
+def load_model(folder: Path, *, nf4: bool = False) -> PreTrainedModel:
     """The causal LM of a folder, in evaluation mode.
 
     It is on the GPU in its own dtype if there is one, else on the CPU in float32.
 
     Args:
         folder: of a model; see `adapters.base_of` for what an adapter stands on.
+        nf4: store its weights in 4 bits, as they were when an adapter was trained beside them.
 
     Raises:
         ModelError: transformers cannot load it, or a weight is not finite.
@@ -135,17 +136,46 @@ def load_model(folder: Path) -> PreTrainedModel:
 
     disable_progress_bar()  # loading bars would stand between a chat's lines
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with _loading(folder, folder):
+    options: dict[str, Any] = {"dtype": "auto" if device.type == "cuda" else torch.float32}
+    with _loading(folder, folder), contextlib.ExitStack() as stack:
+        if nf4:
+            options |= _nf4_options(folder, device, stack)
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype="auto" if device.type == "cuda" else torch.float32,
+            **options,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,  # the other format is a pickle
         )
-    model = model.to(device).eval()
+    if nf4:
+        from posttrain_dist.models.quantized.load_nf4 import prepare_linears
+
+        prepare_linears(model, options["dtype"], folder)  # as they were trained through
+    else:
+        model = model.to(device)
     refuse_nonfinite(model, folder)
-    return model
+    return model.eval()
+
+
+def _nf4_options(folder: Path, device: Any, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Keywords of `from_pretrained` for a base in NF4, which is made tensor by tensor."""
+    import torch
+    from transformers import AutoConfig
+
+    from posttrain_dist.models.quantized import holds_nf4
+    from posttrain_dist.models.quantized.load_nf4 import (
+        nf4_options,
+        quantising,
+        refuse_unquantisable,
+    )
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    stored = holds_nf4(config.to_dict())
+    if not stored:
+        refuse_unquantisable(config, folder, device)
+    stack.enter_context(quantising())
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"dtype": dtype, **nf4_options(dtype, device, stored=stored)}
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -29,6 +30,8 @@ from posttrain_dist.models.quantized.load_nf4 import (
 )
 from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.models.varlen import AttentionRequirements
+
+_log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -105,6 +108,8 @@ def _build_nf4(
         model = _read_weights(folder, options | nf4_options(dtype, device, stored=stored))
     refuse_extremes(extremes, folder, num_tensors=len(list(model.parameters())))
     prepare_linears(model, dtype, folder)
+    held_gb = sum(p.nbytes for p in model.parameters()) / 1e9
+    _log.info("the base is in NF4: %.2f GB on this rank, before anything is sharded", held_gb)
     return model
 
 

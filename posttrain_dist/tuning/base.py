@@ -58,6 +58,11 @@ class Tuning:
         """Whether what is trained can become part of the model's own weights."""
         return not self.unmergeable
 
+    @property
+    def effect(self) -> str:
+        """What of the values nobody reads off the config, for the first lines of a run; or ""."""
+        return ""
+
     def rules(self) -> list[Rule]:
         """What must hold among the values of the group."""
         return []
@@ -236,7 +241,8 @@ def fill_parameters(
             raise ModelError(
                 f"{name} {tuple(tensor.shape)} of the adapter {found}",
                 where=where,
-                fix="continue it with the tuning and the base model that it was trained with",
+                fix="continue it with the tuning, the base model and the model.add_tokens that it "
+                "was trained with",
             )
         with torch.no_grad(), gathered(target):
             if target.numel():  # of a sharded one, rank 0 hands out what it has

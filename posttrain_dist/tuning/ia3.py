@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from posttrain_dist.tuning.injection.targets import Linear
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -85,6 +88,7 @@ class Ia3(AdapterTuning):
         )
         with _as_plain_linears(model):
             inject(config, model, self.marks)
+        _log.info("IA3 on %d linear layers", len(outputs) + len(inputs))
 
     def _find_targets(self, model: nn.Module) -> tuple[list[Linear], list[Linear]]:
         """Those whose output is scaled, and those whose input is."""

@@ -23,7 +23,7 @@ from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.evaluation.adapter_losses import HeldOut, evaluate_adapters
 from posttrain_dist.evaluation.merge_choice import choose_weights
 from posttrain_dist.prepare import prepare
-from posttrain_dist.tuning.adapters.merge import MergeInto
+from posttrain_dist.tuning.adapters.merged_tensors import MergeInto
 from posttrain_dist.tuning.base import Quantize, fill_parameters
 from posttrain_dist.tuning.bottleneck import Bottleneck
 from posttrain_dist.tuning.lora import Lora

@@ -347,13 +347,18 @@ def test_an_adapter_of_another_function_is_refused(change, message):
     ("model_type", "tuning", "key", "message"),
     [
         ("llama", bottleneck(reduction=64), "tuning.reduction", "hidden size is 32"),
-        ("opt", bottleneck("parallel"), "tuning.placement", "no module 'mlp': they have self_attn"),
+        ("opt", bottleneck("parallel"), "tuning.placement", "no module 'mlp': they have fc2"),
     ],
 )
 def test_what_cannot_be_is_refused(model_type, tuning, key, message):
-    with pytest.raises(ConfigError, match=message) as error:
-        tuning.attach(build(small_config(model_type), "eager"))
-    assert error.value.where == key
+    config = small_config(model_type)
+    for refuse in (
+        lambda: tuning.check_network(config.to_dict()),  # before anything is loaded
+        lambda: tuning.attach(build(config, "eager")),
+    ):
+        with pytest.raises(ConfigError, match=message) as error:
+            refuse()
+        assert error.value.where == key
 
 
 def test_a_nonlinearity_is_never_merged():

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ from posttrain_dist.tuning.ia3 import Ia3
 from posttrain_dist.tuning.injection.low_rank import as_plain_lora
 from posttrain_dist.tuning.lora import Lora, LoraInit
 
-READER = "posttrain_dist.tuning.adapters.adapter_folder"
 LORA = Lora(rank=4, alpha=6.0, targets=["q_proj", "lm_head"])
 
 
@@ -35,14 +32,13 @@ def saved_lora(tiny_llama):
 
 
 @pytest.fixture
-def continued(tiny_llama, monkeypatch):
-    """continued(saved, tuning): a policy that continues what a folder would hold."""
+def continued(tiny_llama, tmp_path):
+    """continued(saved, tuning): a policy that continues the adapter in a folder."""
 
     def attach(saved, tuning):
-        reader = SimpleNamespace(read_adapter=lambda folder: saved)
-        monkeypatch.setitem(sys.modules, READER.rpartition(".")[0], SimpleNamespace())
-        monkeypatch.setitem(sys.modules, READER, reader)
-        return tuned.tuned_policy(tiny_llama, replace(tuning, init_from="somewhere"))
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        tuned.write_folder(folder, saved, tiny_llama)
+        return tuned.tuned_policy(tiny_llama, replace(tuning, init_from=str(folder)))
 
     return attach
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +12,27 @@ import transformers
 import tuned_models as tuned
 from safetensors.torch import load_file
 
-from posttrain_dist.config import Full
+from posttrain_dist.config import (
+    DataConfig,
+    Dtype,
+    Full,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    complete,
+)
 from posttrain_dist.data.packs.collate import collate
+from posttrain_dist.data.prepared.arrays import Examples
+from posttrain_dist.engine import AdamW
 from posttrain_dist.errors import ConfigError
+from posttrain_dist.evaluation.adapter_losses import evaluate_adapters
+from posttrain_dist.files import read_rows
 from posttrain_dist.flow import Example
+from posttrain_dist.generation.local import LocalGenerator
+from posttrain_dist.metrics import LoggingConfig, WandbMode
 from posttrain_dist.objectives.base import TokenCount, TokenLoss
+from posttrain_dist.prepare import prepare
+from posttrain_dist.train import train
 from posttrain_dist.tuning.base import fill_parameters
 from posttrain_dist.tuning.bottleneck import Bottleneck, Placement
 from posttrain_dist.tuning.lora import Lora
@@ -132,7 +149,10 @@ def test_saved_they_are_the_same_in_plain_peft(folders, tmp_path, form):
     mine = peft.get_peft_model_state_dict(own, save_embedding_layers=False)
     assert names == {name for name in mine if "token_adapter" in name}
     again = tuned_policy(folders(form))
-    fill_parameters(again.causal_lm, LORA.from_adapter(saved, network))
+    short = {name.rpartition(".")[2]: list(NEW) for name in saved.config["trainable_token_indices"]}
+    for indices in (saved.config["trainable_token_indices"], short, list(NEW)):  # as peft has them
+        config = {**saved.config, "trainable_token_indices": indices}
+        fill_parameters(again.causal_lm, LORA.from_adapter(saved._replace(config=config), network))
     for name, tensor in tuned.kept_of(policy, LORA).items():
         assert torch.equal(tuned.kept_of(again, LORA)[name], tensor), name
 
@@ -192,3 +212,52 @@ def test_on_a_base_in_nf4_they_and_bottlenecks_are_trained(nf4_llama):
         assert len(weights) == 14 and all(w.grad is None for w in weights)
     assert torch.equal(hidden[0], hidden[1]) and torch.equal(hidden[0], hidden[2])
     assert all(steps[-1] < steps[0] - 0.05 for steps in losses.values()), losses
+
+
+def test_a_run_of_lora_ends_in_a_folder_that_has_them(tiny_llama, tmp_path, builders):
+    import peft
+
+    words = ["one", "two three", "four", "five six seven"] * 6
+    chats = [builders.chat(f"say {w} {i}", f"<a>{w}<b>", "tool") for i, w in enumerate(words)]
+    config = complete(
+        RunConfig(
+            model=ModelConfig(path=str(tiny_llama), add_tokens=TOKENS),
+            data=DataConfig(train=str(builders.write(tmp_path / "rows.jsonl", chats))),
+            tuning=LORA,
+            optimizer=AdamW(lr=1e-2),
+            train=TrainConfig(steps=3, batch_size=2, save_every=2, dtype=Dtype.float32),
+            logging=LoggingConfig(wandb=WandbMode.off),
+        )
+    )
+    prepare(config, tmp_path / "run" / "prepared")
+    train(config, tmp_path / "run")
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000003")
+    train(config, tmp_path / "run")  # from step 2, with the same result
+    again = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [r.get("train/loss") for r in again] == [r.get("train/loss") for r in rows]
+    folder = tmp_path / "run" / "adapter"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.convert_tokens_to_ids(TOKENS) == list(NEW)
+    own = peft.PeftModel.from_pretrained(grown(tiny_llama), str(folder)).eval()
+    heldout = Examples.open(tmp_path / "run" / "prepared", "eval")
+    total = weight = new = 0.0
+    for example in (heldout[i] for i in range(len(heldout))):
+        ids = torch.from_numpy(example.input_ids_L.astype(np.int64))
+        weight_L = torch.from_numpy(example.weight_L[1:].copy())
+        with torch.no_grad():
+            logits = own(input_ids=ids[None]).logits[0, :-1]
+        nll = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        total, weight = total + float((nll * weight_L).sum()), weight + float(weight_L.sum())
+        new += float(((ids[1:] >= NEW.start) * weight_L).sum())
+    assert again[-1]["eval/loss"] == pytest.approx(total / weight, rel=1e-5)
+    found = evaluate_adapters(config, tmp_path / "run" / "prepared", {"mine": folder})
+    assert found["mine"]["loss"] == pytest.approx(total / weight, rel=1e-5)
+    assert found["none"]["loss"] == pytest.approx(rows[0]["eval/loss"], rel=1e-6)
+    assert new >= 2 * len(heldout)
+    generator = LocalGenerator.load(folder)  # grows the base for it
+    prompt = tokenizer("say four 2").input_ids
+    scored = generator.score([[*prompt, NEW.start]])
+    with torch.no_grad():
+        logits = own(input_ids=torch.tensor([prompt])).logits[0, -1]
+    assert scored[0][-1] == pytest.approx(float(logits.log_softmax(-1)[NEW.start]), rel=1e-4)

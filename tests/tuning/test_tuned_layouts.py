@@ -24,14 +24,18 @@ TUNINGS = {
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_train_as_one_process(run_workers, tiny_llama, stage):
-    asked = json.dumps({"stage": stage, "tunings": TUNINGS})
+    tunings = {name: [*each, "none"] for name, each in TUNINGS.items()}
+    if stage == 3:
+        tunings |= {f"{n} recomputed": [*TUNINGS[n], "full"] for n in ("dora_head", "ia3")}
+    asked = json.dumps({"stage": stage, "tunings": tunings})
     output = run_workers("step_tuned.py", 2, tiny_llama, asked)[0]
     told = json.loads(next(x for x in output.splitlines() if x.startswith("TOLD "))[5:])
-    assert told.keys() == TUNINGS.keys()
+    assert told.keys() == tunings.keys()
     for name, found in told.items():
         single, sharded = found["losses"]
         assert sharded == pytest.approx(single, rel=1e-6), name
         assert single[2] < single[0], name
         assert found["norms"][1] == pytest.approx(found["norms"][0], rel=1e-5), name
+        assert found["continued"] == 0.0 and found["base"] < 1e-6, name
         assert found["moved"] == found["trained"] != [], name
         assert found["start"] < 1e-6 and found["end"] < 2e-5, (name, found["start"], found["end"])

@@ -1,4 +1,7 @@
-"""The same run of virtual tokens in every layout: ranks, stages. Float32, five steps."""
+"""What tests/test_tuning_layouts.py has not: starts that run the base model, and ensembles.
+
+Float32, five steps, two ranks beside one process.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,15 @@ from posttrain_dist.metrics import LoggingConfig, WandbMode
 from posttrain_dist.prepare import prepare
 from posttrain_dist.train import train
 from posttrain_dist.tuning.prefix_tuning import Prefix
-from posttrain_dist.tuning.prompt_tuning import Prompt, PTuning
+from posttrain_dist.tuning.prompt_tuning import Prompt
 
 TEXT = "the quick brown fox"
 TUNINGS = {
     "prompt": Prompt(tokens=3, init_text=TEXT),
-    "ensemble": Prompt(tokens=3, ensemble=2),
-    "p_tuning": PTuning(tokens=3),
-    "prefix": Prefix(tokens=3),
-    "prefix_text": Prefix(tokens=3, init_text=TEXT),
+    "ensemble": Prompt(tokens=3, ensemble=2, init_text=TEXT),
+    "prefix": Prefix(tokens=3, init_text=TEXT),
 }
 STEPS = 5
-
-
-# By default the most sharded layout of what runs the base model while it is attached.
-DEFAULT = [("prefix_text", 3)]
-SLOW = [(name, stage) for name in TUNINGS for stage in range(4) if (name, stage) not in DEFAULT]
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +71,9 @@ def runs(tmp_path_factory, tiny_llama, rows_file, run_workers, request):
     return found
 
 
-@pytest.mark.parametrize(
-    ("name", "stage"), [*DEFAULT, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TUNINGS)
+@pytest.mark.parametrize("stage", range(4))
 def test_losses_and_gradients_equal_the_single_process(runs, name, stage):
     reference, others = runs[name, "single"], runs[name, stage]
     assert [row["step"] for row in others] == list(range(STEPS + 1))

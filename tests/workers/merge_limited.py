@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from posttrain_dist.checkpoint.hf_folder import RunFacts, write_hf_folder
-from posttrain_dist.tuning.adapters.merge import merged_tensors
+from posttrain_dist.tuning.adapters.merged_tensors import merged_tensors
 from posttrain_dist.tuning.base import Tuning
 
 folder, out = Path(sys.argv[4]), Path(sys.argv[5])

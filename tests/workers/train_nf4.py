@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from posttrain_kernels import linear_cross_entropy, linear_logprob
-from torch import nn
 
 from posttrain_dist import dist
+from posttrain_dist.config import Lora, Quantize
 from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.engine import AdamW, DeepSpeed
 from posttrain_dist.engine.deepspeed import DeepSpeedEngine
@@ -22,19 +22,11 @@ from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
 from posttrain_dist.objectives.base import TokenCount, TokenLoss
+from posttrain_dist.tuning.base import AdapterTuning
 
 CPU = torch.device("cpu")
 RATE = 1e-2
-
-
-def insert_lora(model: nn.Module) -> None:
-    """peft's own, on every linear but the head; the rest frozen."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    inject_adapter_in_model(config, model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+LORA = Lora(rank=4, alpha=8.0, quantize=Quantize.nf4)
 
 
 def batches(step: int) -> list[Batch]:
@@ -55,18 +47,20 @@ def batches(step: int) -> list[Batch]:
     return rows
 
 
-def policy_of(folder: Path, engine: Any, dtype: torch.dtype) -> Policy:
+def policy_of(
+    folder: Path, engine: Any, dtype: torch.dtype, tuning: AdapterTuning = LORA
+) -> Policy:
     model = load_model(
         ModelConfig(path=str(folder)),
         folder,
         dtype=dtype,
         seed=0,
         materialise=nullcontext(),
-        attach=insert_lora,
+        attach=tuning.attach,
         nf4=True,
         device=engine.device,
     )
-    policy = Policy(model, HeadKernels(linear_cross_entropy, linear_logprob), 1)
+    policy = Policy(model, HeadKernels(linear_cross_entropy, linear_logprob), 1, tuning)
     engine.attach(policy)
     refuse_nonfinite(policy, folder, prefix="causal_lm.")
     return policy

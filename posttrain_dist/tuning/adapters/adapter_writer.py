@@ -43,6 +43,7 @@ class AdapterFacts:
     run: str = ""  # its id or folder
     step: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    vocab_size: int | None = None  # of a model whose embeddings grew for new tokens
 
 
 # ------------------------------------------------------------------------------------- writing
@@ -127,6 +128,7 @@ def _write_one(
         base,
         method=facts.method,
         tuning=facts.tuning,
+        vocab_size=facts.vocab_size,
         channels=facts.channels,
         facts=_lineage(facts),
     )

@@ -80,7 +80,8 @@ def _compare_sizes(saved: SavedAdapter, base: Path, place: Path) -> None:
         elif weight.dtype not in _PACKED and not _fits(part, tuple(tensor.shape), weight.shape):
             differing.append(f"{name} {tuple(tensor.shape)} beside a weight {weight.shape}")
     width, own = saved.config.get("token_dim"), network.get("hidden_size")
-    if "prompt_embeddings" in saved.tensors and width and own and width != own:
+    embeds = saved.config.get("peft_type") != "PREFIX_TUNING"  # whose width is that of keys
+    if "prompt_embeddings" in saved.tensors and embeds and width and own and width != own:
         differing.append(f"virtual tokens of width {width} in a model of width {own}")
     if missing or differing:
         what = differing[0] if differing else f"there is no module {missing[0]}"

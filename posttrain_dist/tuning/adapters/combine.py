@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     import torch
 
 
+# Settings of a LoRA that is more than A and B, or has them in several sizes.
+_MORE_THAN_LORA = (
+    *("use_dora", "modules_to_save", "trainable_token_indices", "rank_pattern"),
+    *("alpha_pattern", "lora_bias"),
+)
+
+
 class Combination(Enum):
     """How adapters are combined."""
 
@@ -182,9 +189,7 @@ def _check_plain(adapter: WeightedAdapter) -> None:
             where=where,
             fix="`posttrain chat` and `posttrain evaluate` switch between others: --adapter",
         )
-    more = ["use_dora", "modules_to_save", "trainable_token_indices", "rank_pattern"]
-    more += ["alpha_pattern", "lora_bias"]
-    found = [key for key in more if config.get(key)]
+    found = [key for key in _MORE_THAN_LORA if config.get(key)]
     other = [name for name in adapter.saved.tensors if ".lora_A." not in name]
     other = [name for name in other if ".lora_B." not in name]
     if found or other:

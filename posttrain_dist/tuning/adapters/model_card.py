@@ -31,6 +31,7 @@ def adapter_card(
     *,
     method: str,
     tuning: Mapping[str, Any] | None = None,
+    vocab_size: int | None = None,
     channels: Sequence[str] = (),
     facts: Mapping[str, str] | None = None,
 ) -> str:
@@ -39,6 +40,7 @@ def adapter_card(
     Args:
         method: option of the group `tuning`.
         tuning: the values of the group.
+        vocab_size: rows of the embeddings, where they grew for new tokens; None: as in the base.
         channels: of the data that it was trained on.
         facts: more rows of the table: label -> value.
     """
@@ -65,9 +67,7 @@ def adapter_card(
             "## Load it",
             "",
             "```python",
-            *(_PEFT_LINES if is_peft else _ADAPTERS_LINES)
-            .format(base=repr(str(base)))
-            .splitlines(),
+            *_code(config, base, vocab_size),
             "```",
             "",
             "The tokenizer and the chat template of the training stand in this folder: use them, "
@@ -90,6 +90,24 @@ _ADAPTERS_LINES = """\
 import adapters; from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({base}); adapters.init(model)
 model.set_active_adapters(model.load_adapter("<this folder>", use_safetensors=True))"""
+
+
+_OUR_LINES = """\
+from pathlib import Path; from posttrain_dist.evaluation.chat_generator import load_generator
+generator = load_generator(Path("<this folder>"))"""
+
+
+def _code(config: Mapping[str, Any], base: Path, vocab_size: int | None) -> list[str]:
+    """The lines of Python that load the adapter."""
+    template = _PEFT_LINES if "peft_type" in config else _ADAPTERS_LINES
+    own = config.get("config")
+    if isinstance(own, Mapping) and own.get("architecture"):  # which that library has not
+        template = _OUR_LINES
+    lines = template.format(base=repr(str(base))).splitlines()
+    if vocab_size is not None:
+        grow = f"base.resize_token_embeddings({vocab_size}, mean_resizing=False)"
+        lines.insert(2, f"{grow}  # the rows of new tokens are the adapter's")
+    return lines
 
 
 def ensemble_card(num_prompts: int, base: Path) -> str:

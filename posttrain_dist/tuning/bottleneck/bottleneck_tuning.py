@@ -62,6 +62,21 @@ class Bottleneck(AdapterTuning):
             "weight of the model can take in"
         )
 
+    def check_network(self, network: Mapping[str, Any]) -> None:
+        """Refuse a model that is too narrow, or has no MLP to stand beside.
+
+        Raises:
+            ConfigError: why not.
+        """
+        from posttrain_dist.models.shape import ModelShape
+
+        self._width(ModelShape.of(network).hidden_size)
+        model_type = str(network.get("model_type"))
+        _, mlp = adapters_format.sublayers(model_type)
+        # Two linears without a module around them, which would have the input of both.
+        if self.placement is Placement.parallel and mlp != "mlp":
+            raise self._no_module(model_type, "mlp", f"{mlp} and others")
+
     def insert(self, model: nn.Module) -> None:
         """Give every decoder layer its adapters.
 
@@ -76,6 +91,7 @@ class Bottleneck(AdapterTuning):
         )
 
         config: Any = model.config
+        self.check_network(config.to_dict())
         hidden_size = ModelShape.of(config.to_dict()).hidden_size
         width = self._width(hidden_size)
         # Of the embeddings, which stay as they are in a quantised model.
@@ -135,13 +151,14 @@ class Bottleneck(AdapterTuning):
         wanted = [attention, mlp] if self.placement is Placement.houlsby else [mlp]
         there = [name for name, _ in layer.named_children()]
         missing = [name for name in wanted if name not in there]
-        if self.placement is Placement.parallel and mlp != "mlp":
-            missing = ["mlp"]  # two linears without a module around them, which has the input
         if missing:
-            raise ConfigError(
-                f"is {self.placement.name}, and the layers of a {model_type} have no module "
-                f"{missing[0]!r}: they have {', '.join(there)}",
-                where="tuning.placement",
-                fix="use tuning.placement=pfeiffer, or tuning=lora",
-            )
+            raise self._no_module(model_type, missing[0], ", ".join(there))
         return wanted
+
+    def _no_module(self, model_type: str, name: str, there: str) -> ConfigError:
+        return ConfigError(
+            f"is {self.placement.name}, and the layers of a {model_type} have no module {name!r}: "
+            f"they have {there}",
+            where="tuning.placement",
+            fix="use tuning.placement=pfeiffer, or tuning=lora",
+        )

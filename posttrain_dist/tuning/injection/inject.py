@@ -73,21 +73,3 @@ def base_name(kept: Mapping[str, torch.Tensor], name: str) -> str:
         if any(key.startswith(f"{module}.") for key in kept):
             return prefix + name
     return name
-
-
-def changed_tensors(kept: Mapping[str, torch.Tensor]) -> set[str]:
-    """The weights of the base model that a merge of `kept` changes, by their names in the model.
-
-    A merge that did not meet one of them in the files would have lost it.
-    """
-    changed = set()
-    for name in kept:
-        module, inserted, _ = name.partition(".lora_")
-        if not inserted:
-            module, inserted, _ = name.partition(".ia3_l.")
-        if not inserted:
-            module, inserted, _ = name.partition(".pissa_initial_")
-        if not inserted:
-            module, inserted, _ = name.partition(".token_adapter.")
-        changed.add(f"{module}.weight" if inserted else name)
-    return changed

@@ -12,8 +12,10 @@ from posttrain_dist.errors import ModelError
 from posttrain_dist.tuning.injection.inject import ADAPTER, file_name, model_name
 from posttrain_dist.tuning.injection.low_rank import TRANSPOSED_TYPES, LowRank, number
 from posttrain_dist.tuning.injection.pissa import INITIAL_A, INITIAL_B
+from posttrain_dist.tuning.injection.targets import ends_with
 from posttrain_dist.tuning.saved_adapter import SavedAdapter
 
+_ROWS = ".token_adapter.trainable_tokens_delta"
 _IDS = ".token_adapter.token_ids"  # of added tokens; see models/embeddings/added_tokens.py
 _A = f".lora_A.{ADAPTER}.weight"
 _INSERTED = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".token_adapter.")
@@ -98,9 +100,18 @@ def from_files(tuning: LoraLike, saved: SavedAdapter) -> dict[str, torch.Tensor]
             found[f"{layer}.{INITIAL_B}"] = -initial
         else:
             found[name] = tensor
-    for module, ids in (saved.config.get("trainable_token_indices") or {}).items():
-        found[module + _IDS] = torch.tensor(ids)
+    for name in [name for name in found if name.endswith(_ROWS)]:
+        module = name.removesuffix(_ROWS)
+        found[module + _IDS] = torch.tensor(_token_ids(saved.config, module))
     return found
+
+
+def _token_ids(config: Mapping[str, Any], module: str) -> list[int]:
+    """Of the trained rows of a module; `peft` takes names' ends too, or one list for all."""
+    trained = config.get("trainable_token_indices") or []
+    if not isinstance(trained, Mapping):
+        return list(trained)
+    return next((list(ids) for end, ids in trained.items() if ends_with(module, end)), [])
 
 
 def _check(tuning: LoraLike, config: Mapping[str, Any], joined: bool) -> None:

@@ -64,6 +64,13 @@ def test_the_frozen_config_is_read_back_with_absolute_paths(tmp_path, monkeypatc
     assert yaml.safe_load((folder / "overrides.yaml").read_text()) == words
 
 
+def test_the_adapter_to_go_on_with_is_named_by_an_absolute_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = freeze(composed("tuning=lora", "tuning.init_from=old/adapter"), "posttrain train ...")
+    config = RunConfig.from_yaml((folder / "config.yaml").read_text())
+    assert config.tuning.init_from == str(tmp_path / "old/adapter")
+
+
 def test_reserved_names_are_no_paths(tmp_path):
     folder = freeze(composed(f"output_root={tmp_path}", "data.eval=embedded"), "c")
     config = RunConfig.from_yaml((folder / "config.yaml").read_text())

@@ -13,7 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from posttrain_dist.errors import ConfigError, ModelError
 from posttrain_dist.tuning.adapters.base_tensors import Nf4Linears, base_tensors
-from posttrain_dist.tuning.adapters.merge import MergeInto, merged_tensors, refuse_unmergeable
+from posttrain_dist.tuning.adapters.merged_tensors import (
+    MergeInto,
+    merged_tensors,
+    refuse_unmergeable,
+)
 from posttrain_dist.tuning.base import AdapterTuning, Tuning
 
 

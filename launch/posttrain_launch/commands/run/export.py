@@ -29,10 +29,22 @@ def command(arguments: list[str], debug: bool) -> int:
         action="store_true",
         help="an rsLoRA or PiSSA adapter as plain LoRA that equals it, which every engine loads",
     )
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="the base model with the run's adapter in its weights: a model that needs no adapter",
+    )
     given = parser.parse_args(arguments)
+    notice = partial(print, file=sys.stderr)  # standard output is the path alone
+    if given.merge:
+        if given.plain:
+            parser.error("--plain and --merge exclude each other")
+        from posttrain_dist.merge import merge_checkpoint
+
+        print(merge_checkpoint(given.run.absolute(), given.out, given.step, given.dtype, notice))
+        return 0
     from posttrain_dist.export import export_checkpoint
 
-    notice = partial(print, file=sys.stderr)  # standard output is the path alone
     print(
         export_checkpoint(
             given.run.absolute(), given.out, given.step, given.dtype, notice, plain=given.plain
