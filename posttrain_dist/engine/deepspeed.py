@@ -296,3 +296,10 @@ def read_full_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 )
     for name, tensor in state.items():
         yield name.removeprefix("causal_lm."), tensor.contiguous()
+    # Stage 1 keeps frozen parameters with the model alone, where DeepSpeed's reader does not look.
+    if not whole.exists():  # stage 3 has shards of all
+        return
+    with fitting(folder):
+        model = read_state(whole, mmap=True, types=_types())["module"]
+    for name in sorted(model.keys() - state.keys()):
+        yield name.removeprefix("causal_lm."), model[name].contiguous()
