@@ -6,8 +6,8 @@
 The model has the shape of Llama 3 70B and random weights, made in NF4 on the device matrix by
 matrix, so that 16 bits never stand there whole. What is trained is the library's own: LoRA of rank
 16 on every linear layer but the head, in its Policy and its engine for one process, with full
-activation checkpointing. Nothing is downloaded or installed; torch, transformers, peft and
-bitsandbytes must be there, posttrain-dist need not be installed.
+activation checkpointing. Nothing is downloaded or installed; torch, transformers, peft, accelerate,
+bitsandbytes and xxhash must be there, posttrain-dist need not be installed.
 
 Four variants, each a process of its own: AdamW, and paged 8-bit AdamW, each with the inputs of
 layers kept on the GPU and in host memory (model.checkpoint_offload). The first two try the longest
@@ -17,7 +17,8 @@ the shape:
     base          layers' weights · 0.516 bytes + embeddings and head in 16 bits
     trained       LoRA's parameters · (weight, gradient, float32 master and both moments)
     inputs        layers · tokens · hidden size · 2 bytes, unless they wait in host memory
-    one layer     tokens · what a layer keeps for its own backward, + two dequantised matrices
+    one layer     tokens · (what a layer keeps for its own backward, and the gradients inside)
+                  + two dequantised matrices
 
 The table comes last; one row per line of it goes to benchmarks/results/qlora_70b.jsonl.
 """
@@ -46,33 +47,12 @@ for package, folder in (("posttrain_dist", ROOT), ("posttrain_kernels", ROOT / "
 
 import rows  # noqa: E402
 import torch  # noqa: E402
-from torch import nn  # noqa: E402
+from qlora_model import SHAPES, Shape, foretold_bytes, make_model  # noqa: E402
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
-RANK = 16
 GIB = 2**30
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Sizes of a Llama, and the rows that it is trained on."""
-
-    hidden: int
-    layers: int
-    feed_forward: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    contexts: tuple[int, ...]  # tokens of a packed row
-    sample: int  # tokens of each sample of it
-    step: int  # tokens by which the longest row that fits is searched
-
-
-SHAPES = {
-    "70b": Shape(8192, 80, 28672, 64, 8, 128_256, (4096, 8192, 16_384), 2048, 1024),
-    "8b": Shape(4096, 32, 14_336, 32, 8, 128_256, (4096, 8192, 16_384), 2048, 1024),
-    "small": Shape(64, 2, 128, 4, 2, 512, (64, 128, 192), 32, 32),
-}
 # GiB on one H100 at each of the contexts, and tokens a second at the second of them.
 GOALS = {False: (45, 51, 62), True: (46, 48, 52)}
 GOAL_TOKENS_PER_S = 1000
@@ -100,129 +80,6 @@ VARIANTS = (
 )
 
 
-# ------------------------------------------------------------------------------ the model
-
-
-def make_model(shape: Shape, variant: Variant, dtype: torch.dtype, device: torch.device) -> Any:
-    """A Llama of random weights, its layers in NF4, with LoRA, as `load_model` leaves one."""
-    import transformers
-
-    from posttrain_dist.config import Lora
-    from posttrain_dist.models import Attention, Checkpointing, ModelConfig
-    from posttrain_dist.models.attention import implementation, register
-    from posttrain_dist.models.layers import checkpoint_activations
-    from posttrain_dist.models.quantized.load_nf4 import prepare_linears
-    from posttrain_dist.models.shape import ModelShape
-    from posttrain_dist.models.varlen import AttentionRequirements
-
-    config = llama_config(shape)
-    sizes = ModelShape.of(config.to_dict())
-    register()
-    attention = implementation(Attention.auto, AttentionRequirements.of(sizes, dtype))
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention
-        )
-    fill(model, dtype, device)
-    prepare_linears(model, dtype, Path("a random model"))
-    torch.manual_seed(0)
-    Lora(rank=RANK).attach(model)
-    model.config.use_cache = False
-    checkpointing = ModelConfig(
-        activation_checkpointing=Checkpointing.full, checkpoint_offload=variant.offload
-    )
-    checkpoint_activations(model, checkpointing)
-    return model
-
-
-def llama_config(shape: Shape) -> Any:
-    """The config of a Llama of these sizes."""
-    import transformers
-
-    return transformers.LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.feed_forward,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.hidden // shape.heads,
-        vocab_size=shape.vocabulary,
-        max_position_embeddings=131_072,
-    )
-
-
-@torch.no_grad()
-def fill(model: Any, dtype: torch.dtype, device: torch.device) -> None:
-    """Give a model on `meta` random weights on `device`: those of its layers' linears in NF4."""
-    import bitsandbytes
-
-    draw = torch.Generator(device).manual_seed(0)
-
-    def random(parameter: torch.Tensor) -> torch.Tensor:
-        values = torch.empty(parameter.shape, dtype=dtype, device=device)
-        return values.normal_(0, 0.02, generator=draw)
-
-    for name, module in list(model.model.layers.named_modules()):
-        if type(module) is nn.Linear:
-            with torch.device("meta"):
-                linear = bitsandbytes.nn.Linear4bit(
-                    module.in_features,
-                    module.out_features,
-                    bias=False,
-                    compute_dtype=dtype,
-                    quant_type="nf4",
-                    quant_storage=dtype,
-                )
-            linear.weight = bitsandbytes.nn.Params4bit(
-                random(module.weight),
-                requires_grad=False,
-                quant_type="nf4",
-                quant_storage=dtype,
-                module=linear,
-            ).to(device)  # here it is quantised
-            model.model.layers.set_submodule(name, linear)
-    for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta:
-            values = torch.ones_like(parameter, device=device) if "norm" in name else None
-            owner = model.get_submodule(name.rpartition(".")[0])
-            owner.weight = nn.Parameter(random(parameter) if values is None else values)
-    with torch.device(device):
-        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
-
-
-# --------------------------------------------------------------------------- what is foretold
-
-
-def foretold_bytes(shape: Shape, variant: Variant, tokens: int, dtype: torch.dtype) -> int:
-    """Peak of a step on a row of so many tokens; see the top of this file."""
-    from posttrain_dist.models.quantized import nf4_bytes
-    from posttrain_dist.models.shape import ModelShape
-
-    size = dtype.itemsize
-    base = nf4_bytes(ModelShape.of(llama_config(shape).to_dict()), size)
-    moments = 2 * variant.state_bits // 8
-    # Parameters in float32 are their own master.
-    trained = lora_parameters(shape) * (2 * size + (4 if size < 4 else 0) + moments)
-    inputs = 0 if variant.offload else shape.layers * tokens * shape.hidden * size
-    keys = shape.hidden * shape.kv_heads // shape.heads
-    # Both norms in float32 and their outputs, residual; queries, keys, values, rotated, attention;
-    # gate, up, activation and product, and the gradients of three of them.
-    layer = tokens * (
-        2 * 4 * shape.hidden
-        + size * (4 * shape.hidden + 3 * shape.hidden + 3 * keys + 7 * shape.feed_forward)
-    )
-    dequantised = 2 * shape.hidden * shape.feed_forward * size
-    return base + trained + inputs + layer + dequantised
-
-
-def lora_parameters(shape: Shape) -> int:
-    """Of rank RANK on the seven linears of each layer."""
-    hidden, wide = shape.hidden, shape.feed_forward
-    keys = hidden * shape.kv_heads // shape.heads
-    sides = 2 * 2 * hidden + 2 * (hidden + keys) + 3 * (hidden + wide)
-    return shape.layers * RANK * sides
-
-
 # ------------------------------------------------------------------------------ measuring
 
 
@@ -241,7 +98,7 @@ class Trained:
         self.shape, self.variant = shape, variant
         self.device = torch.device("cuda", 0) if gpu else torch.device("cpu")
         self.dtype = torch.bfloat16 if gpu else torch.float32
-        model = make_model(shape, variant, self.dtype, self.device)
+        model = make_model(shape, self.dtype, self.device, offload=variant.offload)
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         optimizer = AdamW(lr=1e-4, state_bits=variant.state_bits, paged=variant.paged)
         self.engine = SingleEngine(optimizer, self.device)
@@ -275,7 +132,13 @@ class Trained:
             "tokens_per_s": tokens * len(timed) / sum(timed),
             "step_s": sum(timed) / len(timed),
             **found,
-            "foretold_bytes": foretold_bytes(self.shape, self.variant, tokens, self.dtype),
+            "foretold_bytes": foretold_bytes(
+                self.shape,
+                tokens,
+                self.dtype,
+                offload=self.variant.offload,
+                state_bits=self.variant.state_bits,
+            ),
             "losses": losses,
             "trained": self.trained,
         }

@@ -1,7 +1,7 @@
 """Every way to tune side by side: the small base model on the embedded data, equal steps.
 
-    OMP_NUM_THREADS=2 python benchmarks/tunings.py          # all arms, rates tuned, 3 seeds
-    python benchmarks/tunings.py --arms lora prompt --steps 20 --seeds 0 --rates default
+    OMP_NUM_THREADS=1 python benchmarks/tunings.py          # all arms, rates tuned, 3 seeds
+    python benchmarks/tunings.py --arms lora prompt --steps 20 --seeds 0 --factors
 
 Each arm is a run of the library in a process of its own, as `posttrain train tuning=...` makes it:
 prepare, train, adapter folder, answers. First its learning rate is chosen among a few, by the
@@ -19,6 +19,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -28,6 +29,7 @@ import rows
 from posttrain_dist.config import (
     AdamW,
     Bottleneck,
+    Dtype,
     Full,
     Ia3,
     Lora,
@@ -38,7 +40,7 @@ from posttrain_dist.config import (
     RunConfig,
     complete,
 )
-from posttrain_dist.files import read_rows
+from posttrain_dist.files import read_object, read_rows
 from posttrain_dist.tuning.base import Tuning
 from posttrain_dist.tuning.bottleneck import Placement
 from posttrain_dist.tuning.lora import LoraInit
@@ -74,12 +76,17 @@ ARMS: dict[str, Tuning] = {
 FACTORS = (0.3, 1.0, 3.0, 10.0, 30.0)
 
 
-def config_of(arm: str, lr: float | None, seed: int, steps: int) -> RunConfig:
-    """One run: 4 packs of 256 tokens a step."""
+def config_of(arm: str, lr: float | None, seed: int, steps: int, answers: int = 16) -> RunConfig:
+    """One run: 4 packs of 256 tokens a step, in float32.
+
+    Args:
+        answers: of each channel with one right answer that are answered at the end.
+    """
     config = RunConfig(name="tunings", seed=seed, tuning=ARMS[arm], optimizer=AdamW(lr=lr))
     config.data.train, config.data.max_length = "embedded", 256
     config.train.steps, config.train.batch_size, config.train.micro_batch_size = steps, 4, 4
-    config.eval.generate_rows, config.eval.samples = 16, 0
+    config.train.dtype = Dtype.float32
+    config.eval.generate_rows, config.eval.samples = answers, 0
     return complete(config)
 
 
@@ -108,7 +115,7 @@ def train_one(config: RunConfig, folder: Path) -> dict[str, Any]:
     counts = json.loads((folder / "logs" / "plan.json").read_text(encoding="utf-8"))
     saved = folder / ("export" if config.tuning.whole_model else "adapter")
     file_size = sum(path.stat().st_size for path in saved.rglob("*.safetensors"))
-    answers = json.loads((folder / "answers.json").read_text(encoding="utf-8"))["exact_match"]
+    answers = read_object(folder / "answers.json").get("exact_match", {"after": {}})
     cuda = torch.cuda.is_available()
     memory = torch.cuda.max_memory_reserved() if cuda else peak.over_start_bytes
     return {
@@ -157,12 +164,12 @@ def _share(counts: dict[str, Any]) -> float | None:
 # ------------------------------------------------------------------------------------ all arms
 
 
-def measure(arm: str, lr: float | None, seed: int, steps: int) -> dict[str, Any]:
+def measure(arm: str, lr: float | None, seed: int, steps: int, answers: int = 16) -> dict[str, Any]:
     """One run in a fresh process, as a row."""
     config = config_of(arm, lr, seed, steps)
     chosen = config.optimizer.lr  # type: ignore[attr-defined]
     given = [str(Path(__file__)), "--one", arm, "--lr", str(chosen), "--seeds", str(seed)]
-    found = rows.fresh_process([*given, "--steps", str(steps)])
+    found = rows.fresh_process([*given, "--steps", str(steps), "--answers", str(answers)])
     values = config.to_dict()
     rate = {"lr": chosen, "seed": seed, "steps": steps}
     return {**rows.facts(PACKAGES), "arm": arm, **rate, **_with_schema(found, values, arm)}
@@ -192,14 +199,14 @@ def _with_schema(found: dict[str, Any], values: dict[str, Any], arm: str) -> dic
     return {**found, "run_info": run_info, "meta_info": meta_info}
 
 
-def best_rate(arm: str, seed: int, steps: int) -> float:
+def best_rate(arm: str, seed: int, steps: int, factors: Sequence[float]) -> float:
     """The learning rate of the lowest held-out loss."""
     default = ARMS[arm].default_lr
     losses: dict[float, float] = {}
-    for factor in FACTORS:
+    for factor in factors:
         lr = float(f"{default * factor:.2g}")
         try:
-            losses[lr] = measure(arm, lr, seed, steps)["heldout"]
+            losses[lr] = measure(arm, lr, seed, steps, answers=0)["heldout"]
         except RuntimeError as error:  # a rate that diverges ends the run
             print(f"{arm} at {lr:g}: {str(error).splitlines()[-1]}", file=sys.stderr)
             continue
@@ -213,20 +220,22 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rates", choices=("tuned", "default"), default="tuned")
+    parser.add_argument(
+        "--factors", nargs="*", type=float, default=FACTORS, help="of the default rate; none: it"
+    )
     parser.add_argument("--results", type=Path, default=rows.RESULTS)
     parser.add_argument("--one", choices=list(ARMS), help=argparse.SUPPRESS)
     parser.add_argument("--lr", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--answers", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
         with tempfile.TemporaryDirectory() as folder:
-            config = config_of(given.one, given.lr, given.seeds[0], given.steps)
+            config = config_of(given.one, given.lr, given.seeds[0], given.steps, given.answers)
             print(json.dumps(train_one(config, Path(folder) / "run")))
         return
     table: dict[str, list[dict[str, Any]]] = {}
     for arm in given.arms:
-        tuned = given.rates == "tuned"
-        lr = best_rate(arm, given.seeds[0], given.steps) if tuned else None
+        lr = best_rate(arm, given.seeds[0], given.steps, given.factors) if given.factors else None
         table[arm] = [measure(arm, lr, seed, given.steps) for seed in given.seeds]
         rows.append("tunings", [*table[arm], summary_of(table[arm])], given.results)
         print(_line(arm, table[arm]), flush=True)

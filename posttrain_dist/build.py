@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
@@ -203,6 +204,24 @@ def build_policy(
     if config.model.weights is Weights.load:
         refuse_nonfinite(policy, folder, prefix="causal_lm.")
     return policy
+
+
+def parameter_counts(policy: Policy) -> dict[str, int]:
+    """How many numbers are trained, and how many the model has; of packed ones what they stand for.
+
+    Returns:
+        "trained" and "parameters".
+    """
+
+    def count(parameter: Any) -> int:
+        packed = getattr(parameter, "quant_state", None)
+        if packed is not None:
+            return math.prod(packed.shape)
+        return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+    every = list(policy.parameters())
+    trained = sum(count(parameter) for parameter in every if parameter.requires_grad)
+    return {"trained": trained, "parameters": sum(map(count, every))}
 
 
 def make_update_check(

@@ -20,6 +20,7 @@ from posttrain_dist.build import (
     make_update_check,
     model_facts,
     open_prepared,
+    parameter_counts,
     run_manifest,
 )
 from posttrain_dist.checkpoint import resume, store
@@ -27,7 +28,7 @@ from posttrain_dist.checkpoint.manifest import Manifest
 from posttrain_dist.checkpoint.notices import Notices
 from posttrain_dist.checkpoint.trained_state import load_trained
 from posttrain_dist.config import RunConfig, complete
-from posttrain_dist.config.advice import learning_rate_line, warnings
+from posttrain_dist.config.advice import settings_line, warnings
 from posttrain_dist.data.packs.collate import filler
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.dist import Process
@@ -45,6 +46,7 @@ from posttrain_dist.loop import Stop, fit
 from posttrain_dist.metrics.special_tokens import TokenMeter
 from posttrain_dist.models.policy import Policy
 
+PLAN = Path("logs", "plan.json")
 _log = logging.getLogger(__name__)
 
 
@@ -66,8 +68,8 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
         data = open_prepared(run_folder / "prepared")
         dtype = frozen_dtype(config, run_folder)
         engine = make_engine(config, process, dtype)
-        _say_settings(config, run_folder, on_cpu=engine.device.type == "cpu")
         policy = build_policy(config, engine, dtype, data.channels)
+        counts = _say_settings(config, run_folder, policy, engine.device)
         source = make_source(config, data.train, process)
         heldout = make_source(config, data.heldout, process, mixed=False) if data.heldout else None
         steps = source.total_steps(config.train.steps, config.train.epochs, config.train.tokens)
@@ -92,7 +94,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
         facts = model_facts(config, policy, source)
         export = RunExport(config, run_folder, manifest, data.served, partial(notify, run_folder))
         with Log(config, run_folder, engine, source, facts, start) as log:
-            _write_main(run_folder / "logs" / "plan.json", total_steps=steps, start_step=start)
+            _write_main(run_folder / PLAN, total_steps=steps, start_step=start, **counts)
             updates = fit(
                 engine=engine,
                 source=source,
@@ -135,17 +137,26 @@ def _enter(config: RunConfig, run_folder: Path, process: Process) -> Path:
     return run_folder
 
 
-def _say_settings(config: RunConfig, run_folder: Path, *, on_cpu: bool) -> None:
-    """The learning rate, on the terminal where it is not that of full tuning; and warnings."""
+def _say_settings(
+    config: RunConfig, run_folder: Path, policy: Policy, device: torch.device
+) -> dict[str, int]:
+    """What is trained and how fast, on the terminal where it is not full tuning; and warnings.
+
+    Returns:
+        "trained" and "parameters", numbers of them.
+    """
+    counts = parameter_counts(policy)
     if dist.rank() != 0:
-        return
-    lines = warnings(config, on_cpu=on_cpu)
-    if config.tuning.whole_model:
-        _log.info("%s", learning_rate_line(config))
+        return counts
+    lines = warnings(config, on_cpu=device.type == "cpu")
+    settings = settings_line(config, **counts)
+    if counts["trained"] == counts["parameters"]:
+        _log.info("%s", settings)
     else:
-        lines = [learning_rate_line(config), *lines]
+        lines = [settings, *lines]
     for line in lines:
         notify(run_folder, line)
+    return counts
 
 
 def _write_main(path: Path, **values: Any) -> None:

@@ -16,6 +16,7 @@ from posttrain_dist.checkpoint import store
 from posttrain_dist.config import (
     Bottleneck,
     DataConfig,
+    EvalConfig,
     Ia3,
     Lora,
     ModelConfig,
@@ -51,6 +52,7 @@ def base(tiny_llama: Path, rows_file: Path) -> RunConfig:
             optimizer=AdamW(lr=RATE),
             engine=Single(),
             train=TrainConfig(steps=3, batch_size=4, save_every=2),
+            eval=EvalConfig(generate_rows=1, samples=3, max_new_tokens=6),
             logging=LoggingConfig(wandb=WandbMode.off),
         )
     )
@@ -103,6 +105,32 @@ def test_plain_peft_gives_the_loss_that_the_trainer_evaluated(
     assert heldout_loss(finished, tiny_llama, None) > 1.01 * found
     assert not (finished / "export").exists() and not (finished / ".rehearsal").exists()
     assert (finished / "FINISHED").is_file()
+
+
+def test_base_and_adapter_answer_as_plain_peft_does(finished: Path, tiny_llama: Path) -> None:
+    import peft
+    import transformers
+
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(finished / "adapter")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    samples = json.loads((finished / "answers.json").read_text())["samples"]
+    asked = [[{"role": "user", "content": sample["prompt"]}] for sample in samples]
+    rows = [
+        tokenizer.apply_chat_template(m, add_generation_prompt=True)["input_ids"] for m in asked
+    ]
+
+    def answers() -> list[str]:
+        texts = []
+        for ids in rows:
+            made = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=6, do_sample=False)
+            texts.append(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True))
+        return texts
+
+    before = answers()
+    model = peft.PeftModel.from_pretrained(model, finished / "adapter").eval()
+    after = answers()
+    assert [sample["before"] for sample in samples] == before
+    assert [sample["after"] for sample in samples] == after != before
 
 
 def test_the_folder_says_where_it_comes_from_and_serves_what_was_trained(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from posttrain_dist.config import AdamW, Full, Lora, Prompt, RunConfig, complete
-from posttrain_dist.config.advice import learning_rate_line, warnings
+from posttrain_dist.config.advice import learning_rate_line, settings_line, warnings
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,7 @@ from posttrain_dist.config.advice import learning_rate_line, warnings
 def test_the_learning_rate_is_said(tuning, lr, line, warned):
     config = complete(RunConfig(tuning=tuning, optimizer=AdamW(lr=lr)))
     assert learning_rate_line(config) == line
+    assert settings_line(config, trained=1, parameters=4).endswith(line)
     found = warnings(config, on_cpu=True)
     assert len(found) == bool(warned) and warned in " ".join(found)
 
@@ -33,3 +34,11 @@ def test_pages_need_a_gpu():
         "optimizer.paged is true, and there is no GPU: nothing is paged on a CPU"
     ]
     assert warnings(config, on_cpu=False) == []
+
+
+def test_the_first_line_says_what_is_trained_and_how_much_it_counts():
+    config = complete(RunConfig(tuning=Lora(rank=64, alpha=16.0, rslora=True)))
+    assert settings_line(config, trained=1_234_567, parameters=8_000_000) == (
+        "1,234,567 of 8,000,000 parameters are trained (15.43%); "
+        "effective scale alpha / sqrt(rank) = 2; learning rate 0.0001 (of tuning lora)"
+    )

@@ -16,6 +16,13 @@ def learning_rate_line(config: RunConfig) -> str:
     return f"learning rate {optimizer.lr:g} ({whose})"
 
 
+def settings_line(config: RunConfig, *, trained: int, parameters: int) -> str:
+    """What is trained, with which effect, how fast."""
+    parts = [f"{trained:,} of {parameters:,} parameters are trained ({trained / parameters:.2%})"]
+    parts += [config.tuning.effect] if config.tuning.effect else []
+    return "; ".join([*parts, learning_rate_line(config)])
+
+
 def warnings(config: RunConfig, *, on_cpu: bool) -> list[str]:
     """Lines for the terminal: settings that train, and train badly or otherwise than they say.
 

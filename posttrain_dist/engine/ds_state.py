@@ -88,10 +88,10 @@ class ShardedState:
             yield name, values["master"]
         # One count for all: here every parameter is in every update.
         for state in self._base.state.values():
-            step = state["step"]
-            state["step"] = max(steps) if isinstance(step, torch.Tensor) else int(max(steps))
-            if isinstance(step, torch.Tensor):
-                state["step"] = step.fill_(max(steps))
+            if isinstance(state["step"], torch.Tensor):
+                state["step"].fill_(max(steps))
+            else:
+                state["step"] = int(max(steps))
 
     def _keys(self) -> tuple[str, ...]:
         return ("master", *MOMENTS) if self._base.state else ("master",)

@@ -79,7 +79,7 @@ class UpdateCheck:
         start: int,
     ) -> None:
         self._engine, self._optimizer, self._rates = engine, optimizer, learning_rate
-        self._start = start
+        self._start, self._silent = start, False
         trained = trained_parameters(policy)
         self._count = len(trained)
         self._pending: dict[str, _Trained] = {}
@@ -128,8 +128,10 @@ class UpdateCheck:
             "train.dtype=float32",
         )
         none = [name for name, each in found.items() if not each.gradient]
-        # A loss that is still 0 everywhere says nothing about a single tensor.
-        if updates >= FIRST and (len(none) < self._count or info.last):
+        # A loss that is still 0 everywhere says nothing about a single tensor; after that the first
+        # gradient of LoRA's A is 0 again.
+        silent = len(none) == self._count
+        if updates >= FIRST and (info.last if silent else not self._silent):
             _refuse(
                 [name for name in none if not self._pending[name].sparse],
                 self._count,
@@ -138,6 +140,7 @@ class UpdateCheck:
                 "the loss does not depend on them: train others (tuning.train, tuning.targets), "
                 "or give rows and weights that reach them",
             )
+        self._silent = silent
         stayed = [n for n, e in found.items() if e.gradient and e.visible and not e.moved]
         _refuse(
             stayed,

@@ -58,6 +58,11 @@ class Tuning:
         """Whether what is trained can become part of the model's own weights."""
         return not self.unmergeable
 
+    @property
+    def effect(self) -> str:
+        """What of the values nobody reads off the config, for the first lines of a run; or ""."""
+        return ""
+
     def rules(self) -> list[Rule]:
         """What must hold among the values of the group."""
         return []

@@ -121,6 +121,13 @@ class Lora(AdapterTuning):
         """What B A is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    @property
+    def effect(self) -> str:
+        """The scale, which alpha alone does not tell."""
+        return (
+            f"effective scale alpha / {'sqrt(rank)' if self.rslora else 'rank'} = {self.scale:.4g}"
+        )
+
     # -------------------------------------------------------------------- parameters, by name
 
     def trained(self, name: str) -> bool:
@@ -248,7 +255,10 @@ class Lora(AdapterTuning):
         for end, found in shared_names(modules, self.modules_to_save).items():
             parameters = [p for name in found for p in modules[name].parameters()]
             if not parameters:
-                has = sorted({name.rpartition(".")[2] for name in modules if name})
+                with_some = (
+                    n for n, m in modules.items() if next(m.parameters(), None) is not None
+                )
+                has = sorted({name.rpartition(".")[2] for name in with_some if name})
                 raise ConfigError(
                     f"{end!r} is no module with parameters; the model has "
                     + ", ".join(one for one in has if not one.isdigit()),

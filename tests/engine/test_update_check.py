@@ -124,7 +124,10 @@ def test_updates_below_the_last_place_are_waited_for():
 def test_a_loss_that_is_still_zero_says_nothing():
     run = Run()
     run.steps(1, 2, factor=0.0)
-    run.steps(3, 8)
+    run.steps(3, 3, factor=0.0)
+    run.steps(4, 4)  # A has no gradient yet, by B = 0
+    assert run.pending == {"a"}
+    run.steps(5, 8)
     assert not run.pending
     with pytest.raises(TrainingError, match="3 of 3 trained parameters had no gradient"):
         Run().steps(1, 3, last=3, factor=0.0)

@@ -23,6 +23,8 @@ from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
 from posttrain_dist.objectives.base import TokenCount, TokenLoss
 from posttrain_dist.tuning.base import Tuning
+from posttrain_dist.tuning.full import Full
+from posttrain_dist.tuning.prompt_tuning import Prompt
 from posttrain_dist.tuning.virtual import insert_virtual_tokens
 
 ALPHA, D = 5.0, 32
@@ -61,6 +63,7 @@ def policy_of(folder, alpha, tuning=None) -> Policy:
         dtype=torch.float32,
         seed=0,
         materialise=SingleEngine(AdamW(), torch.device("cpu")).materialise(),
+        attach=(tuning or Full()).attach,
     )
     kernels = HeadKernels(linear_cross_entropy, linear_logprob)
     return Policy(model, kernels, 1, tuning, neftune_alpha=alpha)
@@ -113,14 +116,17 @@ def test_tokens_that_follow_others_have_the_length_of_both(tiny_llama):
         assert_uniform(noise_TD[start:end], length)
 
 
-def test_virtual_tokens_have_none_and_do_not_count(tiny_llama):
-    policy = policy_of(tiny_llama, ALPHA, Virtual())
-    noise_TD = noise(policy, collate(examples()))
+@pytest.mark.parametrize(
+    "tuning", [Virtual(), Prompt(tokens=2), Prompt(tokens=2, ensemble=2)], ids=["zeros", "1", "2"]
+)
+def test_virtual_tokens_have_none_and_do_not_count(tiny_llama, tuning):
+    noise_TD = noise(policy_of(tiny_llama, ALPHA, tuning), collate(examples()))
     start = 0
-    for length in LENGTHS:
+    for length in LENGTHS * tuning.copies:  # an ensemble has the row once for each prompt
         assert not noise_TD[start : start + 2].any()
         assert_uniform(noise_TD[start + 2 : start + 2 + length], length)
         start += 2 + length
+    assert start == len(noise_TD)
 
 
 def test_losses_and_gradients_are_those_of_the_noisy_embeddings(tiny_llama):
