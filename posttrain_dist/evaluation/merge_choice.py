@@ -7,6 +7,7 @@ Which of the two is nearer to base + adapter differs, so both are measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,7 @@ def choose_weights(
         dtype: what the merged model will be written in.
     """
     from posttrain_dist.evaluation.adapter_losses import HeldOut
+    from posttrain_dist.models.folder import resolve
 
     try:
         heldout = HeldOut(config, prepared)
@@ -58,17 +60,24 @@ def choose_weights(
     except DataError:  # the prepared data is gone
         batches = []
     if not batches:
-        text = "there are no held-out rows to measure on: merged into what NF4 made of the weights"
-        facts = {"merged into": "the dequantised NF4 weights; not measured: no held-out rows"}
-        return MergeChoice(MergeInto.dequantised, facts, text)
+        return _unmeasured("there are no held-out rows")
+    base = resolve(config.model.path)
+    if (device := _device_of(base, heldout.device)) is None:
+        return _unmeasured("the base has no room in memory in 16 bits")
     wanted_N = _reference(heldout, batches, kept)
     measured = {}
-    for into in MergeInto:
-        loss_N = _merged(heldout, batches, kept, dtype, into)
+    for into, loss_N in _merged(heldout.on(device), base, batches, kept, dtype):
         difference = float((loss_N - wanted_N).abs().mean())
         measured[into] = _Measured(float(loss_N.mean()), difference)
     nearest = min(MergeInto, key=lambda into: measured[into].difference)
     return MergeChoice(nearest, *_told(nearest, measured, wanted_N))
+
+
+def _unmeasured(why: str) -> MergeChoice:
+    """What the adapter was trained beside."""
+    facts = {"merged into": f"the dequantised NF4 weights; not measured: {why}"}
+    text = f"{why}, so nothing is measured: merged into what NF4 made of the weights"
+    return MergeChoice(MergeInto.dequantised, facts, text)
 
 
 def _told(
@@ -117,43 +126,49 @@ def _reference(
 
 def _merged(
     heldout: HeldOut,
+    base: Path,
     batches: list[Any],
     kept: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
-    into: MergeInto,
-) -> torch.Tensor:
-    """Each token's loss of a merged model: of the very tensors that an export would write."""
+) -> Iterator[tuple[MergeInto, torch.Tensor]]:
+    """Each token's loss of each merged model: of the very tensors that an export would write."""
     import torch
 
-    from posttrain_dist.models.folder import resolve
     from posttrain_dist.tuning.adapters.merged_tensors import merged_tensors
 
-    base = resolve(heldout.config.model.path)
-    heldout = heldout.on(_device_of(base, heldout.device))
     model: Any = heldout.load_model(nf4=False, dtype=dtype)
     own = model.state_dict()
-    with torch.no_grad():
-        for name, tensor in merged_tensors(
-            base, heldout.config.tuning, kept, dtype=dtype, into=into
-        ):
-            inside = name if name in own else f"{model.base_model_prefix}.{name}"
-            if inside in own:
-                own[inside].copy_(tensor)
-    return _losses(heldout.policy(model, None), batches, model.device)
+    policy = heldout.policy(model, None)
+    tuning = heldout.config.tuning
+    for into in MergeInto:
+        with torch.no_grad():
+            for name, tensor in merged_tensors(base, tuning, kept, dtype=dtype, into=into):
+                inside = name if name in own else f"{model.base_model_prefix}.{name}"
+                if inside in own:
+                    own[inside].copy_(tensor)
+        yield into, _losses(policy, batches, heldout.device)
 
 
-def _device_of(base: Path, device: torch.device) -> torch.device:
-    """Where a base that is not quantised has room: a GPU that trained it in NF4 may have none."""
+def _device_of(base: Path, device: torch.device) -> torch.device | None:
+    """Where a base that is not quantised has room: the GPU, else the host; None: nowhere."""
     import torch
 
     from posttrain_dist.tuning.adapters.base_tensors import tensor_files
 
-    if device.type != "cuda":
+    files = set(tensor_files(base).values())
+    needed_bytes = 1.2 * sum(file.stat().st_size for file in files)
+    if device.type == "cuda" and needed_bytes < torch.cuda.mem_get_info(device)[0]:
         return device
-    torch.cuda.empty_cache()
-    size_bytes = sum(file.stat().st_size for file in set(tensor_files(base).values()))
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    return device if 1.2 * size_bytes < free_bytes else torch.device("cpu")
+    return torch.device("cpu") if needed_bytes < _available_bytes() else None
+
+
+def _available_bytes() -> float:
+    """Memory of the host that nothing needs; infinite where it is not known."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        return int(text.partition("MemAvailable:")[2].split()[0]) * 1024.0
+    except (OSError, ValueError, IndexError):
+        return math.inf
 
 
 def _losses(policy: Policy, batches: list[Any], device: torch.device) -> torch.Tensor:

@@ -20,6 +20,7 @@ from posttrain_dist.config import (
     complete,
 )
 from posttrain_dist.data.prepared.arrays import Examples
+from posttrain_dist.evaluation import merge_choice
 from posttrain_dist.evaluation.adapter_losses import HeldOut, evaluate_adapters
 from posttrain_dist.evaluation.merge_choice import choose_weights
 from posttrain_dist.prepare import prepare
@@ -210,12 +211,16 @@ def test_the_weights_that_take_in_an_adapter_are_chosen_by_measurement(
     assert "which is nearer" in choice.text
 
 
-def test_without_held_out_rows_the_weights_of_the_training_are_taken(
-    wide: Path, rows_file: Path, tmp_path: Path
+def test_what_cannot_be_measured_goes_into_the_weights_of_the_training(
+    config: RunConfig, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(wide, rows_file, tuning=Lora(quantize=Quantize.nf4))
-    choice = choose_weights(config, tmp_path / "gone", {}, torch.float32)
+    nf4 = replace(config, tuning=Lora(quantize=Quantize.nf4))
+    choice = choose_weights(nf4, tmp_path / "gone", {}, torch.float32)
     assert choice.into is MergeInto.dequantised and "no held-out rows" in choice.text
+    monkeypatch.setattr(merge_choice, "_available_bytes", lambda: 1000.0)
+    choice = choose_weights(nf4, prepared, {}, torch.float32)
+    assert choice.into is MergeInto.dequantised and "no room in memory" in choice.text
+    assert "not measured: the base has no room" in choice.facts["merged into"]
 
 
 def test_a_bottleneck_is_loaded_by_its_own_code(
