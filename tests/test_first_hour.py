@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from posttrain_launch.cli import main
+from posttrain_launch.cli import VERBS, main
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -249,15 +249,27 @@ def readme_commands() -> list[str]:
     return [line for line in found if line.startswith("posttrain ")]
 
 
+def same(typed: str, shown: str) -> bool:
+    """Whether a value is the one that was typed: numbers may be written otherwise."""
+    try:
+        return float(typed) == float(shown)
+    except ValueError:
+        return typed == shown
+
+
 def test_the_commands_of_the_readme_compose(capsys):
     verbs = set()
     for command in readme_commands():
         verb, *words = shlex.split(command)[1:]
+        if not VERBS[verb].hydra:
+            continue
+        if "-m" in words:  # a sweep has no page of its own: its first trial
+            words = [word.partition(",")[0] for word in words if word != "-m"]
         assert main([verb, "--cfg", "job", *words]) == 0, command
         shown = capsys.readouterr().out
         for key, _, value in (word.partition("=") for word in words):
             if "." in key:
-                leaf, number = key.split(".")[-1], {"2": "2.0", "1e-5": "1.0e-05"}.get(value, value)
-                assert re.search(rf"^  {leaf}: '?({re.escape(value)}|{number})'?$", shown, re.M)
+                values = re.findall(rf"^  {key.split('.')[-1]}: '?(.*?)'?$", shown, re.M)
+                assert any(same(value, found) for found in values), (command, key)
         verbs.add(verb)
     assert verbs == {"train", "inspect", "prepare", "submit"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from pathlib import Path
 
 import forkserver
@@ -46,22 +45,6 @@ def commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split("#")[0].strip() for line in lines if line.strip()]
-
-
-def test_the_commands_compose(capsys):
-    from posttrain_launch.cli import VERBS, main
-
-    typed = [c for c in commands() if c.startswith("posttrain ") and VERBS[c.split()[1]].hydra]
-    assert {c.split()[1] for c in typed} == {"train", "inspect", "prepare"}
-    for command in typed:
-        words = shlex.split(command)[1:]
-        if "-m" in words:  # a sweep has no page of its own: its first trial
-            words = [word.partition(",")[0] for word in words if word != "-m"]
-        assert main([*words, "--cfg", "job"]) == 0
-        composed = capsys.readouterr().out
-        for word in words[1:]:
-            if word.startswith("model.path="):
-                assert word.split("=")[1] in composed
 
 
 def test_the_make_targets_exist():
