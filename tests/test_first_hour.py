@@ -24,7 +24,6 @@ USES_TOOLS = [
     {"role": "tool", "content": "4", "tool_call_id": "a23456789", "name": "f"},
     {"role": "assistant", "content": "four"},
 ]
-ONLY_FULL = "leave it out: this version trains every parameter (tuning=full)"
 
 # What is typed behind `posttrain train` -> where, what, the beginning of the fix.
 TYPED = {
@@ -80,7 +79,7 @@ TYPED = {
         "unknown key",
         "set train.batch_size (packs per step over all workers) and train.micro_batch_size; ",
     ),
-    "lora_r=8": ("lora_r", "unknown key", ONLY_FULL),
+    "lora_r=8": ("lora_r", "unknown key", "write tuning=lora tuning.rank=<value> (those are"),
     "warmup_steps=10": ("warmup_steps", "unknown key", "write optimizer.warmup_steps (that is"),
     "early_stopping_patience=3": (
         "early_stopping_patience",
