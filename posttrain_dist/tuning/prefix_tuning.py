@@ -42,7 +42,7 @@ class Prefix(VirtualTuning):
     # stood before every sample; null: zeros, to which a part of the attention goes.
     init_text: str | None = None
 
-    default_lr: ClassVar[float] = 1e-2
+    default_lr: ClassVar[float] = 0.1
     marks: ClassVar[tuple[str, ...]] = ("prefix",)
 
     def rules(self) -> list[Rule]:

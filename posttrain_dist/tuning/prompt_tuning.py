@@ -45,7 +45,7 @@ class Prompt(VirtualTuning):
     # Prompts that are trained side by side for one task, in one pass over the base model.
     ensemble: int = 1
 
-    default_lr: ClassVar[float] = 0.2
+    default_lr: ClassVar[float] = 0.1
     marks: ClassVar[tuple[str, ...]] = ("prompt",)
 
     def rules(self) -> list[Rule]:
@@ -143,7 +143,7 @@ class PTuning(VirtualTuning):
     hidden_size: int | None = None  # of the MLP; null: that of the model's embedding
     layers: int = 2  # hidden ones of the MLP
 
-    default_lr: ClassVar[float] = 1e-3
+    default_lr: ClassVar[float] = 1e-2
     marks: ClassVar[tuple[str, ...]] = ("prompt_encoder",)
 
     def rules(self) -> list[Rule]:
