@@ -268,8 +268,8 @@ def above_zero(key: str, value: float, most: float) -> Rule:
 
 
 def virtual_tokens_rule(tokens: int) -> Rule:
-    """0 virtual tokens are allowed: they are the base model."""
-    return at_least("tuning.tokens", tokens, 0, 10**6)
+    """At least one: with none there is nothing to train."""
+    return at_least("tuning.tokens", tokens, 1, 10**6)
 
 
 def names_rule(key: str, value: object) -> Rule:

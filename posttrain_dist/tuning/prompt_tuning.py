@@ -45,7 +45,7 @@ class Prompt(VirtualTuning):
     # Prompts that are trained side by side for one task, in one pass over the base model.
     ensemble: int = 1
 
-    default_lr: ClassVar[float] = 0.1
+    default_lr: ClassVar[float] = 0.2
     marks: ClassVar[tuple[str, ...]] = ("prompt",)
 
     def rules(self) -> list[Rule]:
