@@ -15,7 +15,7 @@ from posttrain_dist.config.advice import learning_rate_line, settings_line, warn
         (Lora(), 5e-5, "learning rate 5e-05 (as set)", ""),
         (Lora(), 3e-5, "learning rate 3e-05 (as set)", "optimizer.lr is 3e-05, a rate of full"),
         (Prompt(), 1e-4, "learning rate 0.0001 (as set)", "tuning=prompt learns at about 0.2"),
-        (Prompt(), 0.2, "learning rate 0.2 (as set)", ""),
+        (Prompt(), 0.1, "learning rate 0.1 (as set)", ""),
         (Full(), None, "learning rate 1e-05 (of tuning full)", ""),
         (Full(), 1e-8, "learning rate 1e-08 (as set)", ""),
     ],
