@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.errors import ConfigError, ModelError, reason
 from posttrain_dist.files import read_object
+from posttrain_dist.generation.vocabulary_rows import last_trained_token, table_sizes
 
 if TYPE_CHECKING:
     import torch
@@ -118,6 +119,13 @@ def _tensors_of(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, file.get_tensor(name)
 
 
+def _shapes_of(folder: Path) -> dict[str, list[int]]:
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+
+
 def _refuse_nonfinite(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
     for name, tensor in tensors:
         if not tensor.isfinite().all():
@@ -144,6 +152,10 @@ class AdapterSet:
 
     def __init__(self, model: PreTrainedModel, attach: Attach | None = None) -> None:
         self._model: Any = model
+        names = {module: name for name, module in model.named_modules()}
+        self._tables = names[model.get_input_embeddings()], names.get(model.get_output_embeddings())
+        self._base_names = {name for name, _ in model.named_parameters()}
+        self._vocab_size = int(model.config.get_text_config().vocab_size)  # before tokens came
         self._attach = attach
         self._folders: dict[str, Path] = {}
         self._tuned: Any = None  # the PeftModel of all adapters that stand in the layers
@@ -186,8 +198,8 @@ class AdapterSet:
                 where=str(folder),
                 fix="save the adapter again with a present version of peft",
             )
-        self._grow(config, folder)
         with self._loading(folder):
+            self._grow(config, folder)
             _refuse_nonfinite(_tensors_of(folder), folder)
             if method in _PROMPTS:
                 self._prompts[name] = self._wrapped(name, folder)
@@ -196,16 +208,16 @@ class AdapterSet:
         self._folders[name] = folder
 
     def _add_tuned(self, name: str, folder: Path, config: Mapping[str, Any]) -> None:
-        method, init = str(config["peft_type"]), config.get("init_lora_weights")
-        changes_base = isinstance(init, str) and init.lower().startswith(_CHANGES_BASE)
+        method = str(config["peft_type"])
+        changes_base = self._writes_base(config, folder)
         others = set() if self._tuned is None else {c.peft_type.value for c in self._configs()}
         if self._changes_base or (changes_base and others):
             raise ModelError(
-                "an adapter that begins with the base model's own weights changes them, so no "
-                "other one can stand beside it",
+                "an adapter that begins with the base model's own weights, or holds some in place "
+                "of them, changes them, so no other one can stand beside it",
                 where=str(folder),
-                fix="load it by itself, or convert it to a plain LoRA: `posttrain export RUN OUT "
-                "--plain`",
+                fix="load it by itself; one that begins with them can be converted to a plain "
+                "LoRA: `posttrain export RUN OUT --plain`",
             )
         if others - {method}:
             raise ModelError(
@@ -215,26 +227,51 @@ class AdapterSet:
             )
         if self._tuned is None:
             self._tuned = self._wrapped(name, folder)
-        else:
-            device = str(self._model.device)
-            loaded = self._tuned.load_adapter(str(folder), _inner(name), torch_device=device)
-            if loaded.missing_keys:
-                raise ValueError(f"tensors are missing, first of them {loaded.missing_keys[0]}")
+        # Of the first one once more: making the model of it does not say what was left over.
+        device = str(self._model.device)
+        loaded = self._tuned.load_adapter(str(folder), _inner(name), torch_device=device)
+        if loaded.missing_keys:
+            raise ValueError(f"tensors are missing, first of them {loaded.missing_keys[0]}")
+        there = _shapes_of(folder)
+        # peft writes the tables of tokens twice if they have grown.
+        unread = {left.replace(".modules_to_save", ""): left for left in loaded.unexpected_keys}
+        if left := [name for short, name in unread.items() if short == name or short not in there]:
+            raise ValueError(
+                f"{len(left)} tensors of the file have no place there by {CONFIG}, first of them "
+                f"{left[0].replace(f'.{_inner(name)}', '')}"
+            )
         self._tuned_names.append(name)
         self._changes_base = changes_base
+
+    def _writes_base(self, config: Mapping[str, Any], folder: Path) -> bool:
+        """Whether loading an adapter changes the base's own weights, biases or tables of tokens."""
+        init = config.get("init_lora_weights")
+        if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+            return True
+        beside = tuple(config.get("modules_to_save") or ())  # these are copied
+        for name in _shapes_of(folder):
+            own = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            if own in self._base_names and not own.rpartition(".")[0].endswith(beside):
+                return True
+        return False
 
     def _grow(self, config: Mapping[str, Any], folder: Path) -> None:
         """Rows for the tokens that an adapter adds; what they hold is in the adapter."""
         from posttrain_dist.models.embeddings.added_tokens import add_rows
 
-        added = config.get("trainable_token_indices") or {}
-        lists = list(added.values()) if isinstance(added, dict) else [added]
         size = int(self._model.config.get_text_config().vocab_size)
-        needed = max((int(i) + 1 for ids in lists for i in ids), default=0)
-        if needed <= size:
+        sizes = table_sizes(_shapes_of(folder), *self._tables)
+        needed = max(last_trained_token(config) + 1, *sizes.values(), size)
+        smaller = [module for module, rows in sizes.items() if rows < size]
+        if smaller and size > self._vocab_size:
+            what = f"has {smaller[0]} of {sizes[smaller[0]]} tokens, and an adapter before added "
+            raise ModelError(what + "some", where=str(folder), fix="load it by itself")
+        if needed == size:
             return
         tables = self._model.get_input_embeddings(), self._model.get_output_embeddings()
-        if any(hasattr(table, "base_layer") for table in tables):
+        if any(
+            hasattr(table, "base_layer") or hasattr(table, "original_module") for table in tables
+        ):
             raise ModelError(
                 f"adds tokens, up to {needed - 1}, and an adapter before stands in the embeddings "
                 "or the head",
@@ -285,10 +322,13 @@ class AdapterSet:
                 warnings.filterwarnings("error", message=".*missing adapter keys")
                 yield
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, UserWarning) as error:
+            said, *each = str(error).split("\n\t")  # torch lists all that differ
+            if each:
+                said = f"{len(each)} faults, first of them: {each[0]}"
             raise ModelError(
-                f"cannot be loaded onto {self._model.name_or_path}: {error}",
+                f"cannot be loaded onto {self._model.name_or_path}: {said}",
                 where=str(folder),
-                fix="is it an adapter of this base model?",
+                fix=f"is it an adapter of this base model, and {CONFIG} as it was written?",
             ) from error
 
     @contextlib.contextmanager

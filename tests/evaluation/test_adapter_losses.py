@@ -20,6 +20,7 @@ from posttrain_dist.config import (
     complete,
 )
 from posttrain_dist.data.prepared.arrays import Examples
+from posttrain_dist.errors import ConfigError
 from posttrain_dist.evaluation import merge_choice
 from posttrain_dist.evaluation.adapter_losses import HeldOut, evaluate_adapters
 from posttrain_dist.evaluation.merge_choice import choose_weights
@@ -136,7 +137,9 @@ def test_each_adapter_scores_as_in_plain_peft(
 
     task = {"task_type": "CAUSAL_LM"}
     feedforward = {"feedforward_modules": ["down_proj"], **task}
+    saved = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], **task)
     folders = {
+        "saved": adapter("saved", saved),  # writes into the base, which the next one needs
         "lora": adapter("lora", LoraConfig(r=4, target_modules=["q_proj", "up_proj"], **task)),
         "dora": adapter("dora", LoraConfig(r=2, use_dora=True, target_modules=["o_proj"], **task)),
         "ia3": adapter("ia3", IA3Config(target_modules=["k_proj", "down_proj"], **feedforward)),
@@ -173,6 +176,29 @@ def test_an_ensemble_gives_each_prompts_score_the_vote_and_the_average(
     assert results["e vote"]["loss"] is None
     # A mean of probabilities is no worse than the mean of the losses.
     assert together["loss"] < sum(results[f"e-{n}"]["loss"] for n in range(3)) / 3
+
+
+def test_new_tokens_of_an_adapter_are_named_where_they_are_not_added(
+    wide: Path, config: RunConfig, prepared: Path, adapter: Callable[..., Path]
+) -> None:
+    """Also in a model that has unused rows for them, where no size differs."""
+    from peft import LoraConfig
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    targets = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    folder = adapter("new", LoraConfig(r=2, task_type="CAUSAL_LM", **targets))
+    tokenizer = AutoTokenizer.from_pretrained(wide)
+    tokenizer.add_tokens([AddedToken("<b>"), AddedToken("<a>")])
+    tokenizer.save_pretrained(folder)
+    for tokens in ([], ["<a>", "<b>"], ["<b>"]):
+        model = replace(config.model, add_tokens=tokens)
+        with pytest.raises(ConfigError, match=r"model\.add_tokens: is") as caught:
+            evaluate_adapters(replace(config, model=model), prepared, {"new": folder})
+        assert caught.value.fix == """set 'model.add_tokens=["<b>", "<a>"]'"""
+    added = replace(config, model=replace(config.model, add_tokens=["<b>", "<a>"]))
+    results = evaluate_adapters(added, prepared, {"new": folder})
+    assert_equal(results["new"], by_peft(wide, prepared, [folder]), "new")
 
 
 def random_kept(tuning: Any, model: Any) -> dict[str, torch.Tensor]:
