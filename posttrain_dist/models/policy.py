@@ -103,8 +103,11 @@ class Policy(nn.Module):
         Raises:
             DataError: the batch lacks what the objective declares.
         """
-        losses = self.losses(batch, objective, denominators)
-        return losses[0] if len(losses) == 1 else _mean(losses)
+        if self.copies > 1:
+            return _mean(self.losses(batch, objective, denominators))
+        objective.check_extra(batch)
+        loss: Loss = objective.loss(self.hidden(batch), self.head, batch, denominators)
+        return loss
 
     def losses(self, batch: Batch, objective: Any, denominators: Any) -> list[Loss]:
         """The loss of each of the E copies, from one pass over the backbone.

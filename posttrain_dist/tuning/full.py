@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Full(Tuning):
     """Every parameter is trained, or those whose whole name matches `train`."""
 
-    # A regular expression of parameter names: "model.layers.(30|31)[.].*"; null: all.
+    # A regular expression of parameter names: "model.layers.3[01][.].*"; null: all.
     train: str | None = None
 
     def rules(self) -> list[Rule]:
@@ -46,5 +46,6 @@ class Full(Tuning):
                 f"{self.train!r} matches none of the {len(names)} parameters, such as "
                 + ", ".join(names[:: max(1, len(names) // 6)][:6]),
                 where="tuning.train",
-                fix="write a regular expression of whole names, such as 'model.layers.0[.].*'",
+                fix="write a regular expression of whole names, in quotes for Hydra and the shell: "
+                "'tuning.train=\"model.layers.0[.].*\"'",
             )

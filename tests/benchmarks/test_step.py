@@ -48,6 +48,10 @@ def test_an_arm_trains_as_the_plain_loop_does(tmp_path, arm):
         pytest.importorskip("trl", reason="the peer is not installed")
     import step_arms
     import step_data
+    import torch
+
+    from posttrain_dist.build import pick_dtype
+    from posttrain_dist.config import Dtype
 
     step_data.write(tmp_path, step_data.TINY, "mixed", 4)
     truth, own = Seen(), Seen()
@@ -55,8 +59,10 @@ def test_an_arm_trains_as_the_plain_loop_does(tmp_path, arm):
     step_arms.train(tmp_path, arm, own)
     assert truth.ready_at == own.ready_at == 0
     assert len(own.losses) == 4
-    assert own.losses == pytest.approx(truth.losses, rel=1e-5)
-    assert own.norms == pytest.approx(truth.norms, rel=1e-4)
+    # Where the machine multiplies bfloat16 fast, that is what our arm chooses.
+    coarse = arm.startswith("ours") and pick_dtype(Dtype.auto) is torch.bfloat16
+    assert own.losses == pytest.approx(truth.losses, rel=3e-4 if coarse else 1e-5)
+    assert own.norms == pytest.approx(truth.norms, rel=3e-2 if coarse else 1e-4)
     assert len(set(truth.losses)) == 4
     assert min(truth.norms) > 0
 

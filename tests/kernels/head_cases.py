@@ -149,5 +149,7 @@ def assert_as_good_as_eager(
             f"{name}: {worst:.3e} > {float(theirs.max()):.3e}"
         )
         norm, slack_norm = torch.linalg.vector_norm, {torch.float32: 3e-7}.get(dtype, 1e-3)
-        allowed = 1.1 * float(norm(theirs)) + slack_norm * float(norm(exact))
+        # Of few numbers two norms of the same kind of error differ more: 1 / sqrt(n) each.
+        chance = max(0.1, 3 * float((exact != 0).sum().clamp(min=1)) ** -0.5)
+        allowed = (1 + chance) * float(norm(theirs)) + slack_norm * float(norm(exact))
         assert float(norm(error)) <= allowed, name

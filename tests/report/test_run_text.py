@@ -35,3 +35,12 @@ def test_the_closing_table(tmp_path: Path):
     assert "\x1b" not in text
     assert str(tmp_path / "report.html") in text
     assert "export" not in text  # there is none
+
+
+def test_a_run_that_was_evaluated_once_has_one_column(tmp_path: Path):
+    row = {"step": 6, "eval/loss": 1.5, "eval_channel_loss/a": 1.25}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert run_text(tmp_path).splitlines()[:3:2] == [
+        "held-out loss  step 6",
+        "a              1.2500",
+    ]

@@ -29,16 +29,14 @@ def _losses(rows: list[dict[str, Any]]) -> str:
     evaluated = [row for row in rows if "eval/loss" in row]
     if not evaluated:
         return "no held-out rows, so no held-out loss"
-    first, last = evaluated[0], evaluated[-1]
+    # One that went on from another run's checkpoint may have been evaluated once.
+    shown = [evaluated[0], *evaluated[1:][-1:]]
     prefix = "eval_channel_loss/"
-    keys = sorted(key for key in first.keys() | last.keys() if key.startswith(prefix))
+    keys = sorted({key for row in shown for key in row if key.startswith(prefix)})
     names = {key: key.removeprefix(prefix) for key in keys} | {"eval/loss": "all channels"}
     return text_table(
-        ("held-out loss", f"step {first['step']}", f"step {last['step']}"),
-        [
-            (name, loss_of_log(first.get(key)), loss_of_log(last.get(key)))
-            for key, name in names.items()
-        ],
+        ("held-out loss", *(f"step {row['step']}" for row in shown)),
+        [(name, *(loss_of_log(row.get(key)) for row in shown)) for key, name in names.items()],
     )
 
 

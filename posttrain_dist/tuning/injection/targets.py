@@ -173,5 +173,5 @@ def _no_match(what: str, every: list[Linear]) -> ConfigError:
         f"{what}; the model has {available(every)}",
         where=_WHERE,
         fix="use all-linear, attention, mlp, a list of these names such as '[q_proj,v_proj]', or "
-        "a regular expression of whole names such as '.*[.][0-3][.].*q_proj'",
+        "a regular expression of whole names: 'tuning.targets=\".*[.][0-3][.].*q_proj\"'",
     )
