@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +204,68 @@ def test_new_tokens_of_an_adapter_are_named_where_they_are_not_added(
     assert_equal(results["new"], by_peft(wide, prepared, [folder]), "new")
 
 
+def test_adapters_with_and_without_new_tokens_are_scored_side_by_side(
+    wide: Path, config: RunConfig, prepared: Path, adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(wide)
+    tokenizer = AutoTokenizer.from_pretrained(wide)
+    first = len(tokenizer)
+    with torch.no_grad():
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            table.weight[first : first + 2] = table.weight[:first].mean(0)
+    model.save_pretrained(tmp_path / "grown")
+    ids = [first, first + 1]
+    rows = LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        trainable_token_indices={"embed_tokens": ids, "lm_head": ids},
+        task_type="CAUSAL_LM",
+    )
+    plain = LoraConfig(r=4, target_modules=["v_proj"], task_type="CAUSAL_LM")
+    folders = {"rows": adapter("rows", rows), "plain": adapter("plain", plain)}
+    added = replace(config, model=replace(config.model, add_tokens=["<b>", "<a>"]))
+    results = evaluate_adapters(added, prepared, folders)
+    assert_equal(results["none"], by_peft(tmp_path / "grown", prepared, []), "none")
+    for name, folder in folders.items():
+        assert_equal(results[name], by_peft(tmp_path / "grown", prepared, [folder]), name)
+
+
+def test_who_stands_on_another_base_than_in_training_is_said(
+    config: RunConfig, prepared: Path, adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One base is loaded for all: in NF4 only if all were trained so."""
+    from peft import LoraConfig
+
+    from posttrain_dist.evaluation.chat_generator import load_generator
+
+    plain = adapter("one", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    quantized = tmp_path / "quantized"
+    shutil.copytree(plain, quantized)
+    (quantized / "posttrain.json").write_text(json.dumps({"tuning": {"quantize": "nf4"}}))
+    nf4 = replace(config, tuning=Lora(quantize=Quantize.nf4))
+    cases = [
+        (config, {"p": plain, "q": quantized}, "q: trained beside NF4, and here on unquantised"),
+        (config, {"q": quantized}, ""),
+        (config, {"p": plain}, ""),
+        (nf4, {"p": plain, "q": quantized}, "p: trained beside unquantised weights, and here on"),
+    ]
+    for chosen, folders, says in cases:
+        for asked in (
+            partial(evaluate_adapters, chosen, prepared),
+            partial(load_generator, Path(config.model.path)),
+        ):
+            if asked.func is load_generator and chosen is nf4:
+                continue  # it knows no config
+            notices: list[str] = []
+            asked(folders, notice=notices.append)
+            about = [line for line in notices if "beside" in line]
+            assert len(about) == bool(says)
+            assert says in "".join(about)
+
+
 def random_kept(tuning: Any, model: Any) -> dict[str, torch.Tensor]:
     """What a training might have made of a tuning's tensors."""
     torch.manual_seed(3)
@@ -282,8 +347,6 @@ def test_a_bottleneck_is_loaded_by_its_own_code(
 
 
 def write_adapter(folder: Path, saved: Any) -> Path:
-    import json
-
     from safetensors.torch import save_file
 
     folder.mkdir()
