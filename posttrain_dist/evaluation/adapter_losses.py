@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -12,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.config import RunConfig
-from posttrain_dist.errors import ConfigError, ModelError, reason
-from posttrain_dist.files import read_object
+from posttrain_dist.errors import ConfigError
 from posttrain_dist.generation.adapter_places import find_adapters, nf4_notice, stood_on_nf4
 from posttrain_dist.generation.adapters import BASE
 
@@ -91,41 +89,16 @@ def _check(folder: Path, config: RunConfig, notice: Callable[[str], None]) -> No
     """Refuse an adapter of another base, or with tokens that the rows would not have."""
     from posttrain_dist.models.folder import resolve
     from posttrain_dist.tuning.adapters.adapter_folder import read_adapter
-    from posttrain_dist.tuning.adapters.base_check import check_base
+    from posttrain_dist.tuning.adapters.base_check import check_base, check_tokens
 
     if said := check_base(folder, resolve(config.model.path)):
         notice(said)
-    _check_tokens(folder, config)
+    check_tokens(folder, resolve(config.model.path), config.model.add_tokens)
     if read_adapter(folder).config.get("trainable_token_indices") and not config.model.add_tokens:
         raise ConfigError(
             f"is not set, and {folder} was trained with new tokens",
             where="model.add_tokens",
             fix="list the tokens as in its training; they stand in config.yaml of its run",
-        )
-
-
-def _check_tokens(folder: Path, config: RunConfig) -> None:
-    """Compare the tokens that the tokenizer beside an adapter adds with those of the rows."""
-    from posttrain_dist.models.folder import load_tokenizer, resolve
-
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return
-    base = load_tokenizer(resolve(config.model.path)).backend_tokenizer
-    try:
-        added = sorted((t["id"], t["content"]) for t in read_object(file).get("added_tokens", ()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(
-            f"is no tokenizer: {reason(error)}", where=str(file), fix="copy the folder again"
-        ) from error
-    own = [(i, token) for i, token in added if base.token_to_id(token) is None]
-    of_rows = load_tokenizer(resolve(config.model.path), None, config.model.add_tokens)
-    if any(of_rows.backend_tokenizer.token_to_id(token) != i for i, token in own):
-        tokens = json.dumps([token for _, token in own], ensure_ascii=False)
-        raise ConfigError(
-            f"is {list(config.model.add_tokens)}, and {folder} was trained with {tokens}",
-            where="model.add_tokens",
-            fix=f"set 'model.add_tokens={tokens}'",
         )
 
 
