@@ -20,7 +20,7 @@ _IDS = ".token_adapter.token_ids"  # of added tokens; see models/embeddings/adde
 _A = f".lora_A.{ADAPTER}.weight"
 _INSERTED = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".token_adapter.")
 # Initialisations of peft that leave the base as it is; the others change it.
-_NEUTRAL = (True, False, "gaussian", "orthogonal", "eva", None)
+NEUTRAL = (True, False, "gaussian", "orthogonal", "eva", None)
 
 
 class LoraLike(Protocol):
@@ -132,7 +132,7 @@ def _check(tuning: LoraLike, config: Mapping[str, Any], joined: bool) -> None:
     if method != "LORA":
         raise _other(f"is of the method {method}, not LoRA", "choose that tuning")
     initial = config.get("init_lora_weights", True)
-    if initial not in _NEUTRAL:
+    if initial not in NEUTRAL:
         raise _other(
             f"was begun with init_lora_weights={initial!r}, which changes the base model's weights",
             "convert it to plain LoRA with peft first (path_initial_model_for_weight_conversion)",
