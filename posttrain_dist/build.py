@@ -244,6 +244,8 @@ def _check_init_from(config: RunConfig, base: Path) -> None:
 
         if said := dist.from_main(lambda: base_check.check_base(Path(named), base)):
             _log.warning("%s", said)
+        tokens = config.model.add_tokens
+        dist.from_main(lambda: base_check.check_tokens(Path(named), base, tokens))
 
 
 def on_nf4(config: RunConfig, folder: Path) -> bool:

@@ -202,7 +202,7 @@ def _common_base(places: Sequence[Path]) -> Path:
     Raises:
         ModelError: it is not there, or an adapter is of another one.
     """
-    from posttrain_dist.generation.adapters import base_of
+    from posttrain_dist.generation.adapter_places import base_of
     from posttrain_dist.tuning.adapters.base_check import check_base
 
     base = base_of(places[0])

@@ -78,6 +78,7 @@ def _check_init_from(config: RunConfig) -> None:
 
         base, adapter = resolve(config.model.path), Path(tuning.init_from)
         base_check.check_base(adapter, base)
+        base_check.check_tokens(adapter, base, config.model.add_tokens)
         tuning.from_adapter(read_adapter(adapter), check_folder(base, need_weights=False))
 
 

@@ -224,6 +224,31 @@ def test_an_adapter_of_another_base_is_refused_before_a_model_is_loaded(
         train(config, tmp_path)
 
 
+def test_new_tokens_are_the_same_where_a_run_goes_on(
+    finished: Path, base: RunConfig, tmp_path: Path
+) -> None:
+    """Rows are taken by id."""
+    from transformers import AutoTokenizer
+
+    from posttrain_dist.build import build_policy
+    from posttrain_dist.preflight import input_problems
+
+    shutil.copytree(finished / "adapter", tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    tokenizer.add_tokens(["<b>", "<a>"])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    tuning = replace(base.tuning, init_from=str(tmp_path / "adapter"))
+    model = replace(base.model, add_tokens=["<b>", "<a>"])
+    assert not input_problems(replace(base, tuning=tuning, model=model))
+    for tokens in ([], ["<a>", "<b>"], ["<x>", "<y>"]):
+        config = replace(base, tuning=tuning, model=replace(model, add_tokens=tokens))
+        (problem,) = input_problems(config)
+        assert problem.where == "model.add_tokens"
+        assert problem.fix == """set 'model.add_tokens=["<b>", "<a>"]'"""
+        with pytest.raises(ConfigError, match="was trained with"):
+            build_policy(config, None, torch.float32, [])
+
+
 def test_what_cannot_be_saved_ends_the_run_at_its_first_step(
     finished: Path, base: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import ConfigError
-from posttrain_dist.generation.adapters import BASE, find_adapters, stood_on_nf4
+from posttrain_dist.generation.adapter_places import find_adapters, nf4_notice, stood_on_nf4
+from posttrain_dist.generation.adapters import BASE
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,10 @@ _log = logging.getLogger(__name__)
 
 
 def evaluate_adapters(
-    config: RunConfig, prepared: Path, adapters: Mapping[str, Path]
+    config: RunConfig,
+    prepared: Path,
+    adapters: Mapping[str, Path],
+    notice: Callable[[str], None] = _log.info,
 ) -> dict[str, dict[str, Any]]:
     """The loss of `config.model`, and of each adapter on it, on the held-out rows.
 
@@ -35,6 +39,7 @@ def evaluate_adapters(
     Args:
         prepared: the folder that `posttrain_dist.prepare.prepare` wrote.
         adapters: name -> folder, of adapters, runs or ensembles of prompts.
+        notice: called with what the user should know of them.
 
     Returns:
         name ("none": the base) -> what `heldout.evaluate` returns. An ensemble NAME gives NAME-0
@@ -45,6 +50,9 @@ def evaluate_adapters(
     """
     from posttrain_dist.evaluation.ensemble import evaluate_ensemble
     from posttrain_dist.evaluation.restored_model import restored
+    from posttrain_dist.models.embeddings.added_tokens import forget_added
+    from posttrain_dist.models.folder import resolve
+    from posttrain_dist.tuning.adapters.adapter_folder import read_adapter
     from posttrain_dist.tuning.adapters.adapter_tuning import tuning_from_adapter
 
     folders = {name: find_adapters(name, path) for name, path in adapters.items()}
@@ -52,17 +60,22 @@ def evaluate_adapters(
         name: {one: tuning_from_adapter(folder) for one, folder in found.items()}
         for name, found in folders.items()
     }
-    every = [folder for found in folders.values() for folder in found.values()]
-    for folder in every:
-        _check(folder, config)
+    every = {one: folder for found in folders.values() for one, folder in found.items()}
+    for folder in every.values():
+        _check(folder, config, notice)
     heldout = HeldOut(config, prepared)
-    model = heldout.load_model(nf4=True if all(map(stood_on_nf4, every)) else None)
+    nf4 = heldout.quantized or all(map(stood_on_nf4, every.values()))
+    if said := nf4_notice(every, resolve(config.model.path), nf4):
+        notice(said)
+    model = heldout.load_model(nf4=nf4)
     results = {}
     with restored(model):
         results[BASE] = heldout.measure(heldout.policy(model, None))
     for name, members in tunings.items():
-        with restored(model):
-            first = next(iter(members.values()))
+        place, first = next(iter(folders[name].values())), next(iter(members.values()))
+        with restored(model, written=first.kept):  # what was trained in full is written there
+            if not read_adapter(place).config.get("trainable_token_indices"):
+                forget_added(model)  # it has no rows for them
             first.attach(model)
             policy = heldout.policy(model, first)
             if len(members) == 1:
@@ -72,14 +85,15 @@ def evaluate_adapters(
     return results
 
 
-def _check(folder: Path, config: RunConfig) -> None:
+def _check(folder: Path, config: RunConfig, notice: Callable[[str], None]) -> None:
     """Refuse an adapter of another base, or with tokens that the rows would not have."""
     from posttrain_dist.models.folder import resolve
     from posttrain_dist.tuning.adapters.adapter_folder import read_adapter
-    from posttrain_dist.tuning.adapters.base_check import check_base
+    from posttrain_dist.tuning.adapters.base_check import check_base, check_tokens
 
     if said := check_base(folder, resolve(config.model.path)):
-        _log.info("%s", said)
+        notice(said)
+    check_tokens(folder, resolve(config.model.path), config.model.add_tokens)
     if read_adapter(folder).config.get("trainable_token_indices") and not config.model.add_tokens:
         raise ConfigError(
             f"is not set, and {folder} was trained with new tokens",
@@ -105,6 +119,13 @@ class HeldOut:
         self.channels = list(examples.channels)
         self._source = make_source(self.config, examples, Process(), mixed=False)
 
+    @property
+    def quantized(self) -> bool:
+        """Whether the tuning asks for a base in NF4."""
+        from posttrain_dist.tuning.base import Quantize
+
+        return getattr(self.config.tuning, "quantize", Quantize.none) is Quantize.nf4
+
     def on(self, device: torch.device) -> HeldOut:
         """The same rows, on another device."""
         other = copy(self)
@@ -121,17 +142,15 @@ class HeldOut:
         from posttrain_dist.models.finite import refuse_nonfinite
         from posttrain_dist.models.folder import resolve
         from posttrain_dist.models.load import load_model
-        from posttrain_dist.tuning.base import Quantize
 
         folder = resolve(self.config.model.path)
-        wanted = getattr(self.config.tuning, "quantize", Quantize.none) is Quantize.nf4
         model: Any = load_model(
             self.config.model,
             folder,
             dtype=dtype or self.dtype,
             seed=self.config.seed,
             materialise=nullcontext(),
-            nf4=wanted if nf4 is None else nf4,
+            nf4=self.quantized if nf4 is None else nf4,
             device=self.device,
         )
         model.requires_grad_(False).to(self.device)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.errors import ModelError
-from posttrain_dist.generation.adapters import base_of, find_adapters, own_adapters
+from posttrain_dist.generation.adapter_places import (
+    base_of,
+    find_adapters,
+    nf4_notice,
+    own_adapters,
+    stood_on_nf4,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -20,10 +26,17 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def load_generator(folder: Path, adapters: Mapping[str, Path] | None = None) -> LocalGenerator:
+def load_generator(
+    folder: Path,
+    adapters: Mapping[str, Path] | None = None,
+    notice: Callable[[str], None] = _log.info,
+) -> LocalGenerator:
     """The generator of a model or adapter folder, with more adapters on the same base.
 
     The first of `adapters` answers, if there is one; see `LocalGenerator.load`.
+
+    Args:
+        notice: called with what the user should know of the adapters.
 
     Raises:
         ModelError: a folder cannot be loaded, or an adapter is for another base model.
@@ -37,7 +50,11 @@ def load_generator(folder: Path, adapters: Mapping[str, Path] | None = None) -> 
     base = base_of(next(iter(own.values()))) if own else folder
     for place in (*own.values(), *given.values()):
         if said := check_base(place, base):
-            _log.info("%s", said)
+            notice(said)
+    found = {k: v for name, path in given.items() for k, v in find_adapters(name, path).items()}
+    every = {**own, **found}
+    if said := nf4_notice(every, base, all(map(stood_on_nf4, every.values()))):
+        notice(said)
     generator = LocalGenerator.load(folder, adapters=given, attach=_OwnMethods())
     for name in list(given)[:1]:
         generator.choose(next(iter(find_adapters(name, given[name]))))

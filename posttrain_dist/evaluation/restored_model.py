@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,14 +11,23 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
+def restored(
+    model: nn.Module, written: Callable[[str], bool] = lambda name: False
+) -> Iterator[None]:
     """Whatever is inserted, replaced, hooked or frozen inside is taken out again at the end.
 
     Of every module, its class, attributes, children, parameters and hooks are remembered, and of
-    every parameter the tensor that it shows. Tensors that are written in place stay written.
+    every parameter the tensor that it shows.
+
+    Args:
+        written: whether the parameter of a name may be written in place: its values are kept
+            aside. Others that are stay written.
     """
     modules = [(module, type(module), _contents(module)) for module in model.modules()]
-    shown = [(p, p.data, p.requires_grad) for p in model.parameters()]
+    shown = [
+        (p, p.data.clone() if written(name) else p.data, p.requires_grad)
+        for name, p in model.named_parameters()
+    ]
     try:
         yield
     finally:

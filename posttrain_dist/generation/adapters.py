@@ -10,20 +10,26 @@ from __future__ import annotations
 import contextlib
 import difflib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain_dist.errors import ConfigError, ModelError, reason
-from posttrain_dist.files import read_object
+from posttrain_dist.errors import ConfigError, ModelError
+from posttrain_dist.generation.adapter_places import (
+    CONFIG,
+    WEIGHTS,
+    read_config,
+    refuse_nonfinite,
+    shapes_of,
+    tensors_of,
+)
+from posttrain_dist.generation.vocabulary_rows import last_trained_token, table_sizes
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-OURS = "posttrain.json"  # of this library's adapter folders: how they were trained
 BASE = "none"  # the name by which the base model is asked for
 
 # Inserts the modules of an adapter folder that `peft` does not know, if they are not there yet;
@@ -33,100 +39,6 @@ Attach = Callable[["nn.Module", Path], Mapping[str, "torch.Tensor"]]
 # Initialisations of LoRA that change the base model's own weights.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
 _PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE")
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no model."""
-    return (folder / CONFIG).is_file()
-
-
-def find_adapters(name: str, path: Path) -> dict[str, Path]:
-    """The adapter folders behind a path: itself, that of a run, or those of an ensemble.
-
-    Returns:
-        {name: folder}, or {name-0: folder, name-1: ...} of an ensemble.
-
-    Raises:
-        ModelError: there is none.
-    """
-    for folder in (path, path / "adapter"):
-        if is_adapter(folder):
-            return {name: folder.absolute()}
-        found: dict[str, Path] = {}
-        while is_adapter(one := folder / f"prompt-{len(found)}"):
-            found[f"{name}-{len(found)}"] = one.absolute()
-        if found:
-            return found
-    raise ModelError(
-        f"holds no adapter (there is no {CONFIG})",
-        where=str(path),
-        fix="give an adapter folder, or the folder of a run with an adapter: `posttrain export "
-        "RUN` writes that of its newest checkpoint",
-    )
-
-
-def own_adapters(folder: Path) -> dict[str, Path]:
-    """What a folder holds itself: one adapter, an ensemble, or none."""
-    if is_adapter(folder) or is_adapter(folder / "prompt-0"):
-        return find_adapters("adapter", folder)
-    return {}
-
-
-def base_of(folder: Path) -> Path:
-    """The folder of the base model that an adapter folder names.
-
-    Raises:
-        ModelError: it names none, or it is not there.
-    """
-    from posttrain_dist.models.folder import resolve
-
-    name = _config_of(folder).get("base_model_name_or_path")
-    fix = f"set base_model_name_or_path in {folder / CONFIG} to the base model's folder"
-    if not isinstance(name, str) or not name:
-        raise ModelError("names no base model", where=str(folder / CONFIG), fix=fix)
-    try:
-        return resolve(name)
-    except ModelError as error:
-        what = f"its base model is not there: {name}"
-        raise ModelError(what, where=str(folder), fix=f"{fix}, or put it back") from error
-
-
-def stood_on_nf4(folder: Path) -> bool:
-    """Whether an adapter was trained by this library beside weights in NF4."""
-    try:
-        tuning = read_object(folder / OURS).get("tuning", {})
-    except (OSError, ValueError):
-        return False
-    return isinstance(tuning, dict) and tuning.get("quantize") == "nf4"
-
-
-def _config_of(folder: Path) -> dict[str, Any]:
-    try:
-        found = read_object(folder / CONFIG)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"cannot be read: {reason(error)}", where=str(folder / CONFIG), fix="get it again"
-        ) from error
-    return found
-
-
-def _tensors_of(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    from safetensors import safe_open
-
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        for name in file.keys():  # noqa: SIM118  it is no mapping
-            yield name, file.get_tensor(name)
-
-
-def _refuse_nonfinite(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
-    for name, tensor in tensors:
-        if not tensor.isfinite().all():
-            raise ModelError(
-                f"{name} holds NaN or infinity",
-                where=str(folder),
-                fix="use the adapter of an earlier checkpoint: the training that wrote this one "
-                "has diverged, or the file was damaged",
-            )
 
 
 def _inner(name: str) -> str:
@@ -144,6 +56,10 @@ class AdapterSet:
 
     def __init__(self, model: PreTrainedModel, attach: Attach | None = None) -> None:
         self._model: Any = model
+        names = {module: name for name, module in model.named_modules()}
+        self._tables = names[model.get_input_embeddings()], names.get(model.get_output_embeddings())
+        self._base_names = {name for name, _ in model.named_parameters()}
+        self._vocab_size = int(model.config.get_text_config().vocab_size)  # before tokens came
         self._attach = attach
         self._folders: dict[str, Path] = {}
         self._tuned: Any = None  # the PeftModel of all adapters that stand in the layers
@@ -171,7 +87,7 @@ class AdapterSet:
                 where=str(folder),
                 fix=f"use letters, digits, - and _; {BASE} is the base model",
             )
-        config = _config_of(folder)
+        config = read_config(folder)
         method = config.get("peft_type")
         if method is None:
             self._add_own(name, folder)
@@ -186,26 +102,28 @@ class AdapterSet:
                 where=str(folder),
                 fix="save the adapter again with a present version of peft",
             )
-        self._grow(config, folder)
         with self._loading(folder):
-            _refuse_nonfinite(_tensors_of(folder), folder)
+            self._grow(config, folder)
+            refuse_nonfinite(tensors_of(folder), folder)
             if method in _PROMPTS:
                 self._prompts[name] = self._wrapped(name, folder)
             else:
                 self._add_tuned(name, folder, config)
+        if method in _PROMPTS:  # peft makes those behind the virtual tokens itself
+            warnings.filterwarnings("ignore", "Position ids are not supported")
         self._folders[name] = folder
 
     def _add_tuned(self, name: str, folder: Path, config: Mapping[str, Any]) -> None:
-        method, init = str(config["peft_type"]), config.get("init_lora_weights")
-        changes_base = isinstance(init, str) and init.lower().startswith(_CHANGES_BASE)
+        method = str(config["peft_type"])
+        changes_base = self._writes_base(config, folder)
         others = set() if self._tuned is None else {c.peft_type.value for c in self._configs()}
         if self._changes_base or (changes_base and others):
             raise ModelError(
-                "an adapter that begins with the base model's own weights changes them, so no "
-                "other one can stand beside it",
+                "an adapter that begins with the base model's own weights, or holds some in place "
+                "of them, changes them, so no other one can stand beside it",
                 where=str(folder),
-                fix="load it by itself, or convert it to a plain LoRA: `posttrain export RUN OUT "
-                "--plain`",
+                fix="load it by itself; one that begins with them can be converted to a plain "
+                "LoRA: `posttrain export RUN OUT --plain`",
             )
         if others - {method}:
             raise ModelError(
@@ -215,26 +133,68 @@ class AdapterSet:
             )
         if self._tuned is None:
             self._tuned = self._wrapped(name, folder)
-        else:
-            device = str(self._model.device)
+        # Of the first one once more: making the model of it does not say what was left over.
+        device = str(self._model.device)
+        with self._token_rows_apart(config):
             loaded = self._tuned.load_adapter(str(folder), _inner(name), torch_device=device)
-            if loaded.missing_keys:
-                raise ValueError(f"tensors are missing, first of them {loaded.missing_keys[0]}")
+        if loaded.missing_keys:
+            raise ValueError(f"tensors are missing, first of them {loaded.missing_keys[0]}")
+        there = shapes_of(folder)
+        # peft writes the tables of tokens twice if they have grown.
+        unread = {left.replace(".modules_to_save", ""): left for left in loaded.unexpected_keys}
+        if left := [name for short, name in unread.items() if short == name or short not in there]:
+            raise ValueError(
+                f"{len(left)} tensors of the file have no place there by {CONFIG}, first of them "
+                f"{left[0].replace(f'.{_inner(name)}', '')}"
+            )
         self._tuned_names.append(name)
         self._changes_base = changes_base
+
+    @contextlib.contextmanager
+    def _token_rows_apart(self, config: Mapping[str, Any]) -> Iterator[None]:
+        """Where peft would look for rows of tokens that an adapter before has, and this one not."""
+        from peft.utils.other import TrainableTokensWrapper
+
+        apart = []
+        if not config.get("trainable_token_indices"):
+            apart = [m for m in self._tuned.modules() if isinstance(m, TrainableTokensWrapper)]
+        for module in apart:
+            module.adapter_state_dict_load_map = lambda name: {}
+        try:
+            yield
+        finally:
+            for module in apart:
+                del module.adapter_state_dict_load_map
+
+    def _writes_base(self, config: Mapping[str, Any], folder: Path) -> bool:
+        """Whether loading an adapter changes the base's own weights, biases or tables of tokens."""
+        init = config.get("init_lora_weights")
+        if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+            return True
+        beside = tuple(config.get("modules_to_save") or ())  # these are copied
+        for name in shapes_of(folder):
+            own = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            if own in self._base_names and not own.rpartition(".")[0].endswith(beside):
+                return True
+        return False
 
     def _grow(self, config: Mapping[str, Any], folder: Path) -> None:
         """Rows for the tokens that an adapter adds; what they hold is in the adapter."""
         from posttrain_dist.models.embeddings.added_tokens import add_rows
 
-        added = config.get("trainable_token_indices") or {}
-        lists = list(added.values()) if isinstance(added, dict) else [added]
         size = int(self._model.config.get_text_config().vocab_size)
-        needed = max((int(i) + 1 for ids in lists for i in ids), default=0)
-        if needed <= size:
+        sizes = table_sizes(shapes_of(folder), *self._tables)
+        needed = max(last_trained_token(config) + 1, *sizes.values(), size)
+        smaller = [module for module, rows in sizes.items() if rows < size]
+        if smaller and size > self._vocab_size:
+            what = f"has {smaller[0]} of {sizes[smaller[0]]} tokens, and an adapter before added "
+            raise ModelError(what + "some", where=str(folder), fix="load it by itself")
+        if needed == size:
             return
         tables = self._model.get_input_embeddings(), self._model.get_output_embeddings()
-        if any(hasattr(table, "base_layer") for table in tables):
+        if any(
+            hasattr(table, "base_layer") or hasattr(table, "original_module") for table in tables
+        ):
             raise ModelError(
                 f"adds tokens, up to {needed - 1}, and an adapter before stands in the embeddings "
                 "or the head",
@@ -274,7 +234,7 @@ class AdapterSet:
                     fix="load adapters of one method and of equal sizes together",
                 )
         self._off = self._off or {key: parameters[key].detach().clone() for key in tensors}
-        _refuse_nonfinite(tensors.items(), folder)
+        refuse_nonfinite(tensors.items(), folder)
         self._own[name] = tensors
 
     @contextlib.contextmanager
@@ -285,10 +245,13 @@ class AdapterSet:
                 warnings.filterwarnings("error", message=".*missing adapter keys")
                 yield
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, UserWarning) as error:
+            said, *each = str(error).split("\n\t")  # torch lists all that differ
+            if each:
+                said = f"{len(each)} faults, first of them: {each[0]}"
             raise ModelError(
-                f"cannot be loaded onto {self._model.name_or_path}: {error}",
+                f"cannot be loaded onto {self._model.name_or_path}: {said}",
                 where=str(folder),
-                fix="is it an adapter of this base model?",
+                fix=f"is it an adapter of this base model, and {CONFIG} as it was written?",
             ) from error
 
     @contextlib.contextmanager

@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.data.chat.rendering.served import Prompt
 from posttrain_dist.errors import ModelError
-from posttrain_dist.generation.adapters import (
-    BASE,
-    AdapterSet,
-    Attach,
+from posttrain_dist.generation.adapter_places import (
     base_of,
     find_adapters,
     own_adapters,
     stood_on_nf4,
 )
+from posttrain_dist.generation.adapters import BASE, AdapterSet, Attach
 from posttrain_dist.generation.base import Completion, Reply, Sampling, StopReason
 from posttrain_dist.generation.local_folder import (
     ChatFormat,

@@ -217,7 +217,16 @@ class AdapterTuning(Tuning):
                 raise ModelError(
                     f"the adapter lacks {len(missing)} tensors, such as {missing[0]}",
                     where=self.init_from,
-                    fix="continue it with the targets that it was trained with",
+                    fix="continue it with the targets and the model.add_tokens that it was trained "
+                    "with",
+                )
+            unkept = [name for name in tensors if not self.kept(name)]
+            if unkept:  # they would be written into the frozen base, and never saved
+                raise ModelError(
+                    f"the adapter holds {len(unkept)} tensors that this tuning does not train, "
+                    f"such as {unkept[0]}",
+                    where=self.init_from,
+                    fix="continue it with the tuning that it was trained with",
                 )
             fill_parameters(model, tensors, self.init_from)
 

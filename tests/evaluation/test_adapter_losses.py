@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from posttrain_dist.config import (
     complete,
 )
 from posttrain_dist.data.prepared.arrays import Examples
+from posttrain_dist.errors import ConfigError
 from posttrain_dist.evaluation import merge_choice
 from posttrain_dist.evaluation.adapter_losses import HeldOut, evaluate_adapters
 from posttrain_dist.evaluation.merge_choice import choose_weights
@@ -136,7 +140,9 @@ def test_each_adapter_scores_as_in_plain_peft(
 
     task = {"task_type": "CAUSAL_LM"}
     feedforward = {"feedforward_modules": ["down_proj"], **task}
+    saved = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], **task)
     folders = {
+        "saved": adapter("saved", saved),  # writes into the base, which the next one needs
         "lora": adapter("lora", LoraConfig(r=4, target_modules=["q_proj", "up_proj"], **task)),
         "dora": adapter("dora", LoraConfig(r=2, use_dora=True, target_modules=["o_proj"], **task)),
         "ia3": adapter("ia3", IA3Config(target_modules=["k_proj", "down_proj"], **feedforward)),
@@ -173,6 +179,91 @@ def test_an_ensemble_gives_each_prompts_score_the_vote_and_the_average(
     assert results["e vote"]["loss"] is None
     # A mean of probabilities is no worse than the mean of the losses.
     assert together["loss"] < sum(results[f"e-{n}"]["loss"] for n in range(3)) / 3
+
+
+def test_new_tokens_of_an_adapter_are_named_where_they_are_not_added(
+    wide: Path, config: RunConfig, prepared: Path, adapter: Callable[..., Path]
+) -> None:
+    """Also in a model that has unused rows for them, where no size differs."""
+    from peft import LoraConfig
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    targets = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    folder = adapter("new", LoraConfig(r=2, task_type="CAUSAL_LM", **targets))
+    tokenizer = AutoTokenizer.from_pretrained(wide)
+    tokenizer.add_tokens([AddedToken("<b>"), AddedToken("<a>")])
+    tokenizer.save_pretrained(folder)
+    for tokens in ([], ["<a>", "<b>"], ["<b>"]):
+        model = replace(config.model, add_tokens=tokens)
+        with pytest.raises(ConfigError, match=r"model\.add_tokens: is") as caught:
+            evaluate_adapters(replace(config, model=model), prepared, {"new": folder})
+        assert caught.value.fix == """set 'model.add_tokens=["<b>", "<a>"]'"""
+    added = replace(config, model=replace(config.model, add_tokens=["<b>", "<a>"]))
+    results = evaluate_adapters(added, prepared, {"new": folder})
+    assert_equal(results["new"], by_peft(wide, prepared, [folder]), "new")
+
+
+def test_adapters_with_and_without_new_tokens_are_scored_side_by_side(
+    wide: Path, config: RunConfig, prepared: Path, adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(wide)
+    tokenizer = AutoTokenizer.from_pretrained(wide)
+    first = len(tokenizer)
+    with torch.no_grad():
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            table.weight[first : first + 2] = table.weight[:first].mean(0)
+    model.save_pretrained(tmp_path / "grown")
+    ids = [first, first + 1]
+    rows = LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        trainable_token_indices={"embed_tokens": ids, "lm_head": ids},
+        task_type="CAUSAL_LM",
+    )
+    plain = LoraConfig(r=4, target_modules=["v_proj"], task_type="CAUSAL_LM")
+    folders = {"rows": adapter("rows", rows), "plain": adapter("plain", plain)}
+    added = replace(config, model=replace(config.model, add_tokens=["<b>", "<a>"]))
+    results = evaluate_adapters(added, prepared, folders)
+    assert_equal(results["none"], by_peft(tmp_path / "grown", prepared, []), "none")
+    for name, folder in folders.items():
+        assert_equal(results[name], by_peft(tmp_path / "grown", prepared, [folder]), name)
+
+
+def test_who_stands_on_another_base_than_in_training_is_said(
+    config: RunConfig, prepared: Path, adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One base is loaded for all: in NF4 only if all were trained so."""
+    from peft import LoraConfig
+
+    from posttrain_dist.evaluation.chat_generator import load_generator
+
+    plain = adapter("one", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    quantized = tmp_path / "quantized"
+    shutil.copytree(plain, quantized)
+    (quantized / "posttrain.json").write_text(json.dumps({"tuning": {"quantize": "nf4"}}))
+    nf4 = replace(config, tuning=Lora(quantize=Quantize.nf4))
+    cases = [
+        (config, {"p": plain, "q": quantized}, "q: trained beside NF4, and here on unquantised"),
+        (config, {"q": quantized}, ""),
+        (config, {"p": plain}, ""),
+        (nf4, {"p": plain, "q": quantized}, "p: trained beside unquantised weights, and here on"),
+    ]
+    for chosen, folders, says in cases:
+        for asked in (
+            partial(evaluate_adapters, chosen, prepared),
+            partial(load_generator, Path(config.model.path)),
+        ):
+            if asked.func is load_generator and chosen is nf4:
+                continue  # it knows no config
+            notices: list[str] = []
+            asked(folders, notice=notices.append)
+            about = [line for line in notices if "beside" in line]
+            assert len(about) == bool(says)
+            assert says in "".join(about)
 
 
 def random_kept(tuning: Any, model: Any) -> dict[str, torch.Tensor]:
@@ -256,8 +347,6 @@ def test_a_bottleneck_is_loaded_by_its_own_code(
 
 
 def write_adapter(folder: Path, saved: Any) -> Path:
-    import json
-
     from safetensors.torch import save_file
 
     folder.mkdir()

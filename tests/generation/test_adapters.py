@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import LlamaForCausalLM
 
 from posttrain_dist.data.chat.rendering.served import Prompt
 from posttrain_dist.errors import ConfigError, ModelError
-from posttrain_dist.generation.adapters import find_adapters
+from posttrain_dist.generation.adapter_places import find_adapters
 from posttrain_dist.generation.base import Sampling
 from posttrain_dist.generation.local import LocalGenerator
 
@@ -176,12 +177,15 @@ def test_the_tokenizer_of_an_adapter_speaks_for_it(
     [
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no other format"),
         (lambda folder: edit(folder, target_modules=["nothing"]), "is it an adapter of this base"),
-        (lambda folder: edit(folder, r=8), "size mismatch"),
+        (lambda folder: edit(folder, r=8), "8 faults, first of them: size mismatch[^\n]*\n  fix"),
         (lambda folder: edit(folder, peft_type=None), "a method that peft does not know"),
         (lambda folder: edit(folder, peft_type="SORCERY"), "cannot be loaded onto"),
         (lambda folder: edit(folder, megatron_config={"a": 1}), "names a Python module"),
         (lambda folder: rewrite(folder, lambda t: t * float("nan")), "holds NaN or infinity"),
         (lambda folder: drop_one(folder), "missing adapter keys"),
+        # peft takes what fits of these, and says nothing.
+        (lambda folder: edit(folder, target_modules=["q_proj"]), "4 tensors of the file have no"),
+        (lambda folder: add_one(folder), "1 tensors of the file have no place.*first of them .*x_"),
     ],
 )
 def test_a_folder_that_is_no_adapter_of_the_base_is_refused(
@@ -218,6 +222,112 @@ def test_what_cannot_stand_together_is_refused(
     alone.reply(PROMPTS[:1], Sampling(max_new_tokens=1, adapter="pissa"))
     with pytest.raises(ModelError, match="has changed the base model's weights"):
         alone.reply(PROMPTS[:1], Sampling(max_new_tokens=1, adapter="none"))
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+def test_virtual_tokens_answer_without_a_warning(
+    base: Path, adapters: dict[str, Path], name: str
+) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        generator = LocalGenerator.load(adapters[name])
+        generator.reply(PROMPTS[:1], Sampling(max_new_tokens=2))
+    assert [str(each.message) for each in seen if "osition ids" in str(each.message)] == []
+
+
+@pytest.mark.parametrize("order", ["ab_new", "new_ab", "a_new_b"])
+def test_an_adapter_of_new_tokens_stands_beside_others_in_any_order(
+    base: Path, adapters: dict[str, Path], tmp_path: Path, order: str
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    rows = {"embed_tokens": [261, 262], "lm_head": [261, 262]}
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=rows)
+    torch.manual_seed(9)
+    model = get_peft_model(grown_llama(base), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.4)
+    model.save_pretrained(tmp_path / "new", save_embedding_layers=False)
+    folders = {"a": adapters["a"], "b": adapters["b"], "new": tmp_path / "new"}
+    names = {"ab_new": ["a", "b", "new"], "new_ab": ["new", "a", "b"], "a_new_b": ["a", "new", "b"]}
+    generator = LocalGenerator.load(base, adapters={n: folders[n] for n in names[order]})
+    text = [*TEXT, 262, 3, 261]
+    for name in ("new", "a", "none", "b", "new"):
+        generator.adapter = name
+        new = name == "new"
+        expected = score_by_peft(grown_llama(base), folders.get(name), text if new else TEXT)
+        # Of the others, the new tokens are two more to choose from.
+        assert generator.score([text if new else TEXT])[0] == pytest.approx(expected, abs=2e-5)
+
+
+def grown_llama(base: Path) -> Any:
+    """As `posttrain` grows it: new tokens have the mean of all rows."""
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    size = model.vocab_size
+    model.resize_token_embeddings(size + 2, mean_resizing=False)
+    with torch.no_grad():
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            table.weight[size:] = table.weight[:size].mean(0)
+    return model
+
+
+def score_by_peft(model: Any, folder: Path | None, text: list[int]) -> list[float]:
+    from peft import PeftModel
+
+    if folder is not None:
+        model = PeftModel.from_pretrained(model, folder).eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([text]), use_cache=False).logits[0]
+    return logits.log_softmax(-1)[:-1].gather(-1, torch.tensor(text[1:])[:, None])[:, 0].tolist()
+
+
+def test_tokens_whose_rows_are_saved_in_full_are_there(
+    base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """The usual recipe for new tokens: both tables are trained whole, and have more rows."""
+    from peft import LoraConfig, get_peft_model
+
+    tables = ["embed_tokens", "lm_head"]
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=tables)
+    torch.manual_seed(9)
+    model = get_peft_model(grown_llama(base), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.4)
+    model.save_pretrained(tmp_path / "new")
+    text = [*TEXT, 262, 3, 261]  # two of them are new
+    expected = score_by_peft(grown_llama(base), tmp_path / "new", text)
+    generator = LocalGenerator.load(base, adapters={"new": tmp_path / "new", "a": adapters["a"]})
+    generator.adapter = "new"
+    assert generator.score([text])[0] == pytest.approx(expected, abs=2e-5)
+    # One for fewer tokens cannot stand beside it, nor one for more behind it.
+    write_adapter(base, tmp_path / "old", config, 4)
+    with pytest.raises(ModelError, match="of 261 tokens, and an adapter before added some"):
+        generator.add_adapter("old", tmp_path / "old")
+    behind = LocalGenerator.load(base, adapters={"old": tmp_path / "old"})
+    with pytest.raises(ModelError, match="an adapter before stands in the embeddings"):
+        behind.add_adapter("new", tmp_path / "new")
+
+
+def test_a_base_whose_weights_an_adapter_brings_is_not_taken_for_itself(
+    base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """peft writes such tensors into the base: who asks for it gets the adapter's, unasked."""
+    folder = copied(adapters["a"], tmp_path / "a")
+    path = folder / "adapter_model.safetensors"
+    head = {"base_model.model.lm_head.weight": torch.randn(261, 32)}
+    save_file({**load_file(path), **head}, path)
+    generator = LocalGenerator.load(base, adapters={"a": folder})
+    with pytest.raises(ModelError, match="has changed the base model's weights"):
+        generator.reply(PROMPTS[:1], Sampling(max_new_tokens=1, adapter="none"))
+    with pytest.raises(ModelError, match="or holds some in place of them"):
+        generator.add_adapter("b", adapters["b"])
+    other = LocalGenerator.load(base, adapters={"b": adapters["b"]})
+    with pytest.raises(ModelError, match="or holds some in place of them"):
+        other.add_adapter("a", folder)
 
 
 def test_a_moved_base_is_named_with_what_to_do(adapters: dict[str, Path], tmp_path: Path) -> None:
@@ -261,6 +371,13 @@ def edit(folder: Path, **values: object) -> None:
 def rewrite(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     path = folder / "adapter_model.safetensors"
     save_file({name: change(tensor) for name, tensor in load_file(path).items()}, path)
+
+
+def add_one(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "v_proj.lora_A" in name)
+    save_file({**tensors, name.replace("v_proj", "x_proj"): tensors[name] + 1}, path)
 
 
 def drop_one(folder: Path) -> None:

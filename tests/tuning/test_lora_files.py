@@ -43,6 +43,18 @@ def continued(tiny_llama, tmp_path):
     return attach
 
 
+def test_modules_that_an_adapter_trains_in_full_are_not_lost(tiny_llama, continued):
+    """They would be written into the frozen base: right losses, and an adapter without them."""
+    tuning = Lora(rank=2, alpha=4.0, modules_to_save=["norm", "lm_head"])
+    policy, saved = saved_by(tiny_llama, tuning)
+    with pytest.raises(ModelError, match=r"trains lm_head, model\.norm in full") as caught:
+        continued(saved, replace(tuning, modules_to_save=[]))
+    assert caught.value.fix == "set 'tuning.modules_to_save=[lm_head,model.norm]'"
+    again = continued(saved, replace(tuning, modules_to_save=["lm_head", "model.norm"]))
+    for name, tensor in tuned.kept_of(policy, tuning).items():
+        assert torch.equal(dict(again.causal_lm.named_parameters())[name], tensor), name
+
+
 @pytest.mark.parametrize(
     ("tuning", "options"),
     [

@@ -30,6 +30,11 @@ def added_token_ids(model: nn.Module) -> list[int]:
     return list(getattr(model, "_added_token_ids", ()))
 
 
+def forget_added(model: nn.Module) -> None:
+    """Have a loaded model's new rows taken for those of any other token."""
+    model._added_token_ids = ()  # type: ignore[assignment]
+
+
 def add_rows(model: Any, ids: Sequence[int]) -> None:
     """Give the tokens `ids` rows that are the mean of those before the first of them.
 

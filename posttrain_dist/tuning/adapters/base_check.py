@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain_dist.errors import ModelError
-from posttrain_dist.models.folder import check_folder
-from posttrain_dist.tuning.adapters.adapter_folder import find_adapter, read_adapter, read_facts
+from posttrain_dist.errors import ConfigError, ModelError, reason
+from posttrain_dist.files import read_object
+from posttrain_dist.models.folder import check_folder, load_tokenizer
+from posttrain_dist.tuning.adapters.adapter_folder import (
+    adapter_parts,
+    find_adapter,
+    read_adapter,
+    read_facts,
+)
 from posttrain_dist.tuning.adapters.base_digest import RANDOM, BaseTensor, base_digest, base_tensors
 
 if TYPE_CHECKING:
@@ -58,6 +65,41 @@ def check_base(folder: Path, base: Path) -> str:
             fix="set model.path to the base model that it was trained on",
         )
     return ""
+
+
+def check_tokens(folder: Path, base: Path, add_tokens: Sequence[str]) -> None:
+    """Refuse an adapter whose own tokenizer has other new tokens, or has them in another order.
+
+    Rows are taken by id, so nothing else would tell.
+
+    Args:
+        folder: of the adapter, or a run.
+        base: of the model that it is to stand on.
+        add_tokens: `model.add_tokens`.
+
+    Raises:
+        ConfigError: they differ.
+        ModelError: the tokenizer beside the adapter cannot be read.
+    """
+    file = adapter_parts(folder)[0] / "tokenizer.json"
+    if not file.is_file():
+        return
+    try:
+        added = sorted((t["id"], t["content"]) for t in read_object(file).get("added_tokens", ()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"is no tokenizer: {reason(error)}", where=str(file), fix="copy the folder again"
+        ) from error
+    of_base = load_tokenizer(base).backend_tokenizer
+    own = [(i, token) for i, token in added if of_base.token_to_id(token) is None]
+    of_rows = load_tokenizer(base, None, add_tokens).backend_tokenizer
+    if any(of_rows.token_to_id(token) != i for i, token in own):
+        tokens = json.dumps([token for _, token in own], ensure_ascii=False)
+        raise ConfigError(
+            f"is {list(add_tokens)}, and {folder} was trained with {tokens}",
+            where="model.add_tokens",
+            fix=f"set 'model.add_tokens={tokens}'",
+        )
 
 
 def _compare_sizes(saved: SavedAdapter, base: Path, place: Path) -> None:

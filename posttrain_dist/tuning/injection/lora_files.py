@@ -33,6 +33,9 @@ class LoraLike(Protocol):
     dora: bool
     init: Any
 
+    def kept(self, name: str) -> bool:
+        """See `Tuning.kept`."""
+
     @property
     def scale(self) -> float:
         """What B A is multiplied by."""
@@ -91,6 +94,8 @@ def from_files(tuning: LoraLike, saved: SavedAdapter) -> dict[str, torch.Tensor]
     _check(tuning, saved.config, joined)
     found: dict[str, torch.Tensor] = {}
     for file_key, tensor in saved.tensors.items():
+        if file_key.replace(".modules_to_save", "") in saved.tensors.keys() - {file_key}:
+            continue  # peft writes tables of tokens twice that have grown
         name = model_name(file_key)
         layer = name.partition(".lora_")[0]
         if joined and name.endswith(_A):
@@ -103,6 +108,13 @@ def from_files(tuning: LoraLike, saved: SavedAdapter) -> dict[str, torch.Tensor]
     for name in [name for name in found if name.endswith(_ROWS)]:
         module = name.removesuffix(_ROWS)
         found[module + _IDS] = torch.tensor(_token_ids(saved.config, module))
+    in_full = [name for name in found if not tuning.kept(name)]
+    if in_full:
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in in_full)
+        raise _other(
+            f"trains {', '.join(modules)} in full",
+            f"set 'tuning.modules_to_save=[{','.join(modules)}]'",
+        )
     return found
 
 

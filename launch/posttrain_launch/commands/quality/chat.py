@@ -48,8 +48,11 @@ def command(arguments: list[str], debug: bool) -> int:
     from posttrain_dist.evaluation.chat_generator import load_generator
     from posttrain_dist.generation.base import Sampling
 
+    notices: list[str] = []
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars
-        generator = load_generator(folder, adapters)
+        generator = load_generator(folder, adapters, notices.append)
+    for notice in notices:
+        print(notice, file=sys.stderr)
     sampling = Sampling(max_new_tokens=given.max_new_tokens)
     first = [{"role": "system", "content": given.system}] if given.system else []
     messages = list(first)

@@ -26,14 +26,17 @@ def command(arguments: list[str], debug: bool) -> int:
     config = complete(with_absolute_paths(composed.config))
     with progress_output(sys.stderr) as output:
         prepared = prepare_cached(config, only_heldout=True, **output)
+    notices: list[str] = []
     results: dict[str, dict[str, Any]]
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars of libraries
         if adapters:
             from posttrain_dist.evaluation.adapter_losses import evaluate_adapters
 
-            results = evaluate_adapters(config, prepared, adapters)
+            results = evaluate_adapters(config, prepared, adapters, notices.append)
         else:
             results = {"none": evaluate(config, prepared)}
+    for notice in notices:
+        print(notice, file=sys.stderr)
     losses = {n: each for n, each in results.items() if each["loss"] is not None}
     print(text_table(*_table("held-out loss", losses, "loss", "channels")))
     if scored := {n: each for n, each in results.items() if "channel_accuracy" in each}:
