@@ -140,9 +140,11 @@ def test_each_adapter_scores_as_in_plain_peft(
 
     task = {"task_type": "CAUSAL_LM"}
     feedforward = {"feedforward_modules": ["down_proj"], **task}
-    saved = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], **task)
+    saved = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"], **task)
     folders = {
-        "saved": adapter("saved", saved),  # writes into the base, which the next one needs
+        "saved": adapter(
+            "saved", saved
+        ),  # all that end in norm, for peft; writes into the base, which the next one needs
         "lora": adapter("lora", LoraConfig(r=4, target_modules=["q_proj", "up_proj"], **task)),
         "dora": adapter("dora", LoraConfig(r=2, use_dora=True, target_modules=["o_proj"], **task)),
         "ia3": adapter("ia3", IA3Config(target_modules=["k_proj", "down_proj"], **feedforward)),
