@@ -39,7 +39,8 @@ def input_problems(config: RunConfig, verb: str = "train") -> list[PosttrainErro
     """Every fault that can be seen without reading rows or weights; see `check_inputs`."""
     found = problems(config)
     need_weights = config.model.weights is Weights.load
-    found += _faults(lambda: _check_model(config, need_weights))
+    trains = verb != "evaluate"
+    found += _faults(lambda: _check_model(config, need_weights, trains=trains))
     found += _data_faults(config, only_heldout=verb == "evaluate")
     if verb in ("train", "submit"):
         found += _faults(lambda: _check_init_from(config))
@@ -60,10 +61,10 @@ def _faults(check: Callable[[], object]) -> list[PosttrainError]:
     return []
 
 
-def _check_model(config: RunConfig, need_weights: bool) -> None:
+def _check_model(config: RunConfig, need_weights: bool, *, trains: bool) -> None:
     folder = resolve(config.model.path)
     model = check_folder(folder, need_weights)
-    adapters = isinstance(config.tuning, AdapterTuning)
+    adapters = isinstance(config.tuning, AdapterTuning) or not trains
     check_base(model, folder, adapters=adapters, fresh=not need_weights)
     check_row_length(model, config.data.max_length, config.tuning.virtual_tokens)
     config.tuning.check_network(model)

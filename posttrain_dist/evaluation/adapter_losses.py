@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import ConfigError, ModelError, PosttrainError
-from posttrain_dist.generation.adapter_places import find_adapters, nf4_notice, stood_on_nf4
-from posttrain_dist.generation.adapters import BASE
+from posttrain_dist.generation.adapter_places import BASE, find_named, nf4_notice, stood_on_nf4
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +47,7 @@ def evaluate_adapters(
 
     Raises:
         ModelError: a folder cannot be loaded, or an adapter is for another base model.
+        ConfigError: a name is taken, or model.add_tokens is not that of an adapter.
     """
     from posttrain_dist.evaluation.ensemble import evaluate_ensemble
     from posttrain_dist.evaluation.restored_model import restored
@@ -56,7 +56,7 @@ def evaluate_adapters(
     from posttrain_dist.tuning.adapters.adapter_folder import read_adapter
     from posttrain_dist.tuning.adapters.adapter_tuning import tuning_from_adapter
 
-    folders = {name: find_adapters(name, path) for name, path in adapters.items()}
+    folders = find_named(adapters)
     tunings = {
         name: {one: tuning_from_adapter(folder) for one, folder in found.items()}
         for name, found in folders.items()

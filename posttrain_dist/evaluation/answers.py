@@ -18,7 +18,7 @@ from posttrain_dist.errors import DataError
 from posttrain_dist.evaluation.chat_generator import load_generator
 from posttrain_dist.files import write_atomic
 from posttrain_dist.flow import Message
-from posttrain_dist.generation.adapters import BASE
+from posttrain_dist.generation.adapter_places import BASE
 from posttrain_dist.generation.base import Reply, Sampling, StopReason
 from posttrain_dist.generation.local import LocalGenerator
 from posttrain_dist.models import Weights

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain_dist.errors import ModelError
 from posttrain_dist.generation.adapter_places import (
     base_of,
-    find_adapters,
+    find_named,
     nf4_notice,
     own_adapters,
     stood_on_nf4,
@@ -46,18 +46,18 @@ def load_generator(
     from posttrain_dist.tuning.adapters.base_check import check_base
 
     given = adapters or {}
+    found = find_named(given)
     own = {} if (folder / "config.json").is_file() else own_adapters(folder)
     base = base_of(next(iter(own.values()))) if own else folder
     for place in (*own.values(), *given.values()):
         if said := check_base(place, base):
             notice(said)
-    found = {k: v for name, path in given.items() for k, v in find_adapters(name, path).items()}
-    every = {**own, **found}
+    every = {**own, **{name: place for each in found.values() for name, place in each.items()}}
     if said := nf4_notice(every, base, all(map(stood_on_nf4, every.values()))):
         notice(said)
     generator = LocalGenerator.load(folder, adapters=given, attach=_OwnMethods())
-    for name in list(given)[:1]:
-        generator.choose(next(iter(find_adapters(name, given[name]))))
+    for first in list(found.values())[:1]:
+        generator.choose(next(iter(first)))
     return generator
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_dist.config import RunConfig
+from posttrain_dist.models import Weights
 
 
 def evaluate(config: RunConfig, prepared: Path) -> dict[str, Any]:
@@ -24,9 +25,17 @@ def evaluate(config: RunConfig, prepared: Path) -> dict[str, Any]:
     from posttrain_dist.data.prepared.arrays import Examples
     from posttrain_dist.dist import Process
     from posttrain_dist.engine import Single
+    from posttrain_dist.evaluation.adapter_losses import HeldOut
     from posttrain_dist.loop import evaluate as evaluate_batches
     from posttrain_dist.metrics.channels import ChannelMeter
+    from posttrain_dist.models.folder import check_folder, resolve
+    from posttrain_dist.models.quantized import holds_nf4
 
+    fresh = config.model.weights is Weights.random
+    network = check_folder(resolve(config.model.path), need_weights=not fresh)
+    if config.tuning.whole_model and holds_nf4(network):  # an engine is for what can be trained
+        heldout = HeldOut(config, prepared)
+        return heldout.measure(heldout.policy(heldout.load_model(), None))
     config = replace(config, engine=Single())
     examples = Examples.open(prepared, "eval")
     channels = list(examples.channels)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain_dist.errors import ModelError, reason
+from posttrain_dist.errors import ConfigError, ModelError, reason
 from posttrain_dist.files import read_object
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OURS = "posttrain.json"  # of this library's adapter folders: how they were trained
+BASE = "none"  # the name by which the base model is asked for
 
 
 def is_adapter(folder: Path) -> bool:
@@ -44,6 +45,37 @@ def find_adapters(name: str, path: Path) -> dict[str, Path]:
         fix="give an adapter folder, or the folder of a run with an adapter: `posttrain export "
         "RUN` writes that of its newest checkpoint",
     )
+
+
+def check_name(name: str, taken: Collection[str], folder: Path) -> None:
+    """Refuse a name that another adapter or the base model has, or that a request cannot give.
+
+    Raises:
+        ConfigError: it is one of these.
+    """
+    if name in (*taken, BASE, "base") or not name.replace("-", "").isidentifier():
+        raise ConfigError(
+            f"{name!r} is no free name of an adapter",
+            where=str(folder),
+            fix=f"use letters, digits, - and _; {BASE} is the base model, and NAME-0, NAME-1 ... "
+            "are the prompts of an ensemble NAME",
+        )
+
+
+def find_named(adapters: Mapping[str, Path]) -> dict[str, dict[str, Path]]:
+    """`find_adapters` of each name.
+
+    Raises:
+        ConfigError: a name is none that an adapter can have, or two adapters get one name.
+        ModelError: there is none behind a path.
+    """
+    found: dict[str, dict[str, Path]] = {}
+    for name, path in adapters.items():
+        found[name] = find_adapters(name, path)
+        for one in {name, *found[name]}:
+            others = {n for other, each in found.items() if other != name for n in (other, *each)}
+            check_name(one, others, path)
+    return found
 
 
 def own_adapters(folder: Path) -> dict[str, Path]:

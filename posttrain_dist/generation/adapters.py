@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.errors import ConfigError, ModelError
 from posttrain_dist.generation.adapter_places import (
+    BASE,
     CONFIG,
     WEIGHTS,
+    check_name,
     read_config,
     refuse_nonfinite,
     shapes_of,
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-BASE = "none"  # the name by which the base model is asked for
 
 # Inserts the modules of an adapter folder that `peft` does not know, if they are not there yet;
 # returns the folder's tensors by their names in the model.
@@ -81,12 +82,7 @@ class AdapterSet:
             ConfigError: the name is taken, or none that an adapter can have.
             ModelError: the folder cannot be loaded onto this model.
         """
-        if name in (*self.names, BASE) or not name.replace("-", "").isidentifier():
-            raise ConfigError(
-                f"{name!r} is no free name of an adapter",
-                where=str(folder),
-                fix=f"use letters, digits, - and _; {BASE} is the base model",
-            )
+        check_name(name, self.names, folder)
         config = read_config(folder)
         method = config.get("peft_type")
         if method is None:

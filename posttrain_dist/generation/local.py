@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from posttrain_dist.data.chat.rendering.served import Prompt
 from posttrain_dist.errors import ModelError
 from posttrain_dist.generation.adapter_places import (
+    BASE,
     base_of,
-    find_adapters,
+    find_named,
     own_adapters,
     stood_on_nf4,
 )
-from posttrain_dist.generation.adapters import BASE, AdapterSet, Attach
+from posttrain_dist.generation.adapters import AdapterSet, Attach
 from posttrain_dist.generation.base import Completion, Reply, Sampling, StopReason
 from posttrain_dist.generation.local_folder import (
     ChatFormat,
@@ -117,11 +118,7 @@ class LocalGenerator:
         """
         own = {} if (folder / "config.json").is_file() else own_adapters(folder)
         base = base_of(next(iter(own.values()))) if own else folder
-        given = {
-            k: v
-            for name, path in (adapters or {}).items()
-            for k, v in find_adapters(name, path).items()
-        }
+        given = {k: v for found in find_named(adapters or {}).values() for k, v in found.items()}
         folders = [*own.values(), *given.values()]
         if tokenizer is None:
             places = [*own.values(), base, *given.values()]

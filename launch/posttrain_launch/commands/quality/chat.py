@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.errors import ConfigError, ModelError, PosttrainError
-from posttrain_dist.generation.adapters import BASE
+from posttrain_dist.generation.adapter_places import BASE
 from posttrain_launch.commands.arguments import add_adapters, named_folders, parser_of
 from posttrain_launch.failures import print_error
 
