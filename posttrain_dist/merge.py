@@ -180,11 +180,15 @@ def combine_folders(
     base = _common_base(places)
     every = [read_facts(place) for place in places]
     channels = dict.fromkeys(channel for facts in every for channel in facts.get("channels", ()))
+    quantized = [facts.get("tuning", {}).get("quantize", "none") for facts in every]
+    if len(set(quantized)) > 1:
+        notice("some of the adapters were trained on a base in NF4, and others were not")
     settings = {
         "adapters": {str(each.folder): each.weight for each in members},
         "combination": combination.name,
         "density": density,
         "seed": seed,
+        "quantize": quantized[0] if len(set(quantized)) == 1 else "none",  # of the base
     }
     facts = AdapterFacts(
         method=f"lora ({combination.name} of {len(members)})",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.config import RunConfig
-from posttrain_dist.errors import ConfigError
+from posttrain_dist.errors import ConfigError, ModelError, PosttrainError
 from posttrain_dist.generation.adapter_places import find_adapters, nf4_notice, stood_on_nf4
 from posttrain_dist.generation.adapters import BASE
 
@@ -76,7 +77,8 @@ def evaluate_adapters(
         with restored(model, written=first.kept):  # what was trained in full is written there
             if not read_adapter(place).config.get("trainable_token_indices"):
                 forget_added(model)  # it has no rows for them
-            first.attach(model)
+            with _of_folder(place):
+                first.attach(model)
             policy = heldout.policy(model, first)
             if len(members) == 1:
                 results[name] = heldout.measure(policy)
@@ -100,6 +102,22 @@ def _check(folder: Path, config: RunConfig, notice: Callable[[str], None]) -> No
             where="model.add_tokens",
             fix="list the tokens as in its training; they stand in config.yaml of its run",
         )
+
+
+@contextlib.contextmanager
+def _of_folder(folder: Path) -> Iterator[None]:
+    """Errors of a training that goes on with an adapter, as those of its folder."""
+    try:
+        yield
+    except PosttrainError as error:
+        if not error.where.startswith(("tuning.", str(folder))):
+            raise
+        raise ModelError(
+            f"cannot be evaluated: {error.what}",
+            where=str(folder),
+            fix="copy the folder again if it was damaged; `posttrain chat BASE --adapter "
+            "NAME=FOLDER` takes what peft takes",
+        ) from error
 
 
 class HeldOut:

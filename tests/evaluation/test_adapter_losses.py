@@ -23,7 +23,7 @@ from posttrain_dist.config import (
     complete,
 )
 from posttrain_dist.data.prepared.arrays import Examples
-from posttrain_dist.errors import ConfigError
+from posttrain_dist.errors import ConfigError, ModelError
 from posttrain_dist.evaluation import merge_choice
 from posttrain_dist.evaluation.adapter_losses import HeldOut, evaluate_adapters
 from posttrain_dist.evaluation.merge_choice import choose_weights
@@ -140,9 +140,11 @@ def test_each_adapter_scores_as_in_plain_peft(
 
     task = {"task_type": "CAUSAL_LM"}
     feedforward = {"feedforward_modules": ["down_proj"], **task}
-    saved = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], **task)
+    saved = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"], **task)
     folders = {
-        "saved": adapter("saved", saved),  # writes into the base, which the next one needs
+        "saved": adapter(
+            "saved", saved
+        ),  # all that end in norm, for peft; writes into the base, which the next one needs
         "lora": adapter("lora", LoraConfig(r=4, target_modules=["q_proj", "up_proj"], **task)),
         "dora": adapter("dora", LoraConfig(r=2, use_dora=True, target_modules=["o_proj"], **task)),
         "ia3": adapter("ia3", IA3Config(target_modules=["k_proj", "down_proj"], **feedforward)),
@@ -202,6 +204,28 @@ def test_new_tokens_of_an_adapter_are_named_where_they_are_not_added(
     added = replace(config, model=replace(config.model, add_tokens=["<b>", "<a>"]))
     results = evaluate_adapters(added, prepared, {"new": folder})
     assert_equal(results["new"], by_peft(wide, prepared, [folder]), "new")
+
+
+def test_what_peft_alone_can_do_is_refused_by_the_folders_name(
+    config: RunConfig, prepared: Path, adapter: Callable[..., Path]
+) -> None:
+    """No key of the config helps there, so none is named."""
+    from peft import LoraConfig
+
+    task = {"r": 2, "task_type": "CAUSAL_LM"}
+    cases = {
+        "of 2 tokens that the base model has, such as": LoraConfig(
+            target_modules=["q_proj"], trainable_token_indices=[5, 100], **task
+        ),
+        "cannot be evaluated: 'embed_tokens' is no linear layer": LoraConfig(
+            target_modules=["embed_tokens"], **task
+        ),
+    }
+    for number, (says, peft_config) in enumerate(cases.items()):
+        folder = adapter(f"peft{number}", peft_config)
+        with pytest.raises(ModelError, match=says) as caught:
+            evaluate_adapters(config, prepared, {"p": folder})
+        assert caught.value.where == str(folder) and "posttrain chat" in caught.value.fix
 
 
 def test_adapters_with_and_without_new_tokens_are_scored_side_by_side(

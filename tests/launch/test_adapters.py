@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,11 +26,14 @@ from posttrain_dist.config import (
 )
 from posttrain_dist.data.chat.rendering.served import Prompt
 from posttrain_dist.engine import AdamW
+from posttrain_dist.generation.adapter_places import stood_on_nf4
 from posttrain_dist.generation.base import Sampling
 from posttrain_dist.generation.local import LocalGenerator
+from posttrain_dist.merge import combine_folders
 from posttrain_dist.metrics import LoggingConfig, WandbMode
 from posttrain_dist.prepare import prepare
 from posttrain_dist.train import train
+from posttrain_dist.tuning.adapters.combine import Combination
 from posttrain_dist.tuning.base import Quantize
 from posttrain_dist.tuning.bottleneck import Bottleneck
 from posttrain_dist.tuning.lora import Lora
@@ -301,6 +306,24 @@ def test_combine_writes_an_adapter_that_is_the_weighted_sum(
     assert f"{lora} has no weight: write {lora}:0.5" in capsys.readouterr().err
     assert main(["combine", str(tmp_path / "x"), *given, "--method", "ties"]) == 1
     assert "--density: ties keeps a part" in capsys.readouterr().err
+
+
+def test_what_is_combined_of_adapters_of_an_nf4_base_stands_on_one(
+    lora: Path, other: Path, tmp_path: Path
+) -> None:
+    for name, source in (("a", lora), ("b", other)):
+        shutil.copytree(source / "adapter", tmp_path / name)
+        facts = json.loads((tmp_path / name / "posttrain.json").read_text())
+        facts["tuning"]["quantize"] = "nf4"
+        (tmp_path / name / "posttrain.json").write_text(json.dumps(facts))
+    notices: list[str] = []
+    for name, second in (("same", tmp_path / "b"), ("mixed", other)):
+        members = [(tmp_path / "a", 0.5), (second, 0.5)]
+        combine_folders(tmp_path / name, members, Combination.cat, notice=notices.append)
+        assert stood_on_nf4(tmp_path / name) == (name == "same")
+    assert [line for line in notices if "NF4" in line] == [
+        "some of the adapters were trained on a base in NF4, and others were not"
+    ]
 
 
 @pytest.mark.slow

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from posttrain_dist.errors import ModelError
 from posttrain_dist.tuning.base import AdapterTuning
+from posttrain_dist.tuning.saved_adapter import SavedAdapter
 
 # Settings of peft's LoRA that change what it computes, and that ours does not have.
 _FOREIGN_LORA = ("rank_pattern", "alpha_pattern", "lora_bias", "layers_to_transform")
@@ -24,7 +24,8 @@ def tuning_from_adapter(folder: Path) -> AdapterTuning:
     """
     from posttrain_dist.tuning.adapters.adapter_folder import read_adapter
 
-    config = read_adapter(folder).config
+    saved = read_adapter(folder)
+    config = saved.config
     makers = {
         "LORA": _lora,
         "IA3": _ia3,
@@ -40,7 +41,7 @@ def tuning_from_adapter(folder: Path) -> AdapterTuning:
     if foreign:
         raise _refusal(folder, f"sets {foreign[0]}")
     try:
-        tuning = makers[method](config)
+        tuning = makers[method](saved)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(
             f"lacks what its method needs: {error}",
@@ -59,23 +60,25 @@ def _refusal(folder: Path, what: str) -> ModelError:
     )
 
 
-def _lora(config: Mapping[str, Any]) -> AdapterTuning:
+def _lora(saved: SavedAdapter) -> AdapterTuning:
+    from posttrain_dist.tuning.injection.lora_files import modules_in_full
     from posttrain_dist.tuning.lora import Lora
 
+    config = saved.config
     return Lora(
         rank=int(config["r"]),
         alpha=float(config["lora_alpha"]),
         targets=_names(config["target_modules"]),
         rslora=bool(config.get("use_rslora")),
         dora=bool(config.get("use_dora")),
-        modules_to_save=list(config.get("modules_to_save") or ()),
+        modules_to_save=modules_in_full(saved),
     )
 
 
-def _ia3(config: Mapping[str, Any]) -> AdapterTuning:
+def _ia3(saved: SavedAdapter) -> AdapterTuning:
     from posttrain_dist.tuning.ia3 import Ia3
 
-    return Ia3(targets=_names(config["target_modules"]))
+    return Ia3(targets=_names(saved.config["target_modules"]))
 
 
 def _names(targets: Any) -> Any:
@@ -83,22 +86,22 @@ def _names(targets: Any) -> Any:
     return targets if isinstance(targets, str) else sorted(targets)
 
 
-def _prompt(config: Mapping[str, Any]) -> AdapterTuning:
+def _prompt(saved: SavedAdapter) -> AdapterTuning:
     from posttrain_dist.tuning.prompt_tuning import Prompt
 
-    return Prompt(tokens=int(config["num_virtual_tokens"]))
+    return Prompt(tokens=int(saved.config["num_virtual_tokens"]))
 
 
-def _prefix(config: Mapping[str, Any]) -> AdapterTuning:
+def _prefix(saved: SavedAdapter) -> AdapterTuning:
     from posttrain_dist.tuning.prefix_tuning import Prefix
 
-    return Prefix(tokens=int(config["num_virtual_tokens"]))
+    return Prefix(tokens=int(saved.config["num_virtual_tokens"]))
 
 
-def _bottleneck(config: Mapping[str, Any]) -> AdapterTuning:
+def _bottleneck(saved: SavedAdapter) -> AdapterTuning:
     from posttrain_dist.tuning.bottleneck import Bottleneck, Nonlinearity, Placement
 
-    own = config["config"]
+    own = saved.config["config"]
     placement = Placement.parallel if own.get("is_parallel") else Placement.pfeiffer
     if own.get("mh_adapter"):
         placement = Placement.houlsby

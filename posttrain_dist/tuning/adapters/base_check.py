@@ -79,8 +79,10 @@ def check_tokens(folder: Path, base: Path, add_tokens: Sequence[str]) -> None:
 
     Raises:
         ConfigError: they differ.
-        ModelError: the tokenizer beside the adapter cannot be read.
+        ModelError: the tokenizer beside the adapter cannot be read, or it trains rows of tokens
+            that the base has.
     """
+    _refuse_old_tokens(folder, base)
     file = adapter_parts(folder)[0] / "tokenizer.json"
     if not file.is_file():
         return
@@ -96,9 +98,24 @@ def check_tokens(folder: Path, base: Path, add_tokens: Sequence[str]) -> None:
     if any(of_rows.token_to_id(token) != i for i, token in own):
         tokens = json.dumps([token for _, token in own], ensure_ascii=False)
         raise ConfigError(
-            f"is {list(add_tokens)}, and {folder} was trained with {tokens}",
+            f"is {list(add_tokens) or 'not set'}, and {folder} was trained with {tokens}",
             where="model.add_tokens",
             fix=f"set 'model.add_tokens={tokens}'",
+        )
+
+
+def _refuse_old_tokens(folder: Path, base: Path) -> None:
+    trained = read_adapter(folder).config.get("trainable_token_indices") or []
+    lists = trained.values() if isinstance(trained, Mapping) else [trained]
+    of_base = load_tokenizer(base).backend_tokenizer
+    known = sorted({i for ids in lists for i in ids if of_base.id_to_token(i) is not None})
+    if known:
+        raise ModelError(
+            f"trains the rows of {len(known)} tokens that the base model has, such as "
+            f"{of_base.id_to_token(known[0])!r}, which no tuning of this library does",
+            where=str(folder),
+            fix="`posttrain chat BASE --adapter NAME=FOLDER` takes it through peft; for the rest "
+            "merge it with peft (merge_and_unload)",
         )
 
 

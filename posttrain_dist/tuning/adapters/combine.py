@@ -181,6 +181,8 @@ def _check_values(
 
 def _check_plain(adapter: WeightedAdapter) -> None:
     """Refuse what is no sum of weights and B A alone."""
+    from posttrain_dist.tuning.injection.lora_files import NEUTRAL
+
     config, where = adapter.saved.config, str(adapter.folder)
     if config.get("peft_type") != "LORA":
         method = config.get("peft_type") or "a bottleneck"
@@ -190,6 +192,10 @@ def _check_plain(adapter: WeightedAdapter) -> None:
             fix="`posttrain chat` and `posttrain evaluate` switch between others: --adapter",
         )
     found = [key for key in _MORE_THAN_LORA if config.get(key)]
+    if (initial := config.get("init_lora_weights", True)) not in NEUTRAL:
+        found.append(f"init_lora_weights={initial!r}, which changes the base model's weights")
+    if config.get("bias", "none") != "none":
+        found.append(f"bias={config['bias']!r}")
     other = [name for name in adapter.saved.tensors if ".lora_A." not in name]
     other = [name for name in other if ".lora_B." not in name]
     if found or other:

@@ -20,7 +20,7 @@ _IDS = ".token_adapter.token_ids"  # of added tokens; see models/embeddings/adde
 _A = f".lora_A.{ADAPTER}.weight"
 _INSERTED = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".token_adapter.")
 # Initialisations of peft that leave the base as it is; the others change it.
-_NEUTRAL = (True, False, "gaussian", "orthogonal", "eva", None)
+NEUTRAL = (True, False, "gaussian", "orthogonal", "eva", None)
 
 
 class LoraLike(Protocol):
@@ -93,9 +93,7 @@ def from_files(tuning: LoraLike, saved: SavedAdapter) -> dict[str, torch.Tensor]
     joined = tuning.init.name == "pissa"
     _check(tuning, saved.config, joined)
     found: dict[str, torch.Tensor] = {}
-    for file_key, tensor in saved.tensors.items():
-        if file_key.replace(".modules_to_save", "") in saved.tensors.keys() - {file_key}:
-            continue  # peft writes tables of tokens twice that have grown
+    for file_key, tensor in _once(saved).items():
         name = model_name(file_key)
         layer = name.partition(".lora_")[0]
         if joined and name.endswith(_A):
@@ -108,14 +106,29 @@ def from_files(tuning: LoraLike, saved: SavedAdapter) -> dict[str, torch.Tensor]
     for name in [name for name in found if name.endswith(_ROWS)]:
         module = name.removesuffix(_ROWS)
         found[module + _IDS] = torch.tensor(_token_ids(saved.config, module))
-    in_full = [name for name in found if not tuning.kept(name)]
-    if in_full:
-        modules = dict.fromkeys(name.rpartition(".")[0] for name in in_full)
+    modules = dict.fromkeys(n.rpartition(".")[0] for n in found if not tuning.kept(n))
+    if modules:
         raise _other(
             f"trains {', '.join(modules)} in full",
             f"set 'tuning.modules_to_save=[{','.join(modules)}]'",
         )
     return found
+
+
+def modules_in_full(saved: SavedAdapter) -> list[str]:
+    """Modules that an adapter trains in full, by its tensors: `peft` takes ends of names."""
+    names = [name for name in map(model_name, _once(saved)) if not _is_inserted(name)]
+    return sorted({name.rpartition(".")[0] for name in names})
+
+
+def _once(saved: SavedAdapter) -> dict[str, torch.Tensor]:
+    """Tensors; `peft` writes tables of tokens twice if they have grown."""
+    every = saved.tensors
+    return {
+        name: tensor
+        for name, tensor in every.items()
+        if ".modules_to_save." not in name or name.replace(".modules_to_save", "") not in every
+    }
 
 
 def _token_ids(config: Mapping[str, Any], module: str) -> list[int]:
@@ -132,7 +145,7 @@ def _check(tuning: LoraLike, config: Mapping[str, Any], joined: bool) -> None:
     if method != "LORA":
         raise _other(f"is of the method {method}, not LoRA", "choose that tuning")
     initial = config.get("init_lora_weights", True)
-    if initial not in _NEUTRAL:
+    if initial not in NEUTRAL:
         raise _other(
             f"was begun with init_lora_weights={initial!r}, which changes the base model's weights",
             "convert it to plain LoRA with peft first (path_initial_model_for_weight_conversion)",

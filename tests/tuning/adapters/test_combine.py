@@ -115,6 +115,8 @@ def test_what_cannot_be_combined_is_refused_with_its_reason() -> None:
     for adapters, says in (
         ([first, changed(second, peft_type="IA3")], "b: is IA3, and only LoRA"),
         ([changed(first, use_dora=True), second], "a: is no plain LoRA: it has use_dora"),
+        ([changed(first, bias="all"), second], "a: is no plain LoRA: it has bias='all'"),
+        ([first, changed(second, init_lora_weights="pissa")], "it has init_lora_weights='pissa'"),
         ([first, changed(second, r=8)], "b: has the rank 8, and a has 4"),
         ([first, other], "b: adapts other layers than a: .*second"),
     ):
