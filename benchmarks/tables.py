@@ -233,6 +233,11 @@ TUNINGS: dict[str, Cell] = {
     "tokens/s": number("tokens_per_s", 0),
     "peak MiB": number("peak_bytes", 0, MIB),
 }
+QLORA: dict[str, Cell] = {
+    **texts(arm="arm", tokens="tokens"),
+    **{n: number(f"{k}_bytes", 1, 2.0**-30) for n, k in (("peak GiB", "peak"), ("goal", "goal"))},
+    "tokens/s": number("tokens_per_s", 0),
+}
 
 # ------------------------------------------------------------------------------- goals
 
@@ -379,6 +384,7 @@ TABLES: dict[str, Table | Goals] = {
         source="deepspeed_overhead", columns=DEEPSPEED, per=("size", "processes", "stage", "tokens")
     ),
     "tunings": Table(source="tunings", columns=TUNINGS, where={"summary": True}, per=("arm",)),
+    "qlora-70b": Table(source="qlora_70b", columns=QLORA, where={"shape": "70b"}),
     "gpu-goals": Goals([*gpu_goals()]),
     "gpu-kernels": Table(source="gpu", columns=GPU_KERNELS, where=gpu_rows("kernels")),
     "gpu-head": Table(source="gpu", columns=GPU_HEAD, where=gpu_rows("head")),

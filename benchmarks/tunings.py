@@ -225,7 +225,7 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, default=rows.RESULTS)
     parser.add_argument("--one", choices=list(ARMS), help=argparse.SUPPRESS)
-    parser.add_argument("--lr", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--lr", type=float, help="the rate of all arms; none is tried")
     parser.add_argument("--answers", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -235,7 +235,9 @@ def main() -> None:
         return
     table: dict[str, list[dict[str, Any]]] = {}
     for arm in given.arms:
-        lr = best_rate(arm, given.seeds[0], given.steps, given.factors) if given.factors else None
+        lr = given.lr
+        if lr is None and given.factors:
+            lr = best_rate(arm, given.seeds[0], given.steps, given.factors)
         table[arm] = [measure(arm, lr, seed, given.steps) for seed in given.seeds]
         rows.append("tunings", [*table[arm], summary_of(table[arm])], given.results)
         print(_line(arm, table[arm]), flush=True)
