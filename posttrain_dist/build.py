@@ -242,8 +242,7 @@ def _check_init_from(config: RunConfig, base: Path) -> None:
     if isinstance(config.tuning, AdapterTuning) and (named := config.tuning.init_from):
         from posttrain_dist.tuning.adapters import base_check
 
-        if said := dist.from_main(lambda: base_check.check_base(Path(named), base)):
-            _log.warning("%s", said)
+        dist.from_main(lambda: base_check.check_base(Path(named), base))
         tokens = config.model.add_tokens
         dist.from_main(lambda: base_check.check_tokens(Path(named), base, tokens))
 

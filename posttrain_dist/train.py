@@ -44,7 +44,9 @@ from posttrain_dist.hooks import EndOnNonfinite, Evaluate, Log, Save
 from posttrain_dist.logs import log_to_file, notify
 from posttrain_dist.loop import Stop, fit
 from posttrain_dist.metrics.special_tokens import TokenMeter
+from posttrain_dist.models.folder import resolve
 from posttrain_dist.models.policy import Policy
+from posttrain_dist.tuning.adapters.base_check import not_compared
 
 PLAN = Path("logs", "plan.json")
 _log = logging.getLogger(__name__)
@@ -149,6 +151,9 @@ def _say_settings(
     if dist.rank() != 0:
         return counts
     lines = warnings(config, on_cpu=device.type == "cpu")
+    if continued := getattr(config.tuning, "init_from", None):
+        said = not_compared(Path(continued), resolve(config.model.path))
+        lines += [said] if said else []
     settings = settings_line(config, **counts)
     if counts["trained"] == counts["parameters"]:
         _log.info("%s", settings)

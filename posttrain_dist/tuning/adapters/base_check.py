@@ -46,10 +46,7 @@ def check_base(folder: Path, base: Path) -> str:
     digest = facts.get("base_digest")
     if not digest:
         _compare_sizes(saved, base, place)
-        return (
-            f"{place} does not say by a digest which base model it is of: modules and sizes fit "
-            f"{base}, its weights were not compared"
-        )
+        return not_compared(folder, base)
     if str(digest).startswith(RANDOM):
         raise ModelError(
             "was trained on random weights (model.weights=random), which no folder holds",
@@ -65,6 +62,20 @@ def check_base(folder: Path, base: Path) -> str:
             fix="set model.path to the base model that it was trained on",
         )
     return ""
+
+
+def not_compared(folder: Path, base: Path) -> str:
+    """What the user should know of an adapter that has no digest of its base; "" if it has one."""
+    place = find_adapter(folder)
+    if read_facts(folder).get("base_digest"):
+        return ""
+    named = read_adapter(folder).config.get("base_model_name_or_path")
+    other = bool(named) and Path(str(named)).expanduser().resolve() != base.resolve()
+    return (
+        f"{place} does not say by a digest which base model it is of: modules and sizes fit "
+        f"{base}, its weights were not compared"
+        + (f"; and its own base model is called {named}" if other else "")
+    )
 
 
 def check_tokens(folder: Path, base: Path, add_tokens: Sequence[str]) -> None:

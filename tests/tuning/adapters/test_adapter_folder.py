@@ -319,9 +319,11 @@ def test_the_digest_is_of_network_and_weights_alone(
 
 
 def test_a_folder_of_plain_peft_is_compared_by_sizes(
-    made: Any, other: Path, builders: Any, tmp_path: Path
+    made: Any, tiny_llama: Path, other: Path, builders: Any, tmp_path: Path
 ) -> None:
-    assert "weights were not compared" in check_base(made[0], other)
+    said = [check_base(made[0], base) for base in (tiny_llama, other)]
+    assert said[0].endswith("its weights were not compared")
+    assert said[1].endswith(f"not compared; and its own base model is called {tiny_llama}")
     for name, sizes, match in (
         ("wide", {"intermediate_size": 64}, r"down_proj.lora_A.*beside a weight \(32, 64\)"),
         ("flat", {"num_hidden_layers": 1}, "there is no module model.layers.1"),
