@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from posttrain_dist.data.chat.rendering.answer_reader import Answer, AnswerReader
 from posttrain_dist.data.chat.rendering.served import Prompt
 from posttrain_dist.errors import DataError, ModelError
+from posttrain_dist.files import read_object
 from posttrain_dist.generation.base import StopReason
 
 if TYPE_CHECKING:
@@ -123,7 +124,8 @@ def load_model(folder: Path, *, nf4: bool = False) -> PreTrainedModel:
 
     Args:
         folder: of a model; see `adapters.base_of` for what an adapter stands on.
-        nf4: store its weights in 4 bits, as they were when an adapter was trained beside them.
+        nf4: store its weights in 4 bits, as they were when an adapter was trained beside them;
+            those that are stored so stay so.
 
     Raises:
         ModelError: transformers cannot load it, or a weight is not finite.
@@ -137,6 +139,7 @@ def load_model(folder: Path, *, nf4: bool = False) -> PreTrainedModel:
     disable_progress_bar()  # loading bars would stand between a chat's lines
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"dtype": "auto" if device.type == "cuda" else torch.float32}
+    nf4 = nf4 or _stored_in_nf4(folder)
     with _loading(folder, folder), contextlib.ExitStack() as stack:
         if nf4:
             options |= _nf4_options(folder, device, stack)
@@ -155,6 +158,15 @@ def load_model(folder: Path, *, nf4: bool = False) -> PreTrainedModel:
         model = model.to(device)
     refuse_nonfinite(model, folder)
     return model.eval()
+
+
+def _stored_in_nf4(folder: Path) -> bool:
+    from posttrain_dist.models.quantized import holds_nf4
+
+    try:
+        return holds_nf4(read_object(folder / "config.json"))
+    except (OSError, ValueError, AttributeError):  # loading it says what is wrong
+        return False
 
 
 def _nf4_options(folder: Path, device: Any, stack: contextlib.ExitStack) -> dict[str, Any]:

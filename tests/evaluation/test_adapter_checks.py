@@ -20,7 +20,10 @@ from posttrain_dist.config import (
 )
 from posttrain_dist.errors import ConfigError, ModelError
 from posttrain_dist.evaluation.adapter_losses import HeldOut, evaluate_adapters
+from posttrain_dist.evaluation.chat_generator import load_generator
 from posttrain_dist.evaluation.heldout import evaluate
+from posttrain_dist.generation.local import LocalGenerator
+from posttrain_dist.generation.local_folder import load_model
 from posttrain_dist.preflight import input_problems
 from posttrain_dist.tuning.base import Quantize
 from posttrain_dist.tuning.lora import Lora
@@ -70,6 +73,17 @@ def test_a_base_that_is_stored_in_nf4_is_evaluated_whatever_the_tuning(
     folder = adapter("on", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     results = evaluate_adapters(asked, prepared, {"a": folder})
     assert_equal(results["none"], expected, "none")
+    # bitsandbytes repacks weights on some CPUs, and peft's DoRA then reads their bytes wrongly.
+    dora = LoraConfig(r=2, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    served = load_generator(stored, {"d": adapter("dora-on", dora)})
+    quantized = LocalGenerator(load_model(wide, nf4=True), served.tokenizer)
+    quantized.add_adapter("d", adapter("dora-on", dora))
+    quantized.choose("d")
+    assert served.score([[5, 80, 91, 7, 120]])[0] == pytest.approx(
+        quantized.score([[5, 80, 91, 7, 120]])[0], abs=1e-5
+    )
+    four_bit = [m for m in served.model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    assert four_bit and not any(m.support_avx512bf16_for_cpu for m in four_bit)
     assert results["a"]["loss"] != pytest.approx(expected["loss"], rel=1e-4)
 
 
@@ -77,8 +91,6 @@ def test_a_name_stands_for_one_adapter(
     config: RunConfig, prepared: Path, adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     from peft import LoraConfig
-
-    from posttrain_dist.evaluation.chat_generator import load_generator
 
     folder = adapter("named", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     for number in range(2):
@@ -155,8 +167,6 @@ def test_who_stands_on_another_base_than_in_training_is_said(
 ) -> None:
     """One base is loaded for all: in NF4 only if all were trained so."""
     from peft import LoraConfig
-
-    from posttrain_dist.evaluation.chat_generator import load_generator
 
     plain = adapter("one", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     quantized = tmp_path / "quantized"

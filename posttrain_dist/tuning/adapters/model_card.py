@@ -164,6 +164,11 @@ def engine_lines(saved: SavedAdapter, tuning: Mapping[str, Any]) -> list[str]:
             f"it was trained beside the base in {str(tuning['quantize']).upper()}: on the 16-bit "
             "base it answers slightly otherwise; `posttrain export RUN OUT --merge` measures both"
         )
+    if saved.config.get("use_dora"):
+        lines.append(
+            "plain `peft` computes DoRA wrongly on a base in NF4 on some CPUs, where bitsandbytes "
+            "repacks weights whose norm is then read: merge it there, or use `posttrain chat`"
+        )
     return lines
 
 

@@ -25,6 +25,7 @@ def card(config: dict[str, Any], name: str = "q_proj.lora_A.weight", **tuning: A
         (LORA, {}, "vLLM, with `--enable-lora --max-lora-rank 16`", "--merge"),
         ({**LORA, "r": 600}, {}, "ranks up to 512, and this is 600", "--enable-lora"),
         ({**LORA, "use_dora": True}, {}, "not vLLM: it refuses DoRA", "--enable-lora"),
+        ({**LORA, "use_dora": True}, {}, "wrongly on a base in NF4 on some CPUs", "--enable-lora"),
         ({**LORA, "modules_to_save": ["norm"]}, {}, "refuses `modules_to_save`", "--enable-lora"),
         ({**LORA, "trainable_token_indices": [9]}, {}, "needs the merged model", "--enable-lora"),
         ({**LORA, "use_rslora": True}, {}, "--plain` folds the scale into alpha", "PiSSA"),
