@@ -157,10 +157,13 @@ class HeldOut:
             nf4: whether its weights are quantised; None: as the tuning says.
             dtype: of its weights, or what it computes in; None: that of the config.
         """
+        from transformers.utils.logging import disable_progress_bar
+
         from posttrain_dist.models.finite import refuse_nonfinite
         from posttrain_dist.models.folder import resolve
         from posttrain_dist.models.load import load_model
 
+        disable_progress_bar()  # what is read of an export is what it says
         folder = resolve(self.config.model.path)
         model: Any = load_model(
             self.config.model,
