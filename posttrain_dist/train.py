@@ -47,6 +47,7 @@ from posttrain_dist.metrics.special_tokens import TokenMeter
 from posttrain_dist.models.folder import resolve
 from posttrain_dist.models.policy import Policy
 from posttrain_dist.tuning.adapters.base_check import not_compared
+from posttrain_dist.tuning.base import AdapterTuning
 
 PLAN = Path("logs", "plan.json")
 _log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
         dtype = frozen_dtype(config, run_folder)
         engine = make_engine(config, process, dtype)
         policy = build_policy(config, engine, dtype, data.channels)
-        counts = _say_settings(config, run_folder, policy, engine.device)
+        counts = _report_settings(config, run_folder, policy, engine.device)
         source = make_source(config, data.train, process)
         heldout = make_source(config, data.heldout, process, mixed=False) if data.heldout else None
         steps = source.total_steps(config.train.steps, config.train.epochs, config.train.tokens)
@@ -139,10 +140,12 @@ def _enter(config: RunConfig, run_folder: Path, process: Process) -> Path:
     return run_folder
 
 
-def _say_settings(
+def _report_settings(
     config: RunConfig, run_folder: Path, policy: Policy, device: torch.device
 ) -> dict[str, int]:
-    """What is trained and how fast, on the terminal where it is not full tuning; and warnings.
+    """What is trained and how fast; and warnings.
+
+    On the terminal, but for full tuning at a rate that was set: there it is read off the command.
 
     Returns:
         "trained" and "parameters", numbers of them.
@@ -151,11 +154,12 @@ def _say_settings(
     if dist.rank() != 0:
         return counts
     lines = warnings(config, on_cpu=device.type == "cpu")
-    if continued := getattr(config.tuning, "init_from", None):
+    if isinstance(config.tuning, AdapterTuning) and (continued := config.tuning.init_from):
         said = not_compared(Path(continued), resolve(config.model.path))
         lines += [said] if said else []
     settings = settings_line(config, **counts)
-    if counts["trained"] == counts["parameters"]:
+    own_rate = config.optimizer.lr == config.tuning.default_lr  # type: ignore[attr-defined]
+    if counts["trained"] == counts["parameters"] and not own_rate:
         _log.info("%s", settings)
     else:
         lines = [settings, *lines]

@@ -129,7 +129,7 @@ class HeldOut:
         from posttrain_dist.data.prepared.arrays import Examples
         from posttrain_dist.dist import Process
 
-        # What is put into layers that are compiled would be compiled anew each time.
+        # What is put into layers that are compiled would be compiled again each time.
         self.config = replace(config, model=replace(config.model, compile=False))
         self.device = dist.device(Process())
         self.dtype = pick_dtype(config.train.dtype)

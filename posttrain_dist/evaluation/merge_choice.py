@@ -70,7 +70,7 @@ def choose_weights(
         difference = float((loss_N - wanted_N).abs().mean())
         measured[into] = _Measured(float(loss_N.mean()), difference)
     nearest = min(MergeInto, key=lambda into: measured[into].difference)
-    return MergeChoice(nearest, *_told(nearest, measured, wanted_N))
+    return MergeChoice(nearest, *_described(nearest, measured, wanted_N))
 
 
 def _unmeasured(why: str) -> MergeChoice:
@@ -80,7 +80,7 @@ def _unmeasured(why: str) -> MergeChoice:
     return MergeChoice(MergeInto.dequantised, facts, text)
 
 
-def _told(
+def _described(
     nearest: MergeInto, measured: Mapping[MergeInto, _Measured], wanted_N: torch.Tensor
 ) -> tuple[dict[str, str], str]:
     """Facts and text of a choice."""

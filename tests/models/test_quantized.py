@@ -25,6 +25,7 @@ from posttrain_dist.models import Weights, quantized
 from posttrain_dist.models.architectures.known import TRAINED
 from posttrain_dist.models.finite import refuse_nonfinite
 from posttrain_dist.models.folder import check_folder
+from posttrain_dist.models.layers import decoder_layers
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.quantized import load_nf4
 from posttrain_dist.models.shape import ModelShape
@@ -235,7 +236,12 @@ def test_layers_that_would_stay_as_they_are_are_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", sorted(TRAINED))
 def test_every_architecture_that_is_trained_can_be_quantised(model_type):
-    load_nf4.refuse_unquantisable(small_config(model_type), Path("folder"), torch.device("cuda"))
+    config = small_config(model_type)
+    taken = load_nf4.refuse_unquantisable(config, Path("folder"), torch.device("cuda"))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    matrices = [p for layer in decoder_layers(model) for p in layer.parameters() if p.ndim >= 2]
+    assert 0.95 * sum(p.numel() for p in matrices) <= taken <= sum(p.numel() for p in matrices)
 
 
 def test_rows_that_a_cpu_reads_wrongly_are_refused(tiny_llama, monkeypatch):

@@ -25,7 +25,7 @@ TUNINGS = {"prompt": Prompt, "p_tuning": PTuning, "prefix": Prefix}
 
 
 def policy_of(folder, tuning: Tuning | None, spread: float = 0.5, **model) -> Policy:
-    """The policy of a model folder; trained values are drawn anew, of that standard deviation."""
+    """The policy of a model folder; trained values are drawn again, of that standard deviation."""
     causal_lm = load_model(
         ModelConfig(path=str(folder), **model),
         folder,

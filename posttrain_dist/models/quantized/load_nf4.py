@@ -95,12 +95,15 @@ def _give_back_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def refuse_unquantisable(hf_config: Any, folder: Path, device: torch.device) -> None:
+def refuse_unquantisable(hf_config: Any, folder: Path, device: torch.device) -> int:
     """Refuse what bitsandbytes cannot store or read, before weights are read.
 
     It takes the place of torch's own linear and of GPT-2's, not of others. And on a CPU (0.50) it
     reads the blocks of 64 weights that share a scale row by row, though they are made without
     regard to rows: with rows of another length it computes with wrong weights.
+
+    Returns:
+        How many weights of the layers are stored in 4 bits.
 
     Raises:
         ModelError: with the class of the layers, or the length of the rows.
@@ -138,6 +141,7 @@ def refuse_unquantisable(hf_config: Any, folder: Path, device: torch.device) -> 
             where=where,
             fix="set tuning.quantize=none, or train on a GPU",
         )
+    return taken
 
 
 def prepare_linears(model: nn.Module, dtype: torch.dtype, folder: Path) -> None:
