@@ -143,9 +143,7 @@ def _enter(config: RunConfig, run_folder: Path, process: Process) -> Path:
 def _report_settings(
     config: RunConfig, run_folder: Path, policy: Policy, device: torch.device
 ) -> dict[str, int]:
-    """What is trained and how fast; and warnings.
-
-    On the terminal, but for full tuning at a rate that was set: there it is read off the command.
+    """What is trained and how fast, on the terminal where it is not full tuning; and warnings.
 
     Returns:
         "trained" and "parameters", numbers of them.
@@ -158,8 +156,7 @@ def _report_settings(
         said = not_compared(Path(continued), resolve(config.model.path))
         lines += [said] if said else []
     settings = settings_line(config, **counts)
-    own_rate = config.optimizer.lr == config.tuning.default_lr  # type: ignore[attr-defined]
-    if counts["trained"] == counts["parameters"] and not own_rate:
+    if counts["trained"] == counts["parameters"]:
         _log.info("%s", settings)
     else:
         lines = [settings, *lines]
