@@ -88,7 +88,7 @@ def test_the_fields_are_those_of_the_frozen_config():
         names = {f"{group}.{n}" for n in value} if isinstance(value, dict) else {group}
         assert {name for name in names if not name.endswith(".kind")} <= known
     assert sum(1 for *_, hint in FIELDS if kinds(hint)[0] & {int, float}) >= 40
-    assert set(GROUPS) - set(SLOTS) == {"template"}
+    assert set(GROUPS) - set(SLOTS) == {"hardware", "template"}
 
 
 @pytest.mark.parametrize(("owner", "name", "key", "hint"), FIELDS, ids=[f[2] for f in FIELDS])

@@ -2,16 +2,18 @@
 
 from posttrain_dist.checkpoint import CheckpointConfig
 from posttrain_dist.config.groups import Dtype, EvalConfig, Local, Ray, Slurm, TrainConfig
+from posttrain_dist.config.hardware import Hardware
 from posttrain_dist.config.rules import complete, problems, single_process_rule
 from posttrain_dist.config.run_config import GROUPS, SLOTS, RunConfig
 from posttrain_dist.config.value_types import type_name
 from posttrain_dist.data import DataConfig, Template
 from posttrain_dist.diagnosis import DiagnoseConfig
-from posttrain_dist.engine import AdamW, DeepSpeed, Single
+from posttrain_dist.engine import AdamW, AutoEngine, DeepSpeed, Single
 from posttrain_dist.metrics import LoggingConfig
 from posttrain_dist.models import ModelConfig
 from posttrain_dist.objectives.pretrain import Pretrain
 from posttrain_dist.objectives.sft import Sft
+from posttrain_dist.tuning.auto import AutoTuning
 from posttrain_dist.tuning.base import Quantize
 from posttrain_dist.tuning.bottleneck import Bottleneck
 from posttrain_dist.tuning.full import Full
@@ -24,6 +26,8 @@ __all__ = [
     "GROUPS",
     "SLOTS",
     "AdamW",
+    "AutoEngine",
+    "AutoTuning",
     "Bottleneck",
     "CheckpointConfig",
     "DataConfig",
@@ -32,6 +36,7 @@ __all__ = [
     "Dtype",
     "EvalConfig",
     "Full",
+    "Hardware",
     "Ia3",
     "Local",
     "LoggingConfig",

@@ -76,6 +76,9 @@ class TrainConfig:
     log_every: int = 1  # steps between lines of metrics.jsonl
     eval_every: int | None = None  # steps; null: before training and at its end only
     save_every: int | None = None  # steps; null: at the end only
+    # Before step 1 the heaviest micro-batch, an update and a save are tried, and undone; null: with
+    # tuning=auto or engine=auto.
+    rehearse: bool | None = None
     resume: str = "auto"  # auto: newest checkpoint of the run folder; never; or a checkpoint
 
 

@@ -9,6 +9,7 @@ import dataclasses
 
 from posttrain_dist.checkpoint import checkpoint_rules
 from posttrain_dist.config.groups import Ray, cluster_rules, eval_rules, train_rules
+from posttrain_dist.config.hardware import hardware_rules
 from posttrain_dist.config.run_config import SLOTS, RunConfig, untouched_slots
 from posttrain_dist.config.value_types import type_problems
 from posttrain_dist.data import data_rules, template_rules
@@ -88,6 +89,7 @@ def all_rules(config: RunConfig) -> list[Rule]:
         *config.tuning.rules(),
         *engine_rules(config.engine),
         *cluster_rules(config.cluster),
+        *hardware_rules(config.hardware),
         *_rules_between_groups(config),
     ]
 

@@ -16,15 +16,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from posttrain_dist.checkpoint import CheckpointConfig
 from posttrain_dist.config.groups import Cluster, EvalConfig, Local, Ray, Slurm, TrainConfig
+from posttrain_dist.config.hardware import Hardware
 from posttrain_dist.data import DataConfig, Template
 from posttrain_dist.diagnosis import DiagnoseConfig
-from posttrain_dist.engine import AdamW, DeepSpeed, Engine, Optimizer, Single
+from posttrain_dist.engine import AdamW, AutoEngine, DeepSpeed, Engine, Optimizer, Single
 from posttrain_dist.errors import ConfigError
 from posttrain_dist.metrics import LoggingConfig
 from posttrain_dist.models import ModelConfig
 from posttrain_dist.objectives.base import Objective
 from posttrain_dist.objectives.pretrain import Pretrain
 from posttrain_dist.objectives.sft import Sft
+from posttrain_dist.tuning.auto import AutoTuning
 from posttrain_dist.tuning.base import Tuning
 from posttrain_dist.tuning.bottleneck import Bottleneck
 from posttrain_dist.tuning.full import Full
@@ -49,6 +51,7 @@ class RunConfig:
     optimizer: Optimizer = field(default_factory=Optimizer)
     engine: Engine = field(default_factory=Engine)
     cluster: Cluster = field(default_factory=Cluster)
+    hardware: Hardware = field(default_factory=Hardware)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -103,14 +106,19 @@ SLOTS: dict[str, dict[str, type]] = {
         "p_tuning": PTuning,
         "prefix": Prefix,
         "bottleneck": Bottleneck,
+        "auto": AutoTuning,
     },
     "optimizer": {"adamw": AdamW},
-    "engine": {"single": Single, "deepspeed": DeepSpeed},
+    "engine": {"single": Single, "deepspeed": DeepSpeed, "auto": AutoEngine},
     "cluster": {"local": Local, "ray": Ray, "slurm": Slurm},
 }
 # Every group that is chosen on the command line: in one that is no slot the options differ by
 # their values alone.
-GROUPS: dict[str, dict[str, type]] = {**SLOTS, "template": {"template": Template}}
+GROUPS: dict[str, dict[str, type]] = {
+    **SLOTS,
+    "template": {"template": Template},
+    "hardware": {"hardware": Hardware},
+}
 
 
 def _refuse_loose_flags(written: dict[str, Any], read: Any) -> None:

@@ -12,6 +12,7 @@ WARMUP_RATIO = 0.03  # where neither warmup_ratio nor warmup_steps is set
 __all__ = [
     "WARMUP_RATIO",
     "AdamW",
+    "AutoEngine",
     "DeepSpeed",
     "Engine",
     "Optimizer",
@@ -45,6 +46,11 @@ class DeepSpeed(Engine):
     config: str | None = None
 
 
+@dataclass(kw_only=True, slots=True)
+class AutoEngine(Engine):
+    """The planner takes the first that fits, before anything starts: single, or ZeRO 1 to 3."""
+
+
 class Schedule(Enum):
     """Learning rate after warm-up."""
 
@@ -63,6 +69,8 @@ class AdamW(Optimizer):
     """AdamW (Loshchilov & Hutter 2019)."""
 
     lr: float | None = None  # peak learning rate; null: that of the tuning
+    # With tuning=auto: the tuning that `lr` is meant for (full, lora); others take their own.
+    lr_for: str = "full"
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8

@@ -68,7 +68,7 @@ MISUSED = {
     "our key": (["--optimizer.lr=3"], "--optimizer.lr", "write optimizer.lr=3"),
     "our key, apart": (["--optimizer.lr", "3"], "--optimizer.lr", "write optimizer.lr=3"),
     "group": (["--engine", "zero3"], "--engine", "write engine=zero3"),
-    "group alone": (["--engine"], "--engine", "write engine=<one of single, zero0, zero1"),
+    "group alone": (["--engine"], "--engine", "write engine=<one of auto, single, zero0"),
     "a word of theirs": (["--bf16", "seed=1"], "--bf16", "set train.dtype=bfloat16"),
     "template": (["--chat_template", "llama3"], "--chat_template", "choose template=llama3"),
     "model": (["--model", "/m"], "--model", "write model.path=/m"),

@@ -1,0 +1,1 @@
+"""config.json of one architecture family -> Network."""

@@ -1,0 +1,100 @@
+"""The nouns: a network as the tensors and linear layers that it has. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from posttrain_dist.models.shape import ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A parameter, by its name in the causal LM (or in its layer)."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear layer inside a decoder layer, as `tuning/injection/targets.py` finds it.
+
+    Attributes:
+        part: attention, mlp or layer, as there.
+        transposed: its weight is [in, out], as in GPT-2's Conv1D.
+    """
+
+    name: str  # in its layer: self_attn.q_proj
+    in_features: int
+    out_features: int
+    part: str
+    bias: bool = False
+    transposed: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Weight and bias."""
+        sizes = (self.out_features, self.in_features)
+        weight = Tensor(f"{self.name}.weight", sizes[::-1] if self.transposed else sizes)
+        bias = (Tensor(f"{self.name}.bias", (self.out_features,)),) if self.bias else ()
+        return (weight, *bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer: its linears, and its other parameters (norms, scales)."""
+
+    linears: tuple[Linear, ...]
+    others: tuple[Tensor, ...]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All parameters, linears first."""
+        return (*(t for linear in self.linears for t in linear.tensors), *self.others)
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(tensor.size for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """A dense causal LM.
+
+    Attributes:
+        layers: first to last; those that are alike are the same object.
+        layers_name: prefix of layer i is f"{layers_name}.{i}.".
+        before: parameters in front of the layers: embeddings, positions.
+        after: behind them: the final norm; not the head.
+        head: of an untied model its parameters; of a tied one only those of its own (a bias).
+    """
+
+    shape: ModelShape
+    layers: tuple[Layer, ...]
+    layers_name: str
+    before: tuple[Tensor, ...]
+    after: tuple[Tensor, ...]
+    head: tuple[Tensor, ...]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every parameter once, by its whole name."""
+        yield from self.before
+        for i, layer in enumerate(self.layers):
+            for tensor in layer.tensors:
+                yield Tensor(f"{self.layers_name}.{i}.{tensor.name}", tensor.shape)
+        yield from self.after
+        yield from self.head
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters, a shared one once."""
+        outside = sum(tensor.size for tensor in (*self.before, *self.after, *self.head))
+        return outside + sum(layer.size for layer in self.layers)

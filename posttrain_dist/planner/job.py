@@ -1,0 +1,85 @@
+"""What is planned, in numbers: a completed RunConfig and the machine, put together once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from posttrain_dist.config import RunConfig
+from posttrain_dist.engine import AdamW, Engine
+from posttrain_dist.models import ModelConfig
+from posttrain_dist.models.network.tensors import Network
+from posttrain_dist.tuning.base import Tuning
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """One node, nothing of it unknown; made of the group `hardware` and of what is here.
+
+    Attributes:
+        gpu: name in the table of devices; None: the run is on CPUs.
+        link_bytes_s: of one GPU to the others of its node; network_bytes_s: to other nodes.
+    """
+
+    gpu: str | None
+    gpus_per_node: int
+    gpu_memory_bytes: int
+    host_memory_bytes: int
+    cpus_per_node: int
+    link_bytes_s: float
+    network_bytes_s: float
+    host_link_bytes_s: float
+    storage_bytes_s: float
+    node_failure_s: float
+    margin: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One run: nothing in it is `auto` any more.
+
+    Attributes:
+        value_bytes: of a weight or activation: 2 in bfloat16, 4 in float32.
+        row_tokens: of one micro-batch, the heaviest that is possible: max_length times packs.
+        supervised_share: of the tokens; 1 where the data is not known.
+        sample_tokens: length of the longest sample; max_length where the data is not known.
+        attention: sdpa, eager, varlen or flash: what will run, as `models/attention.py` chooses.
+        workers: ranks of the whole run; local_workers: of one node.
+        accumulation: micro-batches of an update, of the rank that has most.
+        tokens: of the whole run; None: not known.
+    """
+
+    network: Network
+    model: ModelConfig
+    tuning: Tuning
+    optimizer: AdamW
+    engine: Engine
+    machine: Machine
+    value_bytes: int
+    row_tokens: int
+    sample_tokens: int
+    supervised_share: float
+    attention: str
+    batch_size: int
+    micro_batch_size: int
+    accumulation: int
+    workers: int
+    local_workers: int
+    evaluates: bool
+    num_channels: int
+    tokens: int | None
+    config: RunConfig  # what it was made of, for what is shown
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the ranks have GPUs."""
+        return self.machine.gpu is not None
+
+    @property
+    def recomputed_layers(self) -> int:
+        """How many layers, from the first, drop their activations."""
+        from posttrain_dist.models import Checkpointing
+
+        mode = self.model.activation_checkpointing
+        if mode is Checkpointing.selective:
+            return min(self.model.checkpoint_layers or 0, len(self.network.layers))
+        return len(self.network.layers) if mode is Checkpointing.full else 0

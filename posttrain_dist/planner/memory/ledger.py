@@ -1,0 +1,81 @@
+"""Allocations of one rank, in the order in which they happen; the peak of each phase, by item."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from posttrain_dist.planner.plan import Item, Phase, PhaseName
+
+
+class Block:
+    """One allocation. Freed when nobody holds it."""
+
+    __slots__ = ("holders", "item", "num_bytes")
+
+    def __init__(self, item: Item, num_bytes: int) -> None:
+        self.item, self.num_bytes, self.holders = item, num_bytes, 1
+
+
+class Ledger:
+    """Adds up what is allocated, and keeps of each phase the fullest moment."""
+
+    def __init__(self) -> None:
+        self._now: Counter[Item] = Counter()
+        self._total = 0
+        self._phase: PhaseName | None = None
+        self._peaks: dict[PhaseName, tuple[int, dict[Item, int]]] = {}
+
+    @property
+    def total_bytes(self) -> int:
+        """Allocated now."""
+        return self._total
+
+    def allocate(self, item: Item, num_bytes: int) -> Block:
+        """Take memory; the caller is its first holder."""
+        self._now[item] += num_bytes
+        self._total += num_bytes
+        self._look()
+        return Block(item, num_bytes)
+
+    def hold(self, block: Block) -> Block:
+        """One holder more."""
+        block.holders += 1
+        return block
+
+    def release(self, block: Block) -> None:
+        """One holder less; the last one frees it."""
+        assert block.holders > 0, "released once too often"
+        block.holders -= 1
+        if block.holders == 0:
+            self._now[block.item] -= block.num_bytes
+            self._total -= block.num_bytes
+
+    def touch(self, item: Item, num_bytes: int) -> None:
+        """Take memory and give it back at once: a temporary."""
+        self.release(self.allocate(item, num_bytes))
+
+    @contextmanager
+    def phase(self, name: PhaseName) -> Iterator[None]:
+        """What is allocated inside counts for this phase too, as does what was there before."""
+        before, self._phase = self._phase, name
+        self._look()
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The fullest moment of each phase that there was, in the order of PhaseName."""
+        return tuple(
+            Phase(name, {item: n for item, n in self._peaks[name][1].items() if n})
+            for name in PhaseName
+            if name in self._peaks
+        )
+
+    def _look(self) -> None:
+        if self._phase is None:
+            return
+        if self._phase not in self._peaks or self._total > self._peaks[self._phase][0]:
+            self._peaks[self._phase] = (self._total, dict(self._now))

@@ -1,0 +1,1 @@
+"""The page and the lines of a plan, drawn from its JSON."""
