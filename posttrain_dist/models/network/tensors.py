@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from posttrain_dist.models.shape import ModelShape
 
@@ -70,6 +71,7 @@ class Network:
     """A dense causal LM.
 
     Attributes:
+        config: of config.json, with the vocabulary that added tokens make of it.
         layers: first to last; those that are alike are the same object.
         layers_name: prefix of layer i is f"{layers_name}.{i}.".
         before: parameters in front of the layers: embeddings, positions.
@@ -78,6 +80,7 @@ class Network:
     """
 
     shape: ModelShape
+    config: Mapping[str, Any]
     layers: tuple[Layer, ...]
     layers_name: str
     before: tuple[Tensor, ...]
