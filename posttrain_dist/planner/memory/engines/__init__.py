@@ -1,1 +1,1 @@
-"""What each engine holds, and what it does around operations."""
+"""The memory of the engines: parameters, gradients, optimizer state; one file an engine."""
