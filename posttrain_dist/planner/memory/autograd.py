@@ -58,6 +58,7 @@ class _Node:
     gathers: Sequence[str]
     run: Callable[[Block], None] | None = None  # of a checkpoint: forward and backward again
     item: Item = field(default=Item.activations)
+    temporary_item: Item = field(default=Item.activations)
 
 
 class Graph:
@@ -93,6 +94,7 @@ class Graph:
         parameters: Sequence[tuple[str, int]] = (),
         gathers: Sequence[str] = (),
         item: Item = Item.activations,
+        temporary_item: Item = Item.activations,
     ) -> Value:
         """The output of an operation.
 
@@ -107,11 +109,12 @@ class Graph:
             parameters: trained ones, name and bytes of the gradient that is made here.
             gathers: parameters that must be whole for it, trained or not.
             item: that output and what is saved count for.
+            temporary_item: the same of both temporaries.
         """
         if gathers:
             self.shards.gather(gathers, backward=False)
         if temporary:
-            held = self.ledger.allocate(Item.activations, temporary)
+            held = self.ledger.allocate(temporary_item, temporary)
         block = self.ledger.allocate(item, num_bytes)
         if temporary:
             self.ledger.release(held)
@@ -134,6 +137,7 @@ class Graph:
                     list(parameters),
                     list(gathers),
                     item=item,
+                    temporary_item=temporary_item,
                 )
             )
         if gathers:
@@ -217,7 +221,7 @@ class Graph:
                     self._give(value, self.ledger.hold(gradient))
             self.ledger.release(gradient)
         else:
-            held = self.ledger.allocate(Item.activations, node.backward_temporary)
+            held = self.ledger.allocate(node.temporary_item, node.backward_temporary)
             made = [
                 (value, self.ledger.allocate(Item.activations, size))
                 for value, size in zip(node.inputs, node.grad_bytes, strict=True)
