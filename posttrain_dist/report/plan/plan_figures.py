@@ -242,8 +242,10 @@ def why_not_above(choice: Mapping[str, Any]) -> list[str]:
 def _fallback(tried: Mapping[str, Any], chosen: bool) -> Fallback:
     plan = tried["plan"]
     if plan is None:
-        dashes = [numbers.UNKNOWN] * 5
-        return Fallback(tried["name"], False, chosen, *dashes, reason=tried["refused"])
+        dash = numbers.UNKNOWN
+        return Fallback(
+            tried["name"], False, chosen, dash, dash, dash, dash, dash, tried["refused"]
+        )
     speed = plan["speed"]
     spare, where = plan["spare_bytes"], ""
     if plan["host_spare_bytes"] < 0 <= spare:
