@@ -33,9 +33,9 @@ class Machine:
     margin: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Job:
-    """One run: nothing in it is `auto` any more.
+    """One run: nothing in it is `auto` any more. Equal to itself alone, so that it is a key.
 
     Attributes:
         value_bytes: of a weight or activation: 2 in bfloat16, 4 in float32.
