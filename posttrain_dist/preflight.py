@@ -11,6 +11,8 @@ from pathlib import Path
 
 from posttrain_dist.checkpoint import resume
 from posttrain_dist.config import RunConfig, Slurm, problems, single_process_rule
+from posttrain_dist.config.hardware import with_nodes
+from posttrain_dist.config.this_machine import check_hardware
 from posttrain_dist.data.sources import file_sets
 from posttrain_dist.engine import Single
 from posttrain_dist.errors import ConfigError, PosttrainError, SeveralErrors, raise_all
@@ -95,7 +97,7 @@ def _data_faults(config: RunConfig, only_heldout: bool) -> list[PosttrainError]:
 
 
 def _cluster_faults(config: RunConfig, verb: str) -> list[PosttrainError]:
-    cluster = config.cluster
+    cluster = with_nodes(config.cluster, config.hardware)
     found: list[PosttrainError] = []
     if isinstance(cluster, Slurm) != (verb == "submit"):
         what, fix = {
@@ -109,6 +111,8 @@ def _cluster_faults(config: RunConfig, verb: str) -> list[PosttrainError]:
             ),
         }[verb]
         found.append(ConfigError(what, where="cluster", fix=fix))
+    if verb == "train":
+        found += _faults(lambda: check_hardware(config.hardware, cluster))
     if isinstance(cluster, Slurm) and verb == "submit":
         found += _missing_resources(cluster)
     if isinstance(cluster, Slurm) and isinstance(config.engine, Single):
@@ -128,6 +132,8 @@ def _missing_resources(cluster: Slurm) -> list[PosttrainError]:
     if not keys:
         return []
     fix = "set " + "; ".join(f"{key}=<{missing[key][1]}>" for key in keys)
+    if cluster.gpus_per_node is None:
+        fix += "; or say what the nodes are, such as hardware=h100x8"
     what = "is not set, and has no default" + (f"; nor is {keys[1]}" if len(keys) > 1 else "")
     return [ConfigError(what, where=keys[0], fix=fix)]
 

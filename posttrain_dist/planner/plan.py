@@ -132,6 +132,7 @@ class Plan:
     capacity_bytes: int
     host_capacity_bytes: int
     margin_bytes: int
+    on_gpu: bool = True  # else each rank is a process on CPUs
     checkpoint_bytes: int  # on disk, one
     export_bytes: int
     speed: Speed
