@@ -82,17 +82,17 @@ class Value:
 class _Node:
     """One operation of the forward, as its backward needs it."""
 
-    inputs: Sequence[Value]
-    output: Value
-    saved: list[Block]
-    grad_bytes: Sequence[int]
-    passes_on: bool  # the gradient of the output is that of each input: additions, views
-    backward_temporary: int
-    parameters: Sequence[tuple[str, int]]  # name, bytes of its gradient
-    gathers: Sequence[str]
-    run: Callable[[Block], None] | None = None  # of a checkpoint: forward and backward again
-    item: Item = field(default=Item.activations)
-    temporary_item: Item = field(default=Item.activations)
+    __slots__ = ("gathers", "grads", "inputs", "outputs", "parameters", "run", "saved", "temporary")
+
+    def __init__(
+        self, inputs: Sequence[Edge | None], outputs: Sequence[Edge], saved: list[Block]
+    ) -> None:
+        self.inputs, self.outputs, self.saved = inputs, outputs, saved
+        self.grads: Sequence[int] | None = None  # None: they are that of the output itself
+        self.temporary = 0
+        self.parameters: Sequence[tuple[str, int]] = ()
+        self.gathers: Sequence[str] = ()
+        self.run: Callable[[Block], None] | None = None  # does all of it
 
 
 class Graph:
@@ -145,8 +145,8 @@ class Graph:
         grad_bytes: Sequence[int] | None = None,
         parameters: Sequence[tuple[str, int]] = (),
         gathers: Sequence[str] = (),
-        item: Item = Item.activations,
-        temporary_item: Item = Item.activations,
+        item: Item | None = None,
+        width: int = 0,
     ) -> Value:
         """The output of an operation.
 
@@ -161,38 +161,28 @@ class Graph:
             parameters: trained ones, name and bytes of the gradient that is made here.
             gathers: parameters that must be whole for it, trained or not.
             item: that output and what is saved count for.
-            temporary_item: the same of both temporaries.
+            width: bytes of an element of the output; 0: that of the graph.
         """
         ledger, item = self.ledger, item or self.item
         if gathers:
             self.shards.gather(gathers, backward=False)
         if temporary:
-            held = self.ledger.allocate(temporary_item, temporary)
-        block = self.ledger.allocate(item, num_bytes)
-        if temporary:
-            self.ledger.release(held)
-        needs_grad = bool(parameters) or any(value.needs_grad for value in inputs)
-        recorded = self.recording and needs_grad
-        output = Value(block, num_bytes, needs_grad=recorded)
+            ledger.touch(item, temporary + num_bytes)
+        block = ledger.allocate(item, num_bytes)
+        recorded = self.recording and (
+            bool(parameters) or any(value.edge is not None for value in inputs)
+        )
+        output = self._value(block, num_bytes, width, recorded)
         if recorded:
-            saved = [self.ledger.hold(value.block) for value in saves]
-            saved += [self.ledger.hold(block)] if saves_output else []
-            saved += [self.ledger.allocate(item, saves_bytes)] if saves_bytes else []
-            sizes = grad_bytes or [value.num_bytes for value in inputs]
-            self._nodes.append(
-                _Node(
-                    list(inputs),
-                    output,
-                    saved,
-                    sizes,
-                    False,
-                    backward_temporary,
-                    list(parameters),
-                    list(gathers),
-                    item=item,
-                    temporary_item=temporary_item,
-                )
-            )
+            saved = [ledger.hold(value.block) for value in saves]
+            if saves_output:
+                saved.append(ledger.hold(block))
+            if saves_bytes:
+                saved.append(ledger.allocate(item, saves_bytes))
+            node = self._note(inputs, (output,), saved)
+            node.grads = grad_bytes or [value.num_bytes for value in inputs]
+            node.temporary = backward_temporary
+            node.parameters, node.gathers = parameters, gathers
         if gathers:
             self.shards.release(gathers, backward=False)
         return output
@@ -336,7 +326,6 @@ class Graph:
                     self.give(edge, ledger.hold(gradients[0]))
             self._free(gradients)
         else:
-            held = self.ledger.allocate(node.temporary_item, node.backward_temporary)
             made = [
                 (edge, ledger.allocate(self.item, size))
                 for edge, size in zip(node.inputs, node.grads, strict=True)
