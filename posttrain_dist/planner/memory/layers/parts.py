@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from posttrain_dist.models.network.tensors import Layer, Linear
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory import operations
+from posttrain_dist.planner.memory.adapters.adapted import adapted_linear
 from posttrain_dist.planner.memory.autograd import Graph, Value
 from posttrain_dist.planner.memory.layers.attention import Heads, attend, gated, rotate
 from posttrain_dist.planner.memory.layers.features import (
@@ -53,7 +54,9 @@ class Part:
 
     def project(self, graph: Graph, x: Value, linear: Linear) -> Value:
         """x through a linear layer, and what an adapter does beside it."""
-        return operations.linear(graph, x, linear, f"{self.prefix}{linear.name}")
+        name = f"{self.prefix}{linear.name}"
+        adapted = adapted_linear(graph, self.job, linear, name, x)
+        return operations.linear(graph, x, linear, name) if adapted is None else adapted
 
     # ---------------------------------------------------------------------------- attention
 
