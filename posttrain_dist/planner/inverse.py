@@ -6,6 +6,7 @@ answer is found by doubling, then by halving. Each fallback has an answer of its
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -132,8 +133,6 @@ def _answer(tried: Tried, value: int | None, words: tuple[str, ...], bounded: bo
     """With the words of the value before those of the fallback."""
     plan = tried.plan
     if plan is not None and value is not None:
-        import dataclasses
-
         plan = dataclasses.replace(plan, overrides=(*words, *plan.overrides))
     return Answer(tried.name, value, plan, bounded, tried.refused)
 
