@@ -116,6 +116,8 @@ class Graph:
         self.ledger, self.shards, self.recording = ledger, shards, recording
         self.width, self.trained = width, trained
         self.item = Item.activations  # that what is made counts for
+        # Gradients of parameters that another operation adds to: a tied head's.
+        self.waiting: dict[str, Block] = {}
         self._nodes: list[_Node] = []
 
     # ---------------------------------------------------------------------------- the forward
@@ -341,7 +343,10 @@ class Graph:
             for edge, block in made:
                 self.give(edge, block)
             for name, block in whole:
-                self.shards.gradient(name, block)
+                first = self.waiting.pop(name, None)
+                if first is not None:
+                    ledger.release(block)
+                self.shards.gradient(name, first or block)
         if node.gathers:
             self.shards.release(node.gathers, backward=True)
 
