@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from posttrain_dist.checkpoint import resume
-from posttrain_dist.config import RunConfig, Slurm, problems, single_process_rule
+from posttrain_dist.config import AutoTuning, RunConfig, Slurm, problems, single_process_rule
 from posttrain_dist.config.hardware import with_nodes
 from posttrain_dist.config.this_machine import check_hardware
 from posttrain_dist.data.sources import file_sets
@@ -29,7 +29,7 @@ def check_inputs(config: RunConfig, verb: str = "train") -> None:
 
     Args:
         config: with every slot filled and paths that do not depend on the working directory.
-        verb: train, submit, inspect or evaluate; only what it uses is looked at.
+        verb: train, submit, inspect, evaluate or plan; only what it uses is looked at.
 
     Raises:
         PosttrainError, SeveralErrors: all that is wrong, together.
@@ -40,10 +40,10 @@ def check_inputs(config: RunConfig, verb: str = "train") -> None:
 def input_problems(config: RunConfig, verb: str = "train") -> list[PosttrainError]:
     """Every fault that can be seen without reading rows or weights; see `check_inputs`."""
     found = problems(config)
-    need_weights = config.model.weights is Weights.load
     trains = verb != "evaluate"
-    found += _faults(lambda: _check_model(config, need_weights, trains=trains))
-    found += _data_faults(config, only_heldout=verb == "evaluate")
+    found += _faults(lambda: _check_model(config, trains=trains, plans=verb == "plan"))
+    if verb != "plan":
+        found += _data_faults(config, only_heldout=verb == "evaluate")
     if verb in ("train", "submit"):
         found += _faults(lambda: _check_init_from(config))
         found += _cluster_faults(config, verb)
@@ -63,11 +63,11 @@ def _faults(check: Callable[[], object]) -> list[PosttrainError]:
     return []
 
 
-def _check_model(config: RunConfig, need_weights: bool, *, trains: bool) -> None:
-    folder = resolve(config.model.path)
-    model = check_folder(folder, need_weights)
-    adapters = isinstance(config.tuning, AdapterTuning) or not trains
-    check_base(model, folder, adapters=adapters, fresh=not need_weights)
+def _check_model(config: RunConfig, *, trains: bool, plans: bool) -> None:
+    folder, fresh = resolve(config.model.path), config.model.weights is Weights.random
+    model = check_folder(folder, need_weights=not (fresh or plans))
+    adapters = isinstance(config.tuning, AdapterTuning | AutoTuning) or not trains
+    check_base(model, folder, adapters=adapters, fresh=fresh)
     check_row_length(model, config.data.max_length, config.tuning.virtual_tokens)
     config.tuning.check_network(model)
 

@@ -139,6 +139,14 @@ def time_bars(speed: Mapping[str, Any]) -> list[Bar]:
     ]
 
 
+def traffic_bars(speed: Mapping[str, Any]) -> list[Bar]:
+    """What one GPU sends in a step, by purpose, most first."""
+    sizes = sorted(speed["traffic_bytes"].items(), key=lambda pair: -pair[1])
+    sizes = [(name, size) for name, size in sizes if size]
+    most = max((size for _, size in sizes), default=0)
+    return [Bar(name, numbers.memory(size), _ratio(size, most)) for name, size in sizes]
+
+
 def speed_lines(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Time, throughput and cost, as pairs."""
     speed = plan["speed"]
