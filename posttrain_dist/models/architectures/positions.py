@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from posttrain_dist.errors import ConfigError
+from posttrain_dist.models.architectures.defaults import completed
 from posttrain_dist.models.architectures.known import LEARNED_POSITIONS
 
 
@@ -38,6 +39,17 @@ def check_row_length(config: Mapping[str, Any], max_length: int, virtual_tokens:
             where="data.max_length",
             fix=f"set data.max_length={limit - virtual_tokens} or less",
         )
+
+
+def context_notice(config: Mapping[str, Any], max_length: int) -> str:
+    """What is said of samples that may be longer than the model was made for; empty: nothing."""
+    context = completed(config).get("max_position_embeddings")
+    if not isinstance(context, int) or max_length <= context:
+        return ""
+    return (
+        f"data.max_length is {max_length:,}, above the {context:,} tokens that the model was made "
+        "for (max_position_embeddings)"
+    )
 
 
 def learned_positions(config: Mapping[str, Any]) -> int | None:
