@@ -181,6 +181,7 @@ class Tried:
     name: str
     plan: Plan | None
     refused: str = ""  # why it was not planned
+    leanest: Plan | None = None  # of the same method, with the settings that take least memory
 
 
 @dataclass(frozen=True, slots=True)
