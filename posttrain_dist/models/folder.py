@@ -10,6 +10,8 @@ from typing import Any
 
 from posttrain_dist.errors import ModelError, PosttrainError, raise_all
 from posttrain_dist.models.architectures.refusals import architecture_problems
+from posttrain_dist.models.network.build_network import build_network
+from posttrain_dist.models.network.tensors import Network
 from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.models.tokenizer import ModelTokenizer, read_tokenizer
 from posttrain_dist.models.tokenizer.new_tokens import grown_vocab_size, new_ids, with_tokens
@@ -86,6 +88,21 @@ def read_shape(path: str, add_tokens: Sequence[str] = ()) -> ModelShape:
     folder = resolve(path)
     config = grown_config(folder, check_folder(folder, need_weights=False), add_tokens)
     return ModelShape.of(config, str(folder / "config.json"))
+
+
+def read_network(path: str, add_tokens: Sequence[str] = ()) -> Network:
+    """Every parameter of the model that `model.path` names, from its config.json.
+
+    Args:
+        add_tokens: `model.add_tokens`, for which its vocabulary grows.
+
+    Raises:
+        ModelError, SeveralErrors: what is wrong with the folder, or the size that is missing.
+        ConfigError: the tokenizer has one of the tokens.
+    """
+    folder = resolve(path)
+    config = grown_config(folder, check_folder(folder, need_weights=False), add_tokens)
+    return build_network(config, str(folder / "config.json"))
 
 
 def grown_config(

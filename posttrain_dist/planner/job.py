@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from posttrain_dist.config import RunConfig
+from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.engine import AdamW, Engine
 from posttrain_dist.models import ModelConfig
 from posttrain_dist.models.network.tensors import Network
@@ -31,6 +32,36 @@ class Machine:
     storage_bytes_s: float
     node_failure_s: float
     margin: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFacts:
+    """The training split of a prepared folder, in numbers.
+
+    Attributes:
+        tokens: of all samples, once.
+        supervised: of these, those with a weight in the loss.
+        longest: tokens of the longest sample, held-out ones included.
+        heldout_tokens: of the samples that evaluation reads.
+    """
+
+    tokens: int
+    supervised: int
+    longest: int
+    channels: int
+    heldout_tokens: int
+
+    @classmethod
+    def of(cls, summary: Summary) -> DataFacts:
+        """What `prepare` found and wrote."""
+        train, heldout = (summary.splits.get(split, {}).values() for split in ("train", "eval"))
+        return cls(
+            tokens=sum(counts.tokens for counts in train),
+            supervised=sum(counts.supervised for counts in train),
+            longest=summary.longest,
+            channels=len(summary.channels),
+            heldout_tokens=sum(counts.tokens for counts in heldout),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -19,16 +19,17 @@ from posttrain_dist.config import (
     Single,
     Slurm,
 )
+from posttrain_dist.config.devices import DEVICES
 from posttrain_dist.errors import ConfigError
 from posttrain_dist.models import Attention
 from posttrain_dist.models.folder import check_folder, grown_config, resolve
 from posttrain_dist.models.network.build_network import build_network
 from posttrain_dist.models.network.tensors import Network
 from posttrain_dist.models.shape import ModelShape
-from posttrain_dist.planner.data_facts import DataFacts
-from posttrain_dist.planner.job import Job, Machine
+from posttrain_dist.planner.job import DataFacts, Job, Machine
 
-MAX_HEAD_DIM = 256  # of the kernels for packed rows, as in models/varlen.py
+# Of the kernels for packed rows, as in models/varlen.py.
+MAX_HEAD_DIM, CAPABILITY = 256, 8.0
 # What /proc/cpuinfo calls the instructions for products in bfloat16: of AMX, AVX-512 and Arm.
 _BFLOAT16_FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
 
@@ -149,6 +150,7 @@ def choose_attention(
             assert_never(choice)
     kernels = (
         machine.gpu is not None
+        and DEVICES[machine.gpu].compute_capability >= CAPABILITY
         and value_bytes == 2
         and shape.widest_head <= MAX_HEAD_DIM
         and shape.value_head_dim == shape.widest_head

@@ -45,6 +45,7 @@ def make_plan(job: Job, overrides: tuple[str, ...] = ()) -> Plan:
         checkpoint_bytes=checkpoint_bytes(job),
         export_bytes=export_bytes(job),
         speed=speed_of(job),
+        on_gpu=job.on_gpu,
     )
 
 

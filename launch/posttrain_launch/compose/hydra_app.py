@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from posttrain_dist.errors import ConfigError, PosttrainError
 from posttrain_dist.preflight import check_inputs
 from posttrain_launch.cli import VERBS
-from posttrain_launch.compose.command_line import ADAPTER, CommandLine, read_command_line
+from posttrain_launch.compose.command_line import CommandLine, read_command_line
 from posttrain_launch.compose.composer import Composed, Composer, register_schemas
 from posttrain_launch.compose.misused_words import Words
 from posttrain_launch.compose.paths import with_absolute_paths
@@ -198,8 +198,6 @@ def _run_trial(line: CommandLine, composed: Composed, sweep: Sweep) -> tuple[int
     arguments = [line.verb, *composed.overrides]
     if line.flags.config_dir is not None:
         arguments += ["--config-dir", line.flags.config_dir]
-    if line.dry_run:
-        arguments.append("--dry-run")
-    for adapter in line.adapters:
-        arguments += [ADAPTER, adapter]
+    for flag, values in line.own.items():
+        arguments += [f"{flag}={value}" for value in values] or [flag]
     return sweep.run_subprocess(arguments, line.debug), None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from posttrain_dist.errors import ConfigError
+from posttrain_dist.models.network.tensors import part_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,7 +46,7 @@ def linears(model: nn.Module) -> list[Linear]:
         if not isinstance(module, nn.Linear | Conv1D):
             continue
         layer = next((n for n in layers if name.startswith(f"{n}.")), None)
-        part = "outside" if layer is None else _part(name.removeprefix(f"{layer}."))
+        part = "outside" if layer is None else part_of(name.removeprefix(f"{layer}."))
         if isinstance(module, nn.Linear):
             sizes = (module.in_features, module.out_features)
         else:
@@ -175,14 +176,6 @@ def available(every: Iterable[Linear]) -> str:
 def shared_names(modules: Mapping[str, Any], ends: Sequence[str]) -> dict[str, list[str]]:
     """For each of `ends`, the modules whose names end so."""
     return {end: [name for name in modules if ends_with(name, end)] for end in ends}
-
-
-def _part(name: str) -> str:
-    """Where a linear stands, by its name inside a decoder layer."""
-    *path, last = name.split(".")
-    if any("attn" in one or "attention" in one for one in path):
-        return ATTENTION
-    return MLP if "mlp" in path or (not path and last in ("fc1", "fc2")) else "layer"
 
 
 def _last(name: str) -> str:
