@@ -82,14 +82,17 @@ class Value:
 class _Node:
     """One operation of the forward, as its backward needs it."""
 
-    __slots__ = ("gathers", "grads", "inputs", "outputs", "parameters", "run", "saved", "temporary")
+    __slots__ = (
+        *("gathers", "grads", "inputs", "outputs", "parameters", "run", "saved"),
+        *("temporary", "temporary_item"),
+    )
 
     def __init__(
         self, inputs: Sequence[Edge | None], outputs: Sequence[Edge], saved: list[Block]
     ) -> None:
         self.inputs, self.outputs, self.saved = inputs, outputs, saved
         self.grads: Sequence[int] | None = None  # None: they are that of the output itself
-        self.temporary = 0
+        self.temporary, self.temporary_item = 0, Item.activations
         self.parameters: Sequence[tuple[str, int]] = ()
         self.gathers: Sequence[str] = ()
         self.run: Callable[[Block], None] | None = None  # does all of it
@@ -118,6 +121,7 @@ class Graph:
         self.item = Item.activations  # that what is made counts for
         # Gradients of parameters that another operation adds to: a tied head's.
         self.waiting: dict[str, Block] = {}
+        self.kept: list[Value] = []  # what many operations save, for as long as it is here
         self._nodes: list[_Node] = []
 
     # ---------------------------------------------------------------------------- the forward
@@ -148,6 +152,7 @@ class Graph:
         parameters: Sequence[tuple[str, int]] = (),
         gathers: Sequence[str] = (),
         item: Item | None = None,
+        temporary_item: Item | None = None,
         width: int = 0,
     ) -> Value:
         """The output of an operation.
@@ -162,15 +167,16 @@ class Graph:
             grad_bytes: of each input's gradient; None: as large as the input.
             parameters: trained ones, name and bytes of the gradient that is made here.
             gathers: parameters that must be whole for it, trained or not.
-            item: that output and what is saved count for.
+            item: that output and what is saved count for; `temporary_item`: temporaries.
             width: bytes of an element of the output; 0: that of the graph.
         """
         ledger, item = self.ledger, item or self.item
         if gathers:
             self.shards.gather(gathers, backward=False)
-        if temporary:
-            ledger.touch(item, temporary + num_bytes)
+        held = ledger.allocate(temporary_item or item, temporary) if temporary else None
         block = ledger.allocate(item, num_bytes)
+        if held is not None:
+            ledger.release(held)
         recorded = self.recording and (
             bool(parameters) or any(value.edge is not None for value in inputs)
         )
@@ -183,7 +189,7 @@ class Graph:
                 saved.append(ledger.allocate(item, saves_bytes))
             node = self._note(inputs, (output,), saved)
             node.grads = grad_bytes or [value.num_bytes for value in inputs]
-            node.temporary = backward_temporary
+            node.temporary, node.temporary_item = backward_temporary, temporary_item or self.item
             node.parameters, node.gathers = parameters, gathers
         if gathers:
             self.shards.release(gathers, backward=False)
@@ -337,7 +343,7 @@ class Graph:
                 (name, ledger.allocate(Item.gradients, size)) for name, size in node.parameters
             ]
             if node.temporary:
-                ledger.touch(self.item, node.temporary)
+                ledger.touch(node.temporary_item, node.temporary)
             self._free(gradients)
             self._free(node.saved)
             for edge, block in made:
@@ -368,9 +374,7 @@ class Graph:
             self._note(values, (output,), [])
         return output
 
-    def _note(
-        self, inputs: Sequence[Value], outputs: Sequence[Value], saved: list[Block]
-    ) -> _Node:
+    def _note(self, inputs: Sequence[Value], outputs: Sequence[Value], saved: list[Block]) -> _Node:
         edges = [value.edge for value in outputs if value.edge is not None]
         node = _Node([value.edge for value in inputs], edges, saved)
         self._nodes.append(node)

@@ -77,6 +77,7 @@ class _Run:
             with ledger.phase(PhaseName.backward):
                 self._engine.before_backward(last=last)
                 graph.backward(loss)
+                graph.kept.clear()
                 self._engine.after_backward(last=last)
         with ledger.phase(PhaseName.update):
             self._engine.update()
@@ -113,15 +114,15 @@ class _Run:
     def _backbone(self, graph: Graph, num_rows: int) -> Value:
         """Embedding, layers, final norm: hidden states of the supervised rows."""
         job, network = self._job, self._job.network
-        features = features_of(network)
+        features = features_of(job)
         x = embed(graph, job, network.before[0].name, job.row_tokens)
         if features.embedding_scale:
             x = scale(graph, x)
-        turned = rotary(graph, job.row_tokens, network.shape.head_dim) if features.rotary else None
+        if features.rotary:
+            graph.kept += rotary(graph, job.row_tokens, network.shape.head_dim)
         for index in range(len(network.layers)):
             last = index == len(network.layers) - 1
             x = self._layer(graph, index, x, num_rows if last else None)
-        del turned
         final = network.after[0]
         return norm(graph, x, final.name, network.shape.hidden_size, features)
 

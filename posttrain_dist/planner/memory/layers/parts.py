@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from posttrain_dist.models.network.tensors import Layer, Linear
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory import operations
+from posttrain_dist.planner.memory.adapters.adapted import adapted_linear
 from posttrain_dist.planner.memory.autograd import Graph, Value
 from posttrain_dist.planner.memory.layers.attention import Heads, attend, gated, rotate
 from posttrain_dist.planner.memory.layers.features import (
@@ -38,7 +39,9 @@ class Part:
     def __post_init__(self) -> None:
         ends = ".weight"
         sizes = {tensor.name: tensor.size for tensor in self.layer.others}
-        self.norms = {name.removesuffix(ends): n for name, n in sizes.items() if name.endswith(ends)}
+        self.norms = {
+            name.removesuffix(ends): n for name, n in sizes.items() if name.endswith(ends)
+        }
 
     def linears(self, part: str) -> list[Linear]:
         """Those of `attention` or `mlp`, the one that leads out of it last."""
@@ -53,7 +56,9 @@ class Part:
 
     def project(self, graph: Graph, x: Value, linear: Linear) -> Value:
         """x through a linear layer, and what an adapter does beside it."""
-        return operations.linear(graph, x, linear, f"{self.prefix}{linear.name}")
+        name = f"{self.prefix}{linear.name}"
+        adapted = adapted_linear(graph, self.job, linear, name, x)
+        return operations.linear(graph, x, linear, name) if adapted is None else adapted
 
     # ---------------------------------------------------------------------------- attention
 
@@ -86,7 +91,9 @@ class Part:
         return q, k, v
 
     def _head_norm(self, graph: Graph, x: Value, which: str) -> Value:
-        name = next((n for n in self.norms if f"{which}_norm" in n or f"{which}_layernorm" in n), "")
+        name = next(
+            (n for n in self.norms if f"{which}_norm" in n or f"{which}_layernorm" in n), ""
+        )
         return self.norm(graph, x, name) if name else x
 
     # ---------------------------------------------------------------------------------- mlp
