@@ -116,7 +116,7 @@ class _Run:
     def _backbone(self, graph: Graph, num_rows: int) -> Value:
         """Embedding, layers, final norm: hidden states of the supervised rows."""
         job, network = self._job, self._job.network
-        features = features_of(network)
+        features = features_of(job)
         x = embed(graph, job, network.before[0].name, job.row_tokens)
         if features.embedding_scale:
             x = scale(graph, x)
