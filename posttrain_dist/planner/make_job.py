@@ -22,7 +22,7 @@ from posttrain_dist.config import (
 from posttrain_dist.config.devices import DEVICES
 from posttrain_dist.errors import ConfigError
 from posttrain_dist.models import Attention
-from posttrain_dist.models.folder import check_folder, grown_config, resolve
+from posttrain_dist.models.folder import check_folder, grown_config, has_tokenizer, resolve
 from posttrain_dist.models.network.build_network import build_network
 from posttrain_dist.models.network.tensors import Network
 from posttrain_dist.models.shape import ModelShape
@@ -96,7 +96,7 @@ def read_network(config: RunConfig) -> Network:
 
 
 def _grown(folder: Path, values: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
-    if (folder / "tokenizer.json").is_file():
+    if has_tokenizer(folder):
         return grown_config(folder, values, tokens)
     # Without a tokenizer nobody knows how many rows of the embeddings are free: at worst none.
     return {**values, "vocab_size": values["vocab_size"] + len(tokens)}
