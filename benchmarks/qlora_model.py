@@ -136,11 +136,11 @@ def foretold_bytes(
         offload: the inputs of layers wait in host memory.
         state_bits: of each of the two moments of a trained parameter.
     """
+    from posttrain_dist.models.network.build_network import build_network
     from posttrain_dist.models.quantized import nf4_bytes
-    from posttrain_dist.models.shape import ModelShape
 
     size = dtype.itemsize
-    base = nf4_bytes(ModelShape.of(llama_config(shape).to_dict()), size)
+    base = nf4_bytes(build_network(llama_config(shape).to_dict()), size)
     moments = 2 * state_bits // 8
     # Parameters in float32 are their own master.
     trained = lora_parameters(shape) * (2 * size + (4 if size < 4 else 0) + moments)

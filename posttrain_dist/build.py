@@ -40,11 +40,13 @@ from posttrain_dist.engine.update_check import UpdateCheck
 from posttrain_dist.files import read_object, write_atomic
 from posttrain_dist.flow import Batch
 from posttrain_dist.models import Weights
+from posttrain_dist.models.architectures.known import TRAINED
 from posttrain_dist.models.finite import refuse_nonfinite
 from posttrain_dist.models.folder import (
     check_folder,
     grown_config,
     network_of,
+    read_network,
     read_shape,
     resolve,
 )
@@ -261,10 +263,10 @@ def on_nf4(config: RunConfig, folder: Path) -> bool:
 
 
 def _check_room(config: RunConfig, folder: Path, engine: TrainEngine, dtype: torch.dtype) -> None:
-    """Refuse a base in NF4 that the GPU of this rank cannot take."""
-    if engine.device.type == "cuda":
+    """Refuse a base in NF4 that the GPU of this rank cannot take, if its tensors are known."""
+    if engine.device.type == "cuda" and read_shape(config.model.path).model_type in TRAINED:
         check_fits(
-            read_shape(config.model.path),
+            read_network(config.model.path),
             folder,
             bytes_per_value=dtype.itemsize,
             free_bytes=torch.cuda.mem_get_info(engine.device)[0],

@@ -10,6 +10,8 @@ from typing import Any
 
 from posttrain_dist.errors import ModelError, PosttrainError, raise_all
 from posttrain_dist.models.architectures.refusals import architecture_problems
+from posttrain_dist.models.network.build_network import build_network
+from posttrain_dist.models.network.tensors import Network
 from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.models.tokenizer import ModelTokenizer, read_tokenizer
 from posttrain_dist.models.tokenizer.new_tokens import grown_vocab_size, new_ids, with_tokens
@@ -88,6 +90,21 @@ def read_shape(path: str, add_tokens: Sequence[str] = ()) -> ModelShape:
     return ModelShape.of(config, str(folder / "config.json"))
 
 
+def read_network(path: str, add_tokens: Sequence[str] = ()) -> Network:
+    """Every parameter of the model that `model.path` names, from its config.json.
+
+    Args:
+        add_tokens: `model.add_tokens`, for which its vocabulary grows.
+
+    Raises:
+        ModelError, SeveralErrors: what is wrong with the folder, or the size that is missing.
+        ConfigError: the tokenizer has one of the tokens.
+    """
+    folder = resolve(path)
+    config = grown_config(folder, check_folder(folder, need_weights=False), add_tokens)
+    return build_network(config, str(folder / "config.json"))
+
+
 def grown_config(
     folder: Path, config: dict[str, Any], add_tokens: Sequence[str], cache: Path | None = None
 ) -> dict[str, Any]:
@@ -126,6 +143,12 @@ def load_tokenizer(
     if not add_tokens:
         return _read_tokenizer(folder, state, cache)
     return _read_grown_tokenizer(folder, state, cache, tuple(add_tokens))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder has files of a tokenizer: a plan does without."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    return any((folder / name).is_file() for name in names)
 
 
 def _state(folder: Path) -> tuple[tuple[str, int, int], ...]:

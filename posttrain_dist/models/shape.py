@@ -7,46 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain_dist.errors import ModelError
+from posttrain_dist.models.architectures.defaults import completed
+from posttrain_dist.models.architectures.known import TRAINED
 
-# What a size is called beside its usual name, in GPT-2 and older models.
-_ALIASES = {
-    "hidden_size": ("n_embd", "d_model"),
-    "num_hidden_layers": ("n_layer", "n_layers"),
-    "num_attention_heads": ("n_head", "n_heads"),
-    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
-}
-# What an architecture takes for a key that its config.json leaves out, where the general rule
-# (a key and value head for each query head, heads of hidden_size / heads, untied) is another.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
-    "gemma": {"head_dim": 256, "tie_word_embeddings": True},
-    "gemma2": {
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "tie_word_embeddings": True,
-        "sliding_window": 4096,
-        "final_logit_softcapping": 30.0,
-        "attn_logit_softcapping": 50.0,
-    },
-    "gemma3_text": {
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "tie_word_embeddings": True,
-        "sliding_window": 4096,
-    },
-    "cohere": {"tie_word_embeddings": True, "logit_scale": 0.0625},
-    "gpt2": {"tie_word_embeddings": True, "attn_pdrop": 0.1},
-    "gpt_bigcode": {"tie_word_embeddings": True, "attn_pdrop": 0.1},
-    "biogpt": {"tie_word_embeddings": True, "attention_probs_dropout_prob": 0.1},
-    "minicpm3": {"dim_model_base": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32},
-    "youtu": {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
-}
-_FOUR_NORMS = {"gemma2", "gemma3_text"}  # of a layer; others have two
-_HEAD_NORMS = {"qwen3", "gemma3_text"}  # of queries and keys
-_EVERY_NTH_FULL = {"gemma2": 2, "gemma3_text": 6}  # the others attend to a window
+# Whose heads are hidden_size / num_attention_heads wide, and whose queries share no keys, whatever
+# config.json says.
+_FIXED_HEADS = {"biogpt", "gpt2", "gpt_bigcode", "gpt_neox", "opt", "persimmon", "stablelm"}
+_UNGROUPED = {"biogpt", "gpt2", "gpt_neox", "opt", "persimmon"}
+_FOUR_TIMES = {"gpt2", "gpt_bigcode"}  # the width of the MLP, where config.json has none
+_GEMMA4 = {"gemma4_text", "gemma4_unified_text"}
 _DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+# No model has so many; a slip of the keyboard would fill the memory.
+_LARGEST = {"num_hidden_layers": 10_000}
+_LARGEST_SIZE = 2**31 - 1
+_SAVED = "use a folder written by transformers' save_pretrained"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +40,6 @@ class ModelShape:
     vocab_size: int
     tied: bool  # the head's weight is the embedding
     window_L: tuple[int | None, ...]  # tokens that a token of each layer attends to; None: all
-    qkv_bias: bool = False
-    output_bias: bool = False  # of the attention's output projection
-    mlp_bias: bool = False
     logit_scale: float = 1.0
     softcap: float | None = None
     attention_softcap: float | None = None  # of the attention logits
@@ -85,30 +56,30 @@ class ModelShape:
         MiniCPM 3 divides them by hidden_size / dim_model_base.
 
         Raises:
-            ModelError: a size is missing.
+            ModelError: a size is missing, is none, or contradicts another.
         """
         model_type = str(config.get("model_type"))
-        values = {**_DEFAULTS.get(model_type, {}), **config}
-        hidden_size = _size(values, "hidden_size", where)
-        num_layers = _size(values, "num_hidden_layers", where)
-        num_heads = _size(values, "num_attention_heads", where)
-        bias = bool(values.get("attention_bias"))
-        head_dim = values.get("head_dim") or hidden_size // num_heads
+        values = completed(config)
+        hidden_size = read_size(values, "hidden_size", where)
+        num_layers = read_size(values, "num_hidden_layers", where)
+        num_heads = read_size(values, "num_attention_heads", where)
+        num_kv_heads = _kv_heads(values, model_type, num_heads, where)
+        head_dim = _head_dim(values, model_type, hidden_size, num_heads, where)
+        # A type that is only tried may have another name for it, and needs it for no tensor.
+        known = model_type in TRAINED and model_type not in _FOUR_TIMES
+        four_times = None if known else 4 * hidden_size
         widest_head, value_head_dim = _widest_head(values, head_dim, hidden_size // num_heads)
         return cls(
             model_type=model_type,
             hidden_size=hidden_size,
             num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=values.get("num_key_value_heads") or num_heads,
+            num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            intermediate_size=_size(values, "intermediate_size", where, 4 * hidden_size),
-            vocab_size=_size(values, "vocab_size", where),
+            intermediate_size=read_size(values, "intermediate_size", where, four_times),
+            vocab_size=read_size(values, "vocab_size", where),
             tied=bool(values.get("tie_word_embeddings", False)),
-            window_L=_windows(values, model_type, num_layers),
-            qkv_bias=bias or model_type == "qwen2",
-            output_bias=bias,
-            mlp_bias=bool(values.get("mlp_bias")),
+            window_L=_windows(values, model_type, num_layers, where),
             logit_scale=_logit_scale(values, model_type, hidden_size),
             softcap=values.get("final_logit_softcapping"),
             attention_softcap=values.get("attn_logit_softcapping"),
@@ -117,40 +88,56 @@ class ModelShape:
             value_head_dim=value_head_dim,
         )
 
-    @property
-    def layer_parameters(self) -> int:
-        """Parameters of one decoder layer, built as Llama's, Mistral's, Qwen's or Gemma's are."""
-        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        matrices = self.hidden_size * (2 * queries + 2 * keys + 3 * self.intermediate_size)
-        biases = self.qkv_bias * (queries + 2 * keys) + self.output_bias * self.hidden_size
-        biases += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
-        norms = (4 if self.model_type in _FOUR_NORMS else 2) * self.hidden_size
-        norms += 2 * self.head_dim * (self.model_type in _HEAD_NORMS)
-        return matrices + biases + norms
 
-    @property
-    def embedding_parameters(self) -> int:
-        """Parameters of the embedding; an untied head has as many."""
-        return self.vocab_size * self.hidden_size
+def read_size(values: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
+    """A size of a config.json: a positive whole number.
 
-    @property
-    def num_parameters(self) -> int:
-        """All parameters; a tied head's weight counts once."""
-        embeddings = self.embedding_parameters * (1 if self.tied else 2)
-        return embeddings + self.num_layers * self.layer_parameters + self.hidden_size
-
-
-def _size(values: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
-    found = [values[key] for key in (name, *_ALIASES.get(name, ())) if values.get(key) is not None]
-    if not found and default is not None:
+    Raises:
+        ModelError: it is missing and has no default, or it is none.
+    """
+    found = values.get(name)
+    if found is None and default is not None:
         return default
-    if not found or not isinstance(found[0], int) or found[0] <= 0:
+    if found is None:
+        raise ModelError(f"has no {name}", where=where, fix=_SAVED)
+    if isinstance(found, bool) or not isinstance(found, int) or found <= 0:
         raise ModelError(
-            f"{name} is {found[0]!r}" if found else f"has no {name}",
-            where=where,
-            fix="use a folder written by transformers' save_pretrained",
+            f"{name} is {found!r}, not a positive whole number", where=where, fix=_SAVED
         )
-    return found[0]
+    if found > (largest := _LARGEST.get(name, _LARGEST_SIZE)):
+        raise ModelError(f"{name} is {found:,}, above {largest:,}", where=where, fix=_SAVED)
+    return found
+
+
+def _kv_heads(values: Mapping[str, Any], model_type: str, num_heads: int, where: str) -> int:
+    if model_type in _UNGROUPED:
+        return num_heads
+    if model_type == "gpt_bigcode":
+        return 1 if values["multi_query"] else num_heads
+    found = read_size(values, "num_key_value_heads", where, num_heads)
+    if num_heads % found and model_type in TRAINED and not values.get("qk_nope_head_dim"):
+        raise ModelError(
+            f"num_attention_heads is {num_heads}, which num_key_value_heads = {found} does not "
+            "divide: no query head would know its keys",
+            where=where,
+            fix=_SAVED,
+        )
+    return found
+
+
+def _head_dim(
+    values: Mapping[str, Any], model_type: str, hidden_size: int, num_heads: int, where: str
+) -> int:
+    if values.get("head_dim") is not None and model_type not in _FIXED_HEADS:
+        return read_size(values, "head_dim", where)
+    if hidden_size % num_heads and model_type in TRAINED and not values.get("qk_nope_head_dim"):
+        raise ModelError(
+            f"hidden_size is {hidden_size}, which num_attention_heads = {num_heads} does not "
+            "divide, and there is no head_dim",
+            where=where,
+            fix=_SAVED,
+        )
+    return hidden_size // num_heads
 
 
 def _logit_scale(values: Mapping[str, Any], model_type: str, hidden_size: int) -> float:
@@ -165,21 +152,61 @@ def _widest_head(values: Mapping[str, Any], head_dim: int, otherwise: int) -> tu
     if values.get("qk_nope_head_dim"):  # multi-head latent attention
         width = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]
         return width, values.get("v_head_dim") or otherwise
-    # Gemma 4: layers that attend to all tokens have wider heads.
-    layers = [each for each in (values.get("per_layer_config") or {}).values() if each]
-    widths = [head_dim, values.get("global_head_dim"), *(each.get("head_dim") for each in layers)]
-    widest = max(width for width in widths if width)
+    widths = [layer["head_dim"] for layer in own_layers(values).values() if layer.get("head_dim")]
+    widest = max([head_dim, *widths])
     return widest, widest
 
 
-def _windows(values: Mapping[str, Any], model_type: str, num_layers: int) -> tuple[int | None, ...]:
+def own_layers(values: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    """What single layers of Gemma 4 have of their own: those that attend to all tokens.
+
+    Args:
+        values: a config.json as `completed` makes it.
+    """
+    model_type = str(values.get("model_type"))
+    given = values.get("per_layer_config")
+    if given is not None or model_type not in _GEMMA4:
+        return {int(layer): own for layer, own in (given or {}).items() if own}
+    own = {"head_dim": values.get("global_head_dim", 512)}
+    if values.get("attention_k_eq_v"):
+        own["num_key_value_heads"] = values.get("num_global_key_value_heads")
+    kinds = _attends_to_all(values, model_type, values["num_hidden_layers"])
+    return {layer: own for layer, to_all in enumerate(kinds) if to_all}
+
+
+def _windows(
+    values: Mapping[str, Any], model_type: str, num_layers: int, where: str
+) -> tuple[int | None, ...]:
+    types = values.get("layer_types")
+    if types is not None and len(types) != num_layers:
+        raise ModelError(
+            f"layer_types has {len(types)} entries, and num_hidden_layers is {num_layers}",
+            where=where,
+            fix=_SAVED,
+        )
     window = values.get("sliding_window")
-    if window is None or values.get("use_sliding_window") is False:
+    if not window or values.get("use_sliding_window") is False:
         return (None,) * num_layers
+    window = read_size(values, "sliding_window", where)
+    kinds = _attends_to_all(values, model_type, num_layers)
+    return tuple(None if to_all else window for to_all in kinds)
+
+
+def _attends_to_all(values: Mapping[str, Any], model_type: str, num_layers: int) -> list[bool]:
+    """Of each layer whether its tokens attend to all before them, where there is a window."""
+    layers = range(num_layers)
+    nth = values.get("sliding_window_pattern")
     if types := values.get("layer_types"):
-        return tuple(window if kind == "sliding_attention" else None for kind in types)
-    if "use_sliding_window" in values:  # Qwen: the layers above
+        found = [kind != "sliding_attention" for kind in types]
+    elif model_type == "cwm":
+        found = [layer % 4 == 0 for layer in layers]
+    elif model_type == "smollm3":
+        rotated = values.get("no_rope_layers")
+        nth = values.get("no_rope_layer_interval") or 4
+        found = [bool(rotated[i] if rotated else (i + 1) % nth) for i in layers]
+    elif "use_sliding_window" in values:  # Qwen: the layers above
         first = values.get("max_window_layers") or 0
-        return tuple(window if layer >= first else None for layer in range(num_layers))
-    nth = values.get("sliding_window_pattern") or _EVERY_NTH_FULL.get(model_type)
-    return tuple(window if not nth or (layer + 1) % nth else None for layer in range(num_layers))
+        found = [layer < first for layer in layers]
+    else:
+        found = [isinstance(nth, int) and nth > 0 and (i + 1) % nth == 0 for i in layers]
+    return [*found[:-1], True] if model_type in _GEMMA4 else found

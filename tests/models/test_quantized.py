@@ -27,8 +27,8 @@ from posttrain_dist.models.finite import refuse_nonfinite
 from posttrain_dist.models.folder import check_folder
 from posttrain_dist.models.layers import decoder_layers
 from posttrain_dist.models.load import load_model
+from posttrain_dist.models.network.build_network import build_network
 from posttrain_dist.models.quantized import load_nf4
-from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.preflight import input_problems
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -281,15 +281,15 @@ def test_packed_bytes_are_no_numbers_and_scales_are(nf4_llama):
 def test_bytes_are_foretold_and_what_does_not_fit_is_refused(builders, tmp_path):
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     folder = builders.model(tmp_path / "model", **sizes)
-    shape = ModelShape.of(json.loads((folder / "config.json").read_text()))
+    network = build_network(json.loads((folder / "config.json").read_text()))
     held = 0
     for parameter in load(folder, torch.bfloat16, nf4=True).parameters():
         state = getattr(parameter, "quant_state", None)
         held += parameter.nbytes
         if state is not None:
             held += state.absmax.nbytes + state.state2.absmax.nbytes
-    assert quantized.nf4_bytes(shape, 2) == pytest.approx(held, rel=0.01)
-    big = ModelShape.of(
+    assert quantized.nf4_bytes(network, 2) == pytest.approx(held, rel=0.01)
+    big = build_network(
         {
             "model_type": "llama",
             "hidden_size": 8192,

@@ -26,7 +26,14 @@ from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.preflight import input_problems
 from posttrain_dist.run import run
 
-SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
+# The heads divide by those of keys that each type takes by itself.
+SIZES = {
+    "hidden_size": 160,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 160,
+    "intermediate_size": 8,
+    "vocab_size": 8,
+}
 FILE = Path("folder/config.json")
 
 

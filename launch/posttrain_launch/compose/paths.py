@@ -54,6 +54,6 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def _absolute_path(path: str) -> str:
-    if path in RESERVED or not path or path.startswith("hf:"):
+    if path in RESERVED or not path or path.startswith(("hf:", "shape:")):
         return path
     return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - keeps globs

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from posttrain_dist.models.shape import ModelShape
+
+
+def part_of(name: str) -> str:
+    """Where a linear stands, by its name inside a decoder layer: attention, mlp or layer."""
+    *path, last = name.split(".")
+    if any("attn" in one or "attention" in one for one in path):
+        return "attention"
+    return "mlp" if "mlp" in path or (not path and last in ("fc1", "fc2")) else "layer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +33,15 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear layer inside a decoder layer, as `tuning/injection/targets.py` finds it.
+    """A linear layer, as `tuning/injection/targets.py` finds it.
 
     Attributes:
-        part: attention, mlp or layer, as there.
+        name: in its layer (self_attn.q_proj), or in the causal LM.
+        part: attention, mlp or layer inside a decoder layer, or outside.
         transposed: its weight is [in, out], as in GPT-2's Conv1D.
     """
 
-    name: str  # in its layer: self_attn.q_proj
+    name: str
     in_features: int
     out_features: int
     part: str
@@ -77,6 +86,8 @@ class Network:
         before: parameters in front of the layers: embeddings, positions.
         after: behind them: the final norm; not the head.
         head: of an untied model its parameters; of a tied one only those of its own (a bias).
+        outside: linears that are in no decoder layer, by their names in the causal LM, the head
+            among them; their parameters are in `before`, `after` and `head`.
     """
 
     shape: ModelShape
@@ -86,6 +97,14 @@ class Network:
     before: tuple[Tensor, ...]
     after: tuple[Tensor, ...]
     head: tuple[Tensor, ...]
+    outside: tuple[Linear, ...]
+
+    def linears(self) -> Iterator[Linear]:
+        """Every linear layer, by its whole name."""
+        for i, layer in enumerate(self.layers):
+            for linear in layer.linears:
+                yield replace(linear, name=f"{self.layers_name}.{i}.{linear.name}")
+        yield from self.outside
 
     def tensors(self) -> Iterator[Tensor]:
         """Every parameter once, by its whole name."""

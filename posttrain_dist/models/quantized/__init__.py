@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_dist.errors import ModelError
-from posttrain_dist.models.shape import ModelShape
+from posttrain_dist.models.network.tensors import Network
 
 # NF4 with double quantisation: 4 bits of each weight, for each block of 64 weights 8 bits of
 # scale, for each 256 of these 32 bits (Dettmers et al., arXiv:2305.14314, section 3).
 NF4_BYTES_PER_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
+BLOCK, NESTED_BLOCK = 64, 256  # weights, and scales, that share a scale
+# The 16 values of a code and the 256 of a scale, and the mean of the scales: kept with each matrix.
+_TABLE_BYTES = 4 * (16 + 256 + 1)
 _UNQUANTISED = "use the folder of the unquantised model, with tuning=qlora to load it in NF4"
 
 
@@ -39,6 +42,18 @@ def quantisation_fault(config: Mapping[str, Any]) -> tuple[str, str] | None:
     if kind != "nf4":
         return f"holds quantised weights, by bitsandbytes in {kind}, not in NF4", _UNQUANTISED
     return None
+
+
+def nf4_tensor_bytes(size: int, value_bytes: int) -> tuple[int, int]:
+    """(packed bytes, bytes of constants) of one matrix, as bitsandbytes 0.50 keeps it.
+
+    Args:
+        size: number of weights.
+        value_bytes: of the dtype that the codes are stored as.
+    """
+    packed = (size + 1) // (2 * value_bytes) * value_bytes
+    blocks = -(-size // BLOCK)
+    return packed, blocks + 4 * -(-blocks // NESTED_BLOCK) + _TABLE_BYTES
 
 
 def check_base(config: Mapping[str, Any], folder: Path, *, adapters: bool, fresh: bool) -> bool:
@@ -71,7 +86,7 @@ def check_base(config: Mapping[str, Any], folder: Path, *, adapters: bool, fresh
 
 
 def check_fits(
-    shape: ModelShape, folder: Path, *, bytes_per_value: int, free_bytes: int, world: int
+    network: Network, folder: Path, *, bytes_per_value: int, free_bytes: int, world: int
 ) -> None:
     """Refuse a base that does not fit where it is loaded: whole, on every rank.
 
@@ -80,16 +95,16 @@ def check_fits(
     Raises:
         ModelError: with the bytes of each part, and what ZeRO-3 without NF4 would take.
     """
-    needed = nf4_bytes(shape, bytes_per_value)
+    needed = nf4_bytes(network, bytes_per_value)
     if needed <= free_bytes:
         return
-    layers = shape.num_layers * shape.layer_parameters
-    ranks = max(world, -(-shape.num_parameters * bytes_per_value // free_bytes))
-    share = shape.num_parameters * bytes_per_value / ranks
+    layers, whole = _quantised(network), network.num_parameters
+    ranks = max(world, -(-whole * bytes_per_value // free_bytes))
+    share = whole * bytes_per_value / ranks
     raise ModelError(
         f"takes {_gb(needed)} in NF4 on every rank before it is sharded ({layers / 1e9:.1f}B "
         f"weights of layers at {NF4_BYTES_PER_WEIGHT:.3f} bytes, "
-        f"{(shape.num_parameters - layers) / 1e9:.1f}B of embeddings and head at "
+        f"{(whole - layers) / 1e9:.1f}B of embeddings and head at "
         f"{bytes_per_value}), and {_gb(free_bytes)} of the device are free",
         where=str(folder),
         fix=f"use a larger GPU, or tuning.quantize=none engine=zero3, which shards while it loads: "
@@ -101,12 +116,19 @@ def _gb(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.1f} GB"
 
 
-def nf4_bytes(shape: ModelShape, bytes_per_value: int) -> int:
+def nf4_bytes(network: Network, bytes_per_value: int) -> int:
     """Memory of a base in NF4: the layers' matrices in 4 bits, embeddings and head are not.
 
     Args:
         bytes_per_value: of what is not quantised, 2 in bfloat16.
     """
-    layers = shape.num_layers * shape.layer_parameters
-    rest = shape.num_parameters - layers
+    layers = _quantised(network)
+    rest = network.num_parameters - layers
     return round(layers * NF4_BYTES_PER_WEIGHT) + rest * bytes_per_value
+
+
+def _quantised(network: Network) -> int:
+    """How many weights the linears of the layers have."""
+    return sum(
+        one.in_features * one.out_features for each in network.layers for one in each.linears
+    )
