@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from posttrain_dist.checkpoint import resume
-from posttrain_dist.config import RunConfig, Slurm, problems, single_process_rule
+from posttrain_dist.config import AutoTuning, RunConfig, Slurm, problems, single_process_rule
+from posttrain_dist.config.hardware import with_nodes
+from posttrain_dist.config.this_machine import check_hardware
 from posttrain_dist.data.sources import file_sets
 from posttrain_dist.engine import Single
 from posttrain_dist.errors import ConfigError, PosttrainError, SeveralErrors, raise_all
@@ -27,7 +29,7 @@ def check_inputs(config: RunConfig, verb: str = "train") -> None:
 
     Args:
         config: with every slot filled and paths that do not depend on the working directory.
-        verb: train, submit, inspect or evaluate; only what it uses is looked at.
+        verb: train, submit, inspect, evaluate or plan; only what it uses is looked at.
 
     Raises:
         PosttrainError, SeveralErrors: all that is wrong, together.
@@ -38,10 +40,10 @@ def check_inputs(config: RunConfig, verb: str = "train") -> None:
 def input_problems(config: RunConfig, verb: str = "train") -> list[PosttrainError]:
     """Every fault that can be seen without reading rows or weights; see `check_inputs`."""
     found = problems(config)
-    need_weights = config.model.weights is Weights.load
     trains = verb != "evaluate"
-    found += _faults(lambda: _check_model(config, need_weights, trains=trains))
-    found += _data_faults(config, only_heldout=verb == "evaluate")
+    found += _faults(lambda: _check_model(config, trains=trains, plans=verb == "plan"))
+    if verb != "plan":
+        found += _data_faults(config, only_heldout=verb == "evaluate")
     if verb in ("train", "submit"):
         found += _faults(lambda: _check_init_from(config))
         found += _cluster_faults(config, verb)
@@ -61,11 +63,11 @@ def _faults(check: Callable[[], object]) -> list[PosttrainError]:
     return []
 
 
-def _check_model(config: RunConfig, need_weights: bool, *, trains: bool) -> None:
-    folder = resolve(config.model.path)
-    model = check_folder(folder, need_weights)
-    adapters = isinstance(config.tuning, AdapterTuning) or not trains
-    check_base(model, folder, adapters=adapters, fresh=not need_weights)
+def _check_model(config: RunConfig, *, trains: bool, plans: bool) -> None:
+    folder, fresh = resolve(config.model.path), config.model.weights is Weights.random
+    model = check_folder(folder, need_weights=not (fresh or plans))
+    adapters = isinstance(config.tuning, AdapterTuning | AutoTuning) or not trains
+    check_base(model, folder, adapters=adapters, fresh=fresh)
     check_row_length(model, config.data.max_length, config.tuning.virtual_tokens)
     config.tuning.check_network(model)
 
@@ -95,7 +97,7 @@ def _data_faults(config: RunConfig, only_heldout: bool) -> list[PosttrainError]:
 
 
 def _cluster_faults(config: RunConfig, verb: str) -> list[PosttrainError]:
-    cluster = config.cluster
+    cluster = with_nodes(config.cluster, config.hardware)
     found: list[PosttrainError] = []
     if isinstance(cluster, Slurm) != (verb == "submit"):
         what, fix = {
@@ -109,6 +111,8 @@ def _cluster_faults(config: RunConfig, verb: str) -> list[PosttrainError]:
             ),
         }[verb]
         found.append(ConfigError(what, where="cluster", fix=fix))
+    if verb == "train":
+        found += _faults(lambda: check_hardware(config.hardware, cluster))
     if isinstance(cluster, Slurm) and verb == "submit":
         found += _missing_resources(cluster)
     if isinstance(cluster, Slurm) and isinstance(config.engine, Single):
@@ -128,6 +132,8 @@ def _missing_resources(cluster: Slurm) -> list[PosttrainError]:
     if not keys:
         return []
     fix = "set " + "; ".join(f"{key}=<{missing[key][1]}>" for key in keys)
+    if cluster.gpus_per_node is None:
+        fix += "; or say what the nodes are, such as hardware=h100x8"
     what = "is not set, and has no default" + (f"; nor is {keys[1]}" if len(keys) > 1 else "")
     return [ConfigError(what, where=keys[0], fix=fix)]
 

@@ -29,6 +29,12 @@ VERBS: dict[str, Verb] = {
         "run.train",
         hydra=True,
     ),
+    "plan": Verb(
+        "say what fits where: memory, time and disk of a run, before anything starts",
+        "posttrain plan model.path=shape:llama3-70b hardware=h100x8 cluster.nodes=4",
+        "cluster.plan",
+        hydra=True,
+    ),
     "prepare": Verb(
         "tokenise and check the data now, so that a run starts at once; writes data_report.html",
         "posttrain prepare model.path=/models/M data.train=/data/chat.jsonl",
@@ -148,7 +154,7 @@ def help_text() -> str:
         lines += [f"  {name:<{width}}  {verb.what}", f"  {'':<{width}}    {verb.example}"]
     lines += [
         "",
-        "train, inspect, evaluate and submit take key=value and group=option, and Hydra's flags.",
+        "train, plan, inspect, evaluate and submit take key=value and group=option, and Hydra's flags.",
         "--debug, with any verb, shows the stack trace of an error.",
     ]
     return "\n".join(lines)

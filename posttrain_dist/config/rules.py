@@ -9,7 +9,7 @@ import dataclasses
 
 from posttrain_dist.checkpoint import checkpoint_rules
 from posttrain_dist.config.groups import Ray, cluster_rules, eval_rules, train_rules
-from posttrain_dist.config.hardware import hardware_rules
+from posttrain_dist.config.hardware import hardware_rules, nodes_rules, with_nodes
 from posttrain_dist.config.run_config import SLOTS, RunConfig, untouched_slots
 from posttrain_dist.config.value_types import type_problems
 from posttrain_dist.data import data_rules, template_rules
@@ -40,6 +40,7 @@ def complete(config: RunConfig) -> RunConfig:
     """
     config = dataclasses.replace(config, **untouched_slots(config))
     raise_all(_wrong_slots(config) or list(type_problems(config)) or problems(config))
+    config = dataclasses.replace(config, cluster=with_nodes(config.cluster, config.hardware))
     return _with_learning_rate(config)
 
 
@@ -90,6 +91,7 @@ def all_rules(config: RunConfig) -> list[Rule]:
         *engine_rules(config.engine),
         *cluster_rules(config.cluster),
         *hardware_rules(config.hardware),
+        *nodes_rules(config.hardware, config.cluster),
         *_rules_between_groups(config),
     ]
 

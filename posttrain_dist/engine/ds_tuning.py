@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 # One gather a decoder layer, up to this size: 100 MB in bfloat16. Small layers are bound by the
 # work of the hooks, seven linears and two norms each in forward and backward. The weights of larger

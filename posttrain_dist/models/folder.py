@@ -150,6 +150,12 @@ def load_tokenizer(
     return _read_grown_tokenizer(folder, state, cache, tuple(add_tokens))
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder has files of a tokenizer: a plan does without."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    return any((folder / name).is_file() for name in names)
+
+
 def _state(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """Names, sizes and times of a folder's files: equal as long as nothing in it changes."""
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from posttrain_dist.config import RunConfig
+from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.engine import AdamW, Engine
 from posttrain_dist.models import ModelConfig
 from posttrain_dist.models.network.tensors import Network
@@ -34,8 +35,38 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DataFacts:
+    """The training split of a prepared folder, in numbers.
+
+    Attributes:
+        tokens: of all samples, once.
+        supervised: of these, those with a weight in the loss.
+        longest: tokens of the longest sample, held-out ones included.
+        heldout_tokens: of the samples that evaluation reads.
+    """
+
+    tokens: int
+    supervised: int
+    longest: int
+    channels: int
+    heldout_tokens: int
+
+    @classmethod
+    def of(cls, summary: Summary) -> DataFacts:
+        """What `prepare` found and wrote."""
+        train, heldout = (summary.splits.get(split, {}).values() for split in ("train", "eval"))
+        return cls(
+            tokens=sum(counts.tokens for counts in train),
+            supervised=sum(counts.supervised for counts in train),
+            longest=summary.longest,
+            channels=len(summary.channels),
+            heldout_tokens=sum(counts.tokens for counts in heldout),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Job:
-    """One run: nothing in it is `auto` any more.
+    """One run: nothing in it is `auto` any more. Equal to itself alone, so that it is a key.
 
     Attributes:
         value_bytes: of a weight or activation: 2 in bfloat16, 4 in float32.

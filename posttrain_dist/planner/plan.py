@@ -132,6 +132,7 @@ class Plan:
     capacity_bytes: int
     host_capacity_bytes: int
     margin_bytes: int
+    on_gpu: bool = True  # else each rank is a process on CPUs
     checkpoint_bytes: int  # on disk, one
     export_bytes: int
     speed: Speed
@@ -180,6 +181,7 @@ class Tried:
     name: str
     plan: Plan | None
     refused: str = ""  # why it was not planned
+    leanest: Plan | None = None  # of the same method, with the settings that take least memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,11 @@ def rounded(value: float) -> str:
     return f"{value:.0f}"
 
 
+def billions(value: float) -> str:
+    """`rounded`, with B for a billion, as sizes of models and data are called: `70.6B`."""
+    return rounded(value).replace("G", "B")
+
+
 def power_of_two(value: int) -> str:
     """A length that is a power of two: `4,096`, and from 16k on in units of 1024."""
     return f"{value:,}" if value < 10_000 else f"{value // 1024:,}k"
@@ -105,6 +110,21 @@ def memory_power(num_bytes: float) -> int:
     while num_bytes >= 1024 and power < len(MEMORY_UNITS) - 1:
         num_bytes, power = num_bytes / 1024, power + 1
     return power
+
+
+def memory(num_bytes: float) -> str:
+    """Bytes in three digits and the unit that suits them: `35.3 GiB`, `812 MiB`."""
+    power = memory_power(abs(num_bytes))
+    value = num_bytes / 1024**power
+    digits = 0 if abs(value) >= 100 or not power else 1 if abs(value) >= 10 else 2
+    return f"{value:,.{digits}f} {MEMORY_UNITS[power]}".replace("-", "\N{MINUS SIGN}")
+
+
+def hours(value: float) -> str:
+    """Hours for a plan: minutes below one, days from two on."""
+    if value < 1:
+        return f"{60 * value:.3g} min"
+    return f"{value:.3g} h" if value < 48 else f"{value / 24:,.1f} days"
 
 
 def duration(seconds: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -91,20 +91,34 @@ class Ia3(AdapterTuning):
         _log.info("IA3 on %d linear layers", len(outputs) + len(inputs))
 
     def _find_targets(self, model: nn.Module) -> tuple[list[Linear], list[Linear]]:
-        """Those whose output is scaled, and those whose input is."""
+        from posttrain_dist.tuning.injection.targets import kinds_of, linears, refuse_head
+
+        outputs, inputs = self.scaled(linears(model), kinds_of(model))
+        refuse_head(model, [one.name for one in (*outputs, *inputs)])
+        return outputs, inputs
+
+    def scaled(
+        self, every: list[Linear], what_it_is: Callable[[str], str] = lambda name: ""
+    ) -> tuple[list[Linear], list[Linear]]:
+        """Of the linear layers of a model those whose output is scaled, and whose input is.
+
+        Args:
+            what_it_is: see `targets.kinds_of`.
+
+        Raises:
+            ConfigError: a target is not there.
+        """
         from posttrain_dist.tuning.injection.targets import (
-            find_targets,
             keys_values_and_mlp,
-            refuse_head,
+            matching,
             scales_input,
         )
 
         if self.targets == "auto":
-            return keys_values_and_mlp(model)
-        every = find_targets(model, self.targets)
-        refuse_head(model, [one.name for one in every])
-        inputs = [one for one in every if scales_input(one)]
-        return [one for one in every if one not in inputs], inputs
+            return keys_values_and_mlp(every)
+        found = matching(every, self.targets, what_it_is)
+        inputs = [one for one in found if scales_input(one)]
+        return [one for one in found if one not in inputs], inputs
 
     def to_adapter(
         self, kept: Mapping[str, torch.Tensor], network: Mapping[str, Any]

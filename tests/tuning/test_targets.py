@@ -161,7 +161,7 @@ def test_every_architecture_takes_lora_and_ia3(model_type):
             assert names == {one.name for one in every if one.part != "outside"}
             assert len(gradients) == 2 * len(names)
         else:
-            keys, second = keys_values_and_mlp(build(model_type))
+            keys, second = keys_values_and_mlp(linears(build(model_type)))
             assert names == {one.name for one in (*keys, *second)}
             assert len(second) == len(layers) <= len(keys)
         assert all(bool(g.any()) for g in gradients.values()), model_type

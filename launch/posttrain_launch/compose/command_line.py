@@ -6,6 +6,7 @@ and `compose.misused_words` says what to write instead, beside every other probl
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from argparse import Action, Namespace
@@ -16,11 +17,25 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from posttrain_dist.config import Ray, Slurm
 from posttrain_dist.errors import ConfigError
 
-# Flags of single verbs beside Hydra's; ADAPTER has a value and may be given several times.
-ADAPTER = "--adapter"
-OWN_FLAGS = {"submit": "--dry-run", "inspect": "--template", "evaluate": ADAPTER}
+# Flags of single verbs beside Hydra's. A value is written behind some of them, and may be behind
+# others; ADAPTER may be given several times.
+ADAPTER, FORCE = "--adapter", "--force"
+OWN_FLAGS: dict[str, tuple[str, ...]] = {
+    "train": (FORCE,),
+    "submit": ("--dry-run", FORCE),
+    "inspect": ("--template",),
+    "evaluate": (ADAPTER,),
+    "plan": ("--all", "--largest", "--fewest", "--json", "--html"),
+}
+WITH_VALUE = {
+    ADAPTER: "NAME=FOLDER",
+    "--largest": "data.max_length",
+    "--fewest": "gpus",
+}
+MAYBE_VALUE = ("--json", "--html")  # a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +58,17 @@ class CommandLine:
     misused: list[MisusedWord]
     faults: list[ConfigError]  # of flags: a value that is missing or none of the choices
     debug: bool
-    dry_run: bool
-    shows_template: bool
-    adapters: list[str]  # values of --adapter
+    own: dict[str, list[str]]  # flags of the verb that were given, each with its values
+
+    @property
+    def dry_run(self) -> bool:
+        """Whether nothing is to be submitted."""
+        return "--dry-run" in self.own
+
+    @property
+    def force(self) -> bool:
+        """Whether what cannot fit is to be started all the same."""
+        return FORCE in self.own
 
     @property
     def typed(self) -> str:
@@ -70,11 +93,7 @@ def read_command_line(verb: str, arguments: list[str], debug: bool) -> CommandLi
 
         print(f"posttrain {__version__}")
         raise SystemExit(0)
-    own, adapters = OWN_FLAGS.get(verb), list[str]()
-    if own == ADAPTER:
-        adapters, arguments = _take_adapters(arguments)
-    has_own = own in arguments
-    arguments = [a for a in arguments if a != own]
+    own, faults, arguments = _take_own(OWN_FLAGS.get(verb, ()), arguments)
     # An experiment is no group with a default, so Hydra wants a plus; nobody need know.
     arguments = [f"+{a}" if a.startswith("experiment=") else a for a in arguments]
     words = _Words(arguments)
@@ -86,36 +105,63 @@ def read_command_line(verb: str, arguments: list[str], debug: bool) -> CommandLi
         print("no arguments: running the demo (+experiment=demo)", file=sys.stderr)
     if verb == "submit" and not any(o.startswith("cluster=") for o in words.overrides):
         added.append("cluster=slurm")
+    if verb == "plan" and not shows_page:
+        added += _left_to_the_planner(words.overrides)
     flags.overrides = [*words.overrides, *added]
-    if own == ADAPTER and has_own:
-        fix = f"write {ADAPTER} NAME=FOLDER"
-        words.faults.append(ConfigError("needs a value", where=ADAPTER, fix=fix))
     return CommandLine(
         verb,
         [*arguments, *added],
         flags,
         flags.overrides,
         words.misused,
-        words.faults,
+        [*words.faults, *faults],
         debug,
-        dry_run=verb == "submit" and has_own,
-        shows_template=verb == "inspect" and has_own,
-        adapters=adapters,
+        own,
     )
 
 
-def _take_adapters(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The values of --adapter, and what else was typed; a flag without a value stays there."""
-    values, rest, left = [], [], list(reversed(arguments))
+def typed_keys(overrides: list[str]) -> frozenset[str]:
+    """The keys and groups of overrides."""
+    return frozenset(word.partition("=")[0].lstrip("+") for word in overrides)
+
+
+def _left_to_the_planner(overrides: list[str]) -> list[str]:
+    """What a plan takes for groups that were not typed; an experiment has them all."""
+    keys = typed_keys(overrides)
+    if "experiment" in keys:
+        return []
+    touched = {key.partition(".")[0] for key in keys}
+    added = [f"{group}=auto" for group in ("tuning", "engine") if group not in touched]
+    if "cluster" not in keys:
+        of_jobs = {f"cluster.{field.name}" for field in dataclasses.fields(Slurm)}
+        of_jobs -= {f"cluster.{field.name}" for field in dataclasses.fields(Ray)}
+        added.append("cluster=slurm" if keys & of_jobs else "cluster=ray")
+    return added
+
+
+def _take_own(
+    flags: tuple[str, ...], arguments: list[str]
+) -> tuple[dict[str, list[str]], list[ConfigError], list[str]]:
+    """The verb's own flags with their values, those that lack one, and what else was typed."""
+    own: dict[str, list[str]] = {}
+    rest, faults, left = list[str](), list[ConfigError](), list(reversed(arguments))
     while left:
         word = left.pop()
-        if word.startswith(f"{ADAPTER}="):
-            values.append(word.partition("=")[2])
-        elif word == ADAPTER and left and not left[-1].startswith("-"):
-            values.append(left.pop())
-        else:
+        name, equals, value = word.partition("=")
+        if name not in flags:
             rest.append(word)
-    return values, rest
+            continue
+        values = own.setdefault(name, [])
+        if equals:
+            values.append(value)
+        elif name in WITH_VALUE and left and not left[-1].startswith("-"):
+            values.append(left.pop())
+        elif name in WITH_VALUE:
+            fix = f"write {name} {WITH_VALUE[name]}"
+            faults.append(ConfigError("needs a value", where=name, fix=fix))
+        elif name in MAYBE_VALUE and left and not (left[-1].startswith("-") or "=" in left[-1]):
+            values.append(left.pop())
+    return own, faults, rest
 
 
 class _Words:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from posttrain_dist.errors import ConfigError
 from posttrain_launch.cli import VERBS
-from posttrain_launch.compose.command_line import ADAPTER, OWN_FLAGS, MisusedWord
+from posttrain_launch.compose.command_line import OWN_FLAGS, WITH_VALUE, MisusedWord
 from posttrain_launch.compose.composer import Composer
 from posttrain_launch.compose.keys import has_key, unknown_key_fix
 
@@ -92,11 +92,11 @@ class _Advice:
         if self.composer.options(group):
             return what, f"write {group}={value or f'<one of {self._options(group)}>'}"
         flags = [name for action in get_args_parser()._actions for name in action.option_strings]
-        flags += [OWN_FLAGS[self.verb]] if self.verb in OWN_FLAGS else []
+        flags += OWN_FLAGS.get(self.verb, ())
         near = difflib.get_close_matches(
             word, [f for f in flags if f.startswith("--")], n=1, cutoff=0.75
         )
-        if near and (value is None or near[0] == ADAPTER):
+        if near and (value is None or near[0] in WITH_VALUE):
             return "is no flag", f"did you mean {near[0]}?"
         fix = "" if self.base is None else unknown_key_fix(self.base, group, value)
         if not fix or fix.endswith("lists every key"):

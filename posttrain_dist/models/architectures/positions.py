@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from posttrain_dist.errors import ConfigError
-from posttrain_dist.models.architectures.defaults import completed
 from posttrain_dist.models.architectures.known import LEARNED_POSITIONS
 
 
@@ -41,15 +40,23 @@ def check_row_length(config: Mapping[str, Any], max_length: int, virtual_tokens:
         )
 
 
-def context_notice(config: Mapping[str, Any], max_length: int) -> str:
-    """What is said of samples that may be longer than the model was made for; empty: nothing."""
-    context = completed(config).get("max_position_embeddings")
-    if not isinstance(context, int) or max_length <= context:
-        return ""
-    return (
-        f"data.max_length is {max_length:,}, above the {context:,} tokens that the model was made "
-        "for (max_position_embeddings)"
-    )
+def check_planned_length(config: Mapping[str, Any], longest: int) -> None:
+    """Refuse a sample that is longer than the context of the model.
+
+    Args:
+        config: what config.json of the model holds.
+        longest: tokens of the longest sample that may come.
+
+    Raises:
+        ConfigError: it is above what the model allows.
+    """
+    context = config.get("max_position_embeddings")
+    if isinstance(context, int) and longest > context:
+        raise ConfigError(
+            f"lets through samples of {longest} tokens, and the model has {context} positions",
+            where="data.max_length",
+            fix=f"set data.max_length={context} or less",
+        )
 
 
 def learned_positions(config: Mapping[str, Any]) -> int | None:

@@ -15,6 +15,9 @@ from posttrain_dist.models.network.tensors import Network
 # NF4 with double quantisation: 4 bits of each weight, for each block of 64 weights 8 bits of
 # scale, for each 256 of these 32 bits (Dettmers et al., arXiv:2305.14314, section 3).
 NF4_BYTES_PER_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
+BLOCK, NESTED_BLOCK = 64, 256  # weights, and scales, that share a scale
+# The 16 values of a code and the 256 of a scale, and the mean of the scales: kept with each matrix.
+_TABLE_BYTES = 4 * (16 + 256 + 1)
 _UNQUANTISED = "use the folder of the unquantised model, with tuning=qlora to load it in NF4"
 
 
@@ -39,6 +42,18 @@ def quantisation_fault(config: Mapping[str, Any]) -> tuple[str, str] | None:
     if kind != "nf4":
         return f"holds quantised weights, by bitsandbytes in {kind}, not in NF4", _UNQUANTISED
     return None
+
+
+def nf4_tensor_bytes(size: int, value_bytes: int) -> tuple[int, int]:
+    """(packed bytes, bytes of constants) of one matrix, as bitsandbytes 0.50 keeps it.
+
+    Args:
+        size: number of weights.
+        value_bytes: of the dtype that the codes are stored as.
+    """
+    packed = (size + 1) // (2 * value_bytes) * value_bytes
+    blocks = -(-size // BLOCK)
+    return packed, blocks + 4 * -(-blocks // NESTED_BLOCK) + _TABLE_BYTES
 
 
 def check_base(config: Mapping[str, Any], folder: Path, *, adapters: bool, fresh: bool) -> bool:

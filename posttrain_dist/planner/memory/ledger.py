@@ -25,6 +25,8 @@ class Ledger:
         self._now: Counter[Item] = Counter()
         self._total = 0
         self._phase: PhaseName | None = None
+        self._highest = -1  # of this phase so far
+        self._rising = False  # more than ever in this phase; written down when it falls
         self._peaks: dict[PhaseName, tuple[int, dict[Item, int]]] = {}
 
     @property
@@ -36,7 +38,8 @@ class Ledger:
         """Take memory; the caller is its first holder."""
         self._now[item] += num_bytes
         self._total += num_bytes
-        self._look()
+        if self._total > self._highest:
+            self._highest, self._rising = self._total, True
         return Block(item, num_bytes)
 
     def hold(self, block: Block) -> Block:
@@ -49,6 +52,8 @@ class Ledger:
         assert block.holders > 0, "released once too often"
         block.holders -= 1
         if block.holders == 0:
+            if self._rising:
+                self._write_down()
             self._now[block.item] -= block.num_bytes
             self._total -= block.num_bytes
 
@@ -59,23 +64,32 @@ class Ledger:
     @contextmanager
     def phase(self, name: PhaseName) -> Iterator[None]:
         """What is allocated inside counts for this phase too, as does what was there before."""
-        before, self._phase = self._phase, name
-        self._look()
+        before = self._phase
+        self._enter(name)
         try:
             yield
         finally:
-            self._phase = before
+            self._enter(before)
 
     def phases(self) -> tuple[Phase, ...]:
         """The fullest moment of each phase that there was, in the order of PhaseName."""
+        if self._rising:
+            self._write_down()
         return tuple(
             Phase(name, {item: n for item, n in self._peaks[name][1].items() if n})
             for name in PhaseName
             if name in self._peaks
         )
 
-    def _look(self) -> None:
-        if self._phase is None:
-            return
-        if self._phase not in self._peaks or self._total > self._peaks[self._phase][0]:
+    def _enter(self, name: PhaseName | None) -> None:
+        if self._rising:
+            self._write_down()
+        self._phase = name
+        self._highest = self._peaks[name][0] if name is not None and name in self._peaks else -1
+        if self._total > self._highest:
+            self._highest, self._rising = self._total, True
+
+    def _write_down(self) -> None:
+        self._rising = False
+        if self._phase is not None:
             self._peaks[self._phase] = (self._total, dict(self._now))

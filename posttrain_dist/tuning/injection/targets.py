@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from posttrain_dist.errors import ConfigError
@@ -56,16 +56,39 @@ def linears(model: nn.Module) -> list[Linear]:
 
 
 def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Linear]:
-    """The linear layers that `targets` means.
-
-    Args:
-        targets: all-linear (those of the decoder layers, so without the head), attention, mlp, a
-            list of names that end module names, or a regular expression of whole module names.
+    """The linear layers of a model that `targets` means; see `matching`.
 
     Raises:
         ConfigError: a name or the pattern matches none; the message lists what there is.
     """
-    every = linears(model)
+    return matching(linears(model), targets, kinds_of(model))
+
+
+def kinds_of(model: nn.Module) -> Callable[[str], str]:
+    """What a message adds to the end of a name that is of modules, but of no linear layer."""
+
+    def but(end: str) -> str:
+        kinds = {type(m).__name__ for n, m in model.named_modules() if ends_with(n, end)}
+        return f" but {' and '.join(sorted(kinds))}" if kinds else ""
+
+    return but
+
+
+def matching(
+    every: list[Linear],
+    targets: str | Sequence[str],
+    what_it_is: Callable[[str], str] = lambda name: "",
+) -> list[Linear]:
+    """Those of the linear layers of a model that `targets` means, in their order.
+
+    Args:
+        targets: all-linear (those of the decoder layers, so without the head), attention, mlp, a
+            list of names that end module names, or a regular expression of whole module names.
+        what_it_is: see `kinds_of`.
+
+    Raises:
+        ConfigError: a name or the pattern matches none; the message lists what there is.
+    """
     if isinstance(targets, str) and targets in WORDS:
         parts = {ALL_LINEAR: (ATTENTION, MLP, "layer"), ATTENTION: (ATTENTION,), MLP: (MLP,)}
         found = [one for one in every if one.part in parts[targets]]
@@ -80,13 +103,16 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Linear]
     names = [targets] if isinstance(targets, str) else list(targets)
     for name in names:
         if not any(ends_with(one.name, name) for one in every):
-            raise _no_match(f"{name!r} is no linear layer{_what_it_is(model, name)}", every)
+            raise _no_match(f"{name!r} is no linear layer{what_it_is(name)}", every)
     return [one for one in every if any(ends_with(one.name, name) for name in names)]
 
 
-def keys_values_and_mlp(model: nn.Module) -> tuple[list[Linear], list[Linear]]:
-    """What IA3 scales: the projections to keys and values, and the second linears of the MLPs."""
-    every = linears(model)
+def keys_values_and_mlp(every: list[Linear]) -> tuple[list[Linear], list[Linear]]:
+    """What IA3 scales: the projections to keys and values, and the second linears of the MLPs.
+
+    Raises:
+        ConfigError: there are none of either.
+    """
     keys = [o for o in every if o.part == ATTENTION and _last(o.name) in _KEYS_AND_VALUES]
     second = [o for o in every if scales_input(o)]
     if not keys or not second:
@@ -154,11 +180,6 @@ def shared_names(modules: Mapping[str, Any], ends: Sequence[str]) -> dict[str, l
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
-
-
-def _what_it_is(model: nn.Module, name: str) -> str:
-    kinds = {type(m).__name__ for n, m in model.named_modules() if ends_with(n, name)}
-    return f" but {' and '.join(sorted(kinds))}" if kinds else ""
 
 
 def _no_match(what: str, every: list[Linear]) -> ConfigError:

@@ -18,7 +18,7 @@ def command(arguments: list[str], debug: bool) -> int:
     """Print rows, supervised tokens and a packed batch, also of rows that the checks refuse."""
     line = read_command_line("inspect", arguments, debug)
     composed = compose_command(line)
-    if line.shows_template:
+    if "--template" in line.own:
         from posttrain_launch.commands.data.template_view import print_template
 
         print_template(complete(with_absolute_paths(composed.config)))

@@ -10,6 +10,7 @@ from typing import Any
 from posttrain_dist.config import complete
 from posttrain_dist.report.data.prepare_progress import progress_output
 from posttrain_launch.commands.arguments import named_folders
+from posttrain_launch.compose.command_line import ADAPTER
 from posttrain_launch.compose.hydra_app import compose_command, read_command_line
 from posttrain_launch.compose.paths import with_absolute_paths
 
@@ -18,7 +19,7 @@ def command(arguments: list[str], debug: bool) -> int:
     """Print a table of channels and losses; of adapters, a column for each."""
     line = read_command_line("evaluate", arguments, debug)
     composed = compose_command(line)
-    adapters = named_folders(line.adapters)
+    adapters = named_folders(line.own.get(ADAPTER, []))
     from posttrain_dist.evaluation.heldout import evaluate
     from posttrain_dist.prepare import prepare_cached
     from posttrain_dist.report.text_tables import text_table

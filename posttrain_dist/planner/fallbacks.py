@@ -1,0 +1,147 @@
+"""`tuning=auto engine=auto`: the first fallback that fits, and why not those before it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator
+
+from posttrain_dist.config import AutoEngine, AutoTuning, RunConfig
+from posttrain_dist.errors import ConfigError
+from posttrain_dist.planner.job import DataFacts, Machine
+from posttrain_dist.planner.methods import MICRO_BATCH, checkpointing_words, methods
+from posttrain_dist.planner.overriding import with_words
+from posttrain_dist.planner.plan import Choice, Plan, Tried
+from posttrain_dist.planner.search import Search, spare_bytes
+
+LESS = 0.95  # of what ran out of memory: what a plan must promise to be worth another start
+INVERSE = (
+    "posttrain plan --largest data.max_length says how long rows may be, --fewest gpus how many "
+    "GPUs it takes, --all shows every fallback"
+)
+
+
+def is_auto(config: RunConfig) -> bool:
+    """Whether tuning or engine is left to the planner."""
+    return isinstance(config.tuning, AutoTuning) or isinstance(config.engine, AutoEngine)
+
+
+def choose(
+    config: RunConfig,
+    machine: Machine,
+    facts: DataFacts | None = None,
+    typed: Collection[str] = (),
+) -> Choice:
+    """The first fallback that fits; of a config that names tuning and engine, the run as it is.
+
+    Args:
+        config: with every slot filled.
+        facts: of the data; None: not known.
+        typed: keys that were typed, at their defaults too: these settings stay.
+
+    Raises:
+        ConfigError: none fits, or none can be planned.
+        ModelError, SeveralErrors: the model cannot be planned.
+    """
+    tried = try_all(config, machine, facts, typed)
+    if not is_auto(config):
+        return Choice(tried, tried[0])
+    chosen = next((each for each in tried if each.plan is not None and each.plan.fits), None)
+    if chosen is None:
+        raise nothing_fits(tried)
+    return Choice(tried, chosen)
+
+
+def try_all(
+    config: RunConfig,
+    machine: Machine,
+    facts: DataFacts | None = None,
+    typed: Collection[str] = (),
+) -> tuple[Tried, ...]:
+    """Every fallback of a config, planned. Arguments and errors as for `choose`."""
+    search = Search(config, machine, facts, typed)
+    found = methods(config, machine)
+    if is_auto(config):
+        return tuple(search.fastest(method) for method in found)
+    return (Tried(found[0].name, search.plan(())),)
+
+
+def with_choice(config: RunConfig, tried: Tried) -> RunConfig:
+    """The config that a fallback trains; also of one that is an earlier choice from the same."""
+    return config if tried.plan is None else with_words(config, tried.plan.overrides)
+
+
+def following(choice: Choice) -> Choice | None:
+    """What to start after the chosen one ran out of memory; None: nothing that promises less.
+
+    The same method with the settings that take least memory comes first, where that is clearly
+    less; then the next fallbacks, each as it was planned or with such settings.
+    """
+    assert choice.chosen.plan is not None
+    most = LESS * choice.chosen.plan.device.total_bytes
+    names = [each.name for each in choice.tried]
+    for each in choice.tried[names.index(choice.chosen.name) :]:
+        for plan in (each.plan, each.leanest):
+            if plan is not None and plan.fits and plan.device.total_bytes <= most:
+                return Choice(choice.tried, dataclasses.replace(each, plan=plan))
+    return None
+
+
+def nearest(config: RunConfig, machine: Machine, facts: DataFacts | None = None) -> Tried | None:
+    """What fits instead of a run that does not: its own method with other settings, or the next.
+
+    Args:
+        config: with tuning and engine named.
+    """
+    for candidate in _instead(config):
+        search = Search(candidate, machine, facts)
+        for method in methods(candidate, machine):
+            found = search.fastest(method)
+            if found.plan is not None and found.plan.fits:
+                return found
+    return None
+
+
+def _instead(config: RunConfig) -> Iterator[RunConfig]:
+    free = with_words(config, (f"{MICRO_BATCH}=1", *checkpointing_words(0, 1)))
+    yield free
+    yield dataclasses.replace(free, engine=AutoEngine())
+    yield dataclasses.replace(free, tuning=AutoTuning(), engine=AutoEngine())
+
+
+# ------------------------------------------------------------------------------ what is said
+
+
+def nothing_fits(tried: tuple[Tried, ...]) -> ConfigError:
+    """The error that names the smallest miss of all, and what can be done about it."""
+    planned = [(each, each.plan) for each in tried if each.plan is not None]
+    if not planned:
+        refused = "; ".join(f"{each.name}: {each.refused}" for each in tried)
+        fix = "name the tuning and the engine"
+        return ConfigError(f"no fallback is possible: {refused}", where="tuning", fix=fix)
+    each, plan = max(planned, key=lambda pair: spare_bytes(pair[1]))
+    what = f"no fallback fits; nearest is {each.name}: {miss(plan)}"
+    return ConfigError(what, where="tuning", fix=INVERSE)
+
+
+def miss(plan: Plan) -> str:
+    """What a plan lacks, and on which item most is: the end of a sentence."""
+    on_device = plan.spare_bytes <= plan.host_spare_bytes
+    where = f"a {'GPU' if plan.on_gpu else 'process'}" if on_device else "a host"
+    has = plan.capacity_bytes if on_device else plan.host_capacity_bytes
+    return (
+        f"{_gib(-spare_bytes(plan))} are missing on {where} of {_gib(has)}; most is "
+        f"{plan.largest_item}"
+    )
+
+
+def reasons(choice: Choice) -> list[str]:
+    """Why those before the chosen one were not taken, one line each."""
+    names = [each.name for each in choice.tried]
+    before = choice.tried[: names.index(choice.chosen.name)]
+    return [
+        f"{each.name}: {each.refused if each.plan is None else miss(each.plan)}" for each in before
+    ]
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB"

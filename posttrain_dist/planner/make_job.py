@@ -1,0 +1,181 @@
+"""RunConfig and Machine -> Job: what the run will be, by the rules that training chooses with."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, assert_never
+
+from posttrain_dist.config import (
+    AdamW,
+    AutoEngine,
+    AutoTuning,
+    Dtype,
+    Local,
+    Ray,
+    RunConfig,
+    Single,
+    Slurm,
+)
+from posttrain_dist.config.devices import DEVICES
+from posttrain_dist.errors import ConfigError
+from posttrain_dist.models import Attention
+from posttrain_dist.models.folder import check_folder, grown_config, has_tokenizer, resolve
+from posttrain_dist.models.network.build_network import build_network
+from posttrain_dist.models.network.tensors import Network
+from posttrain_dist.models.shape import ModelShape
+from posttrain_dist.planner.job import DataFacts, Job, Machine
+
+# Of the kernels for packed rows, as in models/varlen.py.
+MAX_HEAD_DIM, CAPABILITY = 256, 8.0
+# What /proc/cpuinfo calls the instructions for products in bfloat16: of AMX, AVX-512 and Arm.
+_BFLOAT16_FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
+
+
+def make_job(config: RunConfig, machine: Machine, facts: DataFacts | None = None) -> Job:
+    """What is planned.
+
+    Args:
+        config: completed, and nothing in it is `auto` but what training decides as it starts
+            (dtype, attention): these are decided here as there.
+        machine: one node.
+        facts: of the data; None: not known, so that every row is as long as it may be.
+
+    Raises:
+        ModelError: the folder is not one of a model that can be planned.
+        ConfigError: tuning or engine is still to be chosen.
+    """
+    if isinstance(config.tuning, AutoTuning) or isinstance(config.engine, AutoEngine):
+        raise ConfigError("is still to be chosen", where="tuning", fix="use posttrain plan")
+    assert isinstance(config.optimizer, AdamW)
+    network = read_network(config)
+    workers, local_workers = count_workers(config, machine)
+    value_bytes = bytes_per_value(config.train.dtype, machine)
+    packs = math.ceil(config.train.batch_size / workers)  # of the rank that has most
+    row_packs = min(config.train.micro_batch_size, packs)
+    length = config.data.max_length
+    supervised = facts.supervised / max(1, facts.tokens) if facts else 1.0
+    row_tokens = length * row_packs
+    return Job(
+        network=network,
+        model=config.model,
+        tuning=config.tuning,
+        optimizer=config.optimizer,
+        engine=config.engine,
+        machine=machine,
+        value_bytes=value_bytes,
+        row_tokens=min(row_tokens, facts.tokens) if facts and facts.tokens else row_tokens,
+        sample_tokens=min(length, facts.longest) if facts and facts.longest else length,
+        supervised_share=supervised,
+        attention=choose_attention(config.model.attention, network.shape, machine, value_bytes),
+        batch_size=config.train.batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        accumulation=math.ceil(packs / row_packs),
+        workers=workers,
+        local_workers=local_workers,
+        evaluates=_evaluates(config, facts),
+        num_channels=facts.channels if facts else 1,
+        tokens=_run_tokens(config, facts),
+        config=config,
+    )
+
+
+def read_network(config: RunConfig) -> Network:
+    """The network of `model.path`, with the vocabulary that `model.add_tokens` makes.
+
+    Raises:
+        ModelError, SeveralErrors: the folder has no config.json of a dense causal LM.
+    """
+    folder = resolve(config.model.path)
+    values: Mapping[str, Any] = check_folder(folder, need_weights=False)
+    if config.model.add_tokens:
+        values = _grown(folder, dict(values), config.model.add_tokens)
+    return build_network(values, str(folder / "config.json"))
+
+
+def _grown(folder: Path, values: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
+    if has_tokenizer(folder):
+        return grown_config(folder, values, tokens)
+    # Without a tokenizer nobody knows how many rows of the embeddings are free: at worst none.
+    return {**values, "vocab_size": values["vocab_size"] + len(tokens)}
+
+
+def count_workers(config: RunConfig, machine: Machine) -> tuple[int, int]:
+    """Ranks of the run, and of the node that has most, as `launch/ray` places them."""
+    cluster = config.cluster
+    if isinstance(config.engine, Single) or isinstance(cluster, Local):
+        return 1, 1
+    assert isinstance(cluster, Ray)
+    per_node = machine.gpus_per_node if machine.gpu is not None else 0
+    if isinstance(cluster, Slurm):
+        if cluster.gpus_per_node is not None:
+            per_node = cluster.gpus_per_node
+        workers = cluster.workers or cluster.nodes * max(1, per_node)
+        spread = math.ceil(workers / cluster.nodes)
+    else:
+        workers = spread = cluster.workers or max(1, per_node)
+    # Ray fills a node with GPUs before it takes the next one.
+    return workers, min(workers, per_node) if per_node else spread
+
+
+def bytes_per_value(dtype: Dtype, machine: Machine) -> int:
+    """2 or 4; `auto` as training chooses it, where it measures nothing (`build.pick_dtype`)."""
+    if dtype is Dtype.auto:
+        half = machine.gpu is not None or _cpu_multiplies_bfloat16()
+        return 2 if half else 4
+    return 2 if dtype is Dtype.bfloat16 else 4
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return not _BFLOAT16_FLAGS.isdisjoint(flags.partition(":")[2].split())
+
+
+def choose_attention(
+    choice: Attention, shape: ModelShape, machine: Machine, value_bytes: int
+) -> str:
+    """sdpa, eager, varlen or flash: what `models/attention.py` takes on such a device."""
+    match choice:
+        case Attention.varlen | Attention.sdpa | Attention.eager:
+            return choice.name
+        case Attention.auto:
+            pass
+        case _:
+            assert_never(choice)
+    kernels = (
+        machine.gpu is not None
+        and DEVICES[machine.gpu].compute_capability >= CAPABILITY
+        and value_bytes == 2
+        and shape.widest_head <= MAX_HEAD_DIM
+        and shape.value_head_dim == shape.widest_head
+    )
+    if kernels and not shape.attention_softcap and not shape.attention_dropout:
+        return "varlen"
+    if kernels and importlib.util.find_spec("flash_attn") is not None:
+        return "flash"
+    return "eager" if shape.attention_softcap else "sdpa"
+
+
+def _evaluates(config: RunConfig, facts: DataFacts | None) -> bool:
+    if facts is not None:
+        return facts.heldout_tokens > 0
+    data = config.data
+    return data.eval is not None or data.eval_fraction > 0 or data.train == "embedded"
+
+
+def _run_tokens(config: RunConfig, facts: DataFacts | None) -> int | None:
+    """Of the whole run: as the config says, or all of the data."""
+    train = config.train
+    if train.tokens is not None:
+        return train.tokens
+    if train.steps is not None:  # of full packs
+        return train.steps * train.batch_size * config.data.max_length
+    if facts is None or not facts.tokens:
+        return None
+    return round(facts.tokens * (train.epochs or 1.0))

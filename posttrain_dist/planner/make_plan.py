@@ -1,0 +1,109 @@
+"""Job -> Plan: memory phase by phase, disk, time, and what should be said of it."""
+
+from __future__ import annotations
+
+import math
+
+from posttrain_dist.models import Checkpointing
+from posttrain_dist.planner.job import Job
+from posttrain_dist.planner.memory.allocator import context_bytes, slack_bytes
+from posttrain_dist.planner.memory.disk import checkpoint_bytes, export_bytes
+from posttrain_dist.planner.memory.host import host_context_bytes, host_phases
+from posttrain_dist.planner.memory.parameters import stored_parameters
+from posttrain_dist.planner.memory.phases import device_phases
+from posttrain_dist.planner.plan import Memory, Plan
+from posttrain_dist.planner.speed.step_time import speed_of
+
+
+def make_plan(job: Job, overrides: tuple[str, ...] = ()) -> Plan:
+    """The whole plan of a run.
+
+    Args:
+        overrides: the words of a command line that make this run of the given one.
+    """
+    phases = device_phases(job)
+    device = Memory(phases, slack_bytes(job, phases), context_bytes(job))
+    host = Memory(host_phases(job), context_bytes=host_context_bytes(job))
+    machine = job.machine
+    capacity = machine.gpu_memory_bytes
+    if not job.on_gpu:  # ranks of a node share its memory
+        capacity = machine.host_memory_bytes // job.local_workers
+    stored = stored_parameters(job)
+    return Plan(
+        settings=settings_of(job),
+        overrides=overrides,
+        hardware=hardware_of(job),
+        parameters=job.network.num_parameters,
+        trained=sum(math.prod(each.shape) for each in stored if each.trained),
+        workers=job.workers,
+        nodes=math.ceil(job.workers / job.local_workers),
+        device=device,
+        host=host,
+        capacity_bytes=capacity,
+        margin_bytes=math.ceil(capacity * machine.margin) if job.on_gpu else 0,
+        host_capacity_bytes=machine.host_memory_bytes,
+        checkpoint_bytes=checkpoint_bytes(job),
+        export_bytes=export_bytes(job),
+        speed=speed_of(job),
+        on_gpu=job.on_gpu,
+    )
+
+
+def settings_of(job: Job) -> dict[str, str]:
+    """What the run is, for readers."""
+    return {
+        "model": f"{job.config.model.path} ({job.network.shape.model_type})",
+        "tuning": tuning_text(job),
+        "optimizer": optimizer_text(job),
+        "engine": engine_text(job),
+        "data.max_length": f"{job.config.data.max_length:,}",
+        "packs of a step": f"{job.batch_size:,}",
+        "micro-batch": f"{job.micro_batch_size} packs, {job.accumulation} a step",
+        "checkpointing": checkpointing_text(job),
+        "attention": job.attention,
+        "dtype": "bfloat16" if job.value_bytes == 2 else "float32",
+    }
+
+
+def tuning_text(job: Job) -> str:
+    """As "qlora (rank 16)"."""
+    values = job.config.to_dict()["tuning"]
+    kind = str(values["kind"])
+    if kind == "lora" and values.get("dora"):
+        kind = "dora"
+    if values.get("quantize") == "nf4":
+        kind = "qlora" if kind == "lora" else f"{kind} on NF4"
+    size = next((f"{name} {values[name]}" for name in ("rank", "tokens") if values.get(name)), "")
+    return f"{kind} ({size})" if size else kind
+
+
+def optimizer_text(job: Job) -> str:
+    """As "paged adamw, 8 bits"."""
+    optimizer = job.optimizer
+    return f"{'paged ' * optimizer.paged}adamw, {optimizer.state_bits} bits"
+
+
+def engine_text(job: Job) -> str:
+    """As "ZeRO-3 with CPU offload"."""
+    values = job.config.to_dict()["engine"]
+    if values["kind"] == "single":
+        return "single"
+    return f"ZeRO-{values['stage']}{' with CPU offload' * bool(values['offload'])}"
+
+
+def checkpointing_text(job: Job) -> str:
+    """As "48 of 80 layers"."""
+    if job.model.activation_checkpointing is Checkpointing.selective:
+        return f"{job.recomputed_layers} of {len(job.network.layers)} layers"
+    return job.model.activation_checkpointing.name
+
+
+def hardware_of(job: Job) -> dict[str, str]:
+    """What one node has, for readers."""
+    machine, gib = job.machine, 1 << 30
+    shown = {"node": "no GPU"}
+    if machine.gpu is not None:
+        memory = machine.gpu_memory_bytes / gib
+        shown = {"node": f"{machine.gpus_per_node} x {machine.gpu} ({memory:.4g} GiB)"}
+    shown["host memory"] = f"{machine.host_memory_bytes / gib:.4g} GiB"
+    return shown

@@ -1,0 +1,1 @@
+"""The memory of the engines: parameters, gradients, optimizer state; one file an engine."""

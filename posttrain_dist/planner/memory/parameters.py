@@ -1,0 +1,53 @@
+"""Every tensor that is in memory once the tuning is attached, and which of them are trained.
+
+Names and bytes are those of the model that `models/load.py` and `tuning/` make. What is inserted
+has the dtype of the model; float32 masters are of the optimizer (`moments.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+from posttrain_dist.models.network.tensors import Tensor
+from posttrain_dist.models.quantized import nf4_tensor_bytes
+from posttrain_dist.planner.job import Job
+from posttrain_dist.planner.memory.adapters.inserted import inserted
+from posttrain_dist.planner.memory.adapters.placed import linears_of, on_nf4, wrapped
+from posttrain_dist.planner.memory.stored import Stored as Stored
+from posttrain_dist.planner.plan import Item
+
+CONSTANTS = ".quant_state"  # ends the name of what a packed weight is read with
+
+
+@lru_cache(maxsize=8)
+def stored_parameters(job: Job) -> tuple[Stored, ...]:
+    """Base weights in the order of the network, packed ones with their constants, then adapters.
+
+    Raises:
+        ConfigError: the tuning names layers that the network has not.
+    """
+    return (*_base(job), *inserted(job))
+
+
+def _base(job: Job) -> Iterator[Stored]:
+    """The model's own parameters, named as after `attach`."""
+    quantised = {f"{one.name}.weight" for one in linears_of(job.network)} if on_nf4(job) else set()
+    layers = f"{job.network.layers_name}."
+    moved = wrapped(job)
+    for tensor in job.network.tensors():
+        module, _, leaf = tensor.name.rpartition(".")
+        name = f"{module}.base_layer.{leaf}" if module in moved else tensor.name
+        trained = job.tuning.trained(name)
+        if tensor.name in quantised and tensor.name.startswith(layers):
+            yield from _packed(job, Tensor(name, tensor.shape))
+        else:
+            num_bytes = tensor.size * job.value_bytes
+            yield Stored(name, tensor.shape, num_bytes, Item.weights, trained)
+
+
+def _packed(job: Job, tensor: Tensor) -> Iterator[Stored]:
+    packed, constants = nf4_tensor_bytes(tensor.size, job.value_bytes)
+    yield Stored(tensor.name, tensor.shape, packed, Item.weights, False)
+    name = tensor.name + CONSTANTS
+    yield Stored(name, (), constants, Item.quantisation, False, parameter=False)

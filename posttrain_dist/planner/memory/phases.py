@@ -1,0 +1,139 @@
+"""What one rank allocates on its device, phase by phase: a whole run, replayed on one ledger."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from posttrain_dist.engine import Single
+from posttrain_dist.planner.job import Job
+from posttrain_dist.planner.memory.autograd import Graph, Value
+from posttrain_dist.planner.memory.engines.base import EngineMemory
+from posttrain_dist.planner.memory.engines.single import SingleMemory
+from posttrain_dist.planner.memory.engines.zero import zero_memory
+from posttrain_dist.planner.memory.layers.ends import (
+    batch_bytes,
+    embed,
+    head_loss,
+    num_targets,
+    rotary,
+)
+from posttrain_dist.planner.memory.layers.features import features_of
+from posttrain_dist.planner.memory.layers.layer import run_layer
+from posttrain_dist.planner.memory.layers.parts import norm
+from posttrain_dist.planner.memory.ledger import Ledger
+from posttrain_dist.planner.memory.operations import scale
+from posttrain_dist.planner.memory.parameters import stored_parameters
+from posttrain_dist.planner.plan import Item, Phase, PhaseName
+
+# Updates that are replayed: from the second on the moments are there before the forward.
+_UPDATES = 2
+
+
+@lru_cache(maxsize=8)
+def device_phases(job: Job) -> tuple[Phase, ...]:
+    """The fullest moment of each phase, in the order of a run."""
+    ledger = Ledger()
+    engine = make_engine_memory(job, ledger)
+    trained = frozenset(each.name for each in stored_parameters(job) if each.trained)
+    run = _Run(job, ledger, engine, trained)
+    with ledger.phase(PhaseName.load):
+        engine.load()
+    if job.evaluates:
+        run.evaluate()
+    for _ in range(_UPDATES):
+        run.update()
+    if job.evaluates:
+        run.evaluate()
+    with ledger.phase(PhaseName.save):
+        engine.save()
+    with ledger.phase(PhaseName.export):
+        engine.export()
+    return ledger.phases()
+
+
+def make_engine_memory(job: Job, ledger: Ledger) -> EngineMemory:
+    """The memory of the engine of a job."""
+    if isinstance(job.engine, Single):
+        return SingleMemory(job, ledger)
+    return zero_memory(job, ledger)
+
+
+class _Run:
+    """Forward and backward of one row, as the policy runs it."""
+
+    def __init__(
+        self, job: Job, ledger: Ledger, engine: EngineMemory, trained: frozenset[str]
+    ) -> None:
+        self._job, self._ledger, self._engine, self._trained = job, ledger, engine, trained
+
+    def update(self) -> None:
+        """The micro-batches of an update, and the optimizer step."""
+        job, ledger = self._job, self._ledger
+        # Those of this update, and of the next one, which is fetched meanwhile.
+        batches = ledger.allocate(Item.batch, 2 * job.accumulation * batch_bytes(job))
+        for i in range(job.accumulation):
+            last = i == job.accumulation - 1
+            graph = self._graph(recording=True)
+            with ledger.phase(PhaseName.forward):
+                loss = self._forward(graph)
+            with ledger.phase(PhaseName.backward):
+                self._engine.before_backward(last=last)
+                graph.backward(loss)
+                graph.kept.clear()
+                self._engine.after_backward(last=last)
+        with ledger.phase(PhaseName.update):
+            self._engine.update()
+        ledger.release(batches)
+
+    def evaluate(self) -> None:
+        """One row without gradients."""
+        with self._ledger.phase(PhaseName.evaluate):
+            batch = self._ledger.allocate(Item.batch, batch_bytes(self._job))
+            self._forward(self._graph(recording=False))
+            self._ledger.release(batch)
+
+    def _graph(self, *, recording: bool) -> Graph:
+        return Graph(
+            self._ledger,
+            self._engine,
+            width=self._job.value_bytes,
+            trained=self._trained,
+            recording=recording,
+        )
+
+    def _forward(self, graph: Graph) -> Value:
+        job, network = self._job, self._job.network
+        num_rows = num_targets(job)
+        hidden = self._backbone(graph, num_rows)
+        hidden = graph.part(hidden, hidden.num_bytes)  # row 0 of the output
+        name = network.before[0].name if network.shape.tied else network.head[0].name
+        return head_loss(graph, job, hidden, name, num_rows, fast=self._multiplies_fast)
+
+    @property
+    def _multiplies_fast(self) -> bool:
+        return True
+
+    def _backbone(self, graph: Graph, num_rows: int) -> Value:
+        """Embedding, layers, final norm: hidden states of the supervised rows."""
+        job, network = self._job, self._job.network
+        features = features_of(job)
+        x = embed(graph, job, network.before[0].name, job.row_tokens)
+        if features.embedding_scale:
+            x = scale(graph, x)
+        if features.rotary:
+            graph.kept += rotary(graph, job.row_tokens, network.shape.head_dim)
+        for index in range(len(network.layers)):
+            last = index == len(network.layers) - 1
+            x = self._layer(graph, index, x, num_rows if last else None)
+        final = network.after[0]
+        return norm(graph, x, final.name, network.shape.hidden_size, features)
+
+    def _layer(self, graph: Graph, index: int, x: Value, supervised: int | None) -> Value:
+        job = self._job
+
+        def run(inner: Graph, value: Value) -> Value:
+            return run_layer(inner, job, index, value, supervised)
+
+        if graph.recording and index < job.recomputed_layers:
+            return graph.checkpoint(run, x, offload=job.model.checkpoint_offload and job.on_gpu)
+        return run(graph, x)

@@ -1,0 +1,147 @@
+"""The settings of a fallback: what trains fastest among what fits.
+
+Recomputing a layer saves about as much as recomputing any other, so the fewest layers that are
+enough are found on the straight line between none and all, and from there one by one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from posttrain_dist.config import RunConfig, complete
+from posttrain_dist.errors import ConfigError, SeveralErrors
+from posttrain_dist.planner.job import DataFacts, Machine
+from posttrain_dist.planner.make_job import count_workers, make_job, read_network
+from posttrain_dist.planner.make_plan import make_plan
+from posttrain_dist.planner.methods import (
+    MICRO_BATCH,
+    Method,
+    checkpointing_words,
+    chooses_checkpointing,
+    is_free,
+)
+from posttrain_dist.planner.overriding import with_words
+from posttrain_dist.planner.plan import Plan, Tried
+
+FASTER = 1.005  # by less than this factor a setting is no reason to take more memory
+_STEPS = 8  # layers that are tried one by one
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Plans of one config with other words.
+
+    Args:
+        config: with every slot filled.
+        facts: of the data; None: not known.
+        typed: keys whose settings stay, though they stand at their defaults.
+    """
+
+    config: RunConfig
+    machine: Machine
+    facts: DataFacts | None = None
+    typed: Collection[str] = ()
+
+    def with_words(self, words: tuple[str, ...]) -> Search:
+        """The same of a config that the words change."""
+        return dataclasses.replace(self, config=with_words(self.config, words))
+
+    def plan(self, words: tuple[str, ...]) -> Plan:
+        """The plan of the config with `words`.
+
+        Raises:
+            PosttrainError: what is wrong with such a config, or with the model.
+        """
+        config = complete(with_words(self.config, words))
+        return make_plan(make_job(config, self.machine, self.facts), words)
+
+    def fastest(self, method: Method) -> Tried:
+        """The fastest plan of a method that fits; else the one that lacks least."""
+        return self._of_ways(method, self._fastest)
+
+    def leanest(self, method: Method) -> Tried:
+        """The plan of a method that takes least memory."""
+        return self._of_ways(method, self._leanest)
+
+    def _of_ways(self, method: Method, plans: Callable[..., tuple[Plan, Plan]]) -> Tried:
+        best, refused = None, ""
+        for words in method.ways:
+            try:
+                plan, leanest = plans(words)
+            except (ConfigError, SeveralErrors) as error:
+                refused = _why(error)
+                continue
+            if best is None or _is_better(plan, best.plan):
+                best = Tried(method.name, plan, leanest=leanest)
+        return best or Tried(method.name, None, refused)
+
+    def _leanest(self, words: tuple[str, ...]) -> tuple[Plan, Plan]:
+        sizes = self._micro_batches(words)
+        everything = checkpointing_words(1, 1) if self._chooses_layers else ()
+        plan = self.plan((*words, *sizes[0], *everything))
+        return plan, plan
+
+    def _fastest(self, words: tuple[str, ...]) -> tuple[Plan, Plan]:
+        best, _ = leanest, _ = self._leanest(words)
+        if not leanest.fits:
+            return leanest, leanest
+        for size in self._micro_batches(words):
+            found = self._fewest_layers((*words, *size))
+            if not found.fits:
+                break
+            if found.speed.tokens_per_s > FASTER * best.speed.tokens_per_s:
+                best = found
+        return best, leanest
+
+    def _fewest_layers(self, words: tuple[str, ...]) -> Plan:
+        """The plan in which the fewest layers recompute; all of them, if not even that fits."""
+        if not self._chooses_layers:
+            return self.plan(words)
+        none = self.plan((*words, *checkpointing_words(0, 1)))
+        if none.fits:
+            return none
+        full = self.plan((*words, *checkpointing_words(1, 1)))
+        saved = none.device.total_bytes - full.device.total_bytes
+        if not full.fits or saved <= 0:
+            return full
+        layers = len(read_network(self.config).layers)
+        first = max(1, math.ceil(layers * -none.spare_bytes / saved))
+        for recomputed in range(first, min(layers, first + _STEPS)):
+            some = self.plan((*words, *checkpointing_words(recomputed, layers)))
+            if some.fits:
+                return some
+        return full
+
+    def _micro_batches(self, words: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """Words of the sizes that are tried, in ascending order: powers of two, and all packs."""
+        config = with_words(self.config, words)
+        if not is_free(config, MICRO_BATCH, self.typed):
+            return [()]
+        packs = math.ceil(config.train.batch_size / count_workers(config, self.machine)[0])
+        sizes = [2**power for power in range(packs.bit_length()) if 2**power < packs]
+        return [(f"{MICRO_BATCH}={size}",) for size in (*sizes, packs)]
+
+    @property
+    def _chooses_layers(self) -> bool:
+        return chooses_checkpointing(self.config, self.typed)
+
+
+def _is_better(plan: Plan, than: Plan | None) -> bool:
+    if than is None or plan.fits != than.fits:
+        return plan.fits
+    if plan.fits:
+        return plan.speed.tokens_per_s > FASTER * than.speed.tokens_per_s
+    return spare_bytes(plan) > spare_bytes(than)
+
+
+def spare_bytes(plan: Plan) -> int:
+    """Of a GPU or a host, where it is tightest; negative: so much is missing."""
+    return min(plan.spare_bytes, plan.host_spare_bytes)
+
+
+def _why(error: ConfigError | SeveralErrors) -> str:
+    problems = error.problems if isinstance(error, SeveralErrors) else [error]
+    return "; ".join(f"{each.where} {each.what}" for each in problems)

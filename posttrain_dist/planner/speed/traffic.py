@@ -1,0 +1,77 @@
+"""Bytes that one GPU sends in one step, by what for. Rings, as NCCL's large messages go.
+
+An all-reduce of N bytes over w ranks sends 2 (w - 1) / w N from each, a gather or a
+reduce-scatter (w - 1) / w N (Rajbhandari et al., arXiv:1910.02054, section 7). Of a ring that goes
+through n nodes, the GPU at the edge of a node sends all of it over the network.
+"""
+
+from __future__ import annotations
+
+from posttrain_dist.engine import DeepSpeed
+from posttrain_dist.planner.job import Job
+from posttrain_dist.planner.memory.engines.ds_settings import elements, zero_settings
+from posttrain_dist.planner.memory.engines.partitions import shard
+from posttrain_dist.planner.memory.parameters import Stored, stored_parameters
+
+GATHER_FORWARD = "gather, forward"
+GATHER_BACKWARD = "gather, backward"
+GATHER_WEIGHTS = "gather, updated weights"
+REDUCE = "reduce gradients"
+TO_HOST = "gradients to the host"
+FROM_HOST = "weights from the host"
+
+
+def traffic_bytes(job: Job) -> dict[str, int]:
+    """What one GPU sends in one step: to other GPUs, and, where it offloads, over its host link."""
+    if not isinstance(job.engine, DeepSpeed):
+        return {}
+    stage, workers = job.engine.stage, job.workers
+    ring = (workers - 1) / workers
+    trained = sum(each.size for each in stored_parameters(job) if each.trained)
+    gradients = trained * job.value_bytes
+    found: dict[str, int] = {}
+    if workers > 1:
+        found = _between_ranks(job, stage, ring, gradients)
+    if zero_settings(job).offload_optimizer:
+        found |= _over_host_link(job, stage, gradients)
+    return found
+
+
+def crosses_nodes(job: Job) -> bool:
+    """Whether a ring over all ranks leaves a node."""
+    return job.workers > job.local_workers
+
+
+def _between_ranks(job: Job, stage: int, ring: float, gradients: int) -> dict[str, int]:
+    if stage < 3:
+        # Gradients are all-reduced at 1 and 2 as well: each rank then takes its part.
+        often = job.accumulation if stage == 2 else 1
+        found = {REDUCE: round(2 * ring * gradients * often)}
+        return found | ({GATHER_WEIGHTS: round(ring * gradients)} if stage else {})
+    gathered = sum(_gathered_bytes(job, each) for each in stored_parameters(job))
+    scattered = 1 if zero_settings(job).reduce_scatter else 2
+    return {
+        GATHER_FORWARD: round(ring * gathered * job.accumulation),
+        GATHER_BACKWARD: round(ring * gathered * job.accumulation),
+        REDUCE: round(scattered * ring * gradients * job.accumulation),
+    }
+
+
+def _over_host_link(job: Job, stage: int, gradients: int) -> dict[str, int]:
+    part = gradients // job.workers
+    if stage < 3:
+        return {TO_HOST: part * (2 * job.accumulation - 1), FROM_HOST: part}
+    whole = sum(_gathered_bytes(job, each) for each in stored_parameters(job)) // job.workers
+    return {
+        TO_HOST: part * (2 * job.accumulation - 1),
+        FROM_HOST: 2 * whole * job.accumulation,
+    }
+
+
+def _gathered_bytes(job: Job, stored: Stored) -> int:
+    """Of a parameter that stage 3 shards: with its padding; what stays whole costs nothing."""
+    count = elements(stored, job.value_bytes)
+    settings = zero_settings(job)
+    if not stored.parameter or count <= settings.param_persistence_threshold:
+        return 0
+    return shard(count, job.workers) * job.workers * (stored.num_bytes // count)

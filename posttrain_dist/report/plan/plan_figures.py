@@ -1,0 +1,276 @@
+"""Every number and word of a plan that is shown, from its JSON, for terminal and page alike.
+
+The JSON is that of `posttrain plan --json`: bytes, seconds and counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain_dist.report import numbers
+
+BILLION = 1e9  # tokens, where the data is not known
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One line of a list: what, how much of it, and the length of its bar, 0 to 1."""
+
+    name: str
+    text: str
+    share: float
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether it fits, in one line, and by how much or by which item it does not."""
+
+    fits: bool
+    title: str
+    text: str
+
+
+def device_word(plan: Mapping[str, Any], count: int = 1) -> str:
+    """`GPU` or, of a run on CPUs, `rank`."""
+    word = "GPU" if plan["on_gpu"] else "rank"
+    return word if count == 1 else f"{word}s"
+
+
+def verdict_of(plan: Mapping[str, Any]) -> Verdict:
+    """Where it is tightest decides; the item named is the one that takes most there."""
+    spare, host_spare = plan["spare_bytes"], plan["host_spare_bytes"]
+    device = device_word(plan)
+    if plan["fits"]:
+        margin = numbers.memory(plan["margin_bytes"])
+        title = f"fits: {numbers.memory(spare)} of each {device} to spare, beyond {margin} margin"
+        text = f"each host has {numbers.memory(host_spare)} of its memory left"
+        return Verdict(True, title, text)
+    missing = []
+    if spare < 0:
+        missing.append(f"each {device} lacks {numbers.memory(-spare)}")
+    if host_spare < 0:
+        missing.append(f"each host lacks {numbers.memory(-host_spare)}")
+    where = "device" if spare < 0 else "host"
+    size = _peak(plan[where])["items"].get(plan["largest_item"], 0)
+    text = f"most goes to {plan['largest_item']}: {numbers.memory(size)}"
+    return Verdict(False, f"does not fit: {', '.join(missing)}", text)
+
+
+def subject_of(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was planned: model, method, machine; pairs of name and text."""
+    trained, parameters = plan["trained"], plan["parameters"]
+    share = "all" if trained == parameters else f"{numbers.billions(trained)} trained"
+    layout = f"{numbers.plural(plan['workers'], device_word(plan))}"
+    if plan["nodes"] > 1:
+        layout += f" on {plan['nodes']:,} nodes"
+    return [
+        ("parameters", f"{numbers.billions(parameters)}, {share}"),
+        *((name, str(value)) for name, value in plan["settings"].items()),
+        ("layout", layout),
+    ]
+
+
+def hardware_of(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """One node, as pairs."""
+    return [(name, str(value)) for name, value in plan["hardware"].items()]
+
+
+# ------------------------------------------------------------------------------------- memory
+
+
+def item_bars(memory: Mapping[str, Any]) -> list[Bar]:
+    """The items of the fullest phase, largest first; a full bar is the largest one."""
+    items = sorted(_peak(memory)["items"].items(), key=lambda pair: -pair[1])
+    largest = max((size for _, size in items), default=0)
+    total = memory["total_bytes"]
+    return [
+        Bar(name, numbers.memory(size), _ratio(size, largest), numbers.share_of(size, total))
+        for name, size in items
+    ]
+
+
+def total_lines(memory: Mapping[str, Any], *, host: bool) -> list[tuple[str, str]]:
+    """The three figures apart, and their sum."""
+    context = "programs of the processes" if host else "CUDA context and NCCL"
+    found = [("allocated at the peak", memory["allocated_bytes"])]
+    if not host or memory["slack_bytes"]:
+        found.append(("allocator slack", memory["slack_bytes"]))
+    found += [(context, memory["context_bytes"]), ("in all", memory["total_bytes"])]
+    return [(name, numbers.memory(size)) for name, size in found]
+
+
+def phase_bars(memory: Mapping[str, Any], capacity_bytes: int) -> list[Bar]:
+    """What each phase allocates; a full bar is the capacity, or more where it does not fit."""
+    sizes = {phase["name"]: sum(phase["items"].values()) for phase in memory["phases"]}
+    most = max(capacity_bytes, *sizes.values())
+    return [
+        Bar(
+            name,
+            numbers.memory(size),
+            _ratio(size, most),
+            "peak" if name == memory["peak_phase"] else "",
+        )
+        for name, size in sizes.items()
+    ]
+
+
+def _peak(memory: Mapping[str, Any]) -> Mapping[str, Any]:
+    return next(phase for phase in memory["phases"] if phase["name"] == memory["peak_phase"])
+
+
+# --------------------------------------------------------------------------------------- time
+
+
+def time_bars(speed: Mapping[str, Any]) -> list[Bar]:
+    """The terms of a step, longest first; the one that binds is marked."""
+    terms = sorted(speed["terms"].items(), key=lambda pair: -pair[1])
+    longest = max((seconds for _, seconds in terms), default=0.0)
+    return [
+        Bar(
+            name,
+            seconds_text(seconds),
+            _ratio(seconds, longest),
+            "binds" if name == speed["binds"] else "",
+        )
+        for name, seconds in terms
+    ]
+
+
+def traffic_bars(speed: Mapping[str, Any]) -> list[Bar]:
+    """What one GPU sends in a step, by purpose, most first."""
+    sizes = sorted(speed["traffic_bytes"].items(), key=lambda pair: -pair[1])
+    sizes = [(name, size) for name, size in sizes if size]
+    most = max((size for _, size in sizes), default=0)
+    return [Bar(name, numbers.memory(size), _ratio(size, most)) for name, size in sizes]
+
+
+def speed_lines(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Time, throughput and cost, as pairs."""
+    speed = plan["speed"]
+    tokens = speed["tokens"]
+    of = f"{numbers.billions(tokens or BILLION)} tokens"
+    hours = f"{numbers.hours(speed['hours'])}, {speed['gpu_hours']:,.4g} {device_word(plan)}-hours"
+    every = numbers.duration(speed["checkpoint_every_s"])
+    write = seconds_text(speed["checkpoint_s"])
+    return [
+        ("step", f"{seconds_text(speed['step_s'])}, {speed['tokens_per_step']:,} tokens"),
+        (
+            "throughput",
+            f"{numbers.count(speed['tokens_per_s'])} tokens/s"
+            f" ({numbers.count(speed['tokens_per_s'] / plan['workers'])}"
+            f" of each {device_word(plan)}), MFU {numbers.share(speed['model_flops_share'])}",
+        ),
+        (of if tokens else f"per {of}", hours),
+        ("checkpoints", f"best every {every}; one takes {write}"),
+        ("effective time", f"{numbers.share(speed['effective_share'])}, failures counted"),
+    ]
+
+
+def storage_lines(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Disk, and what one GPU sends over the network in a step."""
+    found = [
+        ("checkpoint on disk", numbers.memory(plan["checkpoint_bytes"])),
+        ("export on disk", numbers.memory(plan["export_bytes"])),
+    ]
+    traffic = {name: size for name, size in plan["speed"]["traffic_bytes"].items() if size}
+    if traffic:
+        parts = [f"{name} {numbers.memory(size)}" for name, size in traffic.items()]
+        total = numbers.memory(sum(traffic.values()))
+        of = parts[0].rsplit(" ", 2)[0] if len(parts) == 1 else ", ".join(parts)
+        found.append(("sent in a step", f"{total} by each {device_word(plan)}: {of}"))
+    return found
+
+
+def seconds_text(seconds: float) -> str:
+    """Three digits, in milliseconds below one second."""
+    if seconds >= 60:
+        return numbers.duration(seconds)
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _ratio(part: float, of: float) -> float:
+    return part / of if of else 0.0
+
+
+# ---------------------------------------------------------------------------------- fallbacks
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """A row of the table of fallbacks; a tried one that was not planned has a reason only."""
+
+    name: str
+    fits: bool
+    chosen: bool
+    spare: str
+    item: str  # that takes most where it is tightest
+    tokens_per_s: str
+    hours: str
+    gpu_hours: str
+    reason: str = ""
+
+    @property
+    def mark(self) -> str:
+        """In one word."""
+        return "chosen" if self.chosen else "fits" if self.fits else "no"
+
+    @property
+    def tone(self) -> str:
+        """good, bad or nothing."""
+        return "good" if self.fits else "bad" if not self.reason else ""
+
+
+FALLBACK_HEADS = ("fits", "spare", "most goes to", "tokens/s", "hours", "GPU-hours")
+
+
+def fallback_rows(choice: Mapping[str, Any]) -> list[Fallback]:
+    """Every fallback that was tried, in its order."""
+    chosen = choice["chosen"]
+    name = chosen["name"] if isinstance(chosen, Mapping) else chosen
+    return [_fallback(tried, tried["name"] == name) for tried in choice["tried"]]
+
+
+def why_not_above(choice: Mapping[str, Any]) -> list[str]:
+    """Why the fallbacks before the chosen one were not taken, a sentence each."""
+    found = []
+    for row, tried in zip(fallback_rows(choice), choice["tried"], strict=True):
+        if row.chosen:
+            break
+        if row.reason:
+            found.append(f"{row.name}: {row.reason}")
+        elif not row.fits:
+            verdict = verdict_of(tried["plan"])
+            found.append(f"{row.name} {verdict.title}; {verdict.text}")
+    return found
+
+
+def _fallback(tried: Mapping[str, Any], chosen: bool) -> Fallback:
+    plan = tried["plan"]
+    if plan is None:
+        dash = numbers.UNKNOWN
+        return Fallback(
+            tried["name"], False, chosen, dash, dash, dash, dash, dash, tried["refused"]
+        )
+    speed = plan["speed"]
+    spare, where = plan["spare_bytes"], ""
+    if plan["host_spare_bytes"] < 0 <= spare:
+        spare, where = plan["host_spare_bytes"], " host"
+    return Fallback(
+        tried["name"],
+        plan["fits"],
+        chosen,
+        numbers.memory(spare) + where,
+        str(plan["largest_item"]),
+        numbers.count(speed["tokens_per_s"]),
+        numbers.hours(speed["hours"]),
+        f"{speed['gpu_hours']:,.4g}",
+    )
+
+
+def command_of(plan: Mapping[str, Any], words: Sequence[str]) -> list[str]:
+    """The words of a command with those of the plan after them, without those that they replace."""
+    keys = {word.partition("=")[0] for word in plan["overrides"]}
+    return [w for w in words if w.partition("=")[0] not in keys] + list(plan["overrides"])

@@ -1,0 +1,147 @@
+"""plan.html: what a run takes of memory, time, disk and network, before it is started.
+
+JSON of a plan -> figures, stacks (plain values) -> assets/report/plan.html.j2, plan.css
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain_dist.files import write_atomic
+from posttrain_dist.report import numbers
+from posttrain_dist.report.page import Card, asset, render
+from posttrain_dist.report.plan.plan_figures import (
+    FALLBACK_HEADS,
+    command_of,
+    device_word,
+    fallback_rows,
+    hardware_of,
+    seconds_text,
+    speed_lines,
+    storage_lines,
+    subject_of,
+    time_bars,
+    total_lines,
+    traffic_bars,
+    verdict_of,
+)
+from posttrain_dist.report.plan.stacks import memory_chart
+
+
+def write_plan_page(
+    path: Path,
+    plan: Mapping[str, Any],
+    choice: Mapping[str, Any] | None = None,
+    words: Sequence[str] | None = None,
+) -> Path:
+    """Write a plan, from its JSON, as one self-contained page, and return its path.
+
+    Args:
+        choice: JSON of the fallbacks that were tried, for their table.
+        words: of the command line that was planned, for the command that trains it; None: none.
+    """
+    write_atomic(path, plan_page(plan, choice, words))
+    return path
+
+
+def plan_page(
+    plan: Mapping[str, Any],
+    choice: Mapping[str, Any] | None = None,
+    words: Sequence[str] | None = None,
+) -> str:
+    """The page as text; see `write_plan_page`."""
+    from markupsafe import Markup
+
+    verdict = verdict_of(plan)
+    device, host = plan["device"], plan["host"]
+    one = device_word(plan)
+    command = "" if words is None else shlex.join(["posttrain", "train", *command_of(plan, words)])
+    return render(
+        "plan.html.j2",
+        css=Markup(asset("report.css") + asset("plan.css")),
+        name=plan["settings"].get("model") or "A run",
+        verdict=verdict,
+        device=one,
+        facts=subject_of(plan),
+        warnings=plan["warnings"],
+        cards=_cards(plan),
+        memories=[
+            (
+                f"Memory of each {one}",
+                memory_chart(
+                    device, plan["capacity_bytes"], plan["margin_bytes"], "CUDA context and NCCL"
+                ),
+                total_lines(device, host=False),
+            ),
+            *(
+                [
+                    (
+                        "Memory of the fullest host",
+                        memory_chart(
+                            host, plan["host_capacity_bytes"], 0, "programs of the processes"
+                        ),
+                        total_lines(host, host=True),
+                    )
+                ]
+                if host["phases"]
+                else []
+            ),
+        ],
+        time=time_bars(plan["speed"]),
+        step=seconds_text(plan["speed"]["step_s"]),
+        speed=speed_lines(plan),
+        traffic=traffic_bars(plan["speed"]),
+        storage=storage_lines(plan)[:2],
+        hardware=hardware_of(plan),
+        fallback_heads=FALLBACK_HEADS,
+        fallbacks=fallback_rows(choice) if choice else [],
+        command=command,
+    )
+
+
+def _cards(plan: Mapping[str, Any]) -> list[Card]:
+    """The four figures that decide whether a run is started."""
+    speed, one = plan["speed"], device_word(plan)
+    spare, host_spare = plan["spare_bytes"], plan["host_spare_bytes"]
+    of = f"of {numbers.memory(plan['capacity_bytes'])}"
+    margin = numbers.memory(plan["margin_bytes"])
+    host_total = numbers.memory(plan["host"]["total_bytes"])
+    tokens = f"for {numbers.billions(speed['tokens'] or 1e9)} tokens"
+    return [
+        Card(
+            label=f"Memory of each {one}",
+            value=numbers.memory(plan["device"]["total_bytes"]),
+            unit=of,
+            sub=_spare(spare, f"beyond {margin} margin"),
+            tone="good" if spare >= 0 else "bad",
+            wide=True,
+        ),
+        Card(
+            label="Memory of the fullest host",
+            value=host_total,
+            unit=f"of {numbers.memory(plan['host_capacity_bytes'])}",
+            sub=_spare(host_spare, ""),
+            tone="good" if host_spare >= 0 else "bad",
+            wide=True,
+        ),
+        Card(
+            label="Throughput",
+            value=numbers.count(speed["tokens_per_s"]),
+            unit="tokens/s",
+            sub=f"MFU {numbers.share(speed['model_flops_share'])}; {speed['binds']} binds",
+        ),
+        Card(
+            label="Time",
+            value=numbers.hours(speed["hours"]),
+            sub=f"{tokens}: {speed['gpu_hours']:,.4g} {one}-hours",
+        ),
+    ]
+
+
+def _spare(num_bytes: int, beyond: str) -> str:
+    if num_bytes >= 0:
+        return f"{numbers.memory(num_bytes)} to spare {beyond}".strip()
+    return f"{numbers.memory(-num_bytes)} are missing"
