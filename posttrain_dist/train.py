@@ -46,6 +46,7 @@ from posttrain_dist.loop import Stop, fit
 from posttrain_dist.metrics.special_tokens import TokenMeter
 from posttrain_dist.models.folder import resolve
 from posttrain_dist.models.policy import Policy
+from posttrain_dist.rehearsal import Rehearsal
 from posttrain_dist.tuning.adapters.base_check import not_compared
 from posttrain_dist.tuning.base import AdapterTuning
 
@@ -93,6 +94,9 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
         )
         evaluate = Evaluate(engine, heldout, config.objective, eval_meter, config.train.eval_every)
         rate = partial(learning_rate, config.optimizer, total_steps=steps)  # type: ignore[arg-type]
+        if config.train.rehearse and start == 0:
+            trial = Rehearsal(config, run_folder, engine, source, heldout, meter, manifest)
+            trial.run(steps)
         update_check = make_update_check(config, engine, policy, rate, start)
         facts = model_facts(config, policy, source)
         export = RunExport(config, run_folder, manifest, data.served, partial(notify, run_folder))

@@ -25,6 +25,7 @@ LAYERS = {
     **dict.fromkeys(
         (
             "hooks",
+            "rehearsal",
             "prepare",
             "rollouts",
             "evaluation",
