@@ -9,6 +9,7 @@ from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.autograd import Graph, Value
 from posttrain_dist.planner.memory.engines.base import EngineMemory
 from posttrain_dist.planner.memory.engines.single import SingleMemory
+from posttrain_dist.planner.memory.engines.zero import zero_memory
 from posttrain_dist.planner.memory.layers.ends import (
     batch_bytes,
     embed,
@@ -52,8 +53,9 @@ def device_phases(job: Job) -> tuple[Phase, ...]:
 
 def make_engine_memory(job: Job, ledger: Ledger) -> EngineMemory:
     """The memory of the engine of a job."""
-    assert isinstance(job.engine, Single)
-    return SingleMemory(job, ledger)
+    if isinstance(job.engine, Single):
+        return SingleMemory(job, ledger)
+    return zero_memory(job, ledger)
 
 
 class _Run:
