@@ -33,10 +33,10 @@ from posttrain_dist.config import RunConfig
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.errors import TrainingError
-from posttrain_dist.files import read_object
 from posttrain_dist.flow import Batch
 from posttrain_dist.loop import Meter, evaluate
 from posttrain_dist.metrics.memory_use import memory_bytes
+from posttrain_dist.planner.plan_file import read_plan
 
 FOLDER = "rehearsal"  # in the run folder, while a checkpoint is tried
 _log = logging.getLogger(__name__)
@@ -74,8 +74,8 @@ class Rehearsal:
             for batches in heaviest:
                 self._update([batch.to(device) for batch in batches])
             if self.heldout is not None:
-                batches = islice(self.heldout.eval_batches(), 1)
-                evaluate(self.engine, batches, self.config.objective, self.meter)
+                first = islice(self.heldout.eval_batches(), 1)
+                evaluate(self.engine, first, self.config.objective, self.meter)
             self._save()
             self.engine.forget_updates()
         self.meter.flush()
@@ -115,7 +115,7 @@ class Rehearsal:
 
     def _report(self, peak_bytes: int, heaviest: list[list[Batch]], seconds: float) -> None:
         tokens = max(batch.num_tokens for batches in heaviest for batch in batches)
-        planned = read_object(self.run_folder / "plan.json").get("plan", {}).get("device", {})
+        planned = read_plan(self.run_folder).get("plan", {}).get("device", {})
         expected = planned.get("allocated_bytes")
         _log.info(
             "rehearsed the heaviest batch (%d tokens), an update and a save in %.1f s: a rank "
@@ -135,4 +135,3 @@ def _random_states_kept(device: torch.device) -> Iterator[None]:
         yield
     random.setstate(python)
     np.random.set_state(numpy)
-

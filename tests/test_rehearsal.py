@@ -87,7 +87,7 @@ def freeze(folder, config, prepared=None):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, nf4_llama, rows_file, run_workers, request):
-    """name -> folders of the same run without a rehearsal and with one, of those that are tested."""
+    """name -> folders of a run without a rehearsal and with one, of those that are tested."""
     tests = [item for item in request.session.items if item.path == request.path]
     tested = {item.callspec.params["name"] for item in tests if hasattr(item, "callspec")}
     root, first, found = tmp_path_factory.mktemp("rehearsed"), None, {}
