@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from posttrain_dist.errors import ModelError, PosttrainError
-from posttrain_dist.models.architectures.positions import context_notice
 from posttrain_dist.models.architectures.shape_files import shape_folder
 from posttrain_dist.models.folder import read_network
 from posttrain_dist.models.network.build_network import build_network
@@ -126,10 +125,3 @@ def test_what_is_no_json_object(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match="is not"):
         read_network(str(tmp_path))
-
-
-def test_samples_longer_than_the_context_are_noticed():
-    assert context_notice(QWEN, 40_960) == ""
-    assert "40,961, above the 40,960 tokens" in context_notice(QWEN, 40_961)
-    assert "above the 1,024 tokens" in context_notice({"model_type": "gpt2"}, 2048)
-    assert context_notice({"model_type": "llama"}, 10**6) == ""  # it does not say

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_dist.config import AutoEngine, AutoTuning, RunConfig, complete
-from posttrain_dist.data.embedded import EMBEDDED
+from posttrain_dist.data.sources import EMBEDDED
 from posttrain_dist.errors import ConfigError, PosttrainError
 from posttrain_dist.files import write_atomic
 from posttrain_dist.models.architectures.positions import check_planned_length
