@@ -129,7 +129,9 @@ def gpu_words(config: RunConfig, machine: Machine, gpus: int) -> tuple[str, ...]
     return ("cluster=ray", f"cluster.workers={each}")
 
 
-def _answer(tried: Tried, value: int | None, words: tuple[str, ...], bounded: bool = False) -> Answer:
+def _answer(
+    tried: Tried, value: int | None, words: tuple[str, ...], bounded: bool = False
+) -> Answer:
     """With the words of the value before those of the fallback."""
     plan = tried.plan
     if plan is not None and value is not None:
