@@ -17,6 +17,7 @@ from posttrain_dist.planner.memory.engines.zero import zero_memory
 from posttrain_dist.planner.memory.ledger import Ledger
 from posttrain_dist.planner.memory.parameters import stored_parameters
 from posttrain_dist.planner.plan import Item
+from posttrain_dist.planner.speed.traffic import REDUCE, traffic_bytes
 
 # Nothing divides by two or three: 129 values a token, 331 in the MLP.
 ODD = {
@@ -72,8 +73,19 @@ def check(cases, world, folder, tmp_path, run_workers):
             held = rank[number]["held"]
             assert sum(s.size for s in stored_parameters(job) if s.trained) == held.pop("trained")
             assert {word: expected[word] for word in held} == held, case
+            check_sent(job, rank[number]["sent"])
         written, foretold = ranks[0][number]["written"], checkpoint_bytes(job)
         assert foretold <= written <= foretold + HEADERS * world, (case, written, foretold)
+
+
+def check_sent(job, sent):
+    """Bytes of the collectives of one update, as the planner shares them out over a ring."""
+    ring = (job.workers - 1) / job.workers
+    foretold = traffic_bytes(job)
+    reduced = sum(size for name, size in sent.items() if name.startswith("allreduce"))
+    gathered = sum(size for name, size in sent.items() if "allgather" in name)
+    assert 2 * ring * reduced == pytest.approx(foretold.pop(REDUCE), rel=1e-3, abs=500)
+    assert ring * gathered == pytest.approx(sum(foretold.values()), rel=2e-3, abs=500), sent
 
 
 def test_two_ranks_hold_and_write_what_is_planned(odd_model, tmp_path, run_workers):

@@ -6,8 +6,12 @@ Each case makes one update and a checkpoint; with "peaks" it goes through the wh
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "suite"), str(Path(__file__).parents[2])]
 from zero_plan import zero_config  # noqa: E402
@@ -25,6 +29,22 @@ process = dist.Process(rank=rank, world=world, local_rank=rank, master_port=port
 dist.start(process)
 
 
+class Collectives(TorchDispatchMode):
+    """Bytes that collectives made whole: of all ranks' parts together."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        if name.startswith("c10d."):
+            tensors = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+            # The norm and the like are single numbers.
+            self.bytes[name.split(".")[1]] += max(t.nbytes for t in tensors)
+        return func(*args, **(kwargs or {}))
+
+
 def update(config):
     """Build, and train on one short row."""
     engine = make_engine(config, process, pick_dtype(config.train.dtype, config))
@@ -32,10 +52,16 @@ def update(config):
     batch = filler(config.objective)
     count = config.objective.count(batch)
     engine.train(True)
+    with Collectives() as sent:
+        step(config, engine, batch, count)
+    return engine, policy, dict(sent.bytes)
+
+
+def step(config, engine, batch, count):
+    """One update."""
     loss = engine.forward(batch, config.objective, count._make([1.0] * len(count)))
     engine.backward(loss.total, last=True)
     engine.step(1e-4)
-    return engine, policy
 
 
 def nbytes(tensors):
@@ -92,8 +118,9 @@ for number, case in enumerate(cases):
             )
         )
     else:
-        engine, policy = update(config)
-        told.append({"held": held(engine, policy), "written": written(config, engine, number)})
+        engine, policy, sent = update(config)
+        found = {"held": held(engine, policy), "written": written(config, engine, number)}
+        told.append(found | {"sent": sent})
 print("TOLD " + json.dumps(told))
 dist.barrier()
 dist.stop()
