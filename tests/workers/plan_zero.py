@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path[:0] = [str(Path(__file__).parents[1] / "suite"), str(Path(__file__).parents[2])]
 from zero_plan import zero_config  # noqa: E402
 
