@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from posttrain_dist.planner.fallbacks import choose, is_auto, miss, nearest, rea
 from posttrain_dist.planner.job import DataFacts
 from posttrain_dist.planner.machine import find_machine
 from posttrain_dist.planner.plan import Choice, Plan
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +61,18 @@ def settle(
         choice = choose(config, machine, facts, typed)
         chosen = complete(_rehearsed(with_choice(config, choice.chosen)))
         return Settled(chosen, choice, _auto_lines(config, choice))
+    here = trains_here(config.cluster)
     try:
         machine = find_machine(config, plans_only=False)
         choice = choose(config, machine, facts, typed)
     except PosttrainError as error:
-        # Nobody asked for a plan, and what is not known to the planner may well train.
-        lines = () if trains_here(config.cluster) else (f"not planned: {error.where} {error.what}",)
-        return Settled(config, None, lines)
+        # Nobody asked for a plan, and what the planner does not know may well train.
+        return Settled(config, None, () if here else (f"not planned: {error.where} {error.what}",))
+    except Exception as error:
+        _log.exception("the run goes on without a plan")
+        return Settled(config, None, (f"not planned: {type(error).__name__}: {error}",))
     plan = choice.chosen.plan
     assert plan is not None
-    here = trains_here(config.cluster)
     if force or not _is_hopeless(plan, here=here):
         return Settled(config, choice)
     instead = nearest(config, machine, facts)
