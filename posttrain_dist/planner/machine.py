@@ -95,7 +95,7 @@ def _machine(
         here.host_memory_bytes if here else 0,
     ]
     cpus = [
-        hardware.cpus_per_node or getattr(cluster, "cpus_per_node", None) or 0,
+        getattr(cluster, "cpus_per_node", None) or hardware.cpus_per_node or 0,
         here.cpus if here else 0,
     ]
     network = hardware.network_gb_s
