@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from posttrain_launch.compose.composer import Composer
 from posttrain_launch.compose.problems import compose_checked
 
@@ -28,6 +29,7 @@ from posttrain_dist.planner.machine import UnknownMachine, find_machine
 from posttrain_dist.preflight import check_inputs
 
 GIB = 1 << 30
+PRESETS = Path(__file__).resolve().parents[2] / "conf/hardware"
 DESCRIBED = {"host_memory_gib": 1000.0, "cpus_per_node": 64}
 
 
@@ -36,6 +38,12 @@ def config_of(hardware: Hardware | None = None, cluster: object = None) -> RunCo
     if not isinstance(config.cluster, Local):
         config.engine = DeepSpeed(stage=1)
     return complete(config)
+
+
+def preset(name: str) -> Hardware:
+    values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
+    values.pop("defaults")
+    return Hardware(**values)
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +88,9 @@ def h100(index: int) -> str:
         ("gh200", 1, 94.5),
     ],
 )
-def test_a_preset_is_one_node_with_what_cuda_gives_of_its_gpus(compose, name, gpus, gib):
+def test_a_preset_is_one_node_with_what_cuda_gives_of_its_gpus(name, gpus, gib):
     # Total capacities as torch's out-of-memory errors name them.
-    machine = find_machine(compose(f"hardware={name}"), plans_only=True)
+    machine = find_machine(config_of(preset(name)), plans_only=True)
     assert machine.gpus_per_node == gpus
     assert machine.gpu_memory_bytes / GIB == pytest.approx(gib, abs=0.2)
     assert machine.host_memory_bytes > gpus * machine.gpu_memory_bytes
@@ -172,9 +180,9 @@ def test_gpus_that_cuda_would_hide_are_not_here(driver, monkeypatch, visible, gp
     assert look_here().gpus == gpus
 
 
-def test_a_cpu_plan_leaves_the_gpus_of_this_machine_alone(driver, compose):
+def test_a_cpu_plan_leaves_the_gpus_of_this_machine_alone(driver):
     driver(h100(0))
-    machine = find_machine(compose("hardware=cpu"), plans_only=False)
+    machine = find_machine(config_of(preset("cpu")), plans_only=False)
     assert (machine.gpu, machine.gpus_per_node, machine.gpu_memory_bytes) == (None, 0, 0)
     assert machine.host_memory_bytes == host_memory_bytes()
 
@@ -184,7 +192,7 @@ def test_gpus_that_differ_and_a_driver_that_fails_are_named(driver):
     with pytest.raises(ClusterError, match="differ: NVIDIA A100-SXM4-80GB, NVIDIA H100 80GB HBM3"):
         look_here()
     driver("Failed to initialize NVML: Driver/library version mismatch", code=18)
-    with pytest.raises(ClusterError, match="cannot be asked .* version mismatch"):
+    with pytest.raises(ClusterError, match=r"cannot be asked .* version mismatch"):
         look_here()
     driver("No devices were found", code=6)
     assert look_here().gpu is None
