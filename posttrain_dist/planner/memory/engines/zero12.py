@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.engines.ds_settings import zero_settings
 from posttrain_dist.planner.memory.engines.partitions import flat_groups, fullest_rank
-from posttrain_dist.planner.memory.ledger import Block, Ledger
 from posttrain_dist.planner.memory.engines.whole_tensors import (
     Arrivals,
     release_all,
     touch_whole_state,
 )
+from posttrain_dist.planner.memory.ledger import Block, Ledger
 from posttrain_dist.planner.memory.parameters import Stored, stored_parameters
 from posttrain_dist.planner.plan import Item
 
@@ -157,9 +157,7 @@ class FlatMemory:
                     total = sum(self._sizes[each] for each in self._own)
                     self._own_buffer = self._ledger.allocate(Item.gradients, total * value)
                 self._drop(name)
-            elif settings.stage == 2 and not own:
-                self._drop(name)
-            elif settings.offload_optimizer:
+            elif (settings.stage == 2 and not own) or settings.offload_optimizer:
                 self._drop(name)
         self._bucket, self._filled = [], 0
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from posttrain_dist.models.network.tensors import Network
+from posttrain_dist.planner.job import Job
 
 RMS, RMS_PLUS_ONE, RMS_LATE, LAYER, COHERE, FUSED_RMS = (
     "rms",
@@ -52,9 +52,9 @@ _PARALLEL = frozenset({"cohere", "cohere2", "phi"})
 
 
 @lru_cache(maxsize=8)
-def features_of(network: Network) -> Features:
-    """Of the architecture of a network."""
-    config, kind = network.config, network.shape.model_type
+def features_of(job: Job) -> Features:
+    """Of the architecture of a job."""
+    config, kind = job.network.config, job.network.shape.model_type
     found = Features(activation=_activation(config, kind), rotary=_rotary(config, kind))
     if kind in _LAYER_NORMS:
         found = replace(found, norm=LAYER)

@@ -35,7 +35,7 @@ def part_of(job: Job, index: int) -> Part:
         softcap=bool(shape.attention_softcap),
     )
     prefix = f"{network.layers_name}.{index}."
-    return Part(job, network.layers[index], prefix, heads, features_of(network))
+    return Part(job, network.layers[index], prefix, heads, features_of(job))
 
 
 def _sequential(graph: Graph, part: Part, x: Value, supervised: int | None) -> Value:
