@@ -9,7 +9,7 @@ Their gradients reach the engine one by one, for it counts them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from posttrain_dist.planner.job import Job
@@ -116,7 +116,7 @@ def stretches(job: Job) -> tuple[tuple[int, int, int], ...]:
     return (*found, (end, 1, 1))
 
 
-def _periods(kinds: list[tuple[object, ...]], start: int, end: int, period: int) -> int:
+def _periods(kinds: Sequence[tuple[object, ...]], start: int, end: int, period: int) -> int:
     """How often the first `period` kinds from `start` on stand there, one after the other."""
     count = 1 if start + period <= end else 0
     while count and start + (count + 1) * period <= end:
