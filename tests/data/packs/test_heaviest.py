@@ -56,7 +56,8 @@ def squares(batch) -> int:
 @pytest.mark.parametrize(("world", "micro"), [(1, 1), (3, 1), (1, 2), (2, 2), (1, 6)])
 def test_no_micro_batch_of_the_run_is_heavier(examples, world, micro, epochs):
     ranks = [source(examples, rank, world, micro) for rank in range(world)]
-    steps = [each.total_steps(epochs=epochs) for each in ranks][0]
+    for each in ranks:
+        steps = each.total_steps(epochs=epochs)
     run = [b for each in ranks for k in range(1, steps + 1) for b in each.step(k)]
     updates = ranks[0].heaviest(steps, pairs=True)
     found = [update[0] for update in updates]
