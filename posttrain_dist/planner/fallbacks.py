@@ -43,13 +43,14 @@ def choose(
         ConfigError: none fits, or none can be planned.
         ModelError, SeveralErrors: the model cannot be planned.
     """
-    tried = try_all(config, machine, facts, typed)
+    search = Search(config, machine, facts, typed)
+    tried = try_until_one_fits(config, machine, facts, typed)
     if not is_auto(config):
         return Choice(tried, tried[0])
-    chosen = next((each for each in tried if each.plan is not None and each.plan.fits), None)
-    if chosen is None:
+    if tried[-1].plan is None or not tried[-1].plan.fits:
         raise nothing_fits(tried)
-    return Choice(tried, chosen)
+    after = methods(config, machine)[len(tried) :]
+    return Choice((*tried, *(search.leanest(method) for method in after)), tried[-1])
 
 
 def try_all(
@@ -59,11 +60,33 @@ def try_all(
     typed: Collection[str] = (),
 ) -> tuple[Tried, ...]:
     """Every fallback of a config, planned. Arguments and errors as for `choose`."""
+    return tuple(_each(config, machine, facts, typed))
+
+
+def try_until_one_fits(
+    config: RunConfig,
+    machine: Machine,
+    facts: DataFacts | None = None,
+    typed: Collection[str] = (),
+) -> tuple[Tried, ...]:
+    """The fallbacks as far as the first that fits. Arguments and errors as for `choose`."""
+    tried = []
+    for each in _each(config, machine, facts, typed):
+        tried.append(each)
+        if each.plan is not None and each.plan.fits:
+            break
+    return tuple(tried)
+
+
+def _each(
+    config: RunConfig, machine: Machine, facts: DataFacts | None, typed: Collection[str]
+) -> Iterator[Tried]:
     search = Search(config, machine, facts, typed)
     found = methods(config, machine)
     if is_auto(config):
-        return tuple(search.fastest(method) for method in found)
-    return (Tried(found[0].name, search.plan(())),)
+        yield from map(search.fastest, found)
+    else:
+        yield Tried(found[0].name, search.plan(()))
 
 
 def with_choice(config: RunConfig, tried: Tried) -> RunConfig:

@@ -102,10 +102,10 @@ def _auto_lines(config: RunConfig, choice: Choice) -> tuple[str, ...]:
     lines = [f"planned: {choice.chosen.name} ({' '.join(plan.overrides)})"]
     lines += [f"  not {reason}" for reason in reasons(choice)]
     chosen = with_choice(config, choice.chosen).optimizer
-    if isinstance(config.tuning, AutoTuning) and isinstance(chosen, AdamW):
-        if optimizer.lr is not None and chosen.lr != optimizer.lr:
-            lines.append(
-                f"  optimizer.lr={optimizer.lr:g} was set for {optimizer.lr_for} "
-                f"(optimizer.lr_for); this trains at {chosen.lr:g}"
-            )
+    assert isinstance(chosen, AdamW)
+    if isinstance(config.tuning, AutoTuning) and optimizer.lr not in (None, chosen.lr):
+        lines.append(
+            f"  optimizer.lr={optimizer.lr:g} was set for {optimizer.lr_for} (optimizer.lr_for); "
+            f"this trains at {chosen.lr:g}"
+        )
     return tuple(lines)

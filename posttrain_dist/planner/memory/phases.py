@@ -23,10 +23,12 @@ from posttrain_dist.planner.memory.layers.parts import norm
 from posttrain_dist.planner.memory.ledger import Ledger
 from posttrain_dist.planner.memory.operations import scale
 from posttrain_dist.planner.memory.parameters import stored_parameters
+from posttrain_dist.planner.memory.repeated import through_layers
 from posttrain_dist.planner.plan import Item, Phase, PhaseName
 
-# Updates that are replayed: from the second on the moments are there before the forward.
-_UPDATES = 2
+# Micro-batches of the updates that are replayed. From the second update on the moments are there
+# before the forward, from the second micro-batch on the gradients are there before the backward.
+_UPDATES = (1, 2)
 
 
 @lru_cache(maxsize=8)
@@ -40,8 +42,8 @@ def device_phases(job: Job) -> tuple[Phase, ...]:
         engine.load()
     if job.evaluates:
         run.evaluate()
-    for _ in range(_UPDATES):
-        run.update()
+    for most in _UPDATES:
+        run.update(min(most, job.accumulation))
     if job.evaluates:
         run.evaluate()
     with ledger.phase(PhaseName.save):
@@ -66,13 +68,13 @@ class _Run:
     ) -> None:
         self._job, self._ledger, self._engine, self._trained = job, ledger, engine, trained
 
-    def update(self) -> None:
-        """The micro-batches of an update, and the optimizer step."""
+    def update(self, replayed: int) -> None:
+        """So many micro-batches of an update, and the optimizer step."""
         job, ledger = self._job, self._ledger
         # Those of this update, and of the next one, which is fetched meanwhile.
         batches = ledger.allocate(Item.batch, 2 * job.accumulation * batch_bytes(job))
-        for i in range(job.accumulation):
-            last = i == job.accumulation - 1
+        for i in range(replayed):
+            last = i == replayed - 1
             graph = self._graph(recording=True)
             with ledger.phase(PhaseName.forward):
                 loss = self._forward(graph)
@@ -122,9 +124,12 @@ class _Run:
             x = scale(graph, x)
         if features.rotary:
             graph.kept += rotary(graph, job.row_tokens, network.shape.head_dim)
-        for index in range(len(network.layers)):
+
+        def one(index: int, x: Value) -> Value:
             last = index == len(network.layers) - 1
-            x = self._layer(graph, index, x, num_rows if last else None)
+            return self._layer(graph, index, x, num_rows if last else None)
+
+        x = through_layers(graph, job, one, x)
         final = network.after[0]
         return norm(graph, x, final.name, network.shape.hidden_size, features)
 

@@ -13,12 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_dist.config import AutoEngine, AutoTuning, RunConfig, complete
-from posttrain_dist.data.embedded import EMBEDDED
+from posttrain_dist.data.sources import EMBEDDED
 from posttrain_dist.errors import ConfigError, PosttrainError
 from posttrain_dist.files import write_atomic
 from posttrain_dist.models.architectures.positions import check_planned_length
 from posttrain_dist.models.folder import check_folder, has_tokenizer, resolve
-from posttrain_dist.planner.fallbacks import is_auto, nearest, nothing_fits, reasons, try_all
+from posttrain_dist.planner.fallbacks import (
+    is_auto,
+    nearest,
+    nothing_fits,
+    reasons,
+    try_all,
+    try_until_one_fits,
+)
 from posttrain_dist.planner.inverse import GPUS, Answer, fewest, largest
 from posttrain_dist.planner.job import DataFacts, Machine
 from posttrain_dist.planner.machine import find_machine
@@ -102,7 +109,8 @@ def _print_plan(
     line: CommandLine, config: RunConfig, machine: Machine, facts: DataFacts | None
 ) -> int:
     typed = typed_keys(line.overrides)
-    tried = try_all(config, machine, facts, typed)
+    try_them = try_all if "--all" in line.own else try_until_one_fits
+    tried = try_them(config, machine, facts, typed)
     if "--all" in line.own and not is_auto(config):
         free = dataclasses.replace(config, tuning=AutoTuning(), engine=AutoEngine())
         tried += try_all(free, machine, facts, typed)

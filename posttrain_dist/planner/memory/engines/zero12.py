@@ -216,3 +216,4 @@ class FlatMemory:
 
     def export(self) -> None:
         """Every parameter is whole as it is."""
+
