@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from posttrain_dist.config import AutoEngine, AutoTuning, RunConfig
 from posttrain_dist.errors import ConfigError
 from posttrain_dist.planner.job import DataFacts, Machine
+from posttrain_dist.planner.make_job import read_network
 from posttrain_dist.planner.methods import MICRO_BATCH, checkpointing_words, methods
 from posttrain_dist.planner.overriding import with_words
 from posttrain_dist.planner.plan import Choice, Plan, Tried
@@ -43,12 +44,12 @@ def choose(
         ConfigError: none fits, or none can be planned.
         ModelError, SeveralErrors: the model cannot be planned.
     """
-    search = Search(config, machine, facts, typed)
     tried = try_until_one_fits(config, machine, facts, typed)
     if not is_auto(config):
         return Choice(tried, tried[0])
     if tried[-1].plan is None or not tried[-1].plan.fits:
         raise nothing_fits(tried)
+    search = Search(config, machine, facts, typed)
     after = methods(config, machine)[len(tried) :]
     return Choice((*tried, *(search.leanest(method) for method in after)), tried[-1])
 
@@ -81,6 +82,7 @@ def try_until_one_fits(
 def _each(
     config: RunConfig, machine: Machine, facts: DataFacts | None, typed: Collection[str]
 ) -> Iterator[Tried]:
+    read_network(config)  # what is wrong with the model is no matter of a single fallback
     search = Search(config, machine, facts, typed)
     found = methods(config, machine)
     if is_auto(config):

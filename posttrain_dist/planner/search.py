@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from posttrain_dist.config import RunConfig, complete
-from posttrain_dist.errors import ConfigError, SeveralErrors
+from posttrain_dist.errors import PosttrainError, SeveralErrors
 from posttrain_dist.planner.job import DataFacts, Machine
 from posttrain_dist.planner.make_job import count_workers, make_job, read_network
 from posttrain_dist.planner.make_plan import make_plan
@@ -26,6 +26,7 @@ from posttrain_dist.planner.overriding import with_words
 from posttrain_dist.planner.plan import Plan, Tried
 
 FASTER = 1.005  # by less than this factor a setting is no reason to take more memory
+NONE, ALL = checkpointing_words(0, 1), checkpointing_words(1, 1)
 _STEPS = 4  # layers that are tried one by one
 
 
@@ -75,61 +76,63 @@ class Search:
         for words in method.ways:
             try:
                 plan, leanest = planned(words), self._leanest(words)
-            except (ConfigError, SeveralErrors) as error:
+            except PosttrainError as error:
                 refused = _why(error)
                 continue
             if best is None or best.plan is None or _is_better(plan, best.plan):
                 best = Tried(method.name, plan, leanest=leanest)
-            if plan.fits and set(checkpointing_words(0, 1)) <= set(plan.overrides):
+            if plan.fits and set(NONE) <= set(plan.overrides):
                 break  # to shard more would only send more
         return best or Tried(method.name, None, refused)
 
     def _leanest(self, words: tuple[str, ...]) -> Plan:
-        everything = checkpointing_words(1, 1) if self._chooses_layers else ()
-        return self.plan((*words, *self._micro_batches(words)[0], *everything))
+        _, size = self._micro_batches(words)[0]
+        return self.plan((*words, *size, *(ALL if self._chooses_layers else ())))
 
     def _fastest(self, words: tuple[str, ...]) -> Plan:
         """Of rows that get longer as long as that helps, each with the fewest layers."""
-        best = self._leanest(words)
-        if not best.fits:
-            return best
-        for number, size in enumerate(self._micro_batches(words)):
-            found = self._fewest_layers((*words, *size))
-            if not found.fits:
-                break
+        best = leanest = self._leanest(words)
+        saved: int | None = None  # by recomputing all layers, of a row of one pack
+        for number, (packs, size) in enumerate(self._micro_batches(words)):
+            sized = (*words, *size)
+            if not leanest.fits:
+                return leanest
+            if not self._chooses_layers:
+                found = self.plan(sized)
+            elif saved is not None or not (found := self.plan((*sized, *NONE))).fits:
+                full = self.plan((*sized, *ALL))
+                saved = saved or (found.device.total_bytes - full.device.total_bytes) // packs
+                found = self._fewest_layers(sized, full, saved * packs)
             faster = found.speed.tokens_per_s / best.speed.tokens_per_s
-            if number and faster <= FASTER:
+            if not found.fits or (number and faster <= FASTER):
                 break
             best = found if faster > FASTER else best
         return best
 
-    def _fewest_layers(self, words: tuple[str, ...]) -> Plan:
-        """The plan in which the fewest layers recompute; all of them, if not even that fits."""
-        if not self._chooses_layers:
-            return self.plan(words)
-        none = self.plan((*words, *checkpointing_words(0, 1)))
-        if none.fits:
-            return none
-        full = self.plan((*words, *checkpointing_words(1, 1)))
-        saved = none.device.total_bytes - full.device.total_bytes
+    def _fewest_layers(self, words: tuple[str, ...], full: Plan, saved: int) -> Plan:
+        """The plan in which the fewest layers recompute.
+
+        Args:
+            full: that in which all do, and that takes `saved` bytes less than with none.
+        """
         if not full.fits or saved <= 0:
             return full
         layers = len(read_network(self.config).layers)
-        first = max(1, math.ceil(layers * -none.spare_bytes / saved))
+        first = max(1, math.ceil(layers * (saved - full.spare_bytes) / saved))
         for recomputed in range(first, min(layers, first + _STEPS)):
             some = self.plan((*words, *checkpointing_words(recomputed, layers)))
             if some.fits:
                 return some
         return full
 
-    def _micro_batches(self, words: tuple[str, ...]) -> list[tuple[str, ...]]:
-        """Words of the sizes that are tried, in ascending order: powers of two, and all packs."""
+    def _micro_batches(self, words: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
+        """Sizes that are tried, with their words, ascending: powers of two, and all packs."""
         config = with_words(self.config, words)
         if not is_free(config, MICRO_BATCH, self.typed):
-            return [()]
+            return [(config.train.micro_batch_size, ())]
         packs = math.ceil(config.train.batch_size / count_workers(config, self.machine)[0])
         sizes = [2**power for power in range(packs.bit_length()) if 2**power < packs]
-        return [(f"{MICRO_BATCH}={size}",) for size in (*sizes, packs)]
+        return [(size, (f"{MICRO_BATCH}={size}",)) for size in (*sizes, packs)]
 
     @property
     def _chooses_layers(self) -> bool:
@@ -149,6 +152,6 @@ def spare_bytes(plan: Plan) -> int:
     return min(plan.spare_bytes, plan.host_spare_bytes)
 
 
-def _why(error: ConfigError | SeveralErrors) -> str:
+def _why(error: PosttrainError) -> str:
     problems = error.problems if isinstance(error, SeveralErrors) else [error]
     return "; ".join(f"{each.where} {each.what}" for each in problems)
