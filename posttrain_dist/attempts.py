@@ -67,7 +67,7 @@ def fall_back(config: RunConfig, folder: Path, failure: OutOfMemory) -> tuple[Ru
     words, happened = upcoming.chosen.plan.overrides, failure.what.partition(":")[0]
     _record(folder, changed, upcoming, {"tried": old, "where": failure.where, "what": failure.what})
     return changed, (
-        f"{failure.where}: {old}: {happened}; starting again with {upcoming.chosen.name} "
+        f"{old}: {happened} ({failure.where}); starting again with {upcoming.chosen.name} "
         f"({' '.join(words)})"
     )
 

@@ -106,7 +106,7 @@ def describe(
         fix = f"use more or larger GPUs; {_LARGER}"
     else:
         words, needs = " ".join(instead.plan.overrides), instead.plan.device.total_bytes
-        fix = f"{instead.name} fits by its plan, with {_gib(needs)}: {words}; {_LARGER}"
+        fix = f"{instead.name} fits by its plan, with {_size(needs)}: {words}; {_LARGER}"
     return OutOfMemory(what, where=where, fix=fix)
 
 
@@ -115,8 +115,8 @@ def _planned(memory: Memory, phase: PhaseName | None) -> str:
     peak = next((each for each in memory.phases if each.name == phase), memory.peak)
     item = max(peak.items, key=lambda item: peak.items[item])
     return (
-        f"planned were {_gib(peak.allocated_bytes)} there, most of it {item} "
-        f"({_gib(peak.items[item])})"
+        f"planned were {_size(peak.allocated_bytes)} there, most of it {item} "
+        f"({_size(peak.items[item])})"
     )
 
 
@@ -151,14 +151,15 @@ def _amounts(error: BaseException) -> str:
     wanted = "more was asked for"
     if match is not None:
         number, unit = match.groups()
-        amount = _gib(int(number)) if unit.lower() == "bytes" else f"{number} {unit}"
+        amount = _size(int(number)) if unit.lower() == "bytes" else f"{number} {unit}"
         wanted = f"{amount} more were asked for"
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         most = torch.cuda.max_memory_allocated()
-        return f"{wanted}, and up to {_gib(most)} of {_gib(total)} had been allocated"
-    return f"{wanted}, and the process had {_gib(private_bytes())}"
+        return f"{wanted}, and up to {_size(most)} of {_size(total)} had been allocated"
+    return f"{wanted}, and the process had {_size(private_bytes())}"
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.2f} GiB"
+def _size(num_bytes: int) -> str:
+    small = num_bytes < 1 << 30
+    return f"{num_bytes / 2**20:,.0f} MiB" if small else f"{num_bytes / 2**30:,.2f} GiB"
