@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from posttrain_dist.engine import Single
 from posttrain_dist.planner.job import Job
+from posttrain_dist.planner.make_job import cpu_multiplies_bfloat16
 from posttrain_dist.planner.memory.autograd import Graph, Value
 from posttrain_dist.planner.memory.engines.base import EngineMemory
 from posttrain_dist.planner.memory.engines.single import SingleMemory
@@ -21,9 +22,10 @@ from posttrain_dist.planner.memory.layers.features import features_of
 from posttrain_dist.planner.memory.layers.layer import run_layer
 from posttrain_dist.planner.memory.layers.parts import norm
 from posttrain_dist.planner.memory.ledger import Ledger
-from posttrain_dist.planner.memory.operations import scale
+from posttrain_dist.planner.memory.operations import WIDE, scale
 from posttrain_dist.planner.memory.parameters import stored_parameters
 from posttrain_dist.planner.memory.repeated import through_layers
+from posttrain_dist.planner.memory.startup import check_parity
 from posttrain_dist.planner.plan import Item, Phase, PhaseName
 
 # Micro-batches of the updates that are replayed. From the second update on the moments are there
@@ -40,6 +42,7 @@ def device_phases(job: Job) -> tuple[Phase, ...]:
     run = _Run(job, ledger, engine, trained)
     with ledger.phase(PhaseName.load):
         engine.load()
+        run.check()
     if job.evaluates:
         run.evaluate()
     for most in _UPDATES:
@@ -94,26 +97,40 @@ class _Run:
             self._forward(self._graph(recording=False))
             self._ledger.release(batch)
 
+    def check(self) -> None:
+        """The head beside its reference, before the first step."""
+        graph = self._graph(recording=False)
+        hidden = self._backbone(graph, num_targets(self._job))
+        check_parity(graph, self._job, self._head_name, fast=self._multiplies_fast)
+        graph.drop(hidden)
+
     def _graph(self, *, recording: bool) -> Graph:
-        return Graph(
+        graph = Graph(
             self._ledger,
             self._engine,
             width=self._job.value_bytes,
             trained=self._trained,
             recording=recording,
         )
+        graph.training = recording
+        return graph
 
     def _forward(self, graph: Graph) -> Value:
-        job, network = self._job, self._job.network
+        job = self._job
         num_rows = num_targets(job)
         hidden = self._backbone(graph, num_rows)
         hidden = graph.part(hidden, hidden.num_bytes)  # row 0 of the output
-        name = network.before[0].name if network.shape.tied else network.head[0].name
-        return head_loss(graph, job, hidden, name, num_rows, fast=self._multiplies_fast)
+        name, fast = self._head_name, self._multiplies_fast
+        return head_loss(graph, job, hidden, name, num_rows, fast=fast)
+
+    @property
+    def _head_name(self) -> str:
+        network = self._job.network
+        return network.before[0].name if network.shape.tied else network.head[0].name
 
     @property
     def _multiplies_fast(self) -> bool:
-        return True
+        return self._job.on_gpu or self._job.value_bytes == WIDE or cpu_multiplies_bfloat16()
 
     def _backbone(self, graph: Graph, num_rows: int) -> Value:
         """Embedding, layers, final norm: hidden states of the supervised rows."""
@@ -122,6 +139,7 @@ class _Run:
         x = embed(graph, job, network.before[0].name, job.row_tokens)
         if features.embedding_scale:
             x = scale(graph, x)
+        embedded = graph.view(x)  # a variable of the backbone, to its end
         if features.rotary:
             graph.kept += rotary(graph, job.row_tokens, network.shape.head_dim)
 
@@ -131,7 +149,9 @@ class _Run:
 
         x = through_layers(graph, job, one, x)
         final = network.after[0]
-        return norm(graph, x, final.name, network.shape.hidden_size, features)
+        x = norm(graph, x, final.name, network.shape.hidden_size, features)
+        graph.drop(embedded)
+        return x
 
     def _layer(self, graph: Graph, index: int, x: Value, supervised: int | None) -> Value:
         job = self._job
