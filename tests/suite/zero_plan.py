@@ -35,9 +35,7 @@ def zero_config(folder: Path, case: dict[str, Any], world: int) -> RunConfig:
     recompute = Checkpointing[case.get("recompute", "none")]
     return complete(
         RunConfig(
-            model=ModelConfig(
-                path=str(folder), activation_checkpointing=recompute
-            ),
+            model=ModelConfig(path=str(folder), activation_checkpointing=recompute),
             data=DataConfig(max_length=case.get("length", 128)),
             objective=Sft(),
             tuning=Lora(rank=rank) if rank else Full(),

@@ -390,9 +390,7 @@ class Graph:
             self._note(values, (output,), [])
         return output
 
-    def _note(
-        self, inputs: Sequence[Value], outputs: Sequence[Value], saved: list[Block]
-    ) -> _Node:
+    def _note(self, inputs: Sequence[Value], outputs: Sequence[Value], saved: list[Block]) -> _Node:
         edges = [value.edge for value in outputs if value.edge is not None]
         node = _Node([value.edge for value in inputs], edges, saved)
         self._nodes.append(node)
