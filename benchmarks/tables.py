@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md and docs/tuning.md, from the rows under benchmarks/results/.
+"""The tables of docs/performance.md, tuning.md and planning.md, from benchmarks/results/.
 
     python benchmarks/tables.py            # rewrites the pages; a test compares them
 
@@ -16,10 +16,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cells import Cell, Row, error, number, span, text, texts
+from cells import Cell, Row
+from columns import (
+    DEEPSPEED,
+    FLOOR,
+    GPU_HEAD,
+    GPU_KERNELS,
+    GPU_STEPS,
+    HEAD,
+    LAST_LAYER,
+    LAUNCH,
+    PLANNED,
+    PLANNED_FALLBACKS,
+    PLANNED_ITEMS,
+    PREPARE,
+    PROFILE,
+    QLORA,
+    STEP,
+    TUNINGS,
+)
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PAGES = [RESULTS.parents[1] / "docs" / name for name in ("performance.md", "tuning.md")]
+PAGES = [
+    RESULTS.parents[1] / "docs" / name for name in ("performance.md", "tuning.md", "planning.md")
+]
 MARKS = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -138,106 +158,6 @@ def fill(page: str, tables: Mapping[str, Table | Goals], results: Path = RESULTS
 
     return MARKS.sub(make, page)
 
-
-# ----------------------------------------------------------------------- columns of each table
-
-MIB = 2.0**-20
-
-HEAD: dict[str, Cell] = {
-    "arm": text("arm"),
-    "masked": number("masked", 0, 100, " %"),
-    "ms": number("p50_s", 0, 1e3),
-    "p20 to p80": span("p20_s", "p80_s", 0, 1e3),
-    "times ours": number("ours_times_faster"),
-    "share of the floor": number("share_of_floor"),
-    "extra MiB": number("peak_extra_bytes", 0, MIB),
-    "error": error("loss_error", "gradient_error"),
-}
-LAST_LAYER: dict[str, Cell] = {
-    "arm": text("arm"),
-    "masked": number("masked", 0, 100, " %"),
-    "rows computed": text("computed"),
-    "s": number("p50_s"),
-    "gain, of the layer": number("layer_gain", 1, 100, " %"),
-    "gain, of 32 layers": number("step_gain", 2, 100, " %"),
-    "error": error("error"),
-}
-STEP: dict[str, Cell] = {
-    "arm": text("arm"),
-    "s a step": number("p50_s"),
-    "p20 to p80": span("p20_s", "p80_s"),
-    "real tokens/s": number("tokens_per_s", 0),
-    "times ours": number("ours_times_faster"),
-    "its p20 to p80": span("ratio_p20", "ratio_p80"),
-    "times our CPU time": number("ours_times_less_cpu"),
-    "peak MiB": number("peak_bytes", 0, MIB),
-    "loss error": error("loss_error"),
-    "gradient norm error": error("norm_error"),
-}
-FLOOR = {name: STEP[name] for name in ("arm", "s a step", "p20 to p80", "real tokens/s")}
-FLOOR["of the products' speed"] = number("share_of_floor", 0, 100, " %")
-PROFILE: dict[str, Cell] = {
-    "kind": text("arm"),
-    "s a step": number("p50_s", 3),
-    "share": number("share", 1, 100, " %"),
-}
-LAUNCH: dict[str, Cell] = {
-    "arm": text("arm"),
-    "s": number("p50_s", 1),
-    "p20 to p80": span("p20_s", "p80_s", 1),
-    "over": text("over"),
-    "by s": number("over_s", 1),
-}
-PREPARE: dict[str, Cell] = {
-    **{key: LAUNCH[key] for key in ("arm", "s", "p20 to p80")},
-    "rows/s": number("rows_per_s", 0),
-    "times ours": number("ours_times_faster"),
-    "first rows after s": number("first_s", 1),
-    "peak MiB": number("peak_bytes", 0, MIB),
-}
-DEEPSPEED: dict[str, Cell] = {
-    **texts(arm="arm", model="size", processes="processes", ZeRO="stage", tokens="tokens"),
-    "ms": number("p50_s", 1, 1e3),
-    "times single": number("ratio"),
-    "p20 to p80": lambda row: " to ".join(f"{x:.2f}" for x in row.get("ratio_p20_p80", ())),
-    "of processor time": number("cpu_ratio"),
-    "peak MiB": number("peak_bytes", 0, MIB),
-}
-GPU_KERNELS: dict[str, Cell] = {
-    **texts(arm="arm", N="rows", D="hidden", V="vocabulary", dtype="dtype"),
-    "masked": number("masked", 0, 100, " %"),
-    "softcap": text("softcap"),
-    **{f"{x} error": error(f"{x}_error") for x in ("loss", "hidden", "weight")},
-    **{f"eager's {x}": error(f"eager_{x}") for x in ("loss", "hidden", "weight")},
-}
-GPU_HEAD: dict[str, Cell] = {**texts(arm="arm", N="rows", weight="head"), **HEAD}
-GPU_STEPS: dict[str, Cell] = {
-    **texts(arm="arm", model="model", samples="kind"),
-    "s a step": number("p50_s", 3),
-    "p20 to p80": span("p20_s", "p80_s", 3),
-    "real tokens/s": number("tokens_per_s", 0),
-    "times ours": number("ours_times_faster"),
-    "MFU": number("mfu", 1, 100, " %"),
-    "peak GiB": number("peak_bytes", 1, 2.0**-30),
-    "losses apart": error("loss_apart"),
-}
-
-TUNINGS: dict[str, Cell] = {
-    "arm": text("arm"),
-    "learning rate": text("lr"),
-    "trained": number("trainable", 0),
-    "saved kB": number("saved_bytes", 0, 1e-3),
-    "held-out loss": number("heldout", 3),
-    "of its seeds": span("heldout_low", "heldout_high", 3),
-    "exact match": number("exact_match", 0, 100, " %"),
-    "tokens/s": number("tokens_per_s", 0),
-    "peak MiB": number("peak_bytes", 0, MIB),
-}
-QLORA: dict[str, Cell] = {
-    **texts(arm="arm", tokens="tokens"),
-    **{n: number(f"{k}_bytes", 1, 2.0**-30) for n, k in (("peak GiB", "peak"), ("goal", "goal"))},
-    "tokens/s": number("tokens_per_s", 0),
-}
 
 # ------------------------------------------------------------------------------- goals
 
@@ -385,6 +305,16 @@ TABLES: dict[str, Table | Goals] = {
     ),
     "tunings": Table(source="tunings", columns=TUNINGS, where={"summary": True}, per=("arm",)),
     "qlora-70b": Table(source="qlora_70b", columns=QLORA, where={"shape": "70b"}),
+    **{
+        f"plan-{section}s": Table(
+            source="plan_examples", columns=columns, where={"section": section}
+        )
+        for section, columns in (
+            ("experiment", PLANNED),
+            ("item", PLANNED_ITEMS),
+            ("fallback", PLANNED_FALLBACKS),
+        )
+    },
     "gpu-goals": Goals([*gpu_goals()]),
     "gpu-kernels": Table(source="gpu", columns=GPU_KERNELS, where=gpu_rows("kernels")),
     "gpu-head": Table(source="gpu", columns=GPU_HEAD, where=gpu_rows("head")),

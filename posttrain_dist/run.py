@@ -14,8 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from posttrain_dist.attempts import fall_back, next_choice, train_apart
 from posttrain_dist.config import Local, RunConfig, complete
-from posttrain_dist.errors import ConfigError, PosttrainError
+from posttrain_dist.errors import ConfigError, OutOfMemory, PosttrainError
 from posttrain_dist.files import write_atomic
 
 
@@ -90,13 +91,21 @@ def _train(config: RunConfig, folder: Path, progress: bool, log: Callable[[str],
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     # Left open: handlers that libraries bind to it live on after the run.
     stream = (folder / "logs" / "rank-0.log").open("a", buffering=1, encoding="utf-8")
-    with contextlib.ExitStack() as shown:
-        if progress:
-            shown.enter_context(Progress(folder, out))
-        shown.enter_context(contextlib.redirect_stdout(stream))
-        shown.enter_context(contextlib.redirect_stderr(stream))
-        train(config, folder)
-    return finish(config, folder, log)
+    while True:
+        try:
+            with contextlib.ExitStack() as shown:
+                if progress:
+                    shown.enter_context(Progress(folder, out))
+                shown.enter_context(contextlib.redirect_stdout(stream))
+                shown.enter_context(contextlib.redirect_stderr(stream))
+                if next_choice(folder) is not None:
+                    train_apart(config, folder)
+                else:
+                    train(config, folder)
+            return finish(config, folder, log)
+        except OutOfMemory as failure:
+            config, line = fall_back(config, folder, failure)
+            log(line)
 
 
 def report_data(config: RunConfig, folder: Path) -> str:

@@ -46,6 +46,8 @@ from posttrain_dist.loop import Stop, fit
 from posttrain_dist.metrics.special_tokens import TokenMeter
 from posttrain_dist.models.folder import resolve
 from posttrain_dist.models.policy import Policy
+from posttrain_dist.out_of_memory import naming_out_of_memory
+from posttrain_dist.rehearsal import Rehearsal
 from posttrain_dist.tuning.adapters.base_check import not_compared
 from posttrain_dist.tuning.base import AdapterTuning
 
@@ -66,7 +68,8 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
     process = process or Process()
     config = complete(config)
     run_folder = _enter(config, Path(run_folder).absolute(), process)
-    with log_to_file(run_folder / "logs" / f"rank-{process.rank}.log"):
+    log_file = run_folder / "logs" / f"rank-{process.rank}.log"
+    with log_to_file(log_file), naming_out_of_memory(config, run_folder) as reached:
         # Data, model and engine.
         data = open_prepared(run_folder / "prepared")
         dtype = frozen_dtype(config, run_folder)
@@ -93,6 +96,9 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
         )
         evaluate = Evaluate(engine, heldout, config.objective, eval_meter, config.train.eval_every)
         rate = partial(learning_rate, config.optimizer, total_steps=steps)  # type: ignore[arg-type]
+        if config.train.rehearse and start == 0:
+            trial = Rehearsal(config, run_folder, engine, source, heldout, meter, manifest)
+            trial.run(steps)
         update_check = make_update_check(config, engine, policy, rate, start)
         facts = model_facts(config, policy, source)
         export = RunExport(config, run_folder, manifest, data.served, partial(notify, run_folder))
@@ -122,7 +128,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
             )
             last = StepInfo(start, last=True)
             for info in updates:
-                last = info
+                last, reached.step = info, info.step
             completed = last.last and not last.stopped
             if completed and config.checkpoint.export:
                 export.write(engine.full_tensors, last.step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterator
 
 from posttrain_dist.config import AutoEngine, AutoTuning, RunConfig
@@ -86,18 +87,27 @@ def following(choice: Choice) -> Choice | None:
     return None
 
 
-def nearest(config: RunConfig, machine: Machine, facts: DataFacts | None = None) -> Tried | None:
+def nearest(
+    config: RunConfig,
+    machine: Machine,
+    facts: DataFacts | None = None,
+    *,
+    most_bytes: int | None = None,
+) -> Tried | None:
     """What fits instead of a run that does not: its own method with other settings, or the next.
 
     Args:
         config: with tuning and engine named.
+        most_bytes: that it may take of a device; None: all that there is.
     """
     for candidate in _instead(config):
         search = Search(candidate, machine, facts)
         for method in methods(candidate, machine):
             found = search.fastest(method)
-            if found.plan is not None and found.plan.fits:
-                return found
+            for plan in (found.plan, found.leanest):
+                less = plan is not None and (most_bytes or math.inf) >= plan.device.total_bytes
+                if plan is not None and plan.fits and less:
+                    return dataclasses.replace(found, plan=plan)
     return None
 
 

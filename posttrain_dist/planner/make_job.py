@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -22,7 +23,7 @@ from posttrain_dist.config import (
 from posttrain_dist.config.devices import DEVICES
 from posttrain_dist.errors import ConfigError
 from posttrain_dist.models import Attention
-from posttrain_dist.models.folder import check_folder, grown_config, resolve
+from posttrain_dist.models.folder import check_folder, grown_config, has_tokenizer, resolve
 from posttrain_dist.models.network.build_network import build_network
 from posttrain_dist.models.network.tensors import Network
 from posttrain_dist.models.shape import ModelShape
@@ -96,7 +97,7 @@ def read_network(config: RunConfig) -> Network:
 
 
 def _grown(folder: Path, values: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
-    if (folder / "tokenizer.json").is_file():
+    if has_tokenizer(folder):
         return grown_config(folder, values, tokens)
     # Without a tokenizer nobody knows how many rows of the embeddings are free: at worst none.
     return {**values, "vocab_size": values["vocab_size"] + len(tokens)}
@@ -123,12 +124,14 @@ def count_workers(config: RunConfig, machine: Machine) -> tuple[int, int]:
 def bytes_per_value(dtype: Dtype, machine: Machine) -> int:
     """2 or 4; `auto` as training chooses it, where it measures nothing (`build.pick_dtype`)."""
     if dtype is Dtype.auto:
-        half = machine.gpu is not None or _cpu_multiplies_bfloat16()
+        half = machine.gpu is not None or cpu_multiplies_bfloat16()
         return 2 if half else 4
     return 2 if dtype is Dtype.bfloat16 else 4
 
 
-def _cpu_multiplies_bfloat16() -> bool:
+@cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU has instructions for products of bfloat16, as kernels ask."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

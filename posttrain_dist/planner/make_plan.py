@@ -8,7 +8,7 @@ from posttrain_dist.models import Checkpointing
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.allocator import context_bytes, slack_bytes
 from posttrain_dist.planner.memory.disk import checkpoint_bytes, export_bytes
-from posttrain_dist.planner.memory.host import host_phases
+from posttrain_dist.planner.memory.host import host_context_bytes, host_phases
 from posttrain_dist.planner.memory.parameters import stored_parameters
 from posttrain_dist.planner.memory.phases import device_phases
 from posttrain_dist.planner.plan import Memory, Plan
@@ -23,7 +23,7 @@ def make_plan(job: Job, overrides: tuple[str, ...] = ()) -> Plan:
     """
     phases = device_phases(job)
     device = Memory(phases, slack_bytes(job, phases), context_bytes(job))
-    host = Memory(host_phases(job))
+    host = Memory(host_phases(job), context_bytes=host_context_bytes(job))
     machine = job.machine
     capacity = machine.gpu_memory_bytes
     if not job.on_gpu:  # ranks of a node share its memory

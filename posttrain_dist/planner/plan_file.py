@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_dist.files import read_object, write_atomic
+from posttrain_dist.planner.fallbacks import reasons
 from posttrain_dist.planner.plan import Choice, Item, Memory, Phase, PhaseName, Plan, Speed, Tried
 
 NAME = "plan.json"
@@ -47,6 +48,16 @@ def file_content(choice: Choice) -> dict[str, Any]:
     """What plan.json holds."""
     plan = choice.chosen.plan
     return {"choice": choice_json(choice), "plan": None if plan is None else plan.to_json()}
+
+
+def plan_entry(choice: Choice) -> dict[str, Any]:
+    """What run.json says of it: the choice, its words, and why not those before it."""
+    plan = choice.chosen.plan
+    return {
+        "chosen": choice.chosen.name,
+        "overrides": [] if plan is None else list(plan.overrides),
+        "reasons": reasons(choice),
+    }
 
 
 def choice_json(choice: Choice) -> dict[str, Any]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from posttrain_dist.config import RunConfig
     from posttrain_dist.prepare.fingerprint import Inputs
 
-__all__ = ["prepare", "prepare_cached"]
+__all__ = ["find_prepared", "prepare", "prepare_cached"]
 
 Log = Callable[[str], None]
 # Imports stand inside of the functions: the processes that tokenise import this package too, and
@@ -101,6 +101,20 @@ def prepare_cached(
     get_or_build(cached, build, say)
     _check_fit(inputs, Summary.read(cached))
     return cached
+
+
+def find_prepared(config: RunConfig) -> Summary | None:
+    """What the cache has of the data of a config; None: it was not prepared.
+
+    Raises:
+        PosttrainError: model folder, tokenizer or data cannot be used.
+    """
+    from posttrain_dist.prepare import fingerprint
+    from posttrain_dist.prepare.cache import cache_folder, is_whole
+
+    inputs = fingerprint.fingerprint(config, only_heldout=False)
+    cached = cache_folder(config.data.cache) / inputs.key
+    return Summary.read(cached) if is_whole(cached) else None
 
 
 def _say_date(inputs: Inputs, say: Log) -> None:

@@ -2,6 +2,7 @@
 
 numbers, tables, blocks  numbers as text, tables of a terminal, JSON of any shape
 run/                     report.html of a run folder
+plan/                    a plan for the terminal and plan.html, from the planner's JSON
 data/                    data_report.html and the same for the terminal, from data_report.json
 """
 

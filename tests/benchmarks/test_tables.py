@@ -43,7 +43,8 @@ def test_every_table_has_its_place():
 
 
 def test_a_table_shows_the_last_run_that_has_what_it_asks_for(results):
-    from tables import Table, fill, number, text
+    from cells import number, text
+    from tables import Table, fill
 
     columns = {"arm": text("arm"), "ms": number("p50_s", 1, 1e3), "x": number("none")}
     table = Table(source="x", columns=columns, where={"n": 8})
@@ -73,7 +74,8 @@ def test_groups_are_each_of_their_own_last_run(results):
 
 
 def test_a_page_that_was_filled_stays_as_it_is(results):
-    from tables import Table, fill, text
+    from cells import text
+    from tables import Table, fill
 
     tables = {"t": Table(source="x", columns={"arm": text("arm")})}
     once = fill("<!-- table: t -->\n<!-- /table -->\n", tables, results)

@@ -86,26 +86,33 @@ def test_the_page_is_one_file_without_scripts_and_escapes_what_it_is_given():
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [390, 1300])
-def test_the_page_fits(probed: Any, page: str, tmp_path: Path, width: int):
+def test_the_page_fits_a_phone_and_a_screen(probed: Any, tmp_path: Path):
     write_plan_page(tmp_path / "plan.html", as_json(FITS), choice_json(), ["name=x" + "y" * 200])
-    seen = probed(
+    frames = "".join(
         f'<iframe style="border: 0; width: {width}px; height: 900px" src="plan.html"></iframe>'
-        """<script>addEventListener("load", () => setTimeout(() => {
-          const page = frames[0].document, root = page.documentElement;
+        for width in (390, 1300)
+    )
+    looks = probed(
+        frames
+        + """<script>addEventListener("load", () => setTimeout(() => {
           const box = (e) => e.getBoundingClientRect();
-          const [peak, ...phases] = page.querySelectorAll(".stacks .stack");
-          const ends = [...page.querySelectorAll(".stacks")[0].querySelectorAll(".stack")].map(
-            (s) => (box(s.lastElementChild).right - box(s).left) / box(s).width);
-          const limit = box(page.querySelector(".limit"));
-          document.title = JSON.stringify({
-            width: root.clientWidth, over: root.scrollWidth - root.clientWidth, ends,
-            limit: (limit.left - box(peak).left) / box(peak).width,
-            colour: getComputedStyle(peak.firstElementChild).backgroundColor,
-          });
+          const look = (page) => {
+            const root = page.documentElement, bars = page.querySelectorAll(".stacks");
+            const stacks = [...bars[0].querySelectorAll(".stack")];
+            const limit = box(page.querySelector(".limit")), peak = stacks[0];
+            return {
+              width: root.clientWidth, over: root.scrollWidth - root.clientWidth,
+              ends: stacks.map((s) => (box(s.lastElementChild).right - box(s).left) / box(s).width),
+              limit: (limit.left - box(peak).left) / box(peak).width,
+              colour: getComputedStyle(peak.firstElementChild).backgroundColor,
+            };
+          };
+          document.title = JSON.stringify([look(frames[0].document), look(frames[1].document)]);
         }, 300));</script>"""
     )
-    assert seen["width"] == width and seen["over"] <= 0
-    assert seen["ends"] == pytest.approx([n / 80 for n in (68, 6, 47, 65, 36.5, 28.25)], abs=0.01)
-    assert seen["limit"] == pytest.approx(1, abs=0.01)
-    assert seen["colour"] == "rgb(144, 103, 220)"
+    assert [seen["width"] for seen in looks] == [390, 1300]
+    for seen in looks:
+        ends = [size / 80 for size in (68, 6, 47, 65, 36.5, 28.25)]
+        assert seen["over"] <= 0 and seen["ends"] == pytest.approx(ends, abs=0.01)
+        assert seen["limit"] == pytest.approx(1, abs=0.01)
+        assert seen["colour"] == "rgb(144, 103, 220)"

@@ -71,11 +71,6 @@ class CommandLine:
         return FORCE in self.own
 
     @property
-    def typed_keys(self) -> frozenset[str]:
-        """Keys and groups that were typed."""
-        return frozenset(word.partition("=")[0].lstrip("+") for word in self.overrides)
-
-    @property
     def typed(self) -> str:
         """The command line, for the run's lineage."""
         return shlex.join(["posttrain", self.verb, *self.arguments])
@@ -125,9 +120,14 @@ def read_command_line(verb: str, arguments: list[str], debug: bool) -> CommandLi
     )
 
 
+def typed_keys(overrides: list[str]) -> frozenset[str]:
+    """The keys and groups of overrides."""
+    return frozenset(word.partition("=")[0].lstrip("+") for word in overrides)
+
+
 def _left_to_the_planner(overrides: list[str]) -> list[str]:
     """What a plan takes for groups that were not typed; an experiment has them all."""
-    keys = {word.partition("=")[0].lstrip("+") for word in overrides}
+    keys = typed_keys(overrides)
     if "experiment" in keys:
         return []
     touched = {key.partition(".")[0] for key in keys}

@@ -56,8 +56,33 @@ flags
 {more}
 config
 $CONFIG"""
+FORCE = "  --force             start what cannot fit by its plan\n"
+PLAN = """\
+  --all               every fallback in one table: whether it fits, tokens/s, GPU-hours
+  --largest KEY       the largest value that fits, of data.max_length, train.micro_batch_size or
+                      tuning.rank
+  --fewest gpus       how many GPUs of this kind it takes
+  --json [FILE]       the plan as JSON, on the terminal or in a file
+  --html [FILE]       the plan as a page, plan.html where no file is named
+
+what is not typed
+  tuning and engine are those that fit first, of full ZeRO-1, 2, 3, 3 with CPU offload, LoRA, QLoRA,
+  QLoRA with a paged optimizer; the micro-batch and the layers that recompute their activations are
+  the fastest that fit. hardware is what is here; cluster.nodes counts nodes of it. config.json is
+  enough of a model; of the data, what `posttrain prepare` found is used, or train.tokens.
+
+exit code
+  0 it fits, 1 it does not, 2 wrong input
+
+more examples
+  posttrain plan model.path=shape:qwen3-8b hardware=rtx4090 --all
+  posttrain plan model.path=/models/M hardware=h100x8 tuning=full --largest data.max_length
+  posttrain plan model.path=shape:llama3-70b hardware=h100x8 tuning=full --fewest gpus
+"""
 MORE = {
-    "submit": "  --dry-run           write the job and submit nothing\n",
+    "train": FORCE,
+    "submit": "  --dry-run           write the job and submit nothing\n" + FORCE,
+    "plan": PLAN,
     "inspect": "  --template          show a conversation turn by turn, as it is rendered\n",
     "evaluate": "  --adapter NAME=DIR  an adapter of this model, which gets a column of its own;\n"
     "                      as often as there are adapters\n",
@@ -192,7 +217,7 @@ def _run_sweep(line: CommandLine, composer: Composer) -> int:
 def _run_trial(line: CommandLine, composed: Composed, sweep: Sweep) -> tuple[int, Path | None]:
     if line.verb == "train":
         check_inputs(with_absolute_paths(composed.config))
-        folder = freeze(composed, line.typed)
+        folder = freeze(composed, line.typed, force=line.force)
         code = sweep.run_subprocess(["run", str(folder), "--new"], line.debug)
         return code, folder if folder.is_dir() else None
     arguments = [line.verb, *composed.overrides]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -9,6 +10,7 @@ import platform
 import secrets
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -18,30 +20,40 @@ from omegaconf import OmegaConf
 
 from posttrain_dist.config import RunConfig, complete
 from posttrain_dist.engine import DeepSpeed
-from posttrain_dist.errors import ConfigError
+from posttrain_dist.errors import ConfigError, PosttrainError
 from posttrain_dist.files import write_atomic
+from posttrain_dist.planner.fallbacks import is_auto
+from posttrain_dist.planner.job import DataFacts
+from posttrain_dist.planner.plan_file import plan_entry, write_plan
+from posttrain_dist.planner.settle import Settled, settle
+from posttrain_dist.prepare import find_prepared
+from posttrain_launch.compose.command_line import typed_keys
 from posttrain_launch.compose.composer import Composed
 from posttrain_launch.compose.paths import with_absolute_paths
 
 PACKAGES = ("posttrain-dist", "torch", "transformers", "deepspeed", "ray", "hydra-core", "wandb")
 
 
-def freeze(composed: Composed, command: str) -> Path:
-    """Make a run folder `<output_root>/<name>/<time>` and write what the run is.
+def freeze(composed: Composed, command: str, *, force: bool = False) -> Path:
+    """Plan a run, make its folder `<output_root>/<name>/<time>`, and write what the run is.
 
-    config.yaml (every value, absolute paths, the chosen options), overrides.yaml, run.json, and
-    deepspeed.json, a copy of the user's own DeepSpeed JSON where there is one.
+    config.yaml (every value, absolute paths, the chosen options), overrides.yaml, run.json,
+    plan.json where it could be planned, and deepspeed.json, a copy of the user's own DeepSpeed JSON
+    where there is one.
 
     Args:
         command: the command line, kept as the run's lineage.
+        force: also make one that cannot fit.
 
     Returns:
         The absolute path of the folder, which no other process has.
 
     Raises:
-        ConfigError: the configuration contradicts itself, or the folder cannot be made.
+        ConfigError: the configuration contradicts itself, what it asks for cannot fit, or the
+            folder cannot be made.
     """
-    config = complete(with_absolute_paths(composed.config))
+    settled = _settle(complete(with_absolute_paths(composed.config)), composed, force=force)
+    config = settled.config
     now = datetime.now().astimezone()
     folder = _new_folder(Path(config.output_root) / config.name, now.strftime("%Y%m%d-%H%M%S"))
     config, deepspeed_json = _keep_deepspeed_json(config, folder)
@@ -56,9 +68,12 @@ def freeze(composed: Composed, command: str) -> Path:
         "git": git_state(Path(__file__).parents[1]),
         "wandb_id": secrets.token_hex(4),
         "hashes": {"config": hashlib.sha256(text.encode()).hexdigest()},
+        **({} if settled.choice is None else {"plan": plan_entry(settled.choice)}),
     }
     try:
         (folder / "logs").mkdir()
+        if settled.choice is not None:
+            write_plan(folder, settled.choice)
         for name, content in {
             "deepspeed.json": deepspeed_json,
             "overrides.yaml": OmegaConf.to_yaml(composed.overrides),
@@ -70,7 +85,19 @@ def freeze(composed: Composed, command: str) -> Path:
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise _not_writable(folder, error) from error
+    for line in settled.lines:
+        print(line, file=sys.stderr)
     return folder
+
+
+def _settle(config: RunConfig, composed: Composed, *, force: bool) -> Settled:
+    """The run as it is begun, with nothing left to choose."""
+    facts = None
+    if is_auto(config):
+        with contextlib.suppress(PosttrainError):  # which preparing the data says in full
+            found = find_prepared(config)
+            facts = None if found is None else DataFacts.of(found)
+    return settle(config, facts, typed_keys(composed.overrides), force=force)
 
 
 def _keep_deepspeed_json(config: RunConfig, folder: Path) -> tuple[RunConfig, str | None]:

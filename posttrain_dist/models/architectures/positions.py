@@ -40,6 +40,25 @@ def check_row_length(config: Mapping[str, Any], max_length: int, virtual_tokens:
         )
 
 
+def check_planned_length(config: Mapping[str, Any], longest: int) -> None:
+    """Refuse a sample that is longer than the context of the model.
+
+    Args:
+        config: what config.json of the model holds.
+        longest: tokens of the longest sample that may come.
+
+    Raises:
+        ConfigError: it is above what the model allows.
+    """
+    context = config.get("max_position_embeddings")
+    if isinstance(context, int) and longest > context:
+        raise ConfigError(
+            f"lets through samples of {longest} tokens, and the model has {context} positions",
+            where="data.max_length",
+            fix=f"set data.max_length={context} or less",
+        )
+
+
 def learned_positions(config: Mapping[str, Any]) -> int | None:
     """How many positions a model has learned, tokens of a sample at most; None: any, by rule."""
     size = config.get(LEARNED_POSITIONS.get(str(config.get("model_type")), ""))

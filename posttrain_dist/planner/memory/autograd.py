@@ -122,6 +122,7 @@ class Graph:
         self.item = Item.activations  # that what is made counts for
         # Gradients of parameters that another operation adds to: a tied head's.
         self.waiting: dict[str, Block] = {}
+        self.training = True  # dropout and noise are on, also where nothing is recorded
         self.kept: list[Value] = []  # what many operations save, for as long as it is here
         self._nodes: list[_Node] = []
 
@@ -264,7 +265,7 @@ class Graph:
 
         def again(gradient: Block) -> None:
             inner = Graph(self.ledger, self.shards, width=self.width, trained=self.trained)
-            inner.item = self.item
+            inner.item, inner.training = self.item, self.training
             if offload:
                 kept.append(self.ledger.allocate(Item.checkpoints, num_bytes))
             start = Value(

@@ -81,7 +81,7 @@ def _flat_state_bytes(job: Job, numel: int) -> int:
 
 
 def _sharded_bytes(job: Job) -> int:
-    """Each rank writes its shards of masters and moments; small parameters whole, from every rank."""
+    """Each rank writes its shards of masters and moments, and of what is frozen."""
     settings = zero_settings(job)
     groups = sub_groups(job, settings.sub_group_size)
     state = sum(

@@ -39,6 +39,10 @@ class Ledger:
         """Allocated now."""
         return self._total
 
+    def now(self) -> dict[Item, int]:
+        """The same by item."""
+        return dict.fromkeys(Item, 0) | self._now
+
     def allocate(self, item: Item, num_bytes: int) -> Block:
         """Take memory; the caller is its first holder."""
         self._now[item] += num_bytes

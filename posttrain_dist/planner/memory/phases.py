@@ -6,9 +6,11 @@ from functools import lru_cache
 
 from posttrain_dist.engine import Single
 from posttrain_dist.planner.job import Job
+from posttrain_dist.planner.make_job import cpu_multiplies_bfloat16
 from posttrain_dist.planner.memory.autograd import Graph, Value
 from posttrain_dist.planner.memory.engines.base import EngineMemory
 from posttrain_dist.planner.memory.engines.single import SingleMemory
+from posttrain_dist.planner.memory.engines.zero import zero_memory
 from posttrain_dist.planner.memory.layers.ends import (
     batch_bytes,
     embed,
@@ -20,12 +22,15 @@ from posttrain_dist.planner.memory.layers.features import features_of
 from posttrain_dist.planner.memory.layers.layer import run_layer
 from posttrain_dist.planner.memory.layers.parts import norm
 from posttrain_dist.planner.memory.ledger import Ledger
-from posttrain_dist.planner.memory.operations import scale
+from posttrain_dist.planner.memory.operations import WIDE, scale
 from posttrain_dist.planner.memory.parameters import stored_parameters
+from posttrain_dist.planner.memory.repeated import through_layers
+from posttrain_dist.planner.memory.startup import check_parity
 from posttrain_dist.planner.plan import Item, Phase, PhaseName
 
-# Updates that are replayed: from the second on the moments are there before the forward.
-_UPDATES = 2
+# Micro-batches of the updates that are replayed. From the second update on the moments are there
+# before the forward, from the second micro-batch on the gradients are there before the backward.
+_UPDATES = (1, 2)
 
 
 @lru_cache(maxsize=8)
@@ -37,10 +42,11 @@ def device_phases(job: Job) -> tuple[Phase, ...]:
     run = _Run(job, ledger, engine, trained)
     with ledger.phase(PhaseName.load):
         engine.load()
+        run.check()
     if job.evaluates:
         run.evaluate()
-    for _ in range(_UPDATES):
-        run.update()
+    for most in _UPDATES:
+        run.update(min(most, job.accumulation))
     if job.evaluates:
         run.evaluate()
     with ledger.phase(PhaseName.save):
@@ -52,8 +58,9 @@ def device_phases(job: Job) -> tuple[Phase, ...]:
 
 def make_engine_memory(job: Job, ledger: Ledger) -> EngineMemory:
     """The memory of the engine of a job."""
-    assert isinstance(job.engine, Single)
-    return SingleMemory(job, ledger)
+    if isinstance(job.engine, Single):
+        return SingleMemory(job, ledger)
+    return zero_memory(job, ledger)
 
 
 class _Run:
@@ -64,13 +71,13 @@ class _Run:
     ) -> None:
         self._job, self._ledger, self._engine, self._trained = job, ledger, engine, trained
 
-    def update(self) -> None:
-        """The micro-batches of an update, and the optimizer step."""
+    def update(self, replayed: int) -> None:
+        """So many micro-batches of an update, and the optimizer step."""
         job, ledger = self._job, self._ledger
         # Those of this update, and of the next one, which is fetched meanwhile.
         batches = ledger.allocate(Item.batch, 2 * job.accumulation * batch_bytes(job))
-        for i in range(job.accumulation):
-            last = i == job.accumulation - 1
+        for i in range(replayed):
+            last = i == replayed - 1
             graph = self._graph(recording=True)
             with ledger.phase(PhaseName.forward):
                 loss = self._forward(graph)
@@ -90,26 +97,40 @@ class _Run:
             self._forward(self._graph(recording=False))
             self._ledger.release(batch)
 
+    def check(self) -> None:
+        """The head beside its reference, before the first step."""
+        graph = self._graph(recording=False)
+        hidden = self._backbone(graph, num_targets(self._job))
+        check_parity(graph, self._job, self._head_name, fast=self._multiplies_fast)
+        graph.drop(hidden)
+
     def _graph(self, *, recording: bool) -> Graph:
-        return Graph(
+        graph = Graph(
             self._ledger,
             self._engine,
             width=self._job.value_bytes,
             trained=self._trained,
             recording=recording,
         )
+        graph.training = recording
+        return graph
 
     def _forward(self, graph: Graph) -> Value:
-        job, network = self._job, self._job.network
+        job = self._job
         num_rows = num_targets(job)
         hidden = self._backbone(graph, num_rows)
         hidden = graph.part(hidden, hidden.num_bytes)  # row 0 of the output
-        name = network.before[0].name if network.shape.tied else network.head[0].name
-        return head_loss(graph, job, hidden, name, num_rows, fast=self._multiplies_fast)
+        name, fast = self._head_name, self._multiplies_fast
+        return head_loss(graph, job, hidden, name, num_rows, fast=fast)
+
+    @property
+    def _head_name(self) -> str:
+        network = self._job.network
+        return network.before[0].name if network.shape.tied else network.head[0].name
 
     @property
     def _multiplies_fast(self) -> bool:
-        return True
+        return self._job.on_gpu or self._job.value_bytes == WIDE or cpu_multiplies_bfloat16()
 
     def _backbone(self, graph: Graph, num_rows: int) -> Value:
         """Embedding, layers, final norm: hidden states of the supervised rows."""
@@ -118,13 +139,19 @@ class _Run:
         x = embed(graph, job, network.before[0].name, job.row_tokens)
         if features.embedding_scale:
             x = scale(graph, x)
+        embedded = graph.view(x)  # a variable of the backbone, to its end
         if features.rotary:
             graph.kept += rotary(graph, job.row_tokens, network.shape.head_dim)
-        for index in range(len(network.layers)):
+
+        def one(index: int, x: Value) -> Value:
             last = index == len(network.layers) - 1
-            x = self._layer(graph, index, x, num_rows if last else None)
+            return self._layer(graph, index, x, num_rows if last else None)
+
+        x = through_layers(graph, job, one, x)
         final = network.after[0]
-        return norm(graph, x, final.name, network.shape.hidden_size, features)
+        x = norm(graph, x, final.name, network.shape.hidden_size, features)
+        graph.drop(embedded)
+        return x
 
     def _layer(self, graph: Graph, index: int, x: Value, supervised: int | None) -> Value:
         job = self._job

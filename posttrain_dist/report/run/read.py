@@ -73,7 +73,8 @@ class Run:
     config: dict[str, Any]
     overrides: list[str]
     lineage: dict[str, Any]
-    plan: dict[str, Any]
+    plan: dict[str, Any]  # logs/plan.json: of the steps
+    planned: dict[str, Any]  # plan.json: of memory and time, before anything started
     ending: dict[str, Any]  # logs/outcome.json
     summary: dict[str, Any]  # of the prepared data
     samples: list[dict[str, Any]]  # of answers.json
@@ -132,6 +133,7 @@ def read_run(folder: Path) -> Run:
         overrides=[str(item) for item in overrides] if isinstance(overrides, list) else [],
         lineage=_object(folder / "run.json"),
         plan=_object(folder / "logs" / "plan.json"),
+        planned=_object(folder / "plan.json"),
         ending=_object(folder / "logs" / "outcome.json"),
         summary=_object(folder / "prepared" / "summary.json"),
         samples=[s for s in answers.get("samples") or [] if isinstance(s, dict)],

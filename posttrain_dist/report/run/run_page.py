@@ -22,14 +22,18 @@ from posttrain_dist.report.run.figures import (
     header_of,
     sample_of,
 )
+from posttrain_dist.report.run.plan_section import plan_of, write_page_of
 from posttrain_dist.report.run.read import Run, read_run
 
 
 def write_report(run_folder: Path) -> Path:
-    """Write `report.html` into the run folder and return its path.
+    """Write `report.html`, and `plan.html` of a planned run, into the run folder.
 
     Everything is optional but the config or one line of metrics: a run that is still going, was
     stopped or has no held-out data gives a page with what it has.
+
+    Returns:
+        The path of report.html.
 
     Raises:
         PosttrainError: the folder is not there, or is no run folder.
@@ -72,6 +76,8 @@ def _render(run: Run) -> str:
         alarms=alarms_of(run.folder),
         data=data_blocks(run.summary),
         data_page="data_report.html" if (run.folder / "data_report.html").is_file() else "",
+        plan=plan_of(run),
+        plan_page=write_page_of(run),
         command=command_of(run),
         overrides=run.overrides,
         config=run.config_text.strip(),

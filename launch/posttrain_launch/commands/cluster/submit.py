@@ -11,6 +11,6 @@ from posttrain_launch.run.freeze import freeze
 def command(arguments: list[str], debug: bool) -> int:
     """Make the run folder, write its job, and submit that unless it is a dry run."""
     line = read_command_line("submit", arguments, debug)
-    folder = freeze(compose_command(line), line.typed)
+    folder = freeze(compose_command(line), line.typed, force=line.force)
     submit(read_frozen(folder), folder, line.dry_run)
     return 0

@@ -10,4 +10,5 @@ from posttrain_launch.run.freeze import freeze
 def command(arguments: list[str], debug: bool) -> int:
     """Train; the exit code."""
     line = read_command_line("train", arguments, debug)
-    return run_frozen(freeze(compose_command(line), line.typed), debug=debug, new=True)
+    folder = freeze(compose_command(line), line.typed, force=line.force)
+    return run_frozen(folder, debug=debug, new=True)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -48,10 +49,11 @@ class FlatGroup:
                 found.append((each, size))
         return found
 
-    def heaviest_rank(self) -> int:
-        """The rank whose parameters, of which it keeps whole gradients, are largest."""
-        ranks = self.numel // self.part if self.part else 1
-        return max(range(ranks), key=lambda rank: sum(s.size for s, _ in self.pieces(rank)))
+    def ranks(self) -> Iterator[tuple[Stored, range]]:
+        """Each parameter with the ranks that have a part of it."""
+        ends = accumulate(each.size for each in self.members)
+        for each, end in zip(self.members, ends, strict=True):
+            yield each, range((end - each.size) // self.part, (end - 1) // self.part + 1)
 
 
 @lru_cache(maxsize=8)
@@ -75,6 +77,16 @@ def flat_groups(job: Job) -> tuple[FlatGroup, ...]:
         numel = math.ceil(sum(each.size for each in members) / unit) * unit
         found.append(FlatGroup(members, numel, numel // job.workers))
     return tuple(found)
+
+
+def fullest_rank(groups: Sequence[FlatGroup], workers: int) -> int:
+    """The rank whose parameters, of which it keeps whole gradients, are largest."""
+    whole = [0] * workers
+    for group in groups:
+        for each, ranks in group.ranks():
+            for rank in ranks:
+                whole[rank] += each.size
+    return max(range(workers), key=whole.__getitem__)
 
 
 def shard(numel: int, workers: int) -> int:

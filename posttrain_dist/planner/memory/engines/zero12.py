@@ -16,9 +16,14 @@ from collections.abc import Sequence
 
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.engines.ds_settings import zero_settings
-from posttrain_dist.planner.memory.engines.partitions import flat_groups
+from posttrain_dist.planner.memory.engines.partitions import flat_groups, fullest_rank
+from posttrain_dist.planner.memory.engines.whole_tensors import (
+    Arrivals,
+    release_all,
+    touch_whole_state,
+)
 from posttrain_dist.planner.memory.ledger import Block, Ledger
-from posttrain_dist.planner.memory.parameters import stored_parameters
+from posttrain_dist.planner.memory.parameters import Stored, stored_parameters
 from posttrain_dist.planner.plan import Item
 
 _NORM_BYTES = 8  # an element of a gradient while its norm is taken, in float64
@@ -30,16 +35,17 @@ class FlatMemory:
     def __init__(self, job: Job, ledger: Ledger, rank: int | None = None) -> None:
         self._job, self._ledger, self._settings = job, ledger, zero_settings(job)
         self._groups = flat_groups(job)
-        rank = max(g.heaviest_rank() for g in self._groups) if rank is None else rank
+        rank = fullest_rank(self._groups, job.workers) if rank is None else rank
         self._pieces = [group.pieces(rank) for group in self._groups]
         # A group with more ranks than parameters leaves some ranks with zeros alone.
         self._own = {each.name for pieces in self._pieces for each, _ in pieces}
         self._parts = {each.name: size for pieces in self._pieces for each, size in pieces}
-        self._split = _ranks_by_name(self._groups, job.workers)
+        self._ranks = {each.name: ranks for group in self._groups for each, ranks in group.ranks()}
+        self._arrivals = Arrivals(job, ledger)
         self._sizes = {s.name: s.size for s in stored_parameters(job) if s.trained}
         self._last = True
         self._made: dict[str, Block] = {}  # `param.grad` with a storage of its own
-        self._kept: list[Block] = []  # gradients of own parameters, over micro-batches
+        self._kept: dict[str, Block] = {}  # of own parameters, over micro-batches; "" a common one
         self._buffers: list[Block] = []
         self._own_buffer: Block | None = None
         self._bucket: list[str] = []
@@ -68,7 +74,7 @@ class FlatMemory:
             ledger.allocate(Item.buckets, largest * value)  # temp_grad_buffer_for_gpu_offload
         else:
             zeros = [ledger.allocate(Item.gradients, g.part * 4) for g in self._groups]
-            _release(ledger, zeros)
+            release_all(ledger, zeros)
 
     # ---------------------------------------------------------------------------------- backward
 
@@ -84,17 +90,15 @@ class FlatMemory:
 
     def gradient(self, parameter: str, block: Block) -> None:
         """As the hook of a parameter does, or torch where there is none."""
-        if not self._reduces_as_it_goes():
-            if parameter in self._made:
-                self._ledger.release(block)  # added in place
-            else:
-                self._made[parameter] = block
+        whole = self._arrivals.add(parameter, block)
+        if whole is None:
             return
-        if parameter in self._made:  # of earlier micro-batches
-            self._ledger.release(block)
+        if parameter in self._made:  # of earlier micro-batches: added in place
+            self._ledger.release(whole)
         else:
-            self._made[parameter] = block
-        self._into_bucket(parameter)
+            self._made[parameter] = whole
+        if self._reduces_as_it_goes():
+            self._into_bucket(parameter)
 
     def after_backward(self, *, last: bool) -> None:
         """The end of `engine.backward`: what is left in buckets, and what is kept of it."""
@@ -106,19 +110,17 @@ class FlatMemory:
                     if each.name in self._made:
                         self._into_bucket(each.name)
         self._reduce()
-        kept = [self._made.pop(name) for name in list(self._made) if name in self._own]
+        kept = {name: self._made.pop(name) for name in list(self._made) if name in self._own}
         if self._own_buffer is not None:
-            kept.append(self._own_buffer)
+            kept[""] = self._own_buffer
             self._own_buffer = None
-        if self._settings.offload_optimizer:
-            _release(self._ledger, kept)
-        elif self._kept:
-            _release(self._ledger, kept)  # added to those of the micro-batches before
+        if self._kept or self._settings.offload_optimizer:
+            release_all(self._ledger, kept.values())  # added to those of the micro-batches before
         else:
             self._kept = kept
-        _release(self._ledger, list(self._made.values()))
+        release_all(self._ledger, self._made.values())
         self._made.clear()
-        _release(self._ledger, self._buffers)
+        release_all(self._ledger, self._buffers)
         self._buffers = []
 
     def _reduces_as_it_goes(self) -> bool:
@@ -155,9 +157,7 @@ class FlatMemory:
                     total = sum(self._sizes[each] for each in self._own)
                     self._own_buffer = self._ledger.allocate(Item.gradients, total * value)
                 self._drop(name)
-            elif settings.stage == 2 and not own:
-                self._drop(name)
-            elif settings.offload_optimizer:
+            elif (settings.stage == 2 and not own) or settings.offload_optimizer:
                 self._drop(name)
         self._bucket, self._filled = [], 0
 
@@ -169,7 +169,7 @@ class FlatMemory:
             return False
         owners: list[int] = []
         for name in self._bucket:
-            owners += [rank for rank in self._split[name] if not owners or rank != owners[-1]]
+            owners += [rank for rank in self._ranks[name] if owners[-1:] != [rank]]
         return len(owners) > 1
 
     def _drop(self, name: str) -> None:
@@ -195,38 +195,25 @@ class FlatMemory:
                 if flat is not None:
                     ledger.release(flat)
                 flat = wide
-            if i == len(self._groups) - 1 or not self._settings.contiguous_gradients:
-                self._forget(i)
+            if value < 4 or flat is not None:
+                self._forget(pieces, last=i == len(self._groups) - 1)
             if i not in self._moments:
                 self._moments[i] = ledger.allocate(Item.moments, group.part * 8)
             if flat is not None:
                 ledger.release(flat)
-        _release(ledger, self._kept)
-        self._kept = []
+            self._forget(pieces, last=i == len(self._groups) - 1)
 
-    def _forget(self, group: int) -> None:
-        """The gradients of a group go once there is a float32 copy; a common buffer with the last."""
-        if self._settings.contiguous_gradients:
-            _release(self._ledger, self._kept)
-            self._kept = []
-            return
-        count = len(self._pieces[group])
-        _release(self._ledger, self._kept[:count])
-        self._kept = self._kept[count:]
+    def _forget(self, pieces: Sequence[tuple[Stored, int]], *, last: bool) -> None:
+        """Gradients of a group go once there is a copy; of a common buffer, with the last group."""
+        names = ["", *(each.name for each, _ in pieces)] if last else [s.name for s, _ in pieces]
+        release_all(self._ledger, [self._kept.pop(n) for n in names if n in self._kept])
+
+    # ------------------------------------------------------------------------------------- files
 
     def save(self) -> None:
-        """Nothing is copied on the device: `torch.save` takes storages one after the other."""
+        """Copies of a checkpoint on the device: of small tunings, one parameter's state whole."""
+        touch_whole_state(self._job, self._ledger)
 
+    def export(self) -> None:
+        """Every parameter is whole as it is."""
 
-def _ranks_by_name(groups: Sequence, workers: int) -> dict[str, list[int]]:  # type: ignore[type-arg]
-    found: dict[str, list[int]] = {}
-    for group in groups:
-        for rank in range(workers):
-            for each, _ in group.pieces(rank):
-                found.setdefault(each.name, []).append(rank)
-    return found
-
-
-def _release(ledger: Ledger, blocks: Sequence[Block]) -> None:
-    for block in blocks:
-        ledger.release(block)

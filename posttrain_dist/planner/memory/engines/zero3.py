@@ -11,12 +11,17 @@ After deepspeed 0.19.8, runtime/zero/stage3.py:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.engines.ds_settings import elements, layer_of, zero_settings
+from posttrain_dist.planner.memory.engines.gathered import Gathered
 from posttrain_dist.planner.memory.engines.partitions import shard, sub_groups
+from posttrain_dist.planner.memory.engines.whole_tensors import (
+    Arrivals,
+    release_all,
+    touch_whole_state,
+)
 from posttrain_dist.planner.memory.ledger import Block, Ledger
 from posttrain_dist.planner.memory.parameters import Stored, stored_parameters
 from posttrain_dist.planner.plan import Item
@@ -36,6 +41,8 @@ class ShardedMemory:
         self._leaf: dict[str, Block] = {}  # gradients of the layer whose backward is under way
         self._moments: dict[int, Block] = {}
         self._persistent: list[Block] = []
+        self._arrivals = Arrivals(job, ledger)
+        self._gathered = Gathered(job, ledger, self._settings, self._stored)
 
     # ------------------------------------------------------------------------------------ attach
 
@@ -103,23 +110,35 @@ class ShardedMemory:
             if self.is_persistent(name)
         ]
 
-    # ---------------------------------------------------------------------------------- backward
+    # ------------------------------------------------------------------- forward and backward
+
+    def gather(self, parameters: Sequence[str], *, backward: bool) -> None:
+        """A module is to run: its parameters become whole, and some of those behind it."""
+        self._gathered.before(parameters, backward=backward)
+
+    def release(self, parameters: Sequence[str], *, backward: bool) -> None:
+        """It ran: its parameters go, unless they are needed soon."""
+        self._gathered.after()
 
     def before_backward(self, *, last: bool) -> None:
         """Every micro-batch is the same: gradients are reduced in each."""
 
     def gradient(self, parameter: str, block: Block) -> None:
         """As the hook of a parameter does; of a layer that is gathered as one, when it is done."""
+        whole = self._arrivals.add(parameter, block)
+        if whole is None:
+            return
         layer = layer_of(self._job, parameter) if self._settings.leaf else None
         if self._leaf and layer_of(self._job, next(iter(self._leaf))) != layer:
             self._end_leaf()
         if layer is not None:
-            self._leaf[parameter] = block
+            self._leaf[parameter] = whole
         else:
-            self._into_bucket(parameter, block)
+            self._into_bucket(parameter, whole)
 
     def after_backward(self, *, last: bool) -> None:
         """What is left in the bucket is reduced."""
+        self._gathered.end()
         self._end_leaf()
         self._reduce()
 
@@ -165,8 +184,7 @@ class ShardedMemory:
     def update(self) -> None:
         """`step`: the norm, then sub-group by sub-group; what is small is gathered again."""
         ledger, job, settings = self._ledger, self._job, self._settings
-        for block in self._persistent:
-            ledger.release(block)
+        release_all(ledger, self._persistent)
         self._persistent = []
         if not settings.offload_optimizer:
             ledger.touch(Item.workspace, self.shard_elements())  # which are infinite
@@ -184,10 +202,14 @@ class ShardedMemory:
                 ledger.release(flat)
         self._gather_persistent()
 
+    # ------------------------------------------------------------------------------------- files
+
     def save(self) -> None:
-        """Nothing is copied on the device: `torch.save` takes storages one after the other."""
+        """Copies of a checkpoint on the device: of small tunings, one parameter's state whole."""
+        self._gathered.end()
+        touch_whole_state(self._job, self._ledger)
 
-
-def padded_elements(numel: int, workers: int) -> int:
-    """Elements of a parameter that is gathered: with its padding."""
-    return math.ceil(numel / workers) * workers
+    def export(self) -> None:
+        """Parameters become whole, one after the other."""
+        self._gathered.end()
+        self._ledger.touch(Item.gathered, max(s.num_bytes for s in self._stored.values()))

@@ -1,0 +1,223 @@
+"""What plan_truth.py measures: small models on a CPU, large ones on a GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from posttrain_dist.config import Dtype, Full, Lora, RunConfig, complete
+from posttrain_dist.models import Checkpointing, Weights
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "vocab_size": 4096,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+GEMMA2 = LLAMA | {
+    "architectures": ["Gemma2ForCausalLM"],
+    "model_type": "gemma2",
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 4096,
+}
+GPT2: dict[str, Any] = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "n_embd": 256,
+    "n_layer": 3,
+    "n_head": 8,
+    "n_positions": 2048,
+    "vocab_size": 4096,
+    "attn_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+}
+# Of a Llama 3.2 3B and a 3.1 8B.
+LLAMA_3B = LLAMA | {
+    **{"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28},
+    **{"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128},
+    **{"vocab_size": 128_256, "max_position_embeddings": 131_072, "tie_word_embeddings": True},
+}
+LLAMA_8B = LLAMA_3B | {
+    **{"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32},
+    **{"num_attention_heads": 32, "tie_word_embeddings": False},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One run.
+
+    Attributes:
+        sample_tokens: lengths of the samples of a row.
+        change: further settings, made on the config.
+    """
+
+    model: dict[str, Any] = field(default_factory=lambda: LLAMA)
+    sample_tokens: Sequence[int] = (512,)
+    supervised_share: float = 0.5
+    accumulation: int = 1
+    tuning: Callable[[], Any] = Full
+    dtype: Dtype = Dtype.float32
+    checkpoint_layers: int = 0
+    gpu: bool = False
+    change: Callable[[RunConfig], None] = lambda config: None
+
+
+def config_of(arm: Arm, folder: Path) -> RunConfig:
+    """The completed config of an arm, whose model folder is made in `folder`."""
+    (folder / "config.json").write_text(json.dumps(arm.model), encoding="utf-8")
+    config = RunConfig(name="plan_truth", tuning=arm.tuning())
+    config.model.path, config.model.weights = str(folder), Weights.random
+    config.data.train, config.data.max_length = "embedded", max(arm.sample_tokens)
+    config.train.dtype = arm.dtype
+    config.train.batch_size = arm.accumulation
+    if arm.checkpoint_layers:
+        config.model.activation_checkpointing = Checkpointing.selective
+        config.model.checkpoint_layers = arm.checkpoint_layers
+    arm.change(config)
+    return complete(config)
+
+
+def of_this_machine() -> list[str]:
+    """Names of the arms for a GPU where there is one, else of those for a CPU."""
+    import torch
+
+    return [name for name, arm in ARMS.items() if arm.gpu is torch.cuda.is_available()]
+
+
+def _llama(**sizes: Any) -> dict[str, Any]:
+    return LLAMA | sizes
+
+
+_LONG = (6144,)
+_NARROW = _llama(hidden_size=128, intermediate_size=352, num_attention_heads=4, head_dim=32)
+_BF16 = Dtype.bfloat16
+CPU: dict[str, Arm] = {
+    # Lengths.
+    "llama": Arm(),
+    "llama 1024": Arm(sample_tokens=(1024,)),
+    "llama 2048": Arm(sample_tokens=(2048,)),
+    "llama 6144": Arm(model=_NARROW, sample_tokens=_LONG),
+    "llama 256": Arm(sample_tokens=(256,)),
+    "llama narrow 512": Arm(model=_NARROW),
+    # Rows of several samples, micro-batches.
+    "llama 2 x 512": Arm(sample_tokens=(512, 512)),
+    "llama 12 x 128": Arm(sample_tokens=(128,) * 12),
+    "llama accumulation 2": Arm(accumulation=2),
+    "llama accumulation 4": Arm(accumulation=4, sample_tokens=(384,)),
+    # Masks.
+    "llama all supervised": Arm(supervised_share=1.0),
+    "llama tenth supervised": Arm(supervised_share=0.1),
+    # Checkpointing.
+    "llama checkpoint 1": Arm(sample_tokens=(1024,), checkpoint_layers=1),
+    "llama checkpoint 2": Arm(sample_tokens=(1024,), checkpoint_layers=2),
+    "llama checkpoint 3": Arm(sample_tokens=(1024,), checkpoint_layers=3),
+    "llama 6144 checkpoint 3": Arm(model=_NARROW, sample_tokens=_LONG, checkpoint_layers=3),
+    # Shapes.
+    "llama tied": Arm(model=_llama(tie_word_embeddings=True)),
+    "llama 32768 words": Arm(model=_llama(vocab_size=32_768), supervised_share=1.0),
+    "llama 32768 words tied": Arm(model=_llama(vocab_size=32_768, tie_word_embeddings=True)),
+    "llama 8 layers": Arm(model=_llama(num_hidden_layers=8)),
+    "llama full heads": Arm(model=_llama(num_key_value_heads=8)),
+    "llama one head shared": Arm(model=_llama(num_key_value_heads=1)),
+    "llama wide heads": Arm(model=_llama(head_dim=64)),
+    "llama biases": Arm(model=_llama(attention_bias=True, mlp_bias=True)),
+    "llama wide mlp": Arm(model=_llama(intermediate_size=1408)),
+    # bfloat16.
+    "llama bf16": Arm(dtype=_BF16, sample_tokens=(256,)),
+    "llama bf16 512": Arm(dtype=_BF16),
+    "llama bf16 checkpoint 3": Arm(dtype=_BF16, checkpoint_layers=3),
+    "llama bf16 tied": Arm(dtype=_BF16, model=_llama(tie_word_embeddings=True)),
+    # Adapters.
+    "lora rank 8": Arm(tuning=lambda: Lora(rank=8)),
+    "lora rank 16": Arm(tuning=lambda: Lora(rank=16)),
+    "lora rank 64": Arm(tuning=lambda: Lora(rank=64)),
+    "lora 1024": Arm(tuning=lambda: Lora(rank=16), sample_tokens=(1024,)),
+    "lora 6144": Arm(tuning=lambda: Lora(rank=16), model=_NARROW, sample_tokens=_LONG),
+    "lora checkpoint 3": Arm(tuning=Lora, sample_tokens=(1024,), checkpoint_layers=3),
+    "lora attention": Arm(tuning=lambda: Lora(targets="attention")),
+    "lora dropout": Arm(tuning=lambda: Lora(dropout=0.1)),
+    "lora bf16": Arm(tuning=Lora, dtype=_BF16, sample_tokens=(256,)),
+    "dora": Arm(tuning=lambda: Lora(dora=True)),
+    # Architectures.
+    "qwen3": Arm(model=QWEN3),
+    "qwen3 2048": Arm(model=QWEN3, sample_tokens=(2048,)),
+    "gemma2": Arm(model=GEMMA2),
+    "gemma2 1024": Arm(model=GEMMA2, sample_tokens=(1024,)),
+    "gpt2": Arm(model=GPT2),
+    "gpt2 1024": Arm(model=GPT2, sample_tokens=(1024,)),
+}
+
+
+def _gpu(**values: Any) -> Arm:
+    return Arm(**({"model": LLAMA_3B, "dtype": _BF16, "gpu": True} | values))
+
+
+GPU: dict[str, Arm] = {
+    "3B full 2048": _gpu(sample_tokens=(2048,)),
+    "3B full 8192": _gpu(sample_tokens=(8192,)),
+    "3B full 8 x 1024": _gpu(sample_tokens=(1024,) * 8),
+    "3B full 8192 checkpoint 28": _gpu(sample_tokens=(8192,), checkpoint_layers=28),
+    "3B full 16384 checkpoint 14": _gpu(sample_tokens=(16_384,), checkpoint_layers=14),
+    "3B full accumulation 2": _gpu(sample_tokens=(4096,), accumulation=2),
+    "3B full all supervised": _gpu(sample_tokens=(8192,), supervised_share=1.0),
+    "3B LoRA 8192": _gpu(sample_tokens=(8192,), tuning=Lora),
+    "8B LoRA 4096": _gpu(model=LLAMA_8B, sample_tokens=(4096,), tuning=Lora),
+    "8B LoRA 8192 checkpoint 32": _gpu(
+        model=LLAMA_8B, sample_tokens=(8192,), tuning=Lora, checkpoint_layers=32
+    ),
+    "8B LoRA 32768 checkpoint 32": _gpu(
+        model=LLAMA_8B, sample_tokens=(32_768,), tuning=Lora, checkpoint_layers=32
+    ),
+    "8B DoRA 4096": _gpu(
+        model=LLAMA_8B, sample_tokens=(4096,), tuning=lambda: Lora(rank=16, dora=True)
+    ),
+}
+ARMS: dict[str, Arm] = CPU | GPU
+# Neighbours that differ in one thing: the planner must predict the difference.
+PAIRS = (
+    ("llama 256", "llama"),
+    ("llama", "llama 1024"),
+    ("llama 1024", "llama 2048"),
+    ("llama narrow 512", "llama 6144"),
+    ("llama", "llama 2 x 512"),
+    ("llama tenth supervised", "llama all supervised"),
+    ("llama 1024", "llama checkpoint 1"),
+    ("llama checkpoint 1", "llama checkpoint 2"),
+    ("llama 1024", "llama checkpoint 3"),
+    ("llama 6144", "llama 6144 checkpoint 3"),
+    ("llama tied", "llama"),
+    ("llama", "llama 8 layers"),
+    ("llama", "llama wide mlp"),
+    ("llama bf16", "llama bf16 512"),
+    ("lora rank 8", "lora rank 16"),
+    ("lora rank 16", "lora rank 64"),
+    ("lora rank 16", "lora 1024"),
+    ("lora rank 16", "llama"),
+    ("lora rank 16", "dora"),
+    ("lora rank 16", "lora dropout"),
+    ("lora attention", "lora rank 16"),
+    ("lora 1024", "lora checkpoint 3"),
+    ("qwen3", "qwen3 2048"),
+    ("gemma2", "gemma2 1024"),
+    ("gpt2", "gpt2 1024"),
+)

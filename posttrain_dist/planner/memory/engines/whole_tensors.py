@@ -1,0 +1,59 @@
+"""What every DeepSpeed stage does with whole tensors: gradients as they come, and in saving."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from posttrain_dist.planner.job import Job
+from posttrain_dist.planner.memory.ledger import Block, Ledger
+from posttrain_dist.planner.memory.parameters import stored_parameters
+from posttrain_dist.planner.plan import Item
+
+_STATE_TENSORS = 3  # master and two moments
+
+
+def release_all(ledger: Ledger, blocks: Iterable[Block]) -> None:
+    """One holder less of each."""
+    for block in list(blocks):
+        ledger.release(block)
+
+
+class Arrivals:
+    """Waits until a gradient is whole: that of a tied embedding comes from the head and from it."""
+
+    def __init__(self, job: Job, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._shared = job.network.before[0].name if job.network.shape.tied else ""
+        self._first: Block | None = None
+
+    def add(self, parameter: str, block: Block) -> Block | None:
+        """The whole gradient; None: a part of it is still to come."""
+        if parameter != self._shared:
+            return block
+        if self._first is None:
+            self._first = block
+            return None
+        whole, self._first = self._first, None
+        self._ledger.release(block)  # added in place
+        return whole
+
+
+def touch_whole_state(job: Job, ledger: Ledger) -> None:
+    """A small tuning's checkpoint: master and moments of one parameter after the other, whole.
+
+    As `engine/ds_state.py` gathers them: float32, and rank 0, which is the fullest one, copies them
+    to the host, where on a CPU they stay until the file is written.
+    """
+    if job.tuning.whole_model:
+        return
+    trained = [each for each in stored_parameters(job) if each.trained]
+    largest = max(each.size for each in trained) * 4 * _STATE_TENSORS
+    kept = 0
+    if not job.on_gpu:
+        kept = sum(each.size for each in trained) * 4 * _STATE_TENSORS
+        kept += sum(
+            each.num_bytes
+            for each in stored_parameters(job)
+            if not each.trained and job.tuning.kept(each.name)
+        )
+    ledger.touch(Item.saving, largest + kept)
