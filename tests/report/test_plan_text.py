@@ -42,6 +42,12 @@ def test_figures_of_a_plan_that_fits():
         " train.micro_batch_size=1"
     )
     assert "posttrain train" not in plan_text(as_json(FITS))
+    shape = as_json(FITS) | {"settings": {"model": "shape:llama3-70b (llama)"}}
+    assert plan_text(shape, WORDS, verb="submit").splitlines()[-2:] == [
+        "to train it, with the folder of a model as model.path",
+        "  posttrain submit model.path=shape:llama3-70b 'name=a run' engine=zero3"
+        " train.micro_batch_size=1",
+    ]
 
 
 def test_bars_are_as_long_as_what_they_stand_for():

@@ -277,6 +277,14 @@ def _fallback(tried: Mapping[str, Any], chosen: bool) -> Fallback:
     )
 
 
+def command_title(plan: Mapping[str, Any]) -> str:
+    """What the command is, or lacks: a shape has no weights to train."""
+    if not plan["fits"]:
+        return "the command, which does not fit"
+    shape = str(plan["settings"].get("model", "")).startswith("shape:")
+    return "to train it" + ", with the folder of a model as model.path" * shape
+
+
 def command_of(plan: Mapping[str, Any], words: Sequence[str]) -> list[str]:
     """The words of a command line with those of the plan after them, which replace some."""
     keys = {word.partition("=")[0] for word in plan["overrides"]}

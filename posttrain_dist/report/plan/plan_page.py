@@ -16,6 +16,7 @@ from posttrain_dist.report.page import Card, asset, render
 from posttrain_dist.report.plan.plan_figures import (
     FALLBACK_HEADS,
     command_of,
+    command_title,
     device_word,
     fallback_rows,
     hardware_of,
@@ -104,6 +105,7 @@ def plan_page(
         fallback_heads=FALLBACK_HEADS,
         fallbacks=fallbacks if len(fallbacks) > 1 else [],
         command=command,
+        command_title=command_title(plan),
     )
 
 

@@ -12,6 +12,7 @@ from posttrain_dist.report.plan.plan_figures import (
     FALLBACK_HEADS,
     Bar,
     command_of,
+    command_title,
     device_word,
     fallback_rows,
     hardware_of,
@@ -57,9 +58,9 @@ def plan_text(
     text = _stripped(out.getvalue())
     if words is None:
         return text
-    title = "to train it" if plan["fits"] else "the command, which does not fit"
     # One line, however long: what is copied from the terminal must run.
-    return f"{text}\n\n{title}\n  {shlex.join(['posttrain', verb, *command_of(plan, words)])}"
+    command = shlex.join(["posttrain", verb, *command_of(plan, words)])
+    return f"{text}\n\n{command_title(plan)}\n  {command}"
 
 
 def plan_table(choice: Mapping[str, Any], *, width: int = WIDTH, color: bool = False) -> str:
