@@ -15,7 +15,7 @@ from posttrain_dist.planner.job import DataFacts
 from posttrain_dist.planner.machine import find_machine
 from posttrain_dist.planner.plan import Choice, Memory, PhaseName, Plan
 
-_OF_ROWS = (PhaseName.forward, PhaseName.backward, PhaseName.evaluate)
+_OF_STATE = (PhaseName.update, PhaseName.save)
 _log = logging.getLogger(__name__)
 
 
@@ -97,7 +97,7 @@ def _is_hopeless(plan: Plan, *, here: bool) -> bool:
 
 def _state_bytes(memory: Memory) -> int:
     """What is allocated whatever the data: rows may be shorter than they may be."""
-    kept = [phase for phase in memory.phases if phase.name not in _OF_ROWS]
+    kept = [phase for phase in memory.phases if phase.name in _OF_STATE]
     return max((phase.allocated_bytes for phase in kept), default=0)
 
 
