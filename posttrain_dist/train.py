@@ -29,7 +29,7 @@ from posttrain_dist.checkpoint import resume, store
 from posttrain_dist.checkpoint.manifest import Manifest
 from posttrain_dist.checkpoint.notices import Notices
 from posttrain_dist.checkpoint.trained_state import load_trained
-from posttrain_dist.config import RunConfig, complete
+from posttrain_dist.config import RunConfig, complete, refuse_auto
 from posttrain_dist.config.advice import settings_line, warnings
 from posttrain_dist.data.packs.collate import filler
 from posttrain_dist.data.packs.loader import PackedSource
@@ -68,7 +68,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
         PosttrainError: config, data, model or checkpoint cannot be used.
     """
     process = process or Process()
-    config = complete(config)
+    config = refuse_auto(complete(config))
     run_folder = _enter(config, Path(run_folder).absolute(), process)
     with _watched(config, run_folder, process) as reached:
         # Data, model and engine.

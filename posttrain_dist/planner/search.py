@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from posttrain_dist.config import RunConfig, complete
-from posttrain_dist.errors import ConfigError, SeveralErrors
+from posttrain_dist.errors import PosttrainError, SeveralErrors
 from posttrain_dist.planner.job import DataFacts, Machine
 from posttrain_dist.planner.make_job import count_workers, make_job, read_network
 from posttrain_dist.planner.make_plan import make_plan
@@ -76,7 +76,7 @@ class Search:
         for words in method.ways:
             try:
                 plan, leanest = planned(words), self._leanest(words)
-            except (ConfigError, SeveralErrors) as error:
+            except PosttrainError as error:
                 refused = _why(error)
                 continue
             if best is None or best.plan is None or _is_better(plan, best.plan):
@@ -152,6 +152,6 @@ def spare_bytes(plan: Plan) -> int:
     return min(plan.spare_bytes, plan.host_spare_bytes)
 
 
-def _why(error: ConfigError | SeveralErrors) -> str:
+def _why(error: PosttrainError) -> str:
     problems = error.problems if isinstance(error, SeveralErrors) else [error]
     return "; ".join(f"{each.where} {each.what}" for each in problems)

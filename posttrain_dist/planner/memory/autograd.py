@@ -16,7 +16,7 @@ gradients are made. `Graph.backward` walks the operations from last to first as 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from posttrain_dist.planner.memory.ledger import Block, Ledger
 from posttrain_dist.planner.plan import Item
@@ -79,6 +79,13 @@ class Value:
     __del__ = end
 
 
+class Call(NamedTuple):
+    """An operation that reads parameters: their names, and those trained with bytes of gradient."""
+
+    gathers: Sequence[str]
+    parameters: Sequence[tuple[str, int]]
+
+
 class _Node:
     """One operation of the forward, as its backward needs it."""
 
@@ -122,6 +129,7 @@ class Graph:
         # Gradients of parameters that another operation adds to: a tied head's.
         self.waiting: dict[str, Block] = {}
         self.training = True  # dropout and noise are on, also where nothing is recorded
+        self.calls: list[Call] = []  # of the forward, in its order
         self.kept: list[Value] = []  # what many operations save, for as long as it is here
         self._nodes: list[_Node] = []
 
@@ -173,6 +181,7 @@ class Graph:
         """
         ledger, item = self.ledger, item or self.item
         if gathers:
+            self.calls.append(Call(gathers, parameters))
             self.shards.gather(gathers, backward=False)
         held = ledger.allocate(temporary_item or item, temporary) if temporary else None
         block = ledger.allocate(item, num_bytes)
@@ -237,6 +246,12 @@ class Graph:
         output = self._value(block, num_bytes, width, self.recording)
         if output.edge is not None:
             self._note(inputs, (output,), []).run = run
+        return output
+
+    def through(self, value: Value, run: Callable[[Block], None]) -> Value:
+        """The same tensor, behind a step whose backward is `run(gradient)`, as in `custom`."""
+        output = self._value(self.ledger.hold(value.block), value.num_bytes, value.width, True)
+        self._note((value,), (output,), []).run = run
         return output
 
     def checkpoint(

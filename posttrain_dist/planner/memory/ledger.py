@@ -34,9 +34,9 @@ class Ledger:
         """Allocated now."""
         return self._total
 
-    def now(self) -> dict[Item, int]:
-        """The same by item."""
-        return dict.fromkeys(Item, 0) | self._now
+    def items(self) -> dict[Item, int]:
+        """Allocated now, by item."""
+        return dict(self._now)
 
     def allocate(self, item: Item, num_bytes: int) -> Block:
         """Take memory; the caller is its first holder."""

@@ -43,7 +43,9 @@ def write_page_of(run: Run) -> str:
     if not isinstance(plan, dict):
         return ""
     path = run.folder / "plan.html"
-    return write_plan_page(path, plan, run.planned.get("choice"), run.overrides).name
+    cluster = (run.config.get("cluster") or {}).get("kind")
+    verb = "submit" if cluster == "slurm" else "train"
+    return write_plan_page(path, plan, run.planned.get("choice"), run.overrides, verb).name
 
 
 def _compared(run: Run, plan: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
