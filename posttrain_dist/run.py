@@ -153,6 +153,8 @@ def discard_refused(folder: Path, error: PosttrainError) -> bool:
         Whether it was removed.
     """
     begun = ("metrics.jsonl", "checkpoints", "logs/plan.json")
+    if isinstance(error, OutOfMemory):
+        return False  # the log of the rank says more
     if str(folder) in str(error) or any((folder / name).exists() for name in begun):
         return False
     shutil.rmtree(folder, ignore_errors=True)
