@@ -19,6 +19,7 @@ def plan_of(run: Run) -> dict[str, Any] | None:
         title, text: whether it fits, and what is tightest.
         chosen: the name of the fallback that `auto` took; empty: the method was named.
         why: why those above it were not taken, a sentence each.
+        tried: what was started before and ran out of memory, a sentence each.
         rows: (what, planned, measured, difference), the last two empty where nothing was measured.
     """
     plan = run.planned.get("plan")
@@ -32,6 +33,10 @@ def plan_of(run: Run) -> dict[str, Any] | None:
         "text": verdict.text,
         "chosen": chosen["name"] if isinstance(chosen, Mapping) else chosen,
         "why": why_not_above(choice) if choice else [],
+        "tried": [
+            f"{each.get('tried')} ran out of memory ({each.get('where')}): {each.get('what')}"
+            for each in run.lineage.get("fallbacks") or []
+        ],
         "warnings": plan["warnings"],
         "rows": _compared(run, plan),
     }
