@@ -217,6 +217,7 @@ class Fallback:
     tokens_per_s: str
     hours: str
     gpu_hours: str
+    tokens: str = ""  # that hours and GPU-hours are for
     reason: str = ""
 
     @property
@@ -259,21 +260,22 @@ def _fallback(tried: Mapping[str, Any], chosen: bool) -> Fallback:
     if plan is None:
         dash = numbers.UNKNOWN
         return Fallback(
-            tried["name"], False, chosen, dash, dash, dash, dash, dash, tried["refused"]
+            tried["name"], False, chosen, dash, dash, dash, dash, dash, reason=tried["refused"]
         )
     speed = plan["speed"]
     spare, where = plan["spare_bytes"], ""
     if plan["host_spare_bytes"] < 0 <= spare:
-        spare, where = plan["host_spare_bytes"], " host"
+        spare, where = plan["host_spare_bytes"], "host: "
     return Fallback(
         tried["name"],
         plan["fits"],
         chosen,
-        numbers.memory(spare) + where,
-        str(plan["largest_item"]),
+        numbers.memory(spare),
+        where + str(plan["largest_item"]),
         numbers.count(speed["tokens_per_s"]),
         numbers.hours(speed["hours"]),
         f"{speed['gpu_hours']:,.4g}",
+        numbers.billions(speed["tokens"] or BILLION),
     )
 
 

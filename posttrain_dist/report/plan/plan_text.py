@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 WIDTH = 88  # columns, where nobody says
 _NAME, _NUMBER, _NOTE = 34, 10, 6  # columns of a line with a bar
+_FOLDED = 15  # columns that names of the table of fallbacks have at least
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -68,15 +69,17 @@ def plan_table(choice: Mapping[str, Any], *, width: int = WIDTH, color: bool = F
     out = io.StringIO()
     console = text_console(out, width, color=color)
     rows = fallback_rows(choice)
-    names = [row.name for row in rows]
-    table = styled_table("fallback", min(24, max(map(len, names))), FALLBACK_HEADS)
+    table = styled_table("fallback", _FOLDED, [head for head in FALLBACK_HEADS if head != "hours"])
+    item = table.columns[1 + FALLBACK_HEADS.index("most goes to")]
+    item.no_wrap, item.min_width, item.justify = False, _FOLDED, "left"
     for row in rows:
-        cells = (row.mark, row.spare, row.item, row.tokens_per_s, row.hours, row.gpu_hours)
+        cells = (row.mark, row.spare, row.item, row.tokens_per_s, row.gpu_hours)
         style = "bold green" if row.chosen else None if row.fits else "dim"
         table.add_row(row.name, *cells, style=style)
-    table.columns[3].no_wrap = False
     console.print(table)
-    _lines(console, [f"{row.name}: {row.reason}" for row in rows if row.reason], "dim")
+    notes = [f"{row.name}: {row.reason}" for row in rows if row.reason]
+    notes += [f"GPU-hours for {tokens} tokens" for tokens in {row.tokens for row in rows} if tokens]
+    _lines(console, notes, "dim")
     return _stripped(out.getvalue())
 
 
