@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
-from made_plans import FITS, FULL_HOST, TIGHT, as_json, choice_json
+from made_plans import FITS, FULL_HOST, GIB, PHASES, TIGHT, as_json, choice_json
 
-from posttrain_dist.report.plan.plan_figures import fallback_rows, why_not_above
+from posttrain_dist.planner.plan import Memory
+from posttrain_dist.report.plan.fallback_rows import fallback_rows, why_not_above
 from posttrain_dist.report.plan.plan_text import plan_table, plan_text
 
 WORDS = ["model.path=shape:llama3-70b", "engine=auto", "name=a run"]
@@ -74,6 +76,23 @@ def test_what_does_not_fit_names_where_by_how_much_and_the_item():
     title, text = plan_text(as_json(FULL_HOST)).splitlines()[:2]
     assert title == "✗ does not fit: each host lacks 60.0 GiB"  # 100 - 160
     assert text == "  most goes to copies for loading: 140 GiB"
+
+
+def test_a_run_on_cpus_has_ranks_and_neither_slack_nor_margin():
+    plan = dataclasses.replace(
+        FITS,
+        on_gpu=False,
+        device=Memory(PHASES),
+        capacity_bytes=65 * 51 * GIB,
+        margin_bytes=0,
+    )
+    text = plan_text(as_json(plan))
+    assert text.startswith("✓ fits: 3.17 TiB of each rank to spare\n")  # 65 * 50 GiB
+    assert "slack" not in text and "CUDA" not in text and "kept free" not in text
+    # 65 of 3,315 GiB would be no bar at all.
+    assert "phases of a rank, allocated; a full bar is the fullest of them" in text
+    (backward,) = (line for line in lines_of(text) if line[0] == "backward")
+    assert len(backward[1]) > 20
 
 
 @pytest.mark.parametrize("width", [72, 80, 100])

@@ -13,12 +13,12 @@ from typing import Any
 from posttrain_dist.files import write_atomic
 from posttrain_dist.report import numbers
 from posttrain_dist.report.page import Card, asset, render
+from posttrain_dist.report.plan.fallback_rows import FALLBACK_HEADS, fallback_rows
 from posttrain_dist.report.plan.plan_figures import (
-    FALLBACK_HEADS,
+    beyond_margin,
     command_of,
     command_title,
     device_word,
-    fallback_rows,
     hardware_of,
     model_name,
     seconds_text,
@@ -114,7 +114,6 @@ def _cards(plan: Mapping[str, Any]) -> list[Card]:
     speed, one = plan["speed"], device_word(plan)
     spare, host_spare = plan["spare_bytes"], plan["host_spare_bytes"]
     of = f"of {numbers.memory(plan['capacity_bytes'])}"
-    margin = numbers.memory(plan["margin_bytes"])
     host_total = numbers.memory(plan["host"]["total_bytes"])
     tokens = f"for {numbers.billions(speed['tokens'] or 1e9)} tokens"
     return [
@@ -122,7 +121,7 @@ def _cards(plan: Mapping[str, Any]) -> list[Card]:
             label=f"Memory of each {one}",
             value=numbers.memory(plan["device"]["total_bytes"]),
             unit=of,
-            sub=_spare(spare, f"beyond {margin} margin"),
+            sub=_spare(spare, beyond_margin(plan).removeprefix(", ")),
             tone="good" if spare >= 0 else "bad",
             wide=True,
         ),

@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.report.numbers import memory
+from posttrain_dist.report.plan.fallback_rows import FALLBACK_HEADS, fallback_rows
 from posttrain_dist.report.plan.plan_figures import (
-    FALLBACK_HEADS,
     Bar,
     command_of,
     command_title,
     device_word,
-    fallback_rows,
     hardware_of,
     item_bars,
     phase_bars,
+    scale_of,
     speed_lines,
     storage_lines,
     subject_of,
@@ -106,10 +106,11 @@ def _memory(console: Console, plan: Mapping[str, Any]) -> None:
     _title(console, f"each {one} at its peak, {device['peak_phase']}")
     _bars(console, item_bars(device))
     _sums(console, total_lines(device, host=False))
-    has = f"of {memory(capacity)}, {memory(plan['margin_bytes'])} of them kept free"
-    _lines(console, [has], "dim")
-    is_over = device["allocated_bytes"] > capacity
-    full = "the fullest of them" if is_over else "all its memory"
+    margin = plan["margin_bytes"]
+    kept = f", {memory(margin)} of them kept free" if margin else ""
+    _lines(console, [f"of {memory(capacity)}{kept}"], "dim")
+    is_all = scale_of(device["allocated_bytes"], capacity) == capacity
+    full = "all its memory" if is_all else "the fullest of them"
     _title(console, f"phases of a {one}, allocated; a full bar is {full}")
     _bars(console, phase_bars(device, capacity))
     host = plan["host"]

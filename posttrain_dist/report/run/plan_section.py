@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain_dist.report import numbers
-from posttrain_dist.report.plan.plan_figures import device_word, verdict_of, why_not_above
+from posttrain_dist.report.plan.fallback_rows import why_not_above
+from posttrain_dist.report.plan.plan_figures import device_word, verdict_of
 from posttrain_dist.report.plan.plan_page import write_plan_page
 from posttrain_dist.report.run.read import Run, column
 
