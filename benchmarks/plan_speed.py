@@ -32,6 +32,8 @@ from posttrain_dist.config import (
 )
 from posttrain_dist.config.hardware import with_nodes
 from posttrain_dist.models import Checkpointing, ModelConfig
+from posttrain_dist.models.folder import check_folder, resolve
+from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.machine import find_machine
 from posttrain_dist.planner.make_job import make_job
@@ -40,23 +42,6 @@ from posttrain_dist.tuning.base import Tuning
 from posttrain_dist.tuning.full import Full
 
 # ----------------------------------------------------------------------------------- models
-
-_LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 131072}
-
-
-def _llama(
-    hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, vocab: int, **others: Any
-) -> dict[str, Any]:
-    return {
-        **_LLAMA,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": mlp,
-        "vocab_size": vocab,
-        **others,
-    }
 
 
 def _mpt(hidden: int, layers: int, heads: int) -> dict[str, Any]:
@@ -73,18 +58,18 @@ def _mpt(hidden: int, layers: int, heads: int) -> dict[str, Any]:
     }
 
 
+# Those of which no config.json comes with the package.
 MODELS = {
-    "llama2-7b": _llama(4096, 32, 32, 32, 11008, 32000),
-    "llama2-13b": _llama(5120, 40, 40, 40, 13824, 32000),
-    "llama-34b": _llama(8192, 48, 64, 8, 22016, 32000),
-    "llama2-70b": _llama(8192, 80, 64, 8, 28672, 32000),
-    "llama3-8b": _llama(4096, 32, 32, 8, 14336, 128256),
-    "llama3-70b": _llama(8192, 80, 64, 8, 28672, 128256),
-    "mistral-7b": _llama(4096, 32, 32, 8, 14336, 32000),
-    "qwen2.5-7b": _llama(3584, 28, 28, 4, 18944, 152064, model_type="qwen2"),
-    "qwen3-4b": _llama(
-        2560, 36, 32, 8, 9728, 151936, model_type="qwen3", head_dim=128, tie_word_embeddings=True
-    ),
+    "llama-34b": {
+        "model_type": "llama",
+        "hidden_size": 8192,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "intermediate_size": 22016,
+        "vocab_size": 32000,
+        "max_position_embeddings": 16384,
+    },
     "mpt-125m": _mpt(768, 12, 12),
     "mpt-760m": _mpt(1536, 24, 12),
     "mpt-1b": _mpt(2048, 24, 16),
@@ -210,14 +195,20 @@ def planned(anchor: Anchor) -> float:
 
 def job_of(anchor: Anchor) -> Job:
     """The nearest run of ours."""
+    if anchor.model not in MODELS:
+        return _job(anchor, f"shape:{anchor.model}")
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(MODELS[anchor.model]), encoding="utf-8")
-        config = _config(anchor, folder)
-        return make_job(config, find_machine(config, plans_only=True))
+        return _job(anchor, folder)
 
 
-def _config(anchor: Anchor, folder: str) -> RunConfig:
-    layers = math.ceil(anchor.recomputed * MODELS[anchor.model]["num_hidden_layers"])
+def _job(anchor: Anchor, path: str) -> Job:
+    shape = ModelShape.of(check_folder(resolve(path), need_weights=False))
+    config = _config(anchor, path, math.ceil(anchor.recomputed * shape.num_layers))
+    return make_job(config, find_machine(config, plans_only=True))
+
+
+def _config(anchor: Anchor, path: str, layers: int) -> RunConfig:
     mode = Checkpointing.selective if layers else Checkpointing.none
     tuning: Tuning = Full()
     if anchor.rank is not None:
@@ -225,7 +216,7 @@ def _config(anchor: Anchor, folder: str) -> RunConfig:
     hardware = replace(HARDWARE[anchor.gpu], gpus_per_node=min(8, anchor.gpus))
     config = RunConfig(
         model=ModelConfig(
-            path=folder,
+            path=path,
             compile=anchor.compiled,
             activation_checkpointing=mode,
             checkpoint_layers=layers or None,
