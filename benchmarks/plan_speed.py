@@ -44,6 +44,19 @@ from posttrain_dist.tuning.full import Full
 # ----------------------------------------------------------------------------------- models
 
 
+def _llama(hidden: int, layers: int, heads: int, mlp: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "intermediate_size": mlp,
+        "vocab_size": 32000,
+        "max_position_embeddings": 32768,
+    }
+
+
 def _mpt(hidden: int, layers: int, heads: int) -> dict[str, Any]:
     """MPT has the matrices of GPT-NeoX, and ALiBi in place of rotations."""
     return {
@@ -60,16 +73,8 @@ def _mpt(hidden: int, layers: int, heads: int) -> dict[str, Any]:
 
 # Those of which no config.json comes with the package.
 MODELS = {
-    "llama-34b": {
-        "model_type": "llama",
-        "hidden_size": 8192,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "intermediate_size": 22016,
-        "vocab_size": 32000,
-        "max_position_embeddings": 16384,
-    },
+    "llama-34b": _llama(8192, 48, 64, 22016),
+    "mistral-7b-v0.2": _llama(4096, 32, 32, 14336),  # without a window
     "mpt-125m": _mpt(768, 12, 12),
     "mpt-760m": _mpt(1536, 24, 12),
     "mpt-1b": _mpt(2048, 24, 16),
@@ -179,8 +184,8 @@ ANCHORS = (
     Anchor(ANSWER, "llama2-70b", "a100_40", 1, 2048, 4, 390, **_QLORA),
     Anchor(ANSWER, "llama2-7b", "rtx3090", 1, 2048, 8, 1198, **_QLORA),
     Anchor(ANSWER, "llama2-7b", "rtx4090", 1, 2048, 8, 2330, **_QLORA),
-    Anchor(ANSWER, "mistral-7b", "rtx4090", 1, 2048, 12, 2171, **_QLORA),
-    Anchor(ANSWER, "mistral-7b", "rtx4090", 1, 24576, 1, 1613, **_QLORA),
+    Anchor(ANSWER, "mistral-7b-v0.2", "rtx4090", 1, 2048, 12, 2171, **_QLORA),
+    Anchor(ANSWER, "mistral-7b-v0.2", "rtx4090", 1, 24576, 1, 1613, **_QLORA),
 )
 
 # ------------------------------------------------------------------------------------- plans
