@@ -47,6 +47,7 @@ from posttrain_dist.metrics.special_tokens import TokenMeter
 from posttrain_dist.models.folder import resolve
 from posttrain_dist.models.policy import Policy
 from posttrain_dist.out_of_memory import naming_out_of_memory
+from posttrain_dist.planner.plan_file import planned_lines
 from posttrain_dist.rehearsal import Rehearsal
 from posttrain_dist.tuning.adapters.base_check import not_compared
 from posttrain_dist.tuning.base import AdapterTuning
@@ -157,6 +158,8 @@ def _report_settings(
     counts = parameter_counts(policy)
     if dist.rank() != 0:
         return counts
+    for line in planned_lines(run_folder):
+        _log.info("%s", line)
     lines = warnings(config, on_cpu=device.type == "cpu")
     if isinstance(config.tuning, AdapterTuning) and (continued := config.tuning.init_from):
         said = not_compared(Path(continued), resolve(config.model.path))

@@ -37,7 +37,7 @@ def plan_of(run: Run) -> dict[str, Any] | None:
     }
 
 
-def write_page_of(run: Run) -> str:
+def write_run_plan(run: Run) -> str:
     """Write plan.html beside the plan of a run, and return its name; empty: there is no plan."""
     plan = run.planned.get("plan")
     if not isinstance(plan, dict):
