@@ -13,10 +13,10 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from posttrain_dist.attempts import killed
+from posttrain_dist.attempts.train_apart import killed
 from posttrain_dist.config import Ray, RunConfig, Slurm
 from posttrain_dist.errors import ClusterError, is_out_of_memory
-from posttrain_dist.out_of_memory import advice
+from posttrain_dist.rehearsal.out_of_memory import advice
 from posttrain_launch.ray.child import quiet_environment
 from posttrain_launch.ray.workers import WorkerError, train_worker
 

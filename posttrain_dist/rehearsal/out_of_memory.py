@@ -49,7 +49,7 @@ class Reached:
 
     def place(self, stack: list[str]) -> str:
         """Where it is now, for `where` of an error."""
-        if "rehearsal.run" in stack:
+        if "rehearse.run" in stack:
             return "the rehearsal"
         return "before step 1" if self.step is None else f"step {self.step + 1}"
 
