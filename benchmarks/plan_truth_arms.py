@@ -186,9 +186,7 @@ GPU: dict[str, Arm] = {
     "8B LoRA 32768 checkpoint 32": _gpu(
         model=LLAMA_8B, sample_tokens=(32_768,), tuning=Lora(), checkpoint_layers=32
     ),
-    "8B DoRA 4096": _gpu(
-        model=LLAMA_8B, sample_tokens=(4096,), tuning=Lora(rank=16, dora=True)
-    ),
+    "8B DoRA 4096": _gpu(model=LLAMA_8B, sample_tokens=(4096,), tuning=Lora(rank=16, dora=True)),
 }
 ARMS: dict[str, Arm] = CPU | GPU
 # Neighbours that differ in one thing: the planner must predict the difference.

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain_dist.attempts import fall_back, next_choice, train_apart
+from posttrain_dist.attempts.fall_back import fall_back, next_choice
+from posttrain_dist.attempts.train_apart import train_apart
 from posttrain_dist.config import Local, RunConfig, complete
 from posttrain_dist.errors import ConfigError, OutOfMemory, PosttrainError
 from posttrain_dist.files import write_atomic

@@ -48,9 +48,9 @@ from posttrain_dist.loop import Stop, fit
 from posttrain_dist.metrics.special_tokens import TokenMeter
 from posttrain_dist.models.folder import resolve
 from posttrain_dist.models.policy import Policy
-from posttrain_dist.out_of_memory import Reached, naming_out_of_memory
 from posttrain_dist.planner.plan_file import planned_lines
-from posttrain_dist.rehearsal import Rehearsal
+from posttrain_dist.rehearsal.out_of_memory import Reached, naming_out_of_memory
+from posttrain_dist.rehearsal.rehearse import Rehearsal
 from posttrain_dist.tuning.adapters.base_check import not_compared
 from posttrain_dist.tuning.base import AdapterTuning
 

@@ -84,7 +84,7 @@ def test_a_named_method_is_not_changed_and_the_error_names_what_fits(words, tmp_
     assert message.startswith("step 1: out of memory in the")
     assert "most of it activations" in message
     # What it proposes is less than it has, and runs.
-    proposal = message.partition("by its plan, with ")[2].partition(": ")[2].partition(";")[0]
+    proposal = message.partition("fix: use ")[2].partition(" (")[0]
     assert "train.micro_batch_size=" in proposal
     again = limited(tmp_path, *words, "name=again", *named[:2], *proposal.split())
     assert again.returncode == 0, again.stdout + again.stderr

@@ -49,7 +49,7 @@ class Reached:
 
     def place(self, stack: list[str]) -> str:
         """Where it is now, for `where` of an error."""
-        if "rehearsal.run" in stack:
+        if "rehearse.run" in stack:
             return "the rehearsal"
         return "before step 1" if self.step is None else f"step {self.step + 1}"
 
@@ -107,7 +107,7 @@ def advice(config: RunConfig, run_folder: Path) -> str:
     if found is None or found.plan is None:
         return "use more or larger GPUs"
     words, needs = " ".join(found.plan.overrides), found.plan.device.total_bytes
-    return f"{found.name} fits by its plan, with {_size(needs)}: {words}"
+    return f"use {words} ({found.name}, which takes {_size(needs)} by its plan)"
 
 
 def _planned(memory: Memory, phase: PhaseName | None) -> str:
