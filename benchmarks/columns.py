@@ -132,5 +132,12 @@ PLANNED_FALLBACKS: dict[str, Cell] = {
     "fits": lambda row: "yes" if row["fits"] else "**no**",
     "spare GiB": number("spare_bytes", 1, GIB),
     "most goes to": text("item"),
+    "recomputed": lambda row: str(row["settings"]["checkpointing"]),
     **{name: PLANNED[name] for name in ("GPUs", "tokens/s", "GPU-hours per 1B tokens")},
+}
+PLAN_TRUTH: dict[str, Cell] = {
+    **texts(run="arm", fullest="phase"),
+    "planned MB": number("predicted_bytes", 2, 1e-6),
+    "measured MB": number("measured_bytes", 2, 1e-6),
+    "difference": lambda row: f"{100 * row['error']:+.2f} %",
 }

@@ -56,9 +56,7 @@ class StorageCounter(TorchDispatchMode):
         self._phase, self._detailed = "", detailed
         self._alive: dict[int, tuple[Any, int, str]] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):

@@ -28,7 +28,16 @@ EXPERIMENTS = {
     "LoRA": "llama3_70b_lora",
     "QLoRA": "llama3_70b_qlora",
 }
-LADDER = ["+experiment=llama3_70b_full", "tuning=auto", "engine=auto"]
+LADDER = [
+    "model.path=shape:llama3-70b",
+    "hardware=h100x8",
+    "cluster=slurm",
+    "cluster.nodes=4",
+    "tuning=auto",
+    "engine=auto",
+    "data.max_length=8192",
+    "train.batch_size=64",
+]
 
 
 def planned(words: list[str]) -> tuple[RunConfig, tuple[Tried, ...]]:

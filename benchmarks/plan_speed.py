@@ -257,8 +257,8 @@ def main() -> None:
         )
     near = [sum(1 / far <= ratio <= far for ratio in ratios) for far in (1.25, 1.35)]
     print(
-        f"\n{len(ratios)} trainings: median ratio {statistics.median(ratios):.2f}, {near[0]} within "
-        f"25 %, {near[1]} within 35 %; {min(ratios):.2f} to {max(ratios):.2f}"
+        f"\n{len(ratios)} trainings: median ratio {statistics.median(ratios):.2f}, {near[0]} "
+        f"within 25 %, {near[1]} within 35 %; {min(ratios):.2f} to {max(ratios):.2f}"
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -67,13 +68,44 @@ def measure_here(arm: arms.Arm, folder: Path, **options: Any) -> dict[str, Any]:
     )
 
 
-def compare(name: str) -> dict[str, Any]:
+def compare(name: str, arm: arms.Arm | None = None) -> dict[str, Any]:
     """One row: an arm predicted here, and measured in a process of its own."""
-    arm = arms.ARMS[name]
+    arm = arm or arms.ARMS[name]
     with tempfile.TemporaryDirectory() as folder:
         predicted = predict(arm, Path(folder))
-    measured = rows.fresh_process([str(Path(__file__)), "--one", name])
+        measured = measure_apart(arm, Path(folder))
     return {"arm": name, **row_of(predicted, measured)}
+
+
+def measure_apart(arm: arms.Arm, folder: Path, **options: Any) -> dict[str, Any]:
+    """`measure_here` in a process that has imported what it needs, and nothing else.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["measured_memory"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, arm, folder, options))
+    process.start()
+    sender.close()
+    try:
+        found = receiver.recv()
+    except EOFError:
+        found = "the process ended"
+    process.join()
+    if isinstance(found, str):
+        raise RuntimeError(f"{arm}: {found}")
+    measured: dict[str, Any] = found
+    return measured
+
+
+def _child(sender: Any, arm: arms.Arm, folder: Path, options: dict[str, Any]) -> None:
+    warnings.filterwarnings("ignore")
+    try:
+        sender.send(measure_here(arm, folder, **options))
+    except Exception as error:
+        sender.send(f"{type(error).__name__}: {error}")
 
 
 def row_of(predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
@@ -118,13 +150,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arms", nargs="*", choices=list(arms.ARMS), metavar="ARM")
     parser.add_argument("--list", action="store_true", help="the arms' names")
-    parser.add_argument("--one", choices=list(arms.ARMS), help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, default=rows.RESULTS)
     given = parser.parse_args()
-    if given.one:
-        with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(measure_here(arms.ARMS[given.one], Path(folder))))
-        return
     chosen = given.arms or arms.of_this_machine()
     if given.list:
         print("\n".join(chosen))

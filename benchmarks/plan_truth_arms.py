@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain_dist.config import Dtype, Full, Lora, RunConfig, complete
+from posttrain_dist.config import AdamW, Dtype, Full, Lora, RunConfig, complete
 from posttrain_dist.models import Checkpointing, Weights
+from posttrain_dist.tuning.base import Tuning
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -64,28 +66,25 @@ LLAMA_8B = LLAMA_3B | {
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One run.
-
-    Attributes:
-        sample_tokens: lengths of the samples of a row.
-        change: further settings, made on the config.
-    """
+    """One run; `sample_tokens` are the lengths of the samples of a row."""
 
     model: dict[str, Any] = field(default_factory=lambda: LLAMA)
     sample_tokens: Sequence[int] = (512,)
     supervised_share: float = 0.5
     accumulation: int = 1
-    tuning: Callable[[], Any] = Full
+    tuning: Tuning = field(default_factory=Full)
     dtype: Dtype = Dtype.float32
     checkpoint_layers: int = 0
     gpu: bool = False
-    change: Callable[[RunConfig], None] = lambda config: None
+    optimizer: AdamW = field(default_factory=AdamW)
 
 
 def config_of(arm: Arm, folder: Path) -> RunConfig:
     """The completed config of an arm, whose model folder is made in `folder`."""
     (folder / "config.json").write_text(json.dumps(arm.model), encoding="utf-8")
-    config = RunConfig(name="plan_truth", tuning=arm.tuning())
+    config = RunConfig(
+        name="plan_truth", optimizer=copy.deepcopy(arm.optimizer), tuning=copy.deepcopy(arm.tuning)
+    )
     config.model.path, config.model.weights = str(folder), Weights.random
     config.data.train, config.data.max_length = "embedded", max(arm.sample_tokens)
     config.train.dtype = arm.dtype
@@ -93,7 +92,6 @@ def config_of(arm: Arm, folder: Path) -> RunConfig:
     if arm.checkpoint_layers:
         config.model.activation_checkpointing = Checkpointing.selective
         config.model.checkpoint_layers = arm.checkpoint_layers
-    arm.change(config)
     return complete(config)
 
 
@@ -148,16 +146,16 @@ CPU: dict[str, Arm] = {
     "llama bf16 checkpoint 3": Arm(dtype=_BF16, checkpoint_layers=3),
     "llama bf16 tied": Arm(dtype=_BF16, model=_llama(tie_word_embeddings=True)),
     # Adapters.
-    "lora rank 8": Arm(tuning=lambda: Lora(rank=8)),
-    "lora rank 16": Arm(tuning=lambda: Lora(rank=16)),
-    "lora rank 64": Arm(tuning=lambda: Lora(rank=64)),
-    "lora 1024": Arm(tuning=lambda: Lora(rank=16), sample_tokens=(1024,)),
-    "lora 6144": Arm(tuning=lambda: Lora(rank=16), model=_NARROW, sample_tokens=_LONG),
-    "lora checkpoint 3": Arm(tuning=Lora, sample_tokens=(1024,), checkpoint_layers=3),
-    "lora attention": Arm(tuning=lambda: Lora(targets="attention")),
-    "lora dropout": Arm(tuning=lambda: Lora(dropout=0.1)),
-    "lora bf16": Arm(tuning=Lora, dtype=_BF16, sample_tokens=(256,)),
-    "dora": Arm(tuning=lambda: Lora(dora=True)),
+    "lora rank 8": Arm(tuning=Lora(rank=8)),
+    "lora rank 16": Arm(tuning=Lora(rank=16)),
+    "lora rank 64": Arm(tuning=Lora(rank=64)),
+    "lora 1024": Arm(tuning=Lora(rank=16), sample_tokens=(1024,)),
+    "lora 6144": Arm(tuning=Lora(rank=16), model=_NARROW, sample_tokens=_LONG),
+    "lora checkpoint 3": Arm(tuning=Lora(), sample_tokens=(1024,), checkpoint_layers=3),
+    "lora attention": Arm(tuning=Lora(targets="attention")),
+    "lora dropout": Arm(tuning=Lora(dropout=0.1)),
+    "lora bf16": Arm(tuning=Lora(), dtype=_BF16, sample_tokens=(256,)),
+    "dora": Arm(tuning=Lora(dora=True)),
     # Architectures.
     "qwen3": Arm(model=QWEN3),
     "qwen3 2048": Arm(model=QWEN3, sample_tokens=(2048,)),
@@ -180,16 +178,16 @@ GPU: dict[str, Arm] = {
     "3B full 16384 checkpoint 14": _gpu(sample_tokens=(16_384,), checkpoint_layers=14),
     "3B full accumulation 2": _gpu(sample_tokens=(4096,), accumulation=2),
     "3B full all supervised": _gpu(sample_tokens=(8192,), supervised_share=1.0),
-    "3B LoRA 8192": _gpu(sample_tokens=(8192,), tuning=Lora),
-    "8B LoRA 4096": _gpu(model=LLAMA_8B, sample_tokens=(4096,), tuning=Lora),
+    "3B LoRA 8192": _gpu(sample_tokens=(8192,), tuning=Lora()),
+    "8B LoRA 4096": _gpu(model=LLAMA_8B, sample_tokens=(4096,), tuning=Lora()),
     "8B LoRA 8192 checkpoint 32": _gpu(
-        model=LLAMA_8B, sample_tokens=(8192,), tuning=Lora, checkpoint_layers=32
+        model=LLAMA_8B, sample_tokens=(8192,), tuning=Lora(), checkpoint_layers=32
     ),
     "8B LoRA 32768 checkpoint 32": _gpu(
-        model=LLAMA_8B, sample_tokens=(32_768,), tuning=Lora, checkpoint_layers=32
+        model=LLAMA_8B, sample_tokens=(32_768,), tuning=Lora(), checkpoint_layers=32
     ),
     "8B DoRA 4096": _gpu(
-        model=LLAMA_8B, sample_tokens=(4096,), tuning=lambda: Lora(rank=16, dora=True)
+        model=LLAMA_8B, sample_tokens=(4096,), tuning=Lora(rank=16, dora=True)
     ),
 }
 ARMS: dict[str, Arm] = CPU | GPU

@@ -26,6 +26,7 @@ from columns import (
     HEAD,
     LAST_LAYER,
     LAUNCH,
+    PLAN_TRUTH,
     PLANNED,
     PLANNED_FALLBACKS,
     PLANNED_ITEMS,
@@ -315,6 +316,7 @@ TABLES: dict[str, Table | Goals] = {
             ("fallback", PLANNED_FALLBACKS),
         )
     },
+    "plan-truth": Table(source="plan_truth", columns=PLAN_TRUTH),
     "gpu-goals": Goals([*gpu_goals()]),
     "gpu-kernels": Table(source="gpu", columns=GPU_KERNELS, where=gpu_rows("kernels")),
     "gpu-head": Table(source="gpu", columns=GPU_HEAD, where=gpu_rows("head")),

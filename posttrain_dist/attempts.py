@@ -29,6 +29,7 @@ from posttrain_dist.errors import (
     error_of,
 )
 from posttrain_dist.files import read_object, write_atomic
+from posttrain_dist.out_of_memory import advice, describe
 from posttrain_dist.planner.fallbacks import following, with_choice
 from posttrain_dist.planner.plan import Choice
 from posttrain_dist.planner.plan_file import plan_entry, read_choice, write_plan
@@ -67,7 +68,7 @@ def fall_back(config: RunConfig, folder: Path, failure: OutOfMemory) -> tuple[Ru
     words, happened = upcoming.chosen.plan.overrides, failure.what.partition(":")[0]
     _record(folder, changed, upcoming, {"tried": old, "where": failure.where, "what": failure.what})
     return changed, (
-        f"{failure.where}: {old}: {happened}; starting again with {upcoming.chosen.name} "
+        f"{old}: {happened} ({failure.where}); starting again with {upcoming.chosen.name} "
         f"({' '.join(words)})"
     )
 
@@ -136,15 +137,13 @@ def train_apart(config: RunConfig, folder: Path) -> None:
         raise ClusterError(
             f"the training ended {ended}",
             where=str(log),
-            fix="its last lines say what happened; by SIGKILL it may have been for memory "
-            "(`dmesg | grep -i oom`)",
+            fix="its last lines say what happened; if it was killed for memory (dmesg), "
+            + advice(config, folder),
         )
 
 
 def killed(config: RunConfig, folder: Path, *, rank: int = 0) -> OutOfMemory:
     """The error of a worker that was killed because the memory of its host was gone."""
-    from posttrain_dist.out_of_memory import describe
-
     what = "out of memory of the host: the process was killed for it"
     return describe(what, config, folder, where=f"rank {rank}", host=True)
 

@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, TracebackType
 
-import torch
-
 from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import OutOfMemory, PosttrainError, is_out_of_memory
-from posttrain_dist.metrics.memory_use import private_bytes
 from posttrain_dist.planner.fallbacks import LESS, following, nearest
 from posttrain_dist.planner.machine import find_machine
-from posttrain_dist.planner.plan import Memory, PhaseName, Plan, Tried
+from posttrain_dist.planner.plan import Memory, PhaseName, Tried
 from posttrain_dist.planner.plan_file import read_choice
 
 # What a function of ours does when it is on the stack; of several the outermost counts, so that
@@ -101,13 +98,16 @@ def describe(
     plan = choice.chosen.plan if choice is not None else None
     if plan is not None:
         what += f"; {_planned(plan.host if host else plan.device, phase)}"
-    instead = _instead(config, run_folder, plan)
-    if instead is None or instead.plan is None:
-        fix = f"use more or larger GPUs; {_LARGER}"
-    else:
-        words, needs = " ".join(instead.plan.overrides), instead.plan.device.total_bytes
-        fix = f"{instead.name} fits by its plan, with {_gib(needs)}: {words}; {_LARGER}"
-    return OutOfMemory(what, where=where, fix=fix)
+    return OutOfMemory(what, where=where, fix=f"{advice(config, run_folder)}; {_LARGER}")
+
+
+def advice(config: RunConfig, run_folder: Path) -> str:
+    """What to do about it: the nearest of what fits by its plan."""
+    found = _instead(config, run_folder)
+    if found is None or found.plan is None:
+        return "use more or larger GPUs"
+    words, needs = " ".join(found.plan.overrides), found.plan.device.total_bytes
+    return f"{found.name} fits by its plan, with {_size(needs)}: {words}"
 
 
 def _planned(memory: Memory, phase: PhaseName | None) -> str:
@@ -115,17 +115,18 @@ def _planned(memory: Memory, phase: PhaseName | None) -> str:
     peak = next((each for each in memory.phases if each.name == phase), memory.peak)
     item = max(peak.items, key=lambda item: peak.items[item])
     return (
-        f"planned were {_gib(peak.allocated_bytes)} there, most of it {item} "
-        f"({_gib(peak.items[item])})"
+        f"planned were {_size(peak.allocated_bytes)} there, most of it {item} "
+        f"({_size(peak.items[item])})"
     )
 
 
-def _instead(config: RunConfig, run_folder: Path, plan: Plan | None) -> Tried | None:
+def _instead(config: RunConfig, run_folder: Path) -> Tried | None:
     """What fits by its plan, and takes clearly less than what ran out; None: nothing is known."""
     choice = read_choice(run_folder)
     after = following(choice) if choice is not None else None
     if after is not None:
         return after.chosen
+    plan = choice.chosen.plan if choice is not None else None
     most = None if plan is None else int(LESS * plan.device.total_bytes)
     try:
         return nearest(config, find_machine(config, plans_only=False), most_bytes=most)
@@ -151,14 +152,19 @@ def _amounts(error: BaseException) -> str:
     wanted = "more was asked for"
     if match is not None:
         number, unit = match.groups()
-        amount = _gib(int(number)) if unit.lower() == "bytes" else f"{number} {unit}"
+        amount = _size(int(number)) if unit.lower() == "bytes" else f"{number} {unit}"
         wanted = f"{amount} more were asked for"
+    import torch
+
+    from posttrain_dist.metrics.memory_use import private_bytes
+
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         most = torch.cuda.max_memory_allocated()
-        return f"{wanted}, and up to {_gib(most)} of {_gib(total)} had been allocated"
-    return f"{wanted}, and the process had {_gib(private_bytes())}"
+        return f"{wanted}, and up to {_size(most)} of {_size(total)} had been allocated"
+    return f"{wanted}, and the process had {_size(private_bytes())}"
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.2f} GiB"
+def _size(num_bytes: int) -> str:
+    small = num_bytes < 1 << 30
+    return f"{num_bytes / 2**20:,.0f} MiB" if small else f"{num_bytes / 2**30:,.2f} GiB"

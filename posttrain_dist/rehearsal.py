@@ -36,6 +36,8 @@ from posttrain_dist.errors import TrainingError
 from posttrain_dist.flow import Batch
 from posttrain_dist.loop import Meter, evaluate
 from posttrain_dist.metrics.memory_use import memory_bytes
+from posttrain_dist.models import Attention
+from posttrain_dist.models.folder import read_shape
 from posttrain_dist.planner.plan_file import read_plan
 
 FOLDER = "rehearsal"  # in the run folder, while a checkpoint is tried
@@ -70,7 +72,7 @@ class Rehearsal:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with _random_states_kept(device):
-            heaviest = self.source.heaviest(steps)
+            heaviest = self.source.heaviest(steps, pairs=_keeps_pairs(self.config))
             for batches in heaviest:
                 self._update([batch.to(device) for batch in batches])
             if self.heldout is not None:
@@ -125,6 +127,12 @@ class Rehearsal:
             peak_bytes / 2**30,
             f", {expected / 2**30:.3f} GiB were planned" if expected else "",
         )
+
+
+def _keeps_pairs(config: RunConfig) -> bool:
+    """Whether attention may be the plain one, whose scores of all pairs stay for backward."""
+    capped = read_shape(config.model.path).attention_softcap
+    return config.model.attention is Attention.eager or bool(capped)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,9 @@ from posttrain_dist.attempts import fall_back, next_choice, train_apart
 from posttrain_dist.config import Local, RunConfig, complete
 from posttrain_dist.errors import ConfigError, OutOfMemory, PosttrainError
 from posttrain_dist.files import write_atomic
+from posttrain_dist.planner.fallbacks import is_auto, with_choice
+from posttrain_dist.planner.plan_file import read_choice, write_plan
+from posttrain_dist.planner.settle import settle
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ def run(config: RunConfig, folder: Path, *, progress: bool = True) -> Outcome:
         return read_outcome(folder)
     is_new = not folder.exists()
     try:
-        outcome = _train(config, folder, progress, log)
+        outcome = _train(_settled(config, folder, log), folder, progress, log)
     except PosttrainError as error:
         if is_new:
             discard_refused(folder, error)
@@ -73,6 +76,21 @@ def run(config: RunConfig, folder: Path, *, progress: bool = True) -> Outcome:
     else:
         log(f"saved and left at step {outcome.step} of {outcome.total_steps}; call again to go on")
     return outcome
+
+
+def _settled(config: RunConfig, folder: Path, log: Callable[[str], None]) -> RunConfig:
+    """The run with nothing left to choose, planned at its first start."""
+    choice = read_choice(folder)
+    if choice is not None:
+        return complete(with_choice(config, choice.chosen)) if is_auto(config) else config
+    settled = settle(config)
+    for line in settled.lines:
+        log(line)
+    if settled.choice is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_plan(folder, settled.choice)
+        write_atomic(folder / "config.yaml", settled.config.to_yaml())
+    return settled.config
 
 
 def _train(config: RunConfig, folder: Path, progress: bool, log: Callable[[str], None]) -> Outcome:

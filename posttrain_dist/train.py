@@ -27,7 +27,7 @@ from posttrain_dist.checkpoint import resume, store
 from posttrain_dist.checkpoint.manifest import Manifest
 from posttrain_dist.checkpoint.notices import Notices
 from posttrain_dist.checkpoint.trained_state import load_trained
-from posttrain_dist.config import RunConfig, complete
+from posttrain_dist.config import RunConfig, complete, refuse_auto
 from posttrain_dist.config.advice import settings_line, warnings
 from posttrain_dist.data.packs.collate import filler
 from posttrain_dist.data.packs.loader import PackedSource
@@ -47,6 +47,7 @@ from posttrain_dist.metrics.special_tokens import TokenMeter
 from posttrain_dist.models.folder import resolve
 from posttrain_dist.models.policy import Policy
 from posttrain_dist.out_of_memory import naming_out_of_memory
+from posttrain_dist.planner.plan_file import planned_lines
 from posttrain_dist.rehearsal import Rehearsal
 from posttrain_dist.tuning.adapters.base_check import not_compared
 from posttrain_dist.tuning.base import AdapterTuning
@@ -66,7 +67,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
         PosttrainError: config, data, model or checkpoint cannot be used.
     """
     process = process or Process()
-    config = complete(config)
+    config = refuse_auto(complete(config))
     run_folder = _enter(config, Path(run_folder).absolute(), process)
     log_file = run_folder / "logs" / f"rank-{process.rank}.log"
     with log_to_file(log_file), naming_out_of_memory(config, run_folder) as reached:
@@ -157,6 +158,8 @@ def _report_settings(
     counts = parameter_counts(policy)
     if dist.rank() != 0:
         return counts
+    for line in planned_lines(run_folder):
+        _log.info("%s", line)
     lines = warnings(config, on_cpu=device.type == "cpu")
     if isinstance(config.tuning, AdapterTuning) and (continued := config.tuning.init_from):
         said = not_compared(Path(continued), resolve(config.model.path))

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from posttrain_dist.config import AutoEngine, RunConfig, Slurm
+from posttrain_dist.config import RunConfig, Slurm
 from posttrain_dist.errors import ConfigError
 from posttrain_dist.models.architectures.positions import learned_positions
 from posttrain_dist.planner.job import DataFacts, Machine
@@ -129,7 +129,9 @@ def gpu_words(config: RunConfig, machine: Machine, gpus: int) -> tuple[str, ...]
     return ("cluster=ray", f"cluster.workers={each}")
 
 
-def _answer(tried: Tried, value: int | None, words: tuple[str, ...], bounded: bool = False) -> Answer:
+def _answer(
+    tried: Tried, value: int | None, words: tuple[str, ...], bounded: bool = False
+) -> Answer:
     """With the words of the value before those of the fallback."""
     plan = tried.plan
     if plan is not None and value is not None:

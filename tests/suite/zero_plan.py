@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from posttrain_dist.config import (
+    AdamW,
     DataConfig,
     DeepSpeed,
     Dtype,
@@ -23,6 +25,19 @@ from posttrain_dist.planner.job import Job, Machine
 from posttrain_dist.planner.make_job import make_job
 
 GIB = 1 << 30
+MACHINE = Machine(
+    gpu=None,
+    gpus_per_node=0,
+    gpu_memory_bytes=0,
+    host_memory_bytes=64 * GIB,
+    cpus_per_node=8,
+    link_bytes_s=1e9,
+    network_bytes_s=1e9,
+    host_link_bytes_s=1e9,
+    storage_bytes_s=1e9,
+    node_failure_s=1e7,
+    margin=0.0,
+)
 
 
 def zero_config(folder: Path, case: dict[str, Any], world: int) -> RunConfig:
@@ -35,9 +50,7 @@ def zero_config(folder: Path, case: dict[str, Any], world: int) -> RunConfig:
     recompute = Checkpointing[case.get("recompute", "none")]
     return complete(
         RunConfig(
-            model=ModelConfig(
-                path=str(folder), activation_checkpointing=recompute
-            ),
+            model=ModelConfig(path=str(folder), activation_checkpointing=recompute),
             data=DataConfig(max_length=case.get("length", 128)),
             objective=Sft(),
             tuning=Lora(rank=rank) if rank else Full(),
@@ -56,19 +69,33 @@ def zero_config(folder: Path, case: dict[str, Any], world: int) -> RunConfig:
     )
 
 
-def zero_job(config: RunConfig, *, nodes: int = 1) -> Job:
+def zero_job(config: RunConfig) -> Job:
     """The job of such a config on machines without GPUs."""
-    machine = Machine(
-        gpu=None,
-        gpus_per_node=0,
-        gpu_memory_bytes=0,
-        host_memory_bytes=64 * GIB,
-        cpus_per_node=8,
-        link_bytes_s=1e9,
-        network_bytes_s=1e9,
-        host_link_bytes_s=1e9,
-        storage_bytes_s=1e9,
-        node_failure_s=1e7,
-        margin=0.0,
+    return make_job(config, MACHINE)
+
+
+def plan_job(
+    shape: str,
+    engine: Any,
+    tuning: Any,
+    *,
+    gpus: int,
+    workers: int | None = None,
+    optimizer: AdamW | None = None,
+) -> Job:
+    """A job of a known shape on nodes of H100, one short row of 512 tokens a rank."""
+    workers = workers or gpus
+    config = complete(
+        RunConfig(
+            model=ModelConfig(path=f"shape:{shape}"),
+            data=DataConfig(max_length=512),
+            objective=Sft(),
+            tuning=tuning,
+            optimizer=optimizer or AdamW(),
+            engine=engine,
+            cluster=Ray(workers=workers),
+            train=TrainConfig(dtype=Dtype.bfloat16, batch_size=workers, steps=1),
+        )
     )
-    return make_job(config, machine)
+    node = replace(MACHINE, gpu="h100", gpus_per_node=gpus, gpu_memory_bytes=80 * GIB)
+    return replace(make_job(config, node), local_workers=min(workers, gpus))

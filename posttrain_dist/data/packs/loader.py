@@ -131,13 +131,16 @@ class PackedSource:
         plan = plan_in_order(self._examples.lengths, self._max_length, self._window)
         return self._assigned([plan[pack] for pack in range(len(plan))])
 
-    def heaviest(self, steps: int) -> list[list[Batch]]:
-        """Updates whose micro-batches take the most memory of a run of `steps`; of any rank, the
-        same on all of them.
+    def heaviest(self, steps: int, *, pairs: bool = False) -> list[list[Batch]]:
+        """An update whose micro-batch takes the most memory of a run of `steps`; the same on all
+        ranks, whichever of them has it in the run.
 
-        Nearly all memory grows with a micro-batch's tokens, and what an attention keeps of each
-        pair of tokens with the sum of its squared lengths: the largest of either, in one update
-        where the run adds up micro-batches, else in one each.
+        That is the one with most tokens. It comes twice where the run adds up micro-batches, so
+        that gradients are there when the second one begins.
+
+        Args:
+            pairs: attention keeps something of each pair of tokens of a sample: an update with the
+                largest sum of squared lengths comes too.
         """
         lengths = self._examples.lengths.astype(np.int64)
         planned = min(steps * self._batch_size, SCANNED_PACKS)
@@ -146,14 +149,10 @@ class PackedSource:
         tokens, squares, supervised = sums / largest
         # Of equal ones the heavier in what counts next: below the difference of one token.
         tie = (squares + supervised) / (4 * self._micro_batch_size * largest[0])
-        keys = (tokens + tie, squares + tokens / (4 * self._micro_batch_size * largest[1]))
-        # Not compared as batches: two searches often find the same one.
+        keys = [tokens + tie, *([squares] if pairs else [])]
         found = {tuple(self._heaviest_of(key)) for key in keys}
-        batches = [self._collate(samples) for samples in sorted(found)]
-        per_rank = -(-self._batch_size // self._world)
-        if per_rank > self._micro_batch_size:
-            return [batches * 2 if len(batches) == 1 else batches]
-        return [[batch] for batch in batches]
+        adds_up = -(-self._batch_size // self._world) > self._micro_batch_size
+        return [[self._collate(samples)] * (2 if adds_up else 1) for samples in sorted(found)]
 
     def _heaviest_of(self, key_P: npt.NDArray[np.float64]) -> list[int]:
         """Samples of the micro-batch with the largest sum of `key_P`, one number per pack.

@@ -9,14 +9,14 @@ gradients are made. `Graph.backward` walks the operations from last to first as 
                                gradients that it makes are all alive at once
     after it                   the gradient of the output goes, then what was saved
     a second gradient          is added in place to the first one of the same value, if nobody else
-                               holds that one, else into a new tensor
+                               holds that one, and it is no view; else into a new tensor
     a parameter's gradient     goes to the engine, which keeps, reduces or shards it
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from posttrain_dist.planner.memory.ledger import Block, Ledger
 from posttrain_dist.planner.plan import Item
@@ -79,12 +79,19 @@ class Value:
     __del__ = end
 
 
+class Call(NamedTuple):
+    """An operation that reads parameters: their names, and those trained with bytes of gradient."""
+
+    gathers: Sequence[str]
+    parameters: Sequence[tuple[str, int]]
+
+
 class _Node:
     """One operation of the forward, as its backward needs it."""
 
     __slots__ = (
         *("gathers", "grads", "inputs", "outputs", "parameters", "run", "saved"),
-        *("temporary", "temporary_item"),
+        *("temporary", "temporary_item", "viewed"),
     )
 
     def __init__(
@@ -92,6 +99,7 @@ class _Node:
     ) -> None:
         self.inputs, self.outputs, self.saved = inputs, outputs, saved
         self.grads: Sequence[int] | None = None  # None: they are that of the output itself
+        self.viewed = False
         self.temporary, self.temporary_item = 0, Item.activations
         self.parameters: Sequence[tuple[str, int]] = ()
         self.gathers: Sequence[str] = ()
@@ -122,6 +130,7 @@ class Graph:
         # Gradients of parameters that another operation adds to: a tied head's.
         self.waiting: dict[str, Block] = {}
         self.training = True  # dropout and noise are on, also where nothing is recorded
+        self.calls: list[Call] = []  # of the forward, in its order
         self.kept: list[Value] = []  # what many operations save, for as long as it is here
         self._nodes: list[_Node] = []
 
@@ -155,6 +164,7 @@ class Graph:
         item: Item | None = None,
         temporary_item: Item | None = None,
         width: int = 0,
+        viewed: bool = False,
     ) -> Value:
         """The output of an operation.
 
@@ -170,9 +180,12 @@ class Graph:
             gathers: parameters that must be whole for it, trained or not.
             item: that output and what is saved count for; `temporary_item`: temporaries.
             width: bytes of an element of the output; 0: that of the graph.
+            viewed: gradients of inputs are views of what was made (products of [1, T, D] with
+                matrices), to which torch adds nothing in place.
         """
         ledger, item = self.ledger, item or self.item
         if gathers:
+            self.calls.append(Call(gathers, parameters))
             self.shards.gather(gathers, backward=False)
         held = ledger.allocate(temporary_item or item, temporary) if temporary else None
         block = ledger.allocate(item, num_bytes)
@@ -191,7 +204,7 @@ class Graph:
             node = self._note(inputs, (output,), saved)
             node.grads = grad_bytes or [value.num_bytes for value in inputs]
             node.temporary, node.temporary_item = backward_temporary, temporary_item or self.item
-            node.parameters, node.gathers = parameters, gathers
+            node.parameters, node.gathers, node.viewed = parameters, gathers, viewed
         if gathers:
             self.shards.release(gathers, backward=False)
         return output
@@ -237,6 +250,12 @@ class Graph:
         output = self._value(block, num_bytes, width, self.recording)
         if output.edge is not None:
             self._note(inputs, (output,), []).run = run
+        return output
+
+    def through(self, value: Value, run: Callable[[Block], None]) -> Value:
+        """The same tensor, behind a step whose backward is `run(gradient)`, as in `custom`."""
+        output = self._value(self.ledger.hold(value.block), value.num_bytes, value.width, True)
+        self._note((value,), (output,), []).run = run
         return output
 
     def checkpoint(
@@ -305,7 +324,7 @@ class Graph:
             edge.gradient = block
         else:
             first = edge.gradient
-            if first.holders > 1:
+            if first.holders > 1 or first.viewed:
                 edge.gradient = self.ledger.allocate(first.item, first.num_bytes)
                 self.ledger.release(first)
             self.ledger.release(block)
@@ -348,6 +367,7 @@ class Graph:
             self._free(gradients)
             self._free(node.saved)
             for edge, block in made:
+                block.viewed = node.viewed
                 self.give(edge, block)
             for name, block in whole:
                 first = self.waiting.pop(name, None)
@@ -375,9 +395,7 @@ class Graph:
             self._note(values, (output,), [])
         return output
 
-    def _note(
-        self, inputs: Sequence[Value], outputs: Sequence[Value], saved: list[Block]
-    ) -> _Node:
+    def _note(self, inputs: Sequence[Value], outputs: Sequence[Value], saved: list[Block]) -> _Node:
         edges = [value.edge for value in outputs if value.edge is not None]
         node = _Node([value.edge for value in inputs], edges, saved)
         self._nodes.append(node)

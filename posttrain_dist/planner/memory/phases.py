@@ -19,17 +19,17 @@ from posttrain_dist.planner.memory.layers.ends import (
     rotary,
 )
 from posttrain_dist.planner.memory.layers.features import features_of
-from posttrain_dist.planner.memory.layers.layer import run_layer
+from posttrain_dist.planner.memory.layers.layer import run_layer, window_of
 from posttrain_dist.planner.memory.layers.parts import norm
+from posttrain_dist.planner.memory.layers.repeated import run_layers
 from posttrain_dist.planner.memory.ledger import Ledger
 from posttrain_dist.planner.memory.operations import WIDE, scale
 from posttrain_dist.planner.memory.parameters import stored_parameters
-from posttrain_dist.planner.memory.repeated import through_layers
 from posttrain_dist.planner.memory.startup import check_parity
 from posttrain_dist.planner.plan import Item, Phase, PhaseName
 
-# Micro-batches of the updates that are replayed. From the second update on the moments are there
-# before the forward, from the second micro-batch on the gradients are there before the backward.
+# Micro-batches of the updates that are replayed. The first update makes the moments; in the second
+# they are there before the forward, and from its second micro-batch on gradients are, too.
 _UPDATES = (1, 2)
 
 
@@ -71,13 +71,13 @@ class _Run:
     ) -> None:
         self._job, self._ledger, self._engine, self._trained = job, ledger, engine, trained
 
-    def update(self, replayed: int) -> None:
-        """So many micro-batches of an update, and the optimizer step."""
+    def update(self, num_batches: int) -> None:
+        """Micro-batches of an update, and the optimizer step."""
         job, ledger = self._job, self._ledger
         # Those of this update, and of the next one, which is fetched meanwhile.
         batches = ledger.allocate(Item.batch, 2 * job.accumulation * batch_bytes(job))
-        for i in range(replayed):
-            last = i == replayed - 1
+        for i in range(num_batches):
+            last = i == num_batches - 1
             graph = self._graph(recording=True)
             with ledger.phase(PhaseName.forward):
                 loss = self._forward(graph)
@@ -142,23 +142,31 @@ class _Run:
         embedded = graph.view(x)  # a variable of the backbone, to its end
         if features.rotary:
             graph.kept += rotary(graph, job.row_tokens, network.shape.head_dim)
+        num_layers = len(network.layers)
+        recomputed = [graph.recording and i < job.recomputed_layers for i in range(num_layers)]
+        kinds = [
+            (id(layer), window_of(job, i), recomputed[i], i == num_layers - 1)
+            for i, layer in enumerate(network.layers)
+        ]
 
-        def one(index: int, x: Value) -> Value:
-            last = index == len(network.layers) - 1
-            return self._layer(graph, index, x, num_rows if last else None)
+        def run(index: int, value: Value) -> Value:
+            rows = num_rows if index == num_layers - 1 else None
+            return self._layer(graph, index, value, rows, recomputed=recomputed[index])
 
-        x = through_layers(graph, job, one, x)
+        x = run_layers(graph, x, kinds, recomputed, run, network.layers_name)
         final = network.after[0]
         x = norm(graph, x, final.name, network.shape.hidden_size, features)
         graph.drop(embedded)
         return x
 
-    def _layer(self, graph: Graph, index: int, x: Value, supervised: int | None) -> Value:
+    def _layer(
+        self, graph: Graph, index: int, x: Value, supervised: int | None, *, recomputed: bool
+    ) -> Value:
         job = self._job
-
-        def run(inner: Graph, value: Value) -> Value:
-            return run_layer(inner, job, index, value, supervised)
-
-        if graph.recording and index < job.recomputed_layers:
-            return graph.checkpoint(run, x, offload=job.model.checkpoint_offload and job.on_gpu)
-        return run(graph, x)
+        if not recomputed:
+            return run_layer(graph, job, index, x, supervised)
+        return graph.checkpoint(
+            lambda inner, value: run_layer(inner, job, index, value, supervised),
+            x,
+            offload=job.model.checkpoint_offload and job.on_gpu,
+        )

@@ -1,9 +1,9 @@
 """What of the trained parameters each rank holds, element by element, as DeepSpeed 0.19.8 cuts it.
 
-    1, 2   each optimizer group flat, padded to a multiple of two elements a rank, in equal parts
-           (`stage_1_and_2.py`: flatten_dense_tensors_aligned, get_data_parallel_partitions)
-    3      each parameter by itself, padded to a multiple of the ranks (`partition_parameters.py`:
-           _partition_param); a group's parts end to end, in sub-groups of bounded size
+1, 2   each optimizer group flat, padded to a multiple of two elements a rank, in equal parts
+       (`stage_1_and_2.py`: flatten_dense_tensors_aligned, get_data_parallel_partitions)
+3      each parameter by itself, padded to a multiple of the ranks (`partition_parameters.py`:
+       _partition_param); a group's parts end to end, in sub-groups of bounded size
 """
 
 from __future__ import annotations

@@ -216,4 +216,3 @@ class FlatMemory:
 
     def export(self) -> None:
         """Every parameter is whole as it is."""
-

@@ -31,11 +31,18 @@ def part_of(job: Job, index: int) -> Part:
         num_kv=shape.num_kv_heads,
         width=shape.head_dim,
         value_width=shape.head_dim,
-        window=shape.window_L[index],
+        window=window_of(job, index),
         softcap=bool(shape.attention_softcap),
     )
     prefix = f"{network.layers_name}.{index}."
     return Part(job, network.layers[index], prefix, heads, features_of(job))
+
+
+def window_of(job: Job, index: int) -> int | None:
+    """Tokens that a token of the layer attends to, where that is less than a sample has."""
+    window = job.network.shape.window_L[index]
+    kernels = job.attention in ("varlen", "flash")
+    return None if kernels or window is None or window >= job.sample_tokens else window
 
 
 def _sequential(graph: Graph, part: Part, x: Value, supervised: int | None) -> Value:

@@ -39,7 +39,9 @@ class Part:
     def __post_init__(self) -> None:
         ends = ".weight"
         sizes = {tensor.name: tensor.size for tensor in self.layer.others}
-        self.norms = {name.removesuffix(ends): n for name, n in sizes.items() if name.endswith(ends)}
+        self.norms = {
+            name.removesuffix(ends): n for name, n in sizes.items() if name.endswith(ends)
+        }
 
     def linears(self, part: str) -> list[Linear]:
         """Those of `attention` or `mlp`, the one that leads out of it last."""
@@ -89,7 +91,9 @@ class Part:
         return q, k, v
 
     def _head_norm(self, graph: Graph, x: Value, which: str) -> Value:
-        name = next((n for n in self.norms if f"{which}_norm" in n or f"{which}_layernorm" in n), "")
+        name = next(
+            (n for n in self.norms if f"{which}_norm" in n or f"{which}_layernorm" in n), ""
+        )
         return self.norm(graph, x, name) if name else x
 
     # ---------------------------------------------------------------------------------- mlp
