@@ -101,3 +101,43 @@ QLORA: dict[str, Cell] = {
     **{n: number(f"{k}_bytes", 1, 2.0**-30) for n, k in (("peak GiB", "peak"), ("goal", "goal"))},
     "tokens/s": number("tokens_per_s", 0),
 }
+
+GIB = 2.0**-30
+PLANNED: dict[str, Cell] = {
+    **texts(experiment="arm", GPUs="gpus"),
+    **{
+        f"{name} GiB": number(f"{key}_bytes", 1, GIB)
+        for name, key in (
+            ("allocated", "allocated"),
+            ("slack", "slack"),
+            ("context", "context"),
+            ("spare", "spare"),
+            ("a host's", "host"),
+            ("checkpoint", "checkpoint"),
+            ("sent in a step", "sent"),
+        )
+    },
+    "s a step": number("step_s", 1),
+    **texts(binds="binds"),
+    "tokens/s": number("tokens_per_s", 0),
+    "MFU": number("mfu", 1, 100, " %"),
+    "GPU-hours per 1B tokens": number("gpu_hours", 0),
+}
+PLANNED_ITEMS: dict[str, Cell] = {
+    **texts(item="arm"),
+    **{name: number(name, 2, GIB) for name in ("full", "LoRA", "QLoRA")},
+}
+PLANNED_FALLBACKS: dict[str, Cell] = {
+    "fallback": text("arm"),
+    "fits": lambda row: "yes" if row["fits"] else "**no**",
+    "spare GiB": number("spare_bytes", 1, GIB),
+    "most goes to": text("item"),
+    "recomputed": lambda row: str(row["settings"]["checkpointing"]),
+    **{name: PLANNED[name] for name in ("GPUs", "tokens/s", "GPU-hours per 1B tokens")},
+}
+PLAN_TRUTH: dict[str, Cell] = {
+    **texts(run="arm", fullest="phase"),
+    "planned MB": number("predicted_bytes", 2, 1e-6),
+    "measured MB": number("measured_bytes", 2, 1e-6),
+    "difference": lambda row: f"{100 * row['error']:+.2f} %",
+}

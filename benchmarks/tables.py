@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md and docs/tuning.md, from the rows under benchmarks/results/.
+"""The tables of docs/performance.md, tuning.md and planning.md, from benchmarks/results/.
 
     python benchmarks/tables.py            # rewrites the pages; a test compares them
 
@@ -26,6 +26,10 @@ from columns import (
     HEAD,
     LAST_LAYER,
     LAUNCH,
+    PLAN_TRUTH,
+    PLANNED,
+    PLANNED_FALLBACKS,
+    PLANNED_ITEMS,
     PREPARE,
     PROFILE,
     QLORA,
@@ -34,7 +38,9 @@ from columns import (
 )
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PAGES = [RESULTS.parents[1] / "docs" / name for name in ("performance.md", "tuning.md")]
+PAGES = [
+    RESULTS.parents[1] / "docs" / name for name in ("performance.md", "tuning.md", "planning.md")
+]
 MARKS = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -300,6 +306,17 @@ TABLES: dict[str, Table | Goals] = {
     ),
     "tunings": Table(source="tunings", columns=TUNINGS, where={"summary": True}, per=("arm",)),
     "qlora-70b": Table(source="qlora_70b", columns=QLORA, where={"shape": "70b"}),
+    **{
+        f"plan-{section}s": Table(
+            source="plan_examples", columns=columns, where={"section": section}
+        )
+        for section, columns in (
+            ("experiment", PLANNED),
+            ("item", PLANNED_ITEMS),
+            ("fallback", PLANNED_FALLBACKS),
+        )
+    },
+    "plan-truth": Table(source="plan_truth", columns=PLAN_TRUTH),
     "gpu-goals": Goals([*gpu_goals()]),
     "gpu-kernels": Table(source="gpu", columns=GPU_KERNELS, where=gpu_rows("kernels")),
     "gpu-head": Table(source="gpu", columns=GPU_HEAD, where=gpu_rows("head")),

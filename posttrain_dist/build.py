@@ -357,8 +357,8 @@ def _settings(config: RunConfig) -> dict[str, str]:
     if isinstance(config.engine, DeepSpeed) and config.engine.config:
         own = Path(config.engine.config).read_bytes()  # a copy in the run folder
         flat["engine.config"] = f"a JSON of digest {hashlib.sha256(own).hexdigest()[:8]}"
-    # The first is chosen at each start; the others are of the layout and of the recipe.
-    other = ("train.resume", "train.dtype", "train.batch_size")
+    # The first two are of one start and change nothing; the others are of layout and recipe.
+    other = ("train.resume", "train.rehearse", "train.dtype", "train.batch_size")
     return {key: value for key, value in flat.items() if key not in other}
 
 

@@ -6,7 +6,7 @@ import errno
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class PosttrainError(Exception):
@@ -55,6 +55,29 @@ class TrainingError(PosttrainError):
 
 class ClusterError(PosttrainError):
     """Processes, devices or nodes are not there; `where` is the key or address."""
+
+
+class OutOfMemory(PosttrainError):
+    """A device or host has no memory left; `where` is the step, or the rehearsal."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory that could not be had is why `error` was raised; no torch is imported.
+
+    On a GPU torch has a class for it; on a CPU, and where a library asks for memory itself, only
+    the text says so.
+    """
+    if error is None or isinstance(error, PosttrainError):
+        return isinstance(error, OutOfMemory)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    text = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return any(each in text for each in _NO_MEMORY) or is_out_of_memory(error.__cause__)
+
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed", "bad_alloc")
 
 
 def reason(error: BaseException) -> str:
@@ -108,6 +131,27 @@ class SeveralErrors(PosttrainError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return SeveralErrors, (self.problems,)
+
+
+def error_fields(error: PosttrainError, rank: int | None, trace: str) -> dict[str, Any]:
+    """A user's error as JSON, as it leaves the process in `logs/error.json`."""
+    fields: dict[str, Any] = {"kind": type(error).__name__, "rank": rank, "traceback": trace}
+    if isinstance(error, SeveralErrors):
+        return {**fields, "problems": [error_fields(each, rank, "") for each in error.problems]}
+    return {**fields, "what": error.what, "where": error.where, "fix": error.fix}
+
+
+def error_of(fields: dict[str, Any]) -> PosttrainError:
+    """The error that `error_fields` wrote, as the class that it was.
+
+    Raises:
+        KeyError, TypeError: it wrote no such thing.
+    """
+    if "problems" in fields:
+        return SeveralErrors([error_of(each) for each in fields["problems"]])
+    kind = globals().get(fields["kind"], ClusterError)
+    error: PosttrainError = kind(fields["what"], where=fields["where"], fix=fields["fix"])
+    return error
 
 
 def raise_all(problems: list[PosttrainError]) -> None:

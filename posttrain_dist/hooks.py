@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from posttrain_dist import dist
 from posttrain_dist.checkpoint import store
 from posttrain_dist.checkpoint.manifest import Manifest
-from posttrain_dist.checkpoint.trained_state import save_trained
+from posttrain_dist.checkpoint.trained_state import state_writer
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.diagnosis.facts import ModelFacts
@@ -196,9 +195,7 @@ class Save:
         manifest = replace(self._manifest, step=info.step, lineage=lineage)
         monitor = self._log.monitor
         best = monitor.best_step if monitor is not None else None
-        write: store.WriteState = self._engine.save_state
-        if not self._tuning.whole_model:
-            write = partial(save_trained, self._engine, self._tuning.kept, info.step)
+        write = state_writer(self._engine, self._tuning, info.step)
         store.save(self._folder, manifest, write, keep=self._keep, best=best)
 
 

@@ -14,9 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from posttrain_dist.attempts import fall_back, next_choice, train_apart
 from posttrain_dist.config import Local, RunConfig, complete
-from posttrain_dist.errors import ConfigError, PosttrainError
+from posttrain_dist.errors import ConfigError, OutOfMemory, PosttrainError
 from posttrain_dist.files import write_atomic
+from posttrain_dist.planner.fallbacks import is_auto, with_choice
+from posttrain_dist.planner.plan_file import read_choice, write_plan
+from posttrain_dist.planner.settle import settle
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,7 @@ def run(config: RunConfig, folder: Path, *, progress: bool = True) -> Outcome:
         return read_outcome(folder)
     is_new = not folder.exists()
     try:
-        outcome = _train(config, folder, progress, log)
+        outcome = _train(_settled(config, folder, log), folder, progress, log)
     except PosttrainError as error:
         if is_new:
             discard_refused(folder, error)
@@ -72,6 +76,21 @@ def run(config: RunConfig, folder: Path, *, progress: bool = True) -> Outcome:
     else:
         log(f"saved and left at step {outcome.step} of {outcome.total_steps}; call again to go on")
     return outcome
+
+
+def _settled(config: RunConfig, folder: Path, log: Callable[[str], None]) -> RunConfig:
+    """The run with nothing left to choose, planned at its first start."""
+    choice = read_choice(folder)
+    if choice is not None:
+        return complete(with_choice(config, choice.chosen)) if is_auto(config) else config
+    settled = settle(config)
+    for line in settled.lines:
+        log(line)
+    if settled.choice is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_plan(folder, settled.choice)
+        write_atomic(folder / "config.yaml", settled.config.to_yaml())
+    return settled.config
 
 
 def _train(config: RunConfig, folder: Path, progress: bool, log: Callable[[str], None]) -> Outcome:
@@ -90,13 +109,21 @@ def _train(config: RunConfig, folder: Path, progress: bool, log: Callable[[str],
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     # Left open: handlers that libraries bind to it live on after the run.
     stream = (folder / "logs" / "rank-0.log").open("a", buffering=1, encoding="utf-8")
-    with contextlib.ExitStack() as shown:
-        if progress:
-            shown.enter_context(Progress(folder, out))
-        shown.enter_context(contextlib.redirect_stdout(stream))
-        shown.enter_context(contextlib.redirect_stderr(stream))
-        train(config, folder)
-    return finish(config, folder, log)
+    while True:
+        try:
+            with contextlib.ExitStack() as shown:
+                if progress:
+                    shown.enter_context(Progress(folder, out))
+                shown.enter_context(contextlib.redirect_stdout(stream))
+                shown.enter_context(contextlib.redirect_stderr(stream))
+                if next_choice(folder) is not None:
+                    train_apart(config, folder)
+                else:
+                    train(config, folder)
+            return finish(config, folder, log)
+        except OutOfMemory as failure:
+            config, line = fall_back(config, folder, failure)
+            log(line)
 
 
 def report_data(config: RunConfig, folder: Path) -> str:

@@ -27,7 +27,7 @@ from posttrain_dist.checkpoint import resume, store
 from posttrain_dist.checkpoint.manifest import Manifest
 from posttrain_dist.checkpoint.notices import Notices
 from posttrain_dist.checkpoint.trained_state import load_trained
-from posttrain_dist.config import RunConfig, complete
+from posttrain_dist.config import RunConfig, complete, refuse_auto
 from posttrain_dist.config.advice import settings_line, warnings
 from posttrain_dist.data.packs.collate import filler
 from posttrain_dist.data.packs.loader import PackedSource
@@ -46,6 +46,9 @@ from posttrain_dist.loop import Stop, fit
 from posttrain_dist.metrics.special_tokens import TokenMeter
 from posttrain_dist.models.folder import resolve
 from posttrain_dist.models.policy import Policy
+from posttrain_dist.out_of_memory import naming_out_of_memory
+from posttrain_dist.planner.plan_file import planned_lines
+from posttrain_dist.rehearsal import Rehearsal
 from posttrain_dist.tuning.adapters.base_check import not_compared
 from posttrain_dist.tuning.base import AdapterTuning
 
@@ -64,9 +67,10 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
         PosttrainError: config, data, model or checkpoint cannot be used.
     """
     process = process or Process()
-    config = complete(config)
+    config = refuse_auto(complete(config))
     run_folder = _enter(config, Path(run_folder).absolute(), process)
-    with log_to_file(run_folder / "logs" / f"rank-{process.rank}.log"):
+    log_file = run_folder / "logs" / f"rank-{process.rank}.log"
+    with log_to_file(log_file), naming_out_of_memory(config, run_folder) as reached:
         # Data, model and engine.
         data = open_prepared(run_folder / "prepared")
         dtype = frozen_dtype(config, run_folder)
@@ -93,6 +97,9 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
         )
         evaluate = Evaluate(engine, heldout, config.objective, eval_meter, config.train.eval_every)
         rate = partial(learning_rate, config.optimizer, total_steps=steps)  # type: ignore[arg-type]
+        if config.train.rehearse and start == 0:
+            trial = Rehearsal(config, run_folder, engine, source, heldout, meter, manifest)
+            trial.run(steps)
         update_check = make_update_check(config, engine, policy, rate, start)
         facts = model_facts(config, policy, source)
         export = RunExport(config, run_folder, manifest, data.served, partial(notify, run_folder))
@@ -122,7 +129,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
             )
             last = StepInfo(start, last=True)
             for info in updates:
-                last = info
+                last, reached.step = info, info.step
             completed = last.last and not last.stopped
             if completed and config.checkpoint.export:
                 export.write(engine.full_tensors, last.step)
@@ -151,6 +158,8 @@ def _report_settings(
     counts = parameter_counts(policy)
     if dist.rank() != 0:
         return counts
+    for line in planned_lines(run_folder):
+        _log.info("%s", line)
     lines = warnings(config, on_cpu=device.type == "cpu")
     if isinstance(config.tuning, AdapterTuning) and (continued := config.tuning.init_from):
         said = not_compared(Path(continued), resolve(config.model.path))

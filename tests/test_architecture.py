@@ -18,13 +18,16 @@ import pytest
 from source_tree import LIBRARY, LIBRARY_FILES, faults, module_of, name_of, text_of, tree_of
 
 LAYERS = {
-    "posttrain_launch": 8,
-    "run": 7,
+    "posttrain_launch": 9,
+    "run": 8,
+    "attempts": 7,
     "train": 6,
     "merge": 6,
     **dict.fromkeys(
         (
             "hooks",
+            "rehearsal",
+            "out_of_memory",
             "prepare",
             "rollouts",
             "evaluation",

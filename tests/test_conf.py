@@ -96,6 +96,8 @@ def test_the_first_comment_of_an_experiment_is_its_command(file: Path):
             break
         commands.append(shlex.split(line.removeprefix("# ")))
     word = f"+experiment={file.stem}"
-    train = next((c for c in commands if c[:2] == ["posttrain", "train"]), None)
-    assert train is not None and word in train, f"{file}: no `posttrain train {word}` comes first"
-    assert isinstance(compose(train[2:]).config, RunConfig)
+    starts = [c for c in commands if c[:2] in (["posttrain", "train"], ["posttrain", "submit"])]
+    assert starts and all(word in c for c in starts), f"{file}: `posttrain train {word}` is missing"
+    for _, verb, *words in starts:
+        words += ["cluster=slurm"] * (verb == "submit" and file.stem.endswith("qlora"))
+        assert isinstance(compose(words).config, RunConfig)

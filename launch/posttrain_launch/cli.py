@@ -154,7 +154,7 @@ def help_text() -> str:
         lines += [f"  {name:<{width}}  {verb.what}", f"  {'':<{width}}    {verb.example}"]
     lines += [
         "",
-        "train, plan, inspect, evaluate and submit take key=value and group=option, and Hydra's flags.",
+        "train, plan, inspect, evaluate and submit take key=value, group=option and Hydra's flags.",
         "--debug, with any verb, shows the stack trace of an error.",
     ]
     return "\n".join(lines)

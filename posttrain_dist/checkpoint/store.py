@@ -23,7 +23,7 @@ from posttrain_dist.checkpoint.manifest import (
     step_name,
 )
 from posttrain_dist.checkpoint.trained_state import step_of_tensors
-from posttrain_dist.errors import CheckpointError, reason
+from posttrain_dist.errors import CheckpointError, is_out_of_memory, reason
 from posttrain_dist.files import FileDigest, commit_folder, digest_of, partial_of, write_atomic
 
 STATE = "state"  # folder of the engine's files inside a checkpoint
@@ -79,8 +79,8 @@ def save(
         shares = dist.gather(dist.on_all(lambda: write_state(partial / STATE)))
         dist.on_main(commit)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError where a disk is full
-        if dist.is_connection_error(error):
-            raise  # no fault of the disk: the worker is replaced and the run goes on
+        if dist.is_connection_error(error) or is_out_of_memory(error):
+            raise  # no fault of the disk
         file = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
         raise CheckpointError(
             f"step {manifest.step} cannot be written: {reason(error)}{file}",

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from posttrain_dist import dist
 from posttrain_dist.checkpoint.manifest import TRAINED
@@ -38,6 +38,26 @@ _DTYPES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
+
+
+class Kept(Protocol):
+    """A tuning, as far as its state is concerned."""
+
+    whole_model: ClassVar[bool]
+
+    def kept(self, name: str) -> bool:
+        """Whether a tensor of this name is part of the state of a small tuning."""
+
+
+def state_writer(
+    engine: TrainEngine, tuning: Kept, step: int
+) -> Callable[[Path], Mapping[str, FileDigest]]:
+    """What writes the state of `step` below a folder: of a whole model in the engine's own files,
+    of a small tuning what is trained, by name.
+    """
+    if tuning.whole_model:
+        return engine.save_state
+    return lambda folder: save_trained(engine, tuning.kept, step, folder)
 
 
 def save_trained(

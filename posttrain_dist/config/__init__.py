@@ -3,7 +3,7 @@
 from posttrain_dist.checkpoint import CheckpointConfig
 from posttrain_dist.config.groups import Dtype, EvalConfig, Local, Ray, Slurm, TrainConfig
 from posttrain_dist.config.hardware import Hardware
-from posttrain_dist.config.rules import complete, problems, single_process_rule
+from posttrain_dist.config.rules import complete, problems, refuse_auto, single_process_rule
 from posttrain_dist.config.run_config import GROUPS, SLOTS, RunConfig
 from posttrain_dist.config.value_types import type_name
 from posttrain_dist.data import DataConfig, Template
@@ -56,6 +56,7 @@ __all__ = [
     "TrainConfig",
     "complete",
     "problems",
+    "refuse_auto",
     "single_process_rule",
     "type_name",
 ]

@@ -16,6 +16,7 @@ from posttrain_dist.data import data_rules, template_rules
 from posttrain_dist.diagnosis.rule_table import diagnose_problems
 from posttrain_dist.engine import (
     AdamW,
+    AutoEngine,
     DeepSpeed,
     Single,
     engine_rules,
@@ -25,6 +26,7 @@ from posttrain_dist.engine import (
 from posttrain_dist.engine.ds_config import deepspeed_config
 from posttrain_dist.errors import ConfigError, PosttrainError, Rule, at_least, raise_all
 from posttrain_dist.models import Weights, model_rules
+from posttrain_dist.tuning.auto import AutoTuning
 from posttrain_dist.tuning.base import AdapterTuning, Quantize
 from posttrain_dist.tuning.full import Full
 from posttrain_dist.tuning.lora import Lora
@@ -44,10 +46,31 @@ def complete(config: RunConfig) -> RunConfig:
     return _with_learning_rate(config)
 
 
+def refuse_auto(config: RunConfig) -> RunConfig:
+    """The config of a run that trains: what is `auto` was chosen before.
+
+    Raises:
+        ConfigError, SeveralErrors: something is still to be chosen.
+    """
+    auto = {"tuning": config.tuning, "engine": config.engine}
+    raise_all(
+        [
+            ConfigError(
+                "is auto, which is chosen before a run begins, and not by a worker",
+                where=group,
+                fix="start with posttrain train or posttrain_dist.run.run, which plan first",
+            )
+            for group, option in auto.items()
+            if isinstance(option, AutoTuning | AutoEngine)
+        ]
+    )
+    return config
+
+
 def _with_learning_rate(config: RunConfig) -> RunConfig:
-    """The learning rate of the tuning, where none is set."""
-    optimizer = config.optimizer
-    if not isinstance(optimizer, AdamW) or optimizer.lr is not None:
+    """The learning rate of the tuning, where none is set and the tuning is known."""
+    optimizer, auto = config.optimizer, isinstance(config.tuning, AutoTuning)
+    if auto or not isinstance(optimizer, AdamW) or optimizer.lr is not None:
         return config
     chosen = dataclasses.replace(optimizer, lr=config.tuning.default_lr)
     return dataclasses.replace(config, optimizer=chosen)
@@ -113,7 +136,7 @@ def single_process_rule(num_workers: int | None, workers: str) -> Rule:
 
 def _added_tokens_rule(config: RunConfig) -> Rule:
     return Rule(
-        not config.model.add_tokens or isinstance(config.tuning, Full | Lora),
+        not config.model.add_tokens or isinstance(config.tuning, Full | Lora | AutoTuning),
         "model.add_tokens",
         "adds tokens, and this tuning would never train their embeddings",
         "use tuning=lora, which trains their rows alone, or tuning=full",

@@ -132,6 +132,12 @@ def optimizer_rules(optimizer: Optimizer) -> list[Rule]:
             "use optimizer=adamw or optimizer=adamw_8bit",
         ),
         Rule(
+            optimizer.lr_for in ("full", "lora"),
+            "optimizer.lr_for",
+            f"is {optimizer.lr_for}, must be full or lora",
+            "set it to the tuning that optimizer.lr is meant for; lora is qlora's too",
+        ),
+        Rule(
             not both,
             "optimizer.warmup_steps",
             f"is {optimizer.warmup_steps}, and optimizer.warmup_ratio is {optimizer.warmup_ratio}",

@@ -43,6 +43,13 @@ class TrainEngine(Protocol):
         A tensor may still be under way on the device: reading it waits.
         """
 
+    def forget_updates(self) -> None:
+        """Be again before the first update, after updates by gradients of zero at rate zero.
+
+        Those leave every weight as it was; what they left else is undone in place: moments are
+        zero, and no update was counted.
+        """
+
     def train(self, mode: bool) -> None:
         """Switch between training (dropout) and evaluation."""
 

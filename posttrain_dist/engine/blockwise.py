@@ -97,6 +97,21 @@ def set_moments(
     state["step"] = int(values["step"])
 
 
+def forget_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Zero all that a torch, bitsandbytes or DeepSpeed optimizer keeps, as before its first update.
+
+    In place: pages that bitsandbytes has made are never freed, so that new ones would be more.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # pages are written by the GPU and zeroed by the host
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if not isinstance(value, torch.Tensor):
+                state[key] = 0  # the count of updates
+            elif not key.startswith("qmap"):  # what codes stand for
+                value.zero_()
+
+
 def to_float(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Named state with moments of 8 bits read as float32; others as they are."""
     if "absmax1" not in values:

@@ -195,6 +195,11 @@ class DeepSpeedEngine:
         assert norm is not None, "compute_grad_norm is refused in a user's JSON"
         return norm
 
+    def forget_updates(self) -> None:
+        self._state.forget_updates()
+        for counter in ("global_steps", "global_samples", "micro_steps", "skipped_steps"):
+            setattr(self._engine, counter, 0)
+
     def train(self, mode: bool) -> None:
         self._engine.train(mode)
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from posttrain_dist import dist
-from posttrain_dist.engine.blockwise import to_float
+from posttrain_dist.engine.blockwise import forget_moments, to_float
 from posttrain_dist.engine.optimizers import whole_shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -92,6 +92,10 @@ class ShardedState:
                 state["step"].fill_(max(steps))
             else:
                 state["step"] = int(max(steps))
+
+    def forget_updates(self) -> None:
+        """Zero the moments and the count of updates, as they are before the first one."""
+        forget_moments(self._base)
 
     def _keys(self) -> tuple[str, ...]:
         return ("master", *MOMENTS) if self._base.state else ("master",)

@@ -15,6 +15,7 @@ from torch import nn
 from posttrain_dist.engine import AdamW
 from posttrain_dist.engine.blockwise import (
     blockwise_adamw,
+    forget_moments,
     named_moments,
     set_moments,
     wanted,
@@ -82,6 +83,11 @@ class MasterAdamW:
         for bucket in self._buckets:
             bucket.step(lr, too_large)
         return norm
+
+    def forget_updates(self) -> None:
+        """Zero the moments and the count of updates; masters stay."""
+        for bucket in self._buckets:
+            forget_moments(bucket.optimizer)
 
     def state(self) -> list[dict[str, torch.Tensor]]:
         """Master and moments of each parameter, in their order, for `torch.save`."""

@@ -55,6 +55,10 @@ class SingleEngine:
         self._num_updates += 1
         return self._optimizer.step(lr)
 
+    def forget_updates(self) -> None:
+        self._num_updates = 0
+        self._optimizer.forget_updates()
+
     def train(self, mode: bool) -> None:
         self.policy.train(mode)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from posttrain_dist import dist
-from posttrain_dist.errors import CheckpointError, PosttrainError
+from posttrain_dist.errors import CheckpointError, PosttrainError, is_out_of_memory
 
 STEP = "step"  # key of a plain state: the updates that it has had
 # What a ZeRO checkpoint holds beside tensors and plain values; all three only hold data.
@@ -70,9 +70,11 @@ def read_state(
     try:
         with without_code(types):
             return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    except (OSError, torch.OutOfMemoryError):
+    except OSError:
         raise
     except Exception as error:  # whatever a reader stumbles over in foreign bytes
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
             f"does not open as tensors and plain values: {_first_line(error)}",
             where=str(path),
@@ -105,11 +107,11 @@ def fitting(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (PosttrainError, torch.OutOfMemoryError, MemoryError):
+    except PosttrainError:
         raise
     except Exception as error:
-        if dist.is_connection_error(error):
-            raise  # another rank is gone
+        if dist.is_connection_error(error) or is_out_of_memory(error):
+            raise  # another rank is gone, or this one has no room
         raise CheckpointError(
             f"its state does not fit this model: {_first_line(error)}",
             where=str(folder),

@@ -10,6 +10,7 @@ from typing import Any
 
 from posttrain_dist.errors import ModelError, PosttrainError, raise_all
 from posttrain_dist.models.architectures.refusals import architecture_problems
+from posttrain_dist.models.architectures.shape_files import PREFIX, refuse_shape, shape_folder
 from posttrain_dist.models.network.build_network import build_network
 from posttrain_dist.models.network.tensors import Network
 from posttrain_dist.models.shape import ModelShape
@@ -32,13 +33,15 @@ _CONVERT = (
 
 
 def resolve(path: str) -> Path:
-    """Absolute folder of a model; `tiny_base` is the one that comes with the package.
+    """Absolute folder of a model; `tiny_base` and `shape:NAME` come with the package.
 
     Raises:
-        ModelError: there is no such folder.
+        ModelError: there is no such folder, or shape.
     """
     if path == TINY_BASE:
         return Path(__file__).resolve().parent.parent / "assets" / TINY_BASE
+    if path.startswith(PREFIX):
+        return shape_folder(path)
     folder = Path(path).expanduser().absolute()
     if not folder.is_dir():
         raise ModelError(
@@ -139,6 +142,8 @@ def load_tokenizer(
         ModelError: there is none, or it needs code of its own.
         ConfigError: it has one of the tokens already.
     """
+    if refusal := refuse_shape(folder, "tokenizer, and no weights"):
+        raise refusal
     state = _state(folder)
     if not add_tokens:
         return _read_tokenizer(folder, state, cache)
@@ -258,6 +263,8 @@ def _read_object(file: Path, fix: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _weight_problems(folder: Path, state: tuple[tuple[str, int, int], ...]) -> list[PosttrainError]:
+    if refusal := refuse_shape(folder, "weights, and no tokenizer"):
+        return [refusal]
     try:
         return _weight_file_problems(folder)
     except OSError as error:

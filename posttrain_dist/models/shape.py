@@ -130,7 +130,9 @@ def _head_dim(
 ) -> int:
     if values.get("head_dim") is not None and model_type not in _FIXED_HEADS:
         return read_size(values, "head_dim", where)
-    if hidden_size % num_heads and model_type in TRAINED and not values.get("qk_nope_head_dim"):
+    if values.get("qk_nope_head_dim"):  # of latent attention: the part with positions
+        return read_size(values, "qk_rope_head_dim", where)
+    if hidden_size % num_heads and model_type in TRAINED:
         raise ModelError(
             f"hidden_size is {hidden_size}, which num_attention_heads = {num_heads} does not "
             "divide, and there is no head_dim",

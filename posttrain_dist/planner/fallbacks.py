@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterator
 
 from posttrain_dist.config import AutoEngine, AutoTuning, RunConfig
-from posttrain_dist.errors import ConfigError
+from posttrain_dist.errors import ConfigError, PosttrainError
 from posttrain_dist.planner.job import DataFacts, Machine
-from posttrain_dist.planner.methods import MICRO_BATCH, checkpointing_words, methods
+from posttrain_dist.planner.make_job import read_network
+from posttrain_dist.planner.methods import MICRO_BATCH, cheaper, checkpointing_words, methods
 from posttrain_dist.planner.overriding import with_words
 from posttrain_dist.planner.plan import Choice, Plan, Tried
 from posttrain_dist.planner.search import Search, spare_bytes
 
+WORTH_SAYING = 1.03  # times as fast: what a warning is given for
 LESS = 0.95  # of what ran out of memory: what a plan must promise to be worth another start
 INVERSE = (
     "posttrain plan --largest data.max_length says how long rows may be, --fewest gpus how many "
@@ -42,13 +45,14 @@ def choose(
         ConfigError: none fits, or none can be planned.
         ModelError, SeveralErrors: the model cannot be planned.
     """
-    tried = try_all(config, machine, facts, typed)
+    tried = try_until_one_fits(config, machine, facts, typed)
     if not is_auto(config):
         return Choice(tried, tried[0])
-    chosen = next((each for each in tried if each.plan is not None and each.plan.fits), None)
-    if chosen is None:
+    if tried[-1].plan is None or not tried[-1].plan.fits:
         raise nothing_fits(tried)
-    return Choice(tried, chosen)
+    search = Search(config, machine, facts, typed)
+    after = methods(config, machine)[len(tried) :]
+    return Choice((*tried, *(search.leanest(method) for method in after)), tried[-1])
 
 
 def try_all(
@@ -58,11 +62,58 @@ def try_all(
     typed: Collection[str] = (),
 ) -> tuple[Tried, ...]:
     """Every fallback of a config, planned. Arguments and errors as for `choose`."""
+    return tuple(_each(config, machine, facts, typed))
+
+
+def try_until_one_fits(
+    config: RunConfig,
+    machine: Machine,
+    facts: DataFacts | None = None,
+    typed: Collection[str] = (),
+) -> tuple[Tried, ...]:
+    """The fallbacks as far as the first that fits. Arguments and errors as for `choose`."""
+    tried = []
+    for each in _each(config, machine, facts, typed):
+        tried.append(each)
+        if each.plan is not None and each.plan.fits:
+            break
+    return tuple(tried)
+
+
+def _each(
+    config: RunConfig, machine: Machine, facts: DataFacts | None, typed: Collection[str]
+) -> Iterator[Tried]:
+    read_network(config)  # what is wrong with the model is no matter of a single fallback
     search = Search(config, machine, facts, typed)
     found = methods(config, machine)
     if is_auto(config):
-        return tuple(search.fastest(method) for method in found)
-    return (Tried(found[0].name, search.plan(())),)
+        yield from map(search.fastest, found)
+    else:
+        plan = search.plan(())
+        warned = (*plan.warnings, *costly(search, plan)) if plan.fits else plan.warnings
+        yield Tried(found[0].name, dataclasses.replace(plan, warnings=warned))
+
+
+def costly(search: Search, plan: Plan) -> list[str]:
+    """What a run that fits pays for memory that it does not need, a sentence each.
+
+    Args:
+        plan: of the config of `search`, as it is.
+    """
+    found = []
+    for words, what in cheaper(search.config):
+        try:
+            other = search.plan(words)
+        except PosttrainError:
+            continue
+        faster = other.speed.tokens_per_s / plan.speed.tokens_per_s
+        if other.fits and faster > WORTH_SAYING:
+            found.append(
+                f"{what} costs more than it saves: with {' '.join(words)} "
+                f"{_gib(spare_bytes(other))} stay free, and it is {faster:.2f} times as fast"
+            )
+            break
+    return found
 
 
 def with_choice(config: RunConfig, tried: Tried) -> RunConfig:
@@ -86,18 +137,27 @@ def following(choice: Choice) -> Choice | None:
     return None
 
 
-def nearest(config: RunConfig, machine: Machine, facts: DataFacts | None = None) -> Tried | None:
+def nearest(
+    config: RunConfig,
+    machine: Machine,
+    facts: DataFacts | None = None,
+    *,
+    most_bytes: int | None = None,
+) -> Tried | None:
     """What fits instead of a run that does not: its own method with other settings, or the next.
 
     Args:
         config: with tuning and engine named.
+        most_bytes: that it may take of a device; None: all that there is.
     """
     for candidate in _instead(config):
         search = Search(candidate, machine, facts)
         for method in methods(candidate, machine):
             found = search.fastest(method)
-            if found.plan is not None and found.plan.fits:
-                return found
+            for plan in (found.plan, found.leanest):
+                less = plan is not None and (most_bytes or math.inf) >= plan.device.total_bytes
+                if plan is not None and plan.fits and less:
+                    return dataclasses.replace(found, plan=plan)
     return None
 
 

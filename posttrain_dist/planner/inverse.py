@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from posttrain_dist.config import AutoEngine, RunConfig, Slurm
+from posttrain_dist.config import RunConfig, Slurm
 from posttrain_dist.errors import ConfigError
 from posttrain_dist.models.architectures.positions import learned_positions
 from posttrain_dist.planner.job import DataFacts, Machine

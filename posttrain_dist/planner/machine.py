@@ -39,9 +39,8 @@ def find_machine(config: RunConfig, *, plans_only: bool) -> Machine:
     """
     hardware, cluster = config.hardware, with_nodes(config.cluster, config.hardware)
     elsewhere = not trains_here(cluster)
-    described = hardware.gpu is not None
     here: ThisMachine | None = None
-    if not elsewhere and not (described and plans_only):
+    if not elsewhere and not (plans_only and _is_described(hardware)):
         here = look_here()
         if not plans_only:
             check_hardware(hardware, cluster, here)
@@ -62,6 +61,12 @@ def find_machine(config: RunConfig, *, plans_only: bool) -> Machine:
             + ", ".join(missing),
         )
     return _machine(hardware, cluster, gpu, gpus or 0, here)
+
+
+def _is_described(hardware: Hardware) -> bool:
+    """Whether another machine than this may be meant."""
+    host = hardware.host_memory_gib is not None and hardware.cpus_per_node is not None
+    return hardware.gpu is not None or (hardware.gpus_per_node == 0 and host)
 
 
 def _missing(
@@ -95,7 +100,7 @@ def _machine(
         here.host_memory_bytes if here else 0,
     ]
     cpus = [
-        hardware.cpus_per_node or getattr(cluster, "cpus_per_node", None) or 0,
+        getattr(cluster, "cpus_per_node", None) or hardware.cpus_per_node or 0,
         here.cpus if here else 0,
     ]
     network = hardware.network_gb_s

@@ -22,10 +22,11 @@ from posttrain_dist.config import (
 )
 from posttrain_dist.config.devices import DEVICES
 from posttrain_dist.errors import ConfigError
-from posttrain_dist.models import Attention
+from posttrain_dist.models import Attention, Weights
 from posttrain_dist.models.folder import check_folder, grown_config, has_tokenizer, resolve
 from posttrain_dist.models.network.build_network import build_network
 from posttrain_dist.models.network.tensors import Network
+from posttrain_dist.models.quantized import check_base
 from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.planner.job import DataFacts, Job, Machine
 
@@ -52,6 +53,8 @@ def make_job(config: RunConfig, machine: Machine, facts: DataFacts | None = None
         raise ConfigError("is still to be chosen", where="tuning", fix="use posttrain plan")
     assert isinstance(config.optimizer, AdamW)
     network = read_network(config)
+    folder, fresh = resolve(config.model.path), config.model.weights is Weights.random
+    check_base(network.config, folder, adapters=not config.tuning.whole_model, fresh=fresh)
     workers, local_workers = count_workers(config, machine)
     value_bytes = bytes_per_value(config.train.dtype, machine)
     packs = math.ceil(config.train.batch_size / workers)  # of the rank that has most

@@ -46,7 +46,20 @@ def make_plan(job: Job, overrides: tuple[str, ...] = ()) -> Plan:
         export_bytes=export_bytes(job),
         speed=speed_of(job),
         on_gpu=job.on_gpu,
+        warnings=warnings_of(job),
     )
+
+
+def warnings_of(job: Job) -> tuple[str, ...]:
+    """What of a run costs more than anybody wants, and is seen without another plan."""
+    found = []
+    if job.workers > job.batch_size:
+        idle = job.workers - job.batch_size
+        found.append(
+            f"a step has {job.batch_size} packs for {job.workers} workers: {idle} only "
+            f"wait; train.batch_size={job.workers} would be a pack for each"
+        )
+    return tuple(found)
 
 
 def settings_of(job: Job) -> dict[str, str]:

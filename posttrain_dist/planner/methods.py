@@ -127,6 +127,27 @@ def workers_of_all(config: RunConfig, machine: Machine) -> int:
     return count_workers(dataclasses.replace(config, engine=DeepSpeed()), machine)[0]
 
 
+def cheaper(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
+    """What would save less memory than a run does: words, and the name of what saves it.
+
+    The one that is most likely to be fast comes first.
+    """
+    engine, tuning, found = config.engine, config.tuning, list[tuple[tuple[str, ...], str]]()
+    if isinstance(engine, DeepSpeed) and engine.stage == 3:
+        name = engine_name(config)
+        found = [
+            ((f"engine=zero{stage}",), name) for stage in ((1, 2, 3) if engine.offload else (1, 2))
+        ]
+    elif isinstance(engine, DeepSpeed) and engine.offload:
+        found = [((f"engine=zero{engine.stage}",), engine_name(config))]
+    if isinstance(tuning, AdapterTuning) and tuning.quantize is Quantize.nf4:
+        found.append((("tuning.quantize=none",), "NF4"))
+    if config.model.activation_checkpointing is not Checkpointing.none:
+        what = "activation checkpointing"
+        found.append((("model.checkpoint_offload=false", *checkpointing_words(0, 1)), what))
+    return found
+
+
 # --------------------------------------------------------------------------------- the settings
 
 

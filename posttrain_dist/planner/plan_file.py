@@ -50,6 +50,17 @@ def file_content(choice: Choice) -> dict[str, Any]:
     return {"choice": choice_json(choice), "plan": None if plan is None else plan.to_json()}
 
 
+def planned_lines(folder: Path) -> list[str]:
+    """What was planned for a run folder, and why not what was tried before it, for its log."""
+    choice = read_choice(folder)
+    if choice is None or choice.chosen.plan is None:
+        return []
+    device, speed = choice.chosen.plan.device, choice.chosen.plan.speed
+    allocated = f"{device.peak.allocated_bytes / 2**30:.3f} GiB allocated in {device.peak.name}"
+    lines = [f"planned: {choice.chosen.name}; {allocated}, {speed.step_s:.3g} s a step"]
+    return lines + [f"planned: not {reason}" for reason in reasons(choice)]
+
+
 def plan_entry(choice: Choice) -> dict[str, Any]:
     """What run.json says of it: the choice, its words, and why not those before it."""
     plan = choice.chosen.plan

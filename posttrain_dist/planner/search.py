@@ -6,13 +6,12 @@ enough are found on the straight line between none and all, and from there one b
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from posttrain_dist.config import RunConfig, complete
-from posttrain_dist.errors import ConfigError, SeveralErrors
+from posttrain_dist.errors import PosttrainError, SeveralErrors
 from posttrain_dist.planner.job import DataFacts, Machine
 from posttrain_dist.planner.make_job import count_workers, make_job, read_network
 from posttrain_dist.planner.make_plan import make_plan
@@ -27,7 +26,8 @@ from posttrain_dist.planner.overriding import with_words
 from posttrain_dist.planner.plan import Plan, Tried
 
 FASTER = 1.005  # by less than this factor a setting is no reason to take more memory
-_STEPS = 8  # layers that are tried one by one
+NONE, ALL = checkpointing_words(0, 1), checkpointing_words(1, 1)
+_STEPS = 4  # layers that are tried one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,12 @@ class Search:
     machine: Machine
     facts: DataFacts | None = None
     typed: Collection[str] = ()
+    _made: dict[tuple[str, ...], Plan] = field(default_factory=dict, compare=False)
 
     def with_words(self, words: tuple[str, ...]) -> Search:
         """The same of a config that the words change."""
-        return dataclasses.replace(self, config=with_words(self.config, words))
+        config = with_words(self.config, words)
+        return Search(config, self.machine, self.facts, self.typed)
 
     def plan(self, words: tuple[str, ...]) -> Plan:
         """The plan of the config with `words`.
@@ -55,8 +57,10 @@ class Search:
         Raises:
             PosttrainError: what is wrong with such a config, or with the model.
         """
-        config = complete(with_words(self.config, words))
-        return make_plan(make_job(config, self.machine, self.facts), words)
+        if words not in self._made:
+            config = complete(with_words(self.config, words))
+            self._made[words] = make_plan(make_job(config, self.machine, self.facts), words)
+        return self._made[words]
 
     def fastest(self, method: Method) -> Tried:
         """The fastest plan of a method that fits; else the one that lacks least."""
@@ -66,63 +70,69 @@ class Search:
         """The plan of a method that takes least memory."""
         return self._of_ways(method, self._leanest)
 
-    def _of_ways(self, method: Method, plans: Callable[..., tuple[Plan, Plan]]) -> Tried:
-        best, refused = None, ""
+    def _of_ways(self, method: Method, planned: Callable[[tuple[str, ...]], Plan]) -> Tried:
+        best: Tried | None = None
+        refused = ""
         for words in method.ways:
             try:
-                plan, leanest = plans(words)
-            except (ConfigError, SeveralErrors) as error:
+                plan, leanest = planned(words), self._leanest(words)
+            except PosttrainError as error:
                 refused = _why(error)
                 continue
-            if best is None or _is_better(plan, best.plan):
+            if best is None or best.plan is None or _is_better(plan, best.plan):
                 best = Tried(method.name, plan, leanest=leanest)
+            if plan.fits and set(NONE) <= set(plan.overrides):
+                break  # to shard more would only send more
         return best or Tried(method.name, None, refused)
 
-    def _leanest(self, words: tuple[str, ...]) -> tuple[Plan, Plan]:
-        sizes = self._micro_batches(words)
-        everything = checkpointing_words(1, 1) if self._chooses_layers else ()
-        plan = self.plan((*words, *sizes[0], *everything))
-        return plan, plan
+    def _leanest(self, words: tuple[str, ...]) -> Plan:
+        _, size = self._micro_batches(words)[0]
+        return self.plan((*words, *size, *(ALL if self._chooses_layers else ())))
 
-    def _fastest(self, words: tuple[str, ...]) -> tuple[Plan, Plan]:
-        best, _ = leanest, _ = self._leanest(words)
-        if not leanest.fits:
-            return leanest, leanest
-        for size in self._micro_batches(words):
-            found = self._fewest_layers((*words, *size))
-            if not found.fits:
+    def _fastest(self, words: tuple[str, ...]) -> Plan:
+        """Of rows that get longer as long as that helps, each with the fewest layers."""
+        best = leanest = self._leanest(words)
+        saved: int | None = None  # by recomputing all layers, of a row of one pack
+        for number, (packs, size) in enumerate(self._micro_batches(words)):
+            sized = (*words, *size)
+            if not leanest.fits:
+                return leanest
+            if not self._chooses_layers:
+                found = self.plan(sized)
+            elif saved is not None or not (found := self.plan((*sized, *NONE))).fits:
+                full = self.plan((*sized, *ALL))
+                saved = saved or (found.device.total_bytes - full.device.total_bytes) // packs
+                found = self._fewest_layers(sized, full, saved * packs)
+            faster = found.speed.tokens_per_s / best.speed.tokens_per_s
+            if not found.fits or (number and faster <= FASTER):
                 break
-            if found.speed.tokens_per_s > FASTER * best.speed.tokens_per_s:
-                best = found
-        return best, leanest
+            best = found if faster > FASTER else best
+        return best
 
-    def _fewest_layers(self, words: tuple[str, ...]) -> Plan:
-        """The plan in which the fewest layers recompute; all of them, if not even that fits."""
-        if not self._chooses_layers:
-            return self.plan(words)
-        none = self.plan((*words, *checkpointing_words(0, 1)))
-        if none.fits:
-            return none
-        full = self.plan((*words, *checkpointing_words(1, 1)))
-        saved = none.device.total_bytes - full.device.total_bytes
+    def _fewest_layers(self, words: tuple[str, ...], full: Plan, saved: int) -> Plan:
+        """The plan in which the fewest layers recompute.
+
+        Args:
+            full: that in which all do, and that takes `saved` bytes less than with none.
+        """
         if not full.fits or saved <= 0:
             return full
         layers = len(read_network(self.config).layers)
-        first = max(1, math.ceil(layers * -none.spare_bytes / saved))
+        first = max(1, math.ceil(layers * (saved - full.spare_bytes) / saved))
         for recomputed in range(first, min(layers, first + _STEPS)):
             some = self.plan((*words, *checkpointing_words(recomputed, layers)))
             if some.fits:
                 return some
         return full
 
-    def _micro_batches(self, words: tuple[str, ...]) -> list[tuple[str, ...]]:
-        """Words of the sizes that are tried, in ascending order: powers of two, and all packs."""
+    def _micro_batches(self, words: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
+        """Sizes that are tried, with their words, ascending: powers of two, and all packs."""
         config = with_words(self.config, words)
         if not is_free(config, MICRO_BATCH, self.typed):
-            return [()]
+            return [(config.train.micro_batch_size, ())]
         packs = math.ceil(config.train.batch_size / count_workers(config, self.machine)[0])
         sizes = [2**power for power in range(packs.bit_length()) if 2**power < packs]
-        return [(f"{MICRO_BATCH}={size}",) for size in (*sizes, packs)]
+        return [(size, (f"{MICRO_BATCH}={size}",)) for size in (*sizes, packs)]
 
     @property
     def _chooses_layers(self) -> bool:
@@ -142,6 +152,6 @@ def spare_bytes(plan: Plan) -> int:
     return min(plan.spare_bytes, plan.host_spare_bytes)
 
 
-def _why(error: ConfigError | SeveralErrors) -> str:
+def _why(error: PosttrainError) -> str:
     problems = error.problems if isinstance(error, SeveralErrors) else [error]
     return "; ".join(f"{each.where} {each.what}" for each in problems)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -12,7 +13,10 @@ from posttrain_dist.errors import ConfigError, PosttrainError
 from posttrain_dist.planner.fallbacks import choose, is_auto, miss, nearest, reasons, with_choice
 from posttrain_dist.planner.job import DataFacts
 from posttrain_dist.planner.machine import find_machine
-from posttrain_dist.planner.plan import Choice, Plan
+from posttrain_dist.planner.plan import Choice, Memory, PhaseName, Plan
+
+_OF_STATE = (PhaseName.update, PhaseName.save)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ def settle(
 
     A run whose tuning and engine are named begins unless it cannot fit: by its plan, with all that
     the allocator and CUDA take, where a cluster would be taken for it; here, where an error costs a
-    minute, only if not even what it allocates has room.
+    minute, only if weights and optimizer state alone have no room.
 
     Args:
         config: completed.
@@ -58,16 +62,18 @@ def settle(
         choice = choose(config, machine, facts, typed)
         chosen = complete(_rehearsed(with_choice(config, choice.chosen)))
         return Settled(chosen, choice, _auto_lines(config, choice))
+    here = trains_here(config.cluster)
     try:
         machine = find_machine(config, plans_only=False)
         choice = choose(config, machine, facts, typed)
     except PosttrainError as error:
-        # Nobody asked for a plan, and what is not known to the planner may well train.
-        lines = () if trains_here(config.cluster) else (f"not planned: {error.where} {error.what}",)
-        return Settled(config, None, lines)
+        # Nobody asked for a plan, and what the planner does not know may well train.
+        return Settled(config, None, () if here else (f"not planned: {error.where} {error.what}",))
+    except Exception as error:
+        _log.exception("the run goes on without a plan")
+        return Settled(config, None, (f"not planned: {type(error).__name__}: {error}",))
     plan = choice.chosen.plan
     assert plan is not None
-    here = trains_here(config.cluster)
     if force or not _is_hopeless(plan, here=here):
         return Settled(config, choice)
     instead = nearest(config, machine, facts)
@@ -85,8 +91,14 @@ def _is_hopeless(plan: Plan, *, here: bool) -> bool:
     """Whether a run cannot fit even if all of a GPU and of a host were its own."""
     device, host = plan.device.total_bytes, plan.host.total_bytes
     if here:
-        device, host = plan.device.peak.allocated_bytes, plan.host.peak.allocated_bytes
+        device, host = _state_bytes(plan.device), _state_bytes(plan.host)
     return device > plan.capacity_bytes or host > plan.host_capacity_bytes
+
+
+def _state_bytes(memory: Memory) -> int:
+    """What is allocated whatever the data: rows may be shorter than they may be."""
+    kept = [phase for phase in memory.phases if phase.name in _OF_STATE]
+    return max((phase.allocated_bytes for phase in kept), default=0)
 
 
 def _rehearsed(config: RunConfig) -> RunConfig:
@@ -102,10 +114,10 @@ def _auto_lines(config: RunConfig, choice: Choice) -> tuple[str, ...]:
     lines = [f"planned: {choice.chosen.name} ({' '.join(plan.overrides)})"]
     lines += [f"  not {reason}" for reason in reasons(choice)]
     chosen = with_choice(config, choice.chosen).optimizer
-    if isinstance(config.tuning, AutoTuning) and isinstance(chosen, AdamW):
-        if optimizer.lr is not None and chosen.lr != optimizer.lr:
-            lines.append(
-                f"  optimizer.lr={optimizer.lr:g} was set for {optimizer.lr_for} "
-                f"(optimizer.lr_for); this trains at {chosen.lr:g}"
-            )
+    assert isinstance(chosen, AdamW)
+    if isinstance(config.tuning, AutoTuning) and optimizer.lr not in (None, chosen.lr):
+        lines.append(
+            f"  optimizer.lr={optimizer.lr:g} was set for {optimizer.lr_for} (optimizer.lr_for); "
+            f"this trains at {chosen.lr:g}"
+        )
     return tuple(lines)

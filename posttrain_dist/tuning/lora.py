@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from posttrain_dist.tuning.injection.targets import Linear
+    from posttrain_dist.models.network.tensors import Linear
 
 _log = logging.getLogger(__name__)
 # Their names stand in checkpoints; see injection/pissa.py and models/embeddings/added_tokens.py.

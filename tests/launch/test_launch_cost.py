@@ -18,6 +18,7 @@ from posttrain_dist.models.folder import load_tokenizer
 def test_ray_train_keeps_every_part_but_the_named_ones(tmp_path):
     source = f"""
 import json
+import posttrain_dist.config
 from posttrain_launch.ray import trainer as ray_train
 from ray.train import RunConfig, ScalingConfig, UserCallback
 from ray.train.v2._internal.execution.scaling_policy import create_scaling_policy
@@ -26,12 +27,13 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 given = {{}}
 DataParallelTrainer._initialize_and_run_controller = lambda self, **all: given.update(all)
 made = {{}}
+callback = ray_train.RefuseRetry(posttrain_dist.config.RunConfig(), None)
 for trainer in (ray_train.LeanTrainer, DataParallelTrainer):
     lean = trainer(
         print,
         backend_config=ray_train.PlainConfig(),
         scaling_config=ScalingConfig(num_workers=2),
-        run_config=RunConfig(storage_path={str(tmp_path)!r}, callbacks=[ray_train.RefuseRetry()]),
+        run_config=RunConfig(storage_path={str(tmp_path)!r}, callbacks=[callback]),
     )
     made[trainer.__name__] = [type(each).__name__ for each in lean._create_default_callbacks()]
     policy = create_scaling_policy(lean.scaling_config)

@@ -79,7 +79,12 @@ def test_wandb_mirrors_metrics_jsonl_and_survives_a_restart(tiny_llama, rows_fil
     )
     folder = tmp_path / "run"
     prepare(config, folder / "prepared")
-    (folder / "run.json").write_text(json.dumps({"wandb_id": "abc123"}))
+    plan = {
+        "chosen": "LoRA",
+        "overrides": ["tuning=lora"],
+        "reasons": ["full: 2.0 GiB are missing"],
+    }
+    (folder / "run.json").write_text(json.dumps({"wandb_id": "abc123", "plan": plan}))
     short = replace(config, train=replace(config.train, steps=2))
     train(short, folder)
     (first,) = (folder / "wandb").glob("offline-run-*")
@@ -96,6 +101,7 @@ def test_wandb_mirrors_metrics_jsonl_and_survives_a_restart(tiny_llama, rows_fil
     assert (run.run_id, run.project) == ("abc123", "tests")
     logged = {i.key: json.loads(i.value_json) for i in run.config.update}
     assert logged["train"]["steps"] == 4 and logged["lineage"]["wandb_id"] == "abc123"
+    assert logged["lineage"]["plan"] == plan
     ours = [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]
     assert ours == expected
 

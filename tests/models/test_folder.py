@@ -18,6 +18,7 @@ CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 8,
+    "intermediate_size": 8,
     "hidden_size": 4,
     "num_hidden_layers": 1,
     "num_attention_heads": 1,

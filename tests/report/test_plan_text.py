@@ -33,7 +33,7 @@ def test_figures_of_a_plan_that_fits():
         ["layout", "32 GPUs on 4 nodes"],
     ):
         assert pair in lines, pair
-    assert "sent in a step      350 GiB by each GPU: parameters 280 GiB, gradients 70.0 GiB" in text
+    assert "sent in a step      350 GiB by each GPU: parameters 280 GiB; gradients 70.0 GiB" in text
     assert "each host has 1.84 TiB of its memory left" in text  # 2,048 - 160 GiB
     assert "! ZeRO-3 costs more than it saves here" in text
     # The words that the plan replaces are gone, the others are quoted.

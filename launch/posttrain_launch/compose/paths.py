@@ -10,6 +10,7 @@ from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.tuning.base import AdapterTuning
 
 RESERVED = ("embedded", "tiny_base")  # names of what comes with the package, not paths
+PREFIXES = ("hf:", "shape:")  # of names of the hub's data sets, and of shapes of models
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -54,6 +55,6 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def _absolute_path(path: str) -> str:
-    if path in RESERVED or not path or path.startswith(("hf:", "shape:")):
+    if path in RESERVED or not path or path.startswith(PREFIXES):
         return path
     return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - keeps globs

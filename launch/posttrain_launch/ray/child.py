@@ -18,11 +18,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from posttrain_dist import errors
 from posttrain_dist.config import Ray, RunConfig, Slurm
-from posttrain_dist.errors import ClusterError, PosttrainError, SeveralErrors
+from posttrain_dist.errors import ClusterError, PosttrainError, error_of
 from posttrain_dist.files.temporary import remove_temporary
 from posttrain_launch.ray import temp_folder
 from posttrain_launch.ray.gate import CLOSED, OPEN, set_gate
@@ -217,32 +215,16 @@ def end_session(child: subprocess.Popen[bytes]) -> None:
 # ------------------------------------------------------------------------- errors as JSON
 
 
-def error_fields(error: PosttrainError, rank: int | None, trace: str) -> dict[str, Any]:
-    """What `logs/error.json` holds of a user's error."""
-    fields: dict[str, Any] = {"kind": type(error).__name__, "rank": rank, "traceback": trace}
-    if isinstance(error, SeveralErrors):
-        return {**fields, "problems": [error_fields(each, rank, "") for each in error.problems]}
-    return {**fields, "what": error.what, "where": error.where, "fix": error.fix}
-
-
 def read_error(file: Path, log: Path) -> PosttrainError:
     """The error in `logs/error.json`, as the class that it was."""
     try:
-        return _rebuild(json.loads(file.read_text(encoding="utf-8")))
+        return error_of(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as broken:
         return ClusterError(
             f"the Ray job failed, and its error file cannot be read: {broken}",
             where=str(log),
             fix="its last lines say what happened",
         )
-
-
-def _rebuild(fields: dict[str, Any]) -> PosttrainError:
-    if "problems" in fields:
-        return SeveralErrors([_rebuild(each) for each in fields["problems"]])
-    kind = getattr(errors, fields["kind"], ClusterError)
-    error: PosttrainError = kind(fields["what"], where=fields["where"], fix=fields["fix"])
-    return error
 
 
 if __name__ == "__main__":  # JOB [TEMP_DIR]: what is left to do for a driver that died

@@ -13,8 +13,10 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
+from posttrain_dist.attempts import killed
 from posttrain_dist.config import Ray, RunConfig, Slurm
-from posttrain_dist.errors import ClusterError
+from posttrain_dist.errors import ClusterError, is_out_of_memory
+from posttrain_dist.out_of_memory import advice
 from posttrain_launch.ray.child import quiet_environment
 from posttrain_launch.ray.workers import WorkerError, train_worker
 
@@ -55,14 +57,14 @@ def fit(
             failure_config=FailureConfig(
                 max_failures=cluster.max_failures, controller_failure_limit=CONTROLLER_RETRIES
             ),
-            callbacks=[RefuseRetry()],
+            callbacks=[RefuseRetry(config, run_folder)],
             worker_runtime_env={"env_vars": worker_environment(cluster, use_gpu, here)},
         ),
     )
     try:
         trainer.fit()
     except TrainingFailedError as failure:
-        raise explain(failure, run_folder) from failure
+        raise explain(failure, config, run_folder) from failure
 
 
 def worker_environment(cluster: Ray, use_gpu: bool, here: bool) -> dict[str, str]:
@@ -138,24 +140,41 @@ class RefuseRetry(UserCallback):  # type: ignore[misc]
     """Ends the run at once when a worker meets an error that the user has to fix.
 
     What a callback raises is an error of the controller, and Ray Train retries only those of
-    workers: training again on the same bad input would fail again.
+    workers: training again on the same bad input, or in the same memory, would fail again.
     """
+
+    def __init__(self, config: RunConfig, run_folder: Path) -> None:
+        self._config, self._run_folder = config, run_folder
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raise the first worker's failure that carries a user's error."""
-        for _, failure in sorted(worker_exceptions.items()):
-            if isinstance(failure, WorkerError) and failure.error is not None:
-                raise failure
+        for rank, failure in sorted(worker_exceptions.items()):
+            found = _of_user(rank, failure, self._config, self._run_folder)
+            if found is not None:
+                raise found
 
 
-def explain(failure: TrainingFailedError, run_folder: Path) -> WorkerError:
+def _of_user(
+    rank: int, failure: Exception, config: RunConfig, run_folder: Path
+) -> WorkerError | None:
+    """A worker's failure with an error for the user: its own, or that its host had no memory."""
+    if isinstance(failure, WorkerError):
+        return failure if failure.error is not None else None
+    # Ray's monitor ends a process before the kernel would, and says so.
+    if not is_out_of_memory(getattr(failure, "health_check_failure", failure)):
+        return None
+    error = killed(config, run_folder, rank=rank)
+    return WorkerError(rank, error.what, str(failure), error)
+
+
+def explain(failure: TrainingFailedError, config: RunConfig, run_folder: Path) -> WorkerError:
     """Ray Train's failure as one line, with the rank that failed first as far as is known."""
     if isinstance(failure, ControllerError):
         cause = failure.controller_failure
         if isinstance(cause, WorkerError):
             return cause
     elif isinstance(failure, WorkerGroupError):
-        return _explain_workers(failure.worker_failures, run_folder)
+        return _explain_workers(failure.worker_failures, config, run_folder)
     else:
         cause = failure
     text = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
@@ -164,7 +183,9 @@ def explain(failure: TrainingFailedError, run_folder: Path) -> WorkerError:
     return WorkerError(None, text, str(failure), error)
 
 
-def _explain_workers(failures: dict[int, Exception], run_folder: Path) -> WorkerError:
+def _explain_workers(
+    failures: dict[int, Exception], config: RunConfig, run_folder: Path
+) -> WorkerError:
     # A lost process comes first: what the others then raise, a broken connection, follows from it.
     lost = [rank for rank in failures if not isinstance(failures[rank], WorkerError)]
     rank = min(lost or failures)
@@ -172,11 +193,11 @@ def _explain_workers(failures: dict[int, Exception], run_folder: Path) -> Worker
     if isinstance(failure, WorkerError):
         text, trace = failure.text, failure.trace
     else:
-        text = "its process was lost (killed, out of memory, or its node went away)"
+        text = "its process was lost (killed, perhaps by the kernel for memory, or its node went)"
         trace = str(failure)
-    error = ClusterError(
-        f"rank {rank}: {text}",
-        where=str(run_folder / "logs" / f"rank-{rank}.log"),
-        fix="read that log; started again, the run goes on from its newest checkpoint",
-    )
+    fix = "read that log; started again, the run goes on from its newest checkpoint"
+    if rank in lost:
+        fix += f"; if it was for memory (dmesg), {advice(config, run_folder)}"
+    log = run_folder / "logs" / f"rank-{rank}.log"
+    error = ClusterError(f"rank {rank}: {text}", where=str(log), fix=fix)
     return WorkerError(rank, text, trace, error)

@@ -15,8 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from posttrain_dist.attempts import fall_back, next_choice, train_apart
 from posttrain_dist.config import Local, RunConfig
-from posttrain_dist.errors import PosttrainError
+from posttrain_dist.errors import OutOfMemory, PosttrainError
 from posttrain_dist.files import write_atomic
 from posttrain_dist.files.temporary import remove_abandoned
 from posttrain_dist.logs import unfailing
@@ -102,8 +103,6 @@ def read_frozen(folder: Path) -> RunConfig:
 
 
 def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], err: IO[str]) -> int:
-    from posttrain_dist.prepare import prepare
-    from posttrain_dist.report.data.prepare_progress import progress_output
     from posttrain_dist.report.run.run_text import run_text
 
     def log(line: str) -> None:
@@ -111,20 +110,27 @@ def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], e
 
     log(f"run folder: {folder}")
     discard_outcome(folder)
-    with _ray_job(config, folder, address) as job:
-        with progress_output(err) as output:
-            summary = prepare(config, folder / "prepared", **output)
-        counts = report_data(config, folder)
-        _record_hashes(folder, summary.inputs)
-        log(counts)
-        with Progress(folder, out) as progress, _stop_on_signals(folder, progress.post):
-            if job is not None:
-                job.finish()
-            else:
-                with _redirect_output(folder / "logs" / "rank-0.log"):
-                    from posttrain_dist.train import train
+    is_prepared = False
+    while True:
+        try:
+            with _ray_job(config, folder, address) as job:
+                if not is_prepared:
+                    log(_prepare(config, folder, err))
+                    is_prepared = True
+                with Progress(folder, out) as progress, _stop_on_signals(folder, progress.post):
+                    if job is not None:
+                        job.finish()
+                    elif next_choice(folder) is not None:
+                        train_apart(config, folder)
+                    else:
+                        with _redirect_output(folder / "logs" / "rank-0.log"):
+                            from posttrain_dist.train import train
 
-                    train(config, folder)
+                            train(config, folder)
+            break
+        except OutOfMemory as failure:
+            config, line = fall_back(config, folder, failure)
+            log(line)
 
     outcome = finish(config, folder, log)
     if not outcome.completed:
@@ -135,6 +141,18 @@ def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], e
         return STOPPED
     log(f"\n{run_text(folder)}")
     return 0
+
+
+def _prepare(config: RunConfig, folder: Path, err: IO[str]) -> str:
+    """Prepare the data, and write their report; the counts of it."""
+    from posttrain_dist.prepare import prepare
+    from posttrain_dist.report.data.prepare_progress import progress_output
+
+    with progress_output(err) as output:
+        summary = prepare(config, folder / "prepared", **output)
+    counts = report_data(config, folder)
+    _record_hashes(folder, summary.inputs)
+    return counts
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from bisect import bisect_right
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 
@@ -105,6 +106,25 @@ class Order:
             plan, first = self.phase_plan(phase), self._first[phase]
             return [plan.pack(index - first) for index in range(start, end)]
 
+    def sums(self, values: Sequence[Ints], packs: int) -> Ints:
+        """Of the first `packs` packs of the run, the sum over each of every one of `values`.
+
+        Args:
+            values: arrays of one number per sample.
+
+        Returns:
+            [values, packs], fewer packs where the run ends before.
+        """
+        packs = packs if self._end is None else min(packs, self._end)
+        ends = [*self._first[1:], packs]
+        parts = []
+        with self._planning:
+            for phase, (first, end) in enumerate(zip(self._first, ends, strict=True)):
+                if first < packs:
+                    count = min(end, packs) - first
+                    parts.append(self.phase_plan(phase).sums(values, count))
+        return np.concatenate(parts, axis=1)
+
     def phase_plan(self, phase: int) -> PhasePlan:
         """The packs of one phase, from 0; it begins with what the phases before left."""
         while len(self._plans_by_phase) <= phase:
@@ -160,6 +180,15 @@ class PhasePlan:
                 drawn=drawn,
             )
         return self._plans[epoch]
+
+    def sums(self, values: Sequence[Ints], packs: int) -> Ints:
+        """Of the first `packs` packs of the phase: as of the whole run, [values, packs]."""
+        parts: list[Ints] = []
+        while packs > 0:
+            plan = self.plan(len(parts))
+            parts.append(np.stack([plan.sums(each)[:packs] for each in values]))
+            packs -= parts[-1].shape[1]
+        return np.concatenate(parts, axis=1)
 
     def state_after(self, packs: int) -> MixtureState:
         """What the run has taken after the first `packs` packs of the phase."""

@@ -8,14 +8,11 @@ from contextlib import contextmanager
 
 import torch
 
-from posttrain_dist.errors import ModelError, PosttrainError
+from posttrain_dist.errors import ModelError, PosttrainError, is_out_of_memory
 
 _log = logging.getLogger(__name__)
 # Of the machine or of other ranks, whatever the architecture.
-_NOT_OF_THE_MODEL = (
-    *(PosttrainError, OSError, MemoryError),
-    *(torch.OutOfMemoryError, torch.distributed.DistError),
-)
+_NOT_OF_THE_MODEL = (PosttrainError, OSError, torch.distributed.DistError)
 
 
 @contextmanager
@@ -34,6 +31,8 @@ def named_failures(name: str, step: str) -> Iterator[None]:
     except _NOT_OF_THE_MODEL:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         _log.info("%s cannot be %s", name, step, exc_info=True)
         first = (str(error).splitlines() or [""])[0]
         raise ModelError(

@@ -87,7 +87,8 @@ class Network:
         after: behind them: the final norm; not the head.
         head: of an untied model its parameters; of a tied one only those of its own (a bias).
         outside: linears that are in no decoder layer, by their names in the causal LM, the head
-            among them; their parameters are in `before`, `after` and `head`.
+            among them; their parameters are in `before` and `head`.
+        buffer_bytes: of tensors that are no parameters, where they are large.
     """
 
     shape: ModelShape
@@ -98,6 +99,7 @@ class Network:
     after: tuple[Tensor, ...]
     head: tuple[Tensor, ...]
     outside: tuple[Linear, ...]
+    buffer_bytes: int = 0
 
     def linears(self) -> Iterator[Linear]:
         """Every linear layer, by its whole name."""

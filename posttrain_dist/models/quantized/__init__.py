@@ -5,12 +5,12 @@ Reads config.json alone; imports no torch, transformers or bitsandbytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from posttrain_dist.errors import ModelError
-from posttrain_dist.models.network.tensors import Network
+from posttrain_dist.models.network.tensors import Linear, Network
 
 # NF4 with double quantisation: 4 bits of each weight, for each block of 64 weights 8 bits of
 # scale, for each 256 of these 32 bits (Dettmers et al., arXiv:2305.14314, section 3).
@@ -98,7 +98,8 @@ def check_fits(
     needed = nf4_bytes(network, bytes_per_value)
     if needed <= free_bytes:
         return
-    layers, whole = _quantised(network), network.num_parameters
+    whole = network.num_parameters
+    layers = sum(one.in_features * one.out_features for one in _linears(network))
     ranks = max(world, -(-whole * bytes_per_value // free_bytes))
     share = whole * bytes_per_value / ranks
     raise ModelError(
@@ -122,13 +123,13 @@ def nf4_bytes(network: Network, bytes_per_value: int) -> int:
     Args:
         bytes_per_value: of what is not quantised, 2 in bfloat16.
     """
-    layers = _quantised(network)
-    rest = network.num_parameters - layers
-    return round(layers * NF4_BYTES_PER_WEIGHT) + rest * bytes_per_value
-
-
-def _quantised(network: Network) -> int:
-    """How many weights the linears of the layers have."""
-    return sum(
-        one.in_features * one.out_features for each in network.layers for one in each.linears
+    layers = [one.in_features * one.out_features for one in _linears(network)]
+    rest = network.num_parameters - sum(layers)
+    return sum(sum(nf4_tensor_bytes(size, bytes_per_value)) for size in layers) + (
+        rest * bytes_per_value
     )
+
+
+def _linears(network: Network) -> Iterator[Linear]:
+    """Those of the layers."""
+    return (one for one in network.linears() if one.part != "outside")

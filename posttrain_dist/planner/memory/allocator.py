@@ -5,7 +5,8 @@ Stated figures, each with where it comes from; a CPU has none of them.
     slack      torch's caching allocator cuts segments of 2 MiB (below 1 MiB), of 20 MiB (below
                10 MiB) and of multiples of 2 MiB (`c10/cuda/CUDACachingAllocator`): what lies free
                between blocks that are alive is lost. What stays for the whole run lies close; what
-               comes and goes in every step leaves holes
+               comes and goes in every step leaves holes, more of them under ZeRO-3, whose gathered
+               weights of many sizes are freed by another stream
     context    the driver's own memory of a process, and the kernels that CUDA loads into it
     NCCL       buffers of each channel: NVIDIA/nccl #964 saw 544 MB for two A100 and 688 MB for
                more with NVLink, #1685 1.06 GB with the context on 8 H100
@@ -22,6 +23,7 @@ from posttrain_dist.planner.plan import Item, Phase
 MIB = 1 << 20
 # Of what comes and goes in a step, and of what stays.
 _SHARE_OF_CHANGING, _SHARE_OF_STAYING = 0.04, 0.002
+_SHARE_UNDER_ZERO3 = 0.1
 _SEGMENT_BYTES = 20 * MIB
 _CONTEXT_BYTES = {"b200": 700 * MIB, "gh200": 600 * MIB, "h": 560 * MIB, "a": 440 * MIB}
 _OTHER_CONTEXT_BYTES = 360 * MIB
@@ -43,7 +45,9 @@ def slack_bytes(job: Job, phases: Sequence[Phase]) -> int:
     items = max(phases, key=lambda phase: phase.allocated_bytes).items
     staying = sum(size for item, size in items.items() if item in _STAYING)
     changing = sum(items.values()) - staying
-    return round(_SEGMENT_BYTES + _SHARE_OF_CHANGING * changing + _SHARE_OF_STAYING * staying)
+    sharded = isinstance(job.engine, DeepSpeed) and job.engine.stage == 3
+    share = _SHARE_UNDER_ZERO3 if sharded else _SHARE_OF_CHANGING
+    return round(_SEGMENT_BYTES + share * changing + _SHARE_OF_STAYING * staying)
 
 
 def context_bytes(job: Job) -> int:

@@ -9,7 +9,7 @@ gradients are made. `Graph.backward` walks the operations from last to first as 
                                gradients that it makes are all alive at once
     after it                   the gradient of the output goes, then what was saved
     a second gradient          is added in place to the first one of the same value, if nobody else
-                               holds that one, else into a new tensor
+                               holds that one, and it is no view; else into a new tensor
     a parameter's gradient     goes to the engine, which keeps, reduces or shards it
 """
 
@@ -91,7 +91,7 @@ class _Node:
 
     __slots__ = (
         *("gathers", "grads", "inputs", "outputs", "parameters", "run", "saved"),
-        *("temporary", "temporary_item"),
+        *("temporary", "temporary_item", "viewed"),
     )
 
     def __init__(
@@ -99,6 +99,7 @@ class _Node:
     ) -> None:
         self.inputs, self.outputs, self.saved = inputs, outputs, saved
         self.grads: Sequence[int] | None = None  # None: they are that of the output itself
+        self.viewed = False
         self.temporary, self.temporary_item = 0, Item.activations
         self.parameters: Sequence[tuple[str, int]] = ()
         self.gathers: Sequence[str] = ()
@@ -163,6 +164,7 @@ class Graph:
         item: Item | None = None,
         temporary_item: Item | None = None,
         width: int = 0,
+        viewed: bool = False,
     ) -> Value:
         """The output of an operation.
 
@@ -178,6 +180,8 @@ class Graph:
             gathers: parameters that must be whole for it, trained or not.
             item: that output and what is saved count for; `temporary_item`: temporaries.
             width: bytes of an element of the output; 0: that of the graph.
+            viewed: gradients of inputs are views of what was made (products of [1, T, D] with
+                matrices), to which torch adds nothing in place.
         """
         ledger, item = self.ledger, item or self.item
         if gathers:
@@ -200,7 +204,7 @@ class Graph:
             node = self._note(inputs, (output,), saved)
             node.grads = grad_bytes or [value.num_bytes for value in inputs]
             node.temporary, node.temporary_item = backward_temporary, temporary_item or self.item
-            node.parameters, node.gathers = parameters, gathers
+            node.parameters, node.gathers, node.viewed = parameters, gathers, viewed
         if gathers:
             self.shards.release(gathers, backward=False)
         return output
@@ -320,7 +324,7 @@ class Graph:
             edge.gradient = block
         else:
             first = edge.gradient
-            if first.holders > 1:
+            if first.holders > 1 or first.viewed:
                 edge.gradient = self.ledger.allocate(first.item, first.num_bytes)
                 self.ledger.release(first)
             self.ledger.release(block)
@@ -363,6 +367,7 @@ class Graph:
             self._free(gradients)
             self._free(node.saved)
             for edge, block in made:
+                block.viewed = node.viewed
                 self.give(edge, block)
             for name, block in whole:
                 first = self.waiting.pop(name, None)

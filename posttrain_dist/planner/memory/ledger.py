@@ -10,12 +10,17 @@ from posttrain_dist.planner.plan import Item, Phase, PhaseName
 
 
 class Block:
-    """One allocation. Freed when nobody holds it."""
+    """One allocation. Freed when nobody holds it.
 
-    __slots__ = ("holders", "item", "num_bytes")
+    Attributes:
+        viewed: of a gradient: what holds it is a view, which torch does not add to in place.
+    """
+
+    __slots__ = ("holders", "item", "num_bytes", "viewed")
 
     def __init__(self, item: Item, num_bytes: int) -> None:
         self.item, self.num_bytes, self.holders = item, num_bytes, 1
+        self.viewed = False
 
 
 class Ledger:

@@ -129,6 +129,7 @@ def linear(graph: Graph, x: Value, layer: Linear, name: str) -> Value:
         parameters=parameters,
         gathers=(weight, bias) if layer.bias else (weight,),
         width=x.width,
+        viewed=True,
     )
 
 

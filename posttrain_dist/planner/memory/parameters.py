@@ -13,7 +13,7 @@ from posttrain_dist.models.network.tensors import Tensor
 from posttrain_dist.models.quantized import nf4_tensor_bytes
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.adapters.inserted import inserted
-from posttrain_dist.planner.memory.adapters.placed import linears_of, on_nf4, wrapped
+from posttrain_dist.planner.memory.adapters.placed import on_nf4, wrapped
 from posttrain_dist.planner.memory.stored import Stored as Stored
 from posttrain_dist.planner.plan import Item
 
@@ -32,14 +32,14 @@ def stored_parameters(job: Job) -> tuple[Stored, ...]:
 
 def _base(job: Job) -> Iterator[Stored]:
     """The model's own parameters, named as after `attach`."""
-    quantised = {f"{one.name}.weight" for one in linears_of(job.network)} if on_nf4(job) else set()
-    layers = f"{job.network.layers_name}."
+    linears = job.network.linears() if on_nf4(job) else ()
+    quantised = {f"{one.name}.weight" for one in linears if one.part != "outside"}
     moved = wrapped(job)
     for tensor in job.network.tensors():
         module, _, leaf = tensor.name.rpartition(".")
         name = f"{module}.base_layer.{leaf}" if module in moved else tensor.name
         trained = job.tuning.trained(name)
-        if tensor.name in quantised and tensor.name.startswith(layers):
+        if tensor.name in quantised:
             yield from _packed(job, Tensor(name, tensor.shape))
         else:
             num_bytes = tensor.size * job.value_bytes

@@ -19,7 +19,8 @@ from posttrain_dist.config.devices import DEVICES
 from posttrain_dist.planner.job import Job, Machine
 
 # By compute capability, a share of the peak: products as in LLMs; attention with its backward.
-_PRODUCTS = {7.0: 0.8, 7.5: 0.8, 8.0: 0.82, 8.6: 0.8, 8.9: 0.75, 9.0: 0.73, 10.0: 0.66, 12.0: 0.75}
+_PRODUCTS = {7.0: 0.7, 7.5: 0.7, 8.0: 0.72, 8.6: 0.7, 8.9: 0.55, 9.0: 0.6, 10.0: 0.55, 12.0: 0.6}
+_GEFORCE_PRODUCTS, _GEFORCE_ATTENTION = 0.9, 0.7
 _ATTENTION = {7.0: 0.4, 7.5: 0.4, 8.0: 0.55, 8.6: 0.5, 8.9: 0.5, 9.0: 0.35, 10.0: 0.2, 12.0: 0.4}
 _MEMORY = 0.9
 _NVLINK = 0.8
@@ -68,6 +69,8 @@ def rates_of(job: Job) -> Rates:
         # Products in float32 take no tensor cores: they come near their peak.
         products = peak * (_PRODUCTS[capability] if half else 0.8)
         attention = peak * (_ATTENTION[capability] if half else 0.5)
+        if half and device.product.startswith("geforce"):
+            products, attention = peak * _GEFORCE_PRODUCTS, peak * _GEFORCE_ATTENTION
         memory = device.memory_gb_s * 1e9 * _MEMORY
     else:
         peak = _CORE_FLOPS[job.value_bytes] * cores

@@ -22,7 +22,7 @@ from posttrain_dist.planner.speed.transfers import Transfers, transfers
 from posttrain_dist.planner.speed.work import Work, micro_batch, model_flops
 
 BILLION = 10**9
-_HIDDEN_COST = 0.1  # of what runs beside products
+_HIDDEN_COST = 0.25  # of what runs beside products
 _HOOK_S = 80e-6  # of ZeRO-3, of each module that has weights, in each pass
 _START_S = 180.0  # until a run that failed is placed, has its programs and its data again
 

@@ -73,6 +73,12 @@ def subject_of(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def model_name(plan: Mapping[str, Any]) -> str:
+    """The last part of the model's path, as a heading."""
+    path = str(plan["settings"].get("model") or "A run").partition(" (")[0]
+    return path.rstrip("/").rpartition("/")[2].removeprefix("shape:") or path
+
+
 def hardware_of(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     """One node, as pairs."""
     return [(name, str(value)) for name, value in plan["hardware"].items()]
@@ -103,7 +109,7 @@ def total_lines(memory: Mapping[str, Any], *, host: bool) -> list[tuple[str, str
 
 
 def phase_bars(memory: Mapping[str, Any], capacity_bytes: int) -> list[Bar]:
-    """What each phase allocates; a full bar is the capacity, or more where it does not fit."""
+    """What each phase with anything allocates; a full bar is the capacity, or the peak above it."""
     sizes = {phase["name"]: sum(phase["items"].values()) for phase in memory["phases"]}
     most = max(capacity_bytes, *sizes.values())
     return [
@@ -114,6 +120,7 @@ def phase_bars(memory: Mapping[str, Any], capacity_bytes: int) -> list[Bar]:
             "peak" if name == memory["peak_phase"] else "",
         )
         for name, size in sizes.items()
+        if size
     ]
 
 
@@ -179,7 +186,7 @@ def storage_lines(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     if traffic:
         parts = [f"{name} {numbers.memory(size)}" for name, size in traffic.items()]
         total = numbers.memory(sum(traffic.values()))
-        of = parts[0].rsplit(" ", 2)[0] if len(parts) == 1 else ", ".join(parts)
+        of = parts[0].rsplit(" ", 2)[0] if len(parts) == 1 else "; ".join(parts)
         found.append(("sent in a step", f"{total} by each {device_word(plan)}: {of}"))
     return found
 
@@ -271,6 +278,6 @@ def _fallback(tried: Mapping[str, Any], chosen: bool) -> Fallback:
 
 
 def command_of(plan: Mapping[str, Any], words: Sequence[str]) -> list[str]:
-    """The words of a command with those of the plan after them, without those that they replace."""
+    """The words of a command line with those of the plan after them, which replace some."""
     keys = {word.partition("=")[0] for word in plan["overrides"]}
     return [w for w in words if w.partition("=")[0] not in keys] + list(plan["overrides"])

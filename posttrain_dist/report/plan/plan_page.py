@@ -19,6 +19,7 @@ from posttrain_dist.report.plan.plan_figures import (
     device_word,
     fallback_rows,
     hardware_of,
+    model_name,
     seconds_text,
     speed_lines,
     storage_lines,
@@ -36,14 +37,16 @@ def write_plan_page(
     plan: Mapping[str, Any],
     choice: Mapping[str, Any] | None = None,
     words: Sequence[str] | None = None,
+    verb: str = "train",
 ) -> Path:
     """Write a plan, from its JSON, as one self-contained page, and return its path.
 
     Args:
         choice: JSON of the fallbacks that were tried, for their table.
         words: of the command line that was planned, for the command that trains it; None: none.
+        verb: of that command: train or submit.
     """
-    write_atomic(path, plan_page(plan, choice, words))
+    write_atomic(path, plan_page(plan, choice, words, verb))
     return path
 
 
@@ -51,6 +54,7 @@ def plan_page(
     plan: Mapping[str, Any],
     choice: Mapping[str, Any] | None = None,
     words: Sequence[str] | None = None,
+    verb: str = "train",
 ) -> str:
     """The page as text; see `write_plan_page`."""
     from markupsafe import Markup
@@ -58,11 +62,12 @@ def plan_page(
     verdict = verdict_of(plan)
     device, host = plan["device"], plan["host"]
     one = device_word(plan)
-    command = "" if words is None else shlex.join(["posttrain", "train", *command_of(plan, words)])
+    command = "" if words is None else shlex.join(["posttrain", verb, *command_of(plan, words)])
+    fallbacks = fallback_rows(choice) if choice else []
     return render(
         "plan.html.j2",
         css=Markup(asset("report.css") + asset("plan.css")),
-        name=plan["settings"].get("model") or "A run",
+        name=model_name(plan),
         verdict=verdict,
         device=one,
         facts=subject_of(plan),
@@ -97,7 +102,7 @@ def plan_page(
         storage=storage_lines(plan)[:2],
         hardware=hardware_of(plan),
         fallback_heads=FALLBACK_HEADS,
-        fallbacks=fallback_rows(choice) if choice else [],
+        fallbacks=fallbacks if len(fallbacks) > 1 else [],
         command=command,
     )
 

@@ -38,6 +38,7 @@ def plan_text(
     plan: Mapping[str, Any],
     words: Sequence[str] | None = None,
     *,
+    verb: str = "train",
     width: int = WIDTH,
     color: bool = False,
 ) -> str:
@@ -45,6 +46,7 @@ def plan_text(
 
     Args:
         words: of the command line that was planned, for the command that trains it; None: none.
+        verb: of that command: train or submit.
         color: with the ANSI codes of the 16 colours.
     """
     out = io.StringIO()
@@ -57,7 +59,7 @@ def plan_text(
         return text
     title = "to train it" if plan["fits"] else "the command, which does not fit"
     # One line, however long: what is copied from the terminal must run.
-    return f"{text}\n\n{title}\n  {shlex.join(['posttrain', 'train', *command_of(plan, words)])}"
+    return f"{text}\n\n{title}\n  {shlex.join(['posttrain', verb, *command_of(plan, words)])}"
 
 
 def plan_table(choice: Mapping[str, Any], *, width: int = WIDTH, color: bool = False) -> str:
@@ -102,7 +104,9 @@ def _memory(console: Console, plan: Mapping[str, Any]) -> None:
     _sums(console, total_lines(device, host=False))
     has = f"of {memory(capacity)}, {memory(plan['margin_bytes'])} of them kept free"
     _lines(console, [has], "dim")
-    _title(console, f"phases of a {one}, allocated; a full bar is all its memory")
+    is_over = device["allocated_bytes"] > capacity
+    full = "the fullest of them" if is_over else "all its memory"
+    _title(console, f"phases of a {one}, allocated; a full bar is {full}")
     _bars(console, phase_bars(device, capacity))
     host = plan["host"]
     if host["phases"]:

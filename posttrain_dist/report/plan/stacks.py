@@ -38,7 +38,8 @@ class MemoryChart:
 
     Attributes:
         limit: where the memory ends; margin: from where on it is kept free; None: no margin.
-        legend: (class of the colour, name, bytes at the peak), largest first.
+        legend: (class of the colour, name, bytes at the peak), largest first, then what is there
+            in other phases only.
         phases: heads of the table; rows: (class, item, bytes of each phase as text).
     """
 
@@ -61,7 +62,8 @@ def memory_chart(
     Args:
         context: what `context_bytes` is of.
     """
-    phases = memory["phases"]
+    phases = [phase for phase in memory["phases"] if any(phase["items"].values())]
+    phases = phases or memory["phases"]
     peak = next(phase for phase in phases if phase["name"] == memory["peak_phase"])
     scale = max(capacity_bytes, memory["total_bytes"])
     ordered = sorted(peak["items"], key=lambda item: -peak["items"][item])
@@ -84,8 +86,10 @@ def memory_chart(
         over=memory["total_bytes"] > capacity_bytes - margin_bytes,
         ticks=_ticks(scale),
         legend=tuple(
-            (kind_of(name), name, numbers.memory(size))
-            for name, size in ({name: peak["items"][name] for name in ordered} | beyond).items()
+            (kind_of(name), name, _cell(size) or numbers.UNKNOWN)
+            for name, size in (
+                {name: peak["items"].get(name, 0) for name in items} | beyond
+            ).items()
         ),
         phases=tuple(sizes),
         rows=(

@@ -37,13 +37,15 @@ def plan_of(run: Run) -> dict[str, Any] | None:
     }
 
 
-def write_page_of(run: Run) -> str:
+def write_run_plan(run: Run) -> str:
     """Write plan.html beside the plan of a run, and return its name; empty: there is no plan."""
     plan = run.planned.get("plan")
     if not isinstance(plan, dict):
         return ""
     path = run.folder / "plan.html"
-    return write_plan_page(path, plan, run.planned.get("choice"), run.overrides).name
+    cluster = (run.config.get("cluster") or {}).get("kind")
+    verb = "submit" if cluster == "slurm" else "train"
+    return write_plan_page(path, plan, run.planned.get("choice"), run.overrides, verb).name
 
 
 def _compared(run: Run, plan: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

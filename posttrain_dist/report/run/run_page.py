@@ -22,7 +22,7 @@ from posttrain_dist.report.run.figures import (
     header_of,
     sample_of,
 )
-from posttrain_dist.report.run.plan_section import plan_of, write_page_of
+from posttrain_dist.report.run.plan_section import plan_of, write_run_plan
 from posttrain_dist.report.run.read import Run, read_run
 
 
@@ -77,7 +77,7 @@ def _render(run: Run) -> str:
         data=data_blocks(run.summary),
         data_page="data_report.html" if (run.folder / "data_report.html").is_file() else "",
         plan=plan_of(run),
-        plan_page=write_page_of(run),
+        plan_page=write_run_plan(run),
         command=command_of(run),
         overrides=run.overrides,
         config=run.config_text.strip(),

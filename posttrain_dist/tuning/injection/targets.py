@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.errors import ConfigError
-from posttrain_dist.models.network.tensors import part_of
+from posttrain_dist.models.network.tensors import Linear, part_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,16 +22,6 @@ _WHERE = "tuning.targets"
 # Of every trained architecture: where a projection holds queries, too, it is taken whole.
 _KEYS_AND_VALUES = ("k_proj", "v_proj", "kv_b_proj", "qkv_proj", "query_key_value", "c_attn")
 _SECOND_OF_MLP = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
-
-
-class Linear(NamedTuple):
-    """A linear layer of a model."""
-
-    name: str  # in the causal LM
-    in_features: int
-    out_features: int
-    part: str  # `attention` or `mlp` inside a decoder layer, `layer` elsewhere in it, or `outside`
-    transposed: bool  # its weight is [in, out], as in GPT-2's Conv1D
 
 
 def linears(model: nn.Module) -> list[Linear]:
@@ -51,7 +41,8 @@ def linears(model: nn.Module) -> list[Linear]:
             sizes = (module.in_features, module.out_features)
         else:
             sizes = tuple(getattr(module.weight, "ds_shape", module.weight.shape))
-        found.append(Linear(name, *sizes, part, isinstance(module, Conv1D)))
+        bias = module.bias is not None
+        found.append(Linear(name, *sizes, part, bias, isinstance(module, Conv1D)))
     return found
 
 

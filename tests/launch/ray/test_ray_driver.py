@@ -26,7 +26,14 @@ from posttrain_dist.config import (
     complete,
 )
 from posttrain_dist.engine import AdamW, DeepSpeed, Single
-from posttrain_dist.errors import ClusterError, ConfigError, DataError, ModelError, SeveralErrors
+from posttrain_dist.errors import (
+    ClusterError,
+    ConfigError,
+    DataError,
+    ModelError,
+    SeveralErrors,
+    error_fields,
+)
 from posttrain_dist.files import temporary
 from posttrain_dist.metrics import LoggingConfig, WandbMode
 from posttrain_dist.prepare import prepare
@@ -123,7 +130,7 @@ def test_more_workers_than_resources_is_told(cluster, nodes, is_there, fix):
 )
 def test_an_error_survives_its_file(error, tmp_path):
     file = tmp_path / "error.json"
-    file.write_text(json.dumps(ray_driver.error_fields(error, 1, "a trace")))
+    file.write_text(json.dumps(error_fields(error, 1, "a trace")))
     back = ray_driver.read_error(file, tmp_path / "driver.log")
     assert type(back) is type(error)
     assert str(back) == str(error)

@@ -79,6 +79,9 @@ def test_reserved_names_are_no_paths(tmp_path):
         "embedded",
         "embedded",
     )
+    folder = freeze(composed(f"output_root={tmp_path}", "model.path=shape:qwen3-8b"), "c")
+    config = RunConfig.from_yaml((folder / "config.yaml").read_text())
+    assert config.model.path == "shape:qwen3-8b"
 
 
 def test_run_json_tells_the_lineage(tmp_path):

@@ -12,13 +12,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from posttrain_dist.config import AutoEngine, AutoTuning, RunConfig, complete
-from posttrain_dist.data.embedded import EMBEDDED
+from posttrain_dist.config import AutoEngine, AutoTuning, RunConfig, Slurm, complete
+from posttrain_dist.data.sources import EMBEDDED
 from posttrain_dist.errors import ConfigError, PosttrainError
 from posttrain_dist.files import write_atomic
 from posttrain_dist.models.architectures.positions import check_planned_length
 from posttrain_dist.models.folder import check_folder, has_tokenizer, resolve
-from posttrain_dist.planner.fallbacks import is_auto, nearest, nothing_fits, reasons, try_all
+from posttrain_dist.planner.fallbacks import (
+    is_auto,
+    nearest,
+    nothing_fits,
+    reasons,
+    try_all,
+    try_until_one_fits,
+)
 from posttrain_dist.planner.inverse import GPUS, Answer, fewest, largest
 from posttrain_dist.planner.job import DataFacts, Machine
 from posttrain_dist.planner.machine import find_machine
@@ -55,12 +62,12 @@ def _answer(line: CommandLine, composed: Composed) -> int:
     if "--largest" in line.own:
         key = line.own["--largest"][-1]
         answers = largest(config, machine, key, facts, typed_keys(line.overrides))
-        return _print_answers(line, f"largest {key}", answers)
+        return _print_answers(line, _verb(config), f"largest {key}", answers)
     _check_length(config, facts)
     if "--fewest" in line.own:
         _check_counted(line.own["--fewest"][-1])
         answers = fewest(config, machine, facts, typed_keys(line.overrides))
-        return _print_answers(line, "fewest GPUs", answers)
+        return _print_answers(line, _verb(config), "fewest GPUs", answers)
     return _print_plan(line, config, machine, facts)
 
 
@@ -102,7 +109,8 @@ def _print_plan(
     line: CommandLine, config: RunConfig, machine: Machine, facts: DataFacts | None
 ) -> int:
     typed = typed_keys(line.overrides)
-    tried = try_all(config, machine, facts, typed)
+    try_them = try_all if "--all" in line.own else try_until_one_fits
+    tried = try_them(config, machine, facts, typed)
     if "--all" in line.own and not is_auto(config):
         free = dataclasses.replace(config, tuning=AutoTuning(), engine=AutoEngine())
         tried += try_all(free, machine, facts, typed)
@@ -114,7 +122,7 @@ def _print_plan(
     if _wrote_json(line, file_content(choice)):
         return FITS if fits else FAILED
     if "--html" in line.own:
-        _write_page(line, choice)
+        _write_page(line, choice, _verb(config))
     if "--all" in line.own:
         _print_table(choice)
         return FITS if fits else FAILED
@@ -122,9 +130,9 @@ def _print_plan(
         _print_table(choice)
         print_error(nothing_fits(tried))
         return FAILED
-    _print_chosen(line, choice, plan, auto=is_auto(config))
+    _print_chosen(line, config, choice, plan)
     if not fits:
-        _print_instead(line, nearest(config, machine, facts))
+        _print_instead(line, _verb(config), nearest(config, machine, facts))
     return FITS if fits else FAILED
 
 
@@ -139,22 +147,23 @@ def _chosen(tried: tuple[Tried, ...], *, is_auto: bool) -> Tried:
     return max(planned, key=lambda pair: spare_bytes(pair[1]))[0]
 
 
-def _print_chosen(line: CommandLine, choice: Choice, plan: Plan, *, auto: bool) -> None:
+def _print_chosen(line: CommandLine, config: RunConfig, choice: Choice, plan: Plan) -> None:
     from posttrain_dist.report.plan.plan_text import plan_text
 
-    if auto:
+    if is_auto(config):
         print(f"{choice.chosen.name}: the first fallback that fits")
         for reason in reasons(choice):
             print(f"  not {reason}")
         print()
-    print(plan_text(plan.to_json(), _words(line, plan), width=_width(), color=_color()))
+    words, verb = _words(line, plan), _verb(config)
+    print(plan_text(plan.to_json(), words, verb=verb, width=_width(), color=_color()))
 
 
-def _print_instead(line: CommandLine, instead: Tried | None) -> None:
+def _print_instead(line: CommandLine, verb: str, instead: Tried | None) -> None:
     if instead is None or instead.plan is None:
         print("\nno fallback fits; posttrain plan --all shows by how much each misses")
         return
-    print(f"\nwhat fits is {instead.name}\n  {_command(line, instead.plan)}")
+    print(f"\nwhat fits is {instead.name}\n  {_command(line, verb, instead.plan)}")
 
 
 def _print_table(choice: Choice) -> None:
@@ -164,14 +173,15 @@ def _print_table(choice: Choice) -> None:
     print(plan_table(choice_json(choice), width=_width(), color=_color()))
 
 
-def _write_page(line: CommandLine, choice: Choice) -> None:
+def _write_page(line: CommandLine, choice: Choice, verb: str) -> None:
     from posttrain_dist.report.plan.plan_page import write_plan_page
 
     content, plan = file_content(choice), choice.chosen.plan
     assert plan is not None
     path = Path((line.own["--html"] or ["plan.html"])[-1])
+    words = _words(line, plan)
     written = _write(
-        path, lambda: write_plan_page(path, content["plan"], content["choice"], _words(line, plan))
+        path, lambda: write_plan_page(path, content["plan"], content["choice"], words, verb)
     )
     print(f"page: {written}", file=sys.stderr)
 
@@ -179,7 +189,7 @@ def _write_page(line: CommandLine, choice: Choice) -> None:
 # ------------------------------------------------------------------------------ inverse answers
 
 
-def _print_answers(line: CommandLine, title: str, answers: list[Answer]) -> int:
+def _print_answers(line: CommandLine, verb: str, title: str, answers: list[Answer]) -> int:
     from posttrain_dist.report.text_tables import text_table
 
     found = [each for each in answers if each.value is not None and each.plan is not None]
@@ -208,7 +218,7 @@ def _print_answers(line: CommandLine, title: str, answers: list[Answer]) -> int:
         return FAILED
     first = found[0]
     assert first.plan is not None
-    print(f"\n{first.name} with {title} {first.value:,}\n  {_command(line, first.plan)}")
+    print(f"\n{first.name} with {title} {first.value:,}\n  {_command(line, verb, first.plan)}")
     return FITS
 
 
@@ -235,12 +245,16 @@ def _words(line: CommandLine, plan: Plan) -> list[str]:
     return command_of({"overrides": []}, typed)
 
 
-def _command(line: CommandLine, plan: Plan) -> str:
+def _command(line: CommandLine, verb: str, plan: Plan) -> str:
     from posttrain_dist.report.plan.plan_figures import command_of
 
     words = command_of(plan.to_json(), _words(line, plan))
-    slurm = any(word == "cluster=slurm" for word in words)
-    return shlex.join(["posttrain", "submit" if slurm else "train", *words])
+    return shlex.join(["posttrain", verb, *words])
+
+
+def _verb(config: RunConfig) -> str:
+    """What starts such a run."""
+    return "submit" if isinstance(config.cluster, Slurm) else "train"
 
 
 def _wrote_json(line: CommandLine, content: dict[str, Any]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from posttrain_dist.report.run.plan_section import write_run_plan
+from posttrain_dist.report.run.read import read_run
 from posttrain_launch.batch.slurm_job import submit
 from posttrain_launch.compose.hydra_app import compose_command, read_command_line
 from posttrain_launch.run.driver import read_frozen
@@ -12,5 +14,6 @@ def command(arguments: list[str], debug: bool) -> int:
     """Make the run folder, write its job, and submit that unless it is a dry run."""
     line = read_command_line("submit", arguments, debug)
     folder = freeze(compose_command(line), line.typed, force=line.force)
+    write_run_plan(read_run(folder))  # to be looked at while the job waits
     submit(read_frozen(folder), folder, line.dry_run)
     return 0

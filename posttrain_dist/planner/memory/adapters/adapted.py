@@ -66,9 +66,7 @@ def _lora(graph: Graph, job: Job, linear: Linear, name: str, x: Value) -> Value:
     assert isinstance(tuning, Lora)
     result = base_linear(graph, job, linear, f"{name}.base_layer", x)
     if on_nf4(job):  # peft copies it
-        copy = graph.op([result], result.num_bytes, item=Item.adapter_activations)
-        graph.drop(result)
-        result = copy
+        result = graph.join([result])
     dropped = dropout(graph, job, x) if tuning.dropout else graph.view(x)
     if tuning.dora:
         change = dora_change(graph, job, linear, name, dropped, result)

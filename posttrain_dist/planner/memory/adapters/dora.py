@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from posttrain_dist.models.network.tensors import Linear
 from posttrain_dist.planner.job import Job
-from posttrain_dist.planner.memory.adapters.frozen import dequantised_bytes, rows_of
+from posttrain_dist.planner.memory.adapters.frozen import dequantised_bytes
 from posttrain_dist.planner.memory.adapters.placed import on_nf4
 from posttrain_dist.planner.memory.adapters.products import low_rank
 from posttrain_dist.planner.memory.autograd import Graph, Value
@@ -69,5 +69,6 @@ def _base(
         if not linear.bias:
             return graph.view(result)
         return graph.op([result], result.num_bytes, item=_KEPT)
-    num_bytes = rows_of(job, linear, x) * linear.out_features * job.value_bytes
-    return graph.op([x], num_bytes, saves=[] if whole is None else [whole], item=_KEPT)
+    num_bytes = x.size // linear.in_features * linear.out_features * job.value_bytes
+    saves = [] if whole is None else [whole]
+    return graph.op([x], num_bytes, saves=saves, item=_KEPT, viewed=True)

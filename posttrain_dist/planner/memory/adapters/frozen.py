@@ -20,18 +20,15 @@ def base_linear(graph: Graph, job: Job, linear: Linear, name: str, x: Value) -> 
     scales = linear.in_features * linear.out_features // BLOCK * 4 if whole else 0
     return graph.op(
         [x],
-        rows_of(job, linear, x) * linear.out_features * job.value_bytes,
+        x.size // linear.in_features * linear.out_features * x.width,
         temporary=whole + scales * (2 if job.on_gpu else 1),
         backward_temporary=whole,
         gathers=[f"{name}.{tensor.name.rpartition('.')[2]}" for tensor in linear.tensors],
-        temporary_item=Item.dequantised if whole else Item.activations,
+        temporary_item=Item.dequantised,
+        viewed=not whole,
     )
 
 
 def dequantised_bytes(job: Job, linear: Linear) -> int:
     """Of a weight as it is computed with."""
     return linear.in_features * linear.out_features * job.value_bytes
-
-
-def rows_of(job: Job, linear: Linear, x: Value) -> int:
-    return x.num_bytes // (linear.in_features * job.value_bytes)

@@ -4,33 +4,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from posttrain_dist.models.network.tensors import Network, Tensor
+from posttrain_dist.models.network.tensors import Linear, Network, Tensor
 from posttrain_dist.models.quantized import holds_nf4
 from posttrain_dist.planner.job import Job
 from posttrain_dist.tuning.base import AdapterTuning, Quantize
 from posttrain_dist.tuning.ia3 import Ia3
-from posttrain_dist.tuning.injection.targets import Linear, matching
+from posttrain_dist.tuning.injection.targets import matching
 from posttrain_dist.tuning.lora import Lora
-
-
-def linears_of(network: Network) -> list[Linear]:
-    """Every linear layer as `tuning/injection/targets.py` finds it in the model itself."""
-    found = [
-        Linear(
-            f"{network.layers_name}.{i}.{linear.name}",
-            linear.in_features,
-            linear.out_features,
-            linear.part,
-            linear.transposed,
-        )
-        for i, layer in enumerate(network.layers)
-        for linear in layer.linears
-    ]
-    head = head_of(network)
-    if head is not None:
-        rows, width = head.shape
-        found.append(Linear(head.name.removesuffix(".weight"), width, rows, "outside", False))
-    return found
 
 
 def head_of(network: Network) -> Tensor | None:
@@ -56,7 +36,7 @@ def lora_targets(job: Job) -> dict[str, Linear]:
     """The layers that have A and B, by name; none for other tunings."""
     if not isinstance(job.tuning, Lora):
         return {}
-    return {one.name: one for one in matching(linears_of(job.network), job.tuning.targets)}
+    return {one.name: one for one in matching(list(job.network.linears()), job.tuning.targets)}
 
 
 @lru_cache(maxsize=8)
@@ -64,7 +44,7 @@ def ia3_targets(job: Job) -> tuple[dict[str, Linear], dict[str, Linear]]:
     """The layers whose output a vector scales, and those whose input; none for other tunings."""
     if not isinstance(job.tuning, Ia3):
         return {}, {}
-    outputs, inputs = job.tuning.scaled(linears_of(job.network))
+    outputs, inputs = job.tuning.scaled(list(job.network.linears()))
     return {one.name: one for one in outputs}, {one.name: one for one in inputs}
 
 

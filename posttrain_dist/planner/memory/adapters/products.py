@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from posttrain_dist.models.network.tensors import Linear
 from posttrain_dist.planner.job import Job
-from posttrain_dist.planner.memory.adapters.frozen import rows_of
 from posttrain_dist.planner.memory.autograd import Graph, Value
 from posttrain_dist.planner.plan import Item
 from posttrain_dist.tuning.lora import Lora
@@ -14,7 +13,7 @@ def low_rank(graph: Graph, job: Job, linear: Linear, name: str, x: Value) -> Val
     """B A x."""
     tuning, value = job.tuning, job.value_bytes
     assert isinstance(tuning, Lora)
-    rows = rows_of(job, linear, x)
+    rows = x.size // linear.in_features
     a, b = (f"{name}.lora_{matrix}.default.weight" for matrix in "AB")
     low = graph.op(
         [x],
@@ -22,6 +21,7 @@ def low_rank(graph: Graph, job: Job, linear: Linear, name: str, x: Value) -> Val
         saves=[x] if tuning.trained(a) else [],
         parameters=[(a, tuning.rank * linear.in_features * value)] if tuning.trained(a) else [],
         gathers=[a],
+        viewed=True,
         item=Item.adapter_activations,
     )
     product = graph.op(
@@ -30,6 +30,7 @@ def low_rank(graph: Graph, job: Job, linear: Linear, name: str, x: Value) -> Val
         saves=[low],
         parameters=[(b, tuning.rank * linear.out_features * value)],
         gathers=[b],
+        viewed=True,
         item=Item.adapter_activations,
     )
     graph.drop(low)

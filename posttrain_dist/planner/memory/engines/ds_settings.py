@@ -36,6 +36,7 @@ class ZeroSettings:
     Attributes:
         leaf: a decoder layer is gathered, and its gradients are reduced, as one.
         efficient_linear: DeepSpeed's linear, which keeps no gathered weight for backward.
+        offload_optimizer, offload_param: to the host; of a rank on a CPU nothing goes anywhere.
         gradient_bytes: of an element of the gradients that are kept.
     """
 
@@ -54,7 +55,6 @@ class ZeroSettings:
     leaf: bool
     offload_optimizer: bool
     offload_param: bool
-    pinned: bool
     gradient_bytes: int
 
 
@@ -98,9 +98,8 @@ def zero_settings(job: Job) -> ZeroSettings:
         model_persistence_threshold=plain["model_persistence_threshold"],
         efficient_linear=plain["memory_efficient_linear"],
         leaf="leaf_module" in plain,
-        offload_optimizer=engine.offload,
-        offload_param=engine.offload and engine.stage == 3,
-        pinned=engine.offload,
+        offload_optimizer=engine.offload and job.on_gpu,
+        offload_param=engine.offload and job.on_gpu and engine.stage == 3,
         gradient_bytes=4 if accumulation == "fp32" else job.value_bytes,
     )
 

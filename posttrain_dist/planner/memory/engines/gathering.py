@@ -51,20 +51,27 @@ class _State:
     own: dict[str, int] = field(default_factory=dict)  # name -> elements of its own tensor
     bundles: dict[str, _Bundle] = field(default_factory=dict)  # of those under way
     counted: int = 0  # DeepSpeed's own count of what is whole
-    flat: int = 0  # of all bundles
+    elements: int = 0  # of own tensors and of bundles
 
-    @property
-    def elements(self) -> int:
-        return sum(self.own.values()) + self.flat
+    def keep(self, name: str, size: int) -> None:
+        """It has a tensor of its own."""
+        self.own[name] = size
+        self.elements += size
+
+    def free(self, name: str) -> None:
+        """Its own tensor goes."""
+        size = self.own.pop(name, 0)
+        self.elements -= size
+        self.counted -= size
 
     def gather(self, names: Sequence[str], sizes: Mapping[str, int]) -> None:
         """Start to gather; a single parameter comes into a tensor of its own."""
         self.counted += sum(sizes[name] for name in names)
         if len(names) == 1:
-            self.own[names[0]] = sizes[names[0]]
+            self.keep(names[0], sizes[names[0]])
             return
         bundle = _Bundle(sum(sizes[name] for name in names), set(names))
-        self.flat += bundle.flat
+        self.elements += bundle.flat
         self.bundles.update(dict.fromkeys(names, bundle))
 
     def wait(self, name: str, sizes: Mapping[str, int]) -> bool:
@@ -72,7 +79,7 @@ class _State:
         bundle = self.bundles.pop(name, None)
         if bundle is None:
             return False
-        self.own[name] = sizes[name]
+        self.keep(name, sizes[name])
         bundle.waiting.discard(name)
         return not bundle.waiting
 
@@ -114,8 +121,7 @@ def held_elements(
             again = later[name][-1] if later[name] else None
             near = again is not None and before[again] - before[i + 1] < settings.max_reuse_distance
             if not near and fetched_for[name] <= i + 1:
-                state.own.pop(name, None)
-                state.counted -= sizes[name]
+                state.free(name)
         found.append(Held(fetching, running, state.elements))
     return found
 
@@ -131,7 +137,7 @@ def _fetch(call: Call, sizes: Mapping[str, int], state: _State) -> int:
         done = state.wait(name, sizes)
         most = max(most, state.elements)
         if done and bundle is not None:
-            state.flat -= bundle.flat
+            state.elements -= bundle.flat
     return most
 
 

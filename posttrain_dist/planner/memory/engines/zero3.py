@@ -49,14 +49,7 @@ class ShardedMemory:
     def load(self) -> None:
         """Shards as the model is loaded, then what `deepspeed.initialize` makes of them."""
         job, ledger, settings = self._job, self._ledger, self._settings
-        shards = {}
-        for each in stored_parameters(job):
-            if not each.parameter:
-                ledger.allocate(each.item, each.num_bytes)
-            elif not settings.offload_param:
-                shards[each.name] = ledger.allocate(each.item, self.shard_bytes(each))
-        whole = max(each.num_bytes for each in self._stored.values())
-        ledger.touch(Item.loading, whole)
+        shards = self._load_weights()
         trained = [each for group in self._groups for each in group]
         if not settings.offload_param and not job.on_gpu:
             # `defragment` goes through host memory, which is the same one here.
@@ -73,6 +66,25 @@ class ShardedMemory:
             ledger.allocate(Item.gradients, self.shard_elements() * settings.gradient_bytes)
         ledger.touch(Item.gathered, max(each.num_bytes for each in trained))
         self._gather_persistent()
+
+    def _load_weights(self) -> dict[str, Block]:
+        """Shards, made tensor by tensor; a base in NF4 is whole on every rank before."""
+        ledger, offloaded = self._ledger, self._settings.offload_param
+        stored = stored_parameters(self._job)
+        packed = any(each.item is Item.quantisation for each in stored)
+        shards: dict[str, Block] = {}
+        whole: dict[str, Block] = {}
+        for each in stored:
+            if packed or not each.parameter:
+                whole[each.name] = ledger.allocate(each.item, each.num_bytes)
+        for each in self._stored.values():
+            if not offloaded:
+                shards[each.name] = ledger.allocate(each.item, self.shard_bytes(each))
+            if packed:
+                ledger.release(whole[each.name])
+        if not packed:
+            ledger.touch(Item.loading, max(each.num_bytes for each in self._stored.values()))
+        return shards
 
     def _load_optimizer(self) -> None:
         ledger = self._ledger

@@ -1,0 +1,203 @@
+"""A run that `auto` planned is tried in a process of its own, and with the next fallback after it.
+
+However a library holds on to memory, a process that has ended holds none. And one that the kernel
+ended for its memory ends nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from datetime import datetime
+from pathlib import Path
+
+import yaml
+
+from posttrain_dist.config import RunConfig, complete
+from posttrain_dist.errors import (
+    ClusterError,
+    OutOfMemory,
+    PosttrainError,
+    error_fields,
+    error_of,
+)
+from posttrain_dist.files import read_object, write_atomic
+from posttrain_dist.out_of_memory import advice, describe
+from posttrain_dist.planner.fallbacks import following, with_choice
+from posttrain_dist.planner.plan import Choice
+from posttrain_dist.planner.plan_file import plan_entry, read_choice, write_plan
+
+GRACE_S = 5.0  # from being asked to end to being killed
+
+
+def next_choice(folder: Path) -> Choice | None:
+    """What a run falls back to when its memory is not there; None: nothing, or it has trained.
+
+    Only a run that `auto` planned has anything to fall back to.
+    """
+    if (folder / "checkpoints").exists() or _has_updates(folder):
+        return None
+    choice = read_choice(folder)
+    return following(choice) if choice is not None else None
+
+
+def fall_back(config: RunConfig, folder: Path, failure: OutOfMemory) -> tuple[RunConfig, str]:
+    """Make the run of a folder that of its next fallback, after the one before ran out of memory.
+
+    config.yaml, plan.json and run.json are those of the new one; run.json lists what was tried.
+
+    Returns:
+        The new config, and one line that says so.
+
+    Raises:
+        OutOfMemory: `failure`; there is no fallback.
+    """
+    upcoming = next_choice(folder)
+    if upcoming is None or upcoming.chosen.plan is None:
+        raise failure
+    before = read_choice(folder)
+    old = before.chosen.name if before is not None else ""
+    changed = complete(with_choice(config, upcoming.chosen))
+    words, happened = upcoming.chosen.plan.overrides, failure.what.partition(":")[0]
+    _record(folder, changed, upcoming, {"tried": old, "where": failure.where, "what": failure.what})
+    return changed, (
+        f"{old}: {happened} ({failure.where}); starting again with {upcoming.chosen.name} "
+        f"({' '.join(words)})"
+    )
+
+
+def _record(folder: Path, config: RunConfig, choice: Choice, failed: dict[str, str]) -> None:
+    path = folder / "config.yaml"
+    old = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    text = config.to_yaml()
+    if "choices" in old:
+        text += yaml.safe_dump({"choices": old["choices"]})
+    lineage = read_object(folder / "run.json")
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    lineage["fallbacks"] = [*lineage.get("fallbacks", []), {"time": now, **failed}]
+    lineage["plan"] = plan_entry(choice)
+    config_hash = hashlib.sha256(text.encode()).hexdigest()
+    lineage["hashes"] = {**lineage.get("hashes", {}), "config": config_hash}
+    (folder / "logs" / "plan.json").unlink(missing_ok=True)  # of the steps that were not made
+    write_plan(folder, choice)
+    write_atomic(folder / "run.json", json.dumps(lineage, indent=1) + "\n", to_disk=True)
+    write_atomic(path, text, to_disk=True)
+
+
+def _has_updates(folder: Path) -> bool:
+    log = folder / "samples.log"  # one line for each
+    return log.is_file() and log.stat().st_size > 0
+
+
+# ------------------------------------------------------------------------------- the process
+
+
+def train_apart(config: RunConfig, folder: Path) -> None:
+    """Train the run of a folder, with one worker, in a process of its own; wait for its end.
+
+    It lives in a session of its own, so that Ctrl-C reaches the caller alone, which asks it to stop
+    by the file STOP.
+
+    Raises:
+        PosttrainError: as it was raised there; OutOfMemory where the kernel ended the process.
+        ClusterError: something else ended it.
+    """
+    error, log = folder / "logs" / "error.json", folder / "logs" / "rank-0.log"
+    error.unlink(missing_ok=True)
+    kills = kernel_kills()
+    command = [sys.executable, "-P", "-m", "posttrain_dist.attempts", str(folder)]
+    with log.open("ab") as out:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,  # never written: its end shows the child that we died
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        while (code := child.poll()) is None:
+            # Short waits, so that a signal handler's exception is seen at once.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=0.2)
+    finally:
+        _end(child)
+    if error.exists():
+        raise error_of(read_object(error))
+    if code == -signal.SIGKILL and kernel_kills() > kills:
+        raise killed(config, folder)
+    if code != 0:
+        ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        raise ClusterError(
+            f"the training ended {ended}",
+            where=str(log),
+            fix="its last lines say what happened; if it was killed for memory (dmesg), "
+            + advice(config, folder),
+        )
+
+
+def killed(config: RunConfig, folder: Path, *, rank: int = 0) -> OutOfMemory:
+    """The error of a worker that was killed because the memory of its host was gone."""
+    what = "out of memory of the host: the process was killed for it"
+    return describe(what, config, folder, where=f"rank {rank}", host=True)
+
+
+def kernel_kills() -> int:
+    """Processes that the kernel has killed for memory since this machine started."""
+    try:
+        lines = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    if child.poll() is None:
+        child.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=GRACE_S)
+    if child.poll() is None:
+        child.kill()
+        child.wait()
+    if child.stdin is not None:
+        child.stdin.close()
+
+
+def main(folder: Path) -> int:
+    """Train as the process that `train_apart` started; the exit code."""
+    threading.Thread(target=_end_with_caller, daemon=True).start()
+    from posttrain_dist.train import train
+
+    config = RunConfig.from_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
+    try:
+        train(config, folder)
+    except Exception as error:
+        traceback.print_exc()
+        fields = error_fields(_for_user(error, folder), 0, traceback.format_exc())
+        write_atomic(folder / "logs" / "error.json", json.dumps(fields, indent=1))
+        return 1
+    return 0
+
+
+def _for_user(error: Exception, folder: Path) -> PosttrainError:
+    if isinstance(error, PosttrainError):
+        return error
+    first_line = (str(error).strip().splitlines() or ["no message"])[0]
+    log = folder / "logs" / "rank-0.log"
+    return ClusterError(f"{type(error).__name__}: {first_line}", where=str(log), fix="read it")
+
+
+def _end_with_caller() -> None:
+    while os.read(0, 1024):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
