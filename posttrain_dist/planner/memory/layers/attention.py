@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.autograd import Graph, Value
-from posttrain_dist.planner.memory.operations import WIDE, activation, cast, multiply, scale
+from posttrain_dist.planner.memory.operations import (
+    WIDE,
+    activation,
+    cast,
+    dropout,
+    multiply,
+    scale,
+)
 
 # Rows of more samples than this are planned as so many groups: what it changes is below 1 %.
 _MOST_GROUPS = 8
@@ -82,6 +89,8 @@ def _sdpa(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Value) ->
     length = q.size // (heads.num * heads.width)
     if job.on_gpu:
         k, v = (_repeated(graph, heads, x) for x in (k, v))
+    elif job.network.shape.attention_dropout and graph.training:
+        return _written_out(graph, heads, q, k, v)
     saves_bytes = length * heads.num * WIDE
     temporary = 0
     if heads.window is not None and length > heads.window:
@@ -96,6 +105,20 @@ def _sdpa(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Value) ->
         temporary=temporary,
         width=q.width,
     )
+
+
+def _written_out(graph: Graph, heads: Heads, q: Value, k: Value, v: Value) -> Value:
+    """What sdpa falls back to on a CPU that is to drop attention weights out."""
+    length = q.size // (heads.num * heads.width)
+    k, v = (_repeated(graph, heads, x) for x in (k, v))
+    q, k = scale(graph, q), scale(graph, k)
+    pairs = heads.num * length * length * q.width
+    scores = graph.op((q, k), pairs, saves=(q, k), width=q.width)
+    weights = graph.op((scores,), pairs, saves_output=True, width=q.width)
+    del scores
+    weights = dropout(graph, weights, on_gpu=False)
+    size = length * heads.num * heads.value_width * q.width
+    return graph.op((weights, v), size, saves=(weights, v), width=q.width)
 
 
 def _eager(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Value) -> Value:
@@ -128,13 +151,21 @@ def _repeated(graph: Graph, heads: Heads, x: Value) -> Value:
 
 
 def rotate(graph: Graph, x: Value, *, share: float = 1.0, interleaved: bool = False) -> Value:
-    """Rotary positions: x * cos + rotate_half(x) * sin; of a part of each head where `share` < 1."""
+    """Rotary positions: x * cos + rotate_half(x) * sin.
+
+    Args:
+        share: of each head that is turned.
+        interleaved: neighbours are turned, in float32 (Cohere).
+    """
     if share == 0:
         return x
     if share < 1:
         turned = round(x.num_bytes * share)
         first, rest = graph.part(x, turned), graph.part(x, x.num_bytes - turned)
         return graph.join([rotate(graph, first, interleaved=interleaved), rest])
+    width = x.width
+    if interleaved:
+        x = cast(graph, x, WIDE)
     straight = scale(graph, x)
     half = x.num_bytes // 2
     first, second = graph.part(x, half), graph.part(x, half)
@@ -143,7 +174,7 @@ def rotate(graph: Graph, x: Value, *, share: float = 1.0, interleaved: bool = Fa
     del turned_half
     across = scale(graph, joined)
     del joined
-    return graph.add(straight, across)
+    return cast(graph, graph.add(straight, across), width)
 
 
 def gated(graph: Graph, gate: Value, up: Value, kind: str) -> Value:

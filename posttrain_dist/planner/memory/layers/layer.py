@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from posttrain_dist.models.architectures.known import KEEPS_ROWS
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.autograd import Graph, Value
 from posttrain_dist.planner.memory.layers.attention import Heads
@@ -67,7 +68,9 @@ def _parallel(graph: Graph, part: Part, x: Value, supervised: int | None) -> Val
     mixed = part.attention(graph, h)
     h = part.norm(graph, x, second) if second else h
     changed = _mlp(graph, part, h, supervised)
-    return _leave(graph, part, graph.add(graph.add(changed, mixed), x), supervised)
+    total = graph.add(changed, mixed)
+    del changed, mixed
+    return _leave(graph, part, graph.add(total, x), supervised)
 
 
 def _mlp(graph: Graph, part: Part, h: Value, supervised: int | None) -> Value:
@@ -80,13 +83,15 @@ def _mlp(graph: Graph, part: Part, h: Value, supervised: int | None) -> Value:
 
 
 def _leave(graph: Graph, part: Part, x: Value, supervised: int | None) -> Value:
-    if supervised is None:
+    if supervised is None or part.job.network.shape.model_type in KEEPS_ROWS:
         return x
     return take_rows(graph, x, supervised * part.job.network.shape.hidden_size * x.width)
 
 
 def _norm_names(part: Part) -> tuple[str, str, str, str]:
     """Before and after attention, before and after the MLP; empty: there is none."""
+    if part.features.weightless:
+        return "input_layernorm", "", "post_attention_layernorm", ""
     names = [name for name in part.norms if "." not in name]
     if len(names) >= 4:
         first, second, third, fourth = names[:4]

@@ -12,7 +12,6 @@ from posttrain_dist.planner.memory.autograd import Graph, Value
 from posttrain_dist.planner.memory.layers.attention import Heads, attend, gated, rotate
 from posttrain_dist.planner.memory.layers.features import (
     COHERE,
-    FUSED_RMS,
     LAYER,
     RMS_LATE,
     RMS_PLUS_ONE,
@@ -52,7 +51,13 @@ class Part:
     def norm(self, graph: Graph, x: Value, name: str) -> Value:
         """The norm of that name over its rows."""
         row = self.norms.get(name, self.job.network.shape.hidden_size)
-        return norm(graph, x, f"{self.prefix}{name}.weight", row, self.features, self.layer)
+        parameter = f"{self.prefix}{name}.weight" if name in self.norms else ""
+        return norm(graph, x, parameter, row, self.features)
+
+    def inner_norm(self, graph: Graph, x: Value, ending: str) -> Value:
+        """The norm in front of an output projection, where there is one (BitNet)."""
+        name = next((name for name in self.norms if name.endswith(ending)), "")
+        return self.norm(graph, x, name) if name else x
 
     def project(self, graph: Graph, x: Value, linear: Linear) -> Value:
         """x through a linear layer, and what an adapter does beside it."""
@@ -68,10 +73,25 @@ class Part:
         q, k, v = self._queries_keys_values(graph, x, inputs)
         q, k = self._head_norm(graph, q, "q"), self._head_norm(graph, k, "k")
         # In one statement: both are there until both are turned.
-        share = self.features.rotary
-        q, k = rotate(graph, q, share=share), rotate(graph, k, share=share)
-        mixed = attend(graph, self.job, self.heads, q, k, v)
-        return self.project(graph, mixed, output)
+        share, mixed = self.features.rotary, self.features.interleaved
+        q, k = (
+            rotate(graph, q, share=share, interleaved=mixed),
+            rotate(graph, k, share=share, interleaved=mixed),
+        )
+        if self.features.head_norms:
+            row = self.heads.width
+            q, k = (norm(graph, x, "", row, self.features) for x in (q, k))
+        out = attend(graph, self.job, self.heads, q, k, v)
+        del q, k, v
+        return self.drop_out(
+            graph, self.project(graph, self.inner_norm(graph, out, "attn_sub_norm"), output)
+        )
+
+    def drop_out(self, graph: Graph, x: Value) -> Value:
+        """What leaves a branch, where the architecture drops it out."""
+        if not self.features.dropout:
+            return x
+        return operations.dropout(graph, x, on_gpu=self.job.on_gpu)
 
     def _queries_keys_values(
         self, graph: Graph, x: Value, inputs: list[Linear]
@@ -107,26 +127,26 @@ class Part:
             gate = operations.activation(graph, self.project(graph, x, first), activation)
             inner = operations.multiply(graph, gate, self.project(graph, x, second))
             del gate
-            return self.project(graph, inner, output)
+            return self.project(graph, self.inner_norm(graph, inner, "ffn_sub_norm"), output)
         inner = self.project(graph, x, inputs[0])
         if inputs[0].out_features == 2 * output.in_features:
             gate, up = graph.split(inner, [inner.num_bytes // 2] * 2)
             del inner
             inner = gated(graph, gate, up, activation)
+        elif activation == "xielu":
+            inner = operations.xielu(graph, inner, f"{self.prefix}mlp.act_fn")
         else:
             inner = operations.activation(graph, inner, activation)
-        return self.project(graph, inner, output)
+        return self.drop_out(graph, self.project(graph, inner, output))
 
 
-def norm(
-    graph: Graph, x: Value, parameter: str, row: int, features: Features, layer: Layer | None = None
-) -> Value:
-    """A norm of the kind of an architecture."""
+def norm(graph: Graph, x: Value, parameter: str, row: int, features: Features) -> Value:
+    """A norm of the kind of an architecture; without a name it has no weight."""
     kind = features.norm
-    if kind in (LAYER, FUSED_RMS):
+    if kind == LAYER:
         return operations.layer_norm(graph, x, parameter, row)
     if kind == COHERE:
-        return operations.rms_norm(graph, x, parameter, row, late=True)
+        return operations.centred_norm(graph, x, parameter, row)
     return operations.rms_norm(
         graph, x, parameter, row, plus_one=kind == RMS_PLUS_ONE, late=kind == RMS_LATE
     )
