@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from posttrain_dist.planner.job import Job
@@ -150,29 +151,38 @@ def _repeated(graph: Graph, heads: Heads, x: Value) -> Value:
     return x if groups == 1 else graph.op((x,), x.num_bytes * groups, width=x.width)
 
 
-def rotate(graph: Graph, x: Value, *, share: float = 1.0, interleaved: bool = False) -> Value:
+def rotate(
+    graph: Graph,
+    x: Value,
+    *,
+    share: float = 1.0,
+    wide: bool = False,
+    angles: Sequence[Value] = (),
+) -> Value:
     """Rotary positions: x * cos + rotate_half(x) * sin.
 
     Args:
         share: of each head that is turned.
-        interleaved: neighbours are turned, in float32 (Cohere).
+        wide: in float32.
+        angles: cosines and sines that nobody else keeps.
     """
     if share == 0:
         return x
     if share < 1:
         turned = round(x.num_bytes * share)
         first, rest = graph.part(x, turned), graph.part(x, x.num_bytes - turned)
-        return graph.join([rotate(graph, first, interleaved=interleaved), rest])
+        return graph.join([rotate(graph, first, wide=wide, angles=angles), rest])
     width = x.width
-    if interleaved:
+    if wide:
         x = cast(graph, x, WIDE)
-    straight = scale(graph, x)
+    cosines, sines = angles[:1], angles[1:]
+    straight = graph.op((x,), x.num_bytes, saves=cosines, width=x.width)
     half = x.num_bytes // 2
     first, second = graph.part(x, half), graph.part(x, half)
     turned_half = scale(graph, second)  # its sign
     joined = graph.join([turned_half, first])
     del turned_half
-    across = scale(graph, joined)
+    across = graph.op((joined,), joined.num_bytes, saves=sines, width=x.width)
     del joined
     return cast(graph, graph.add(straight, across), width)
 

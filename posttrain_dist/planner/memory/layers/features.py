@@ -26,7 +26,8 @@ class Features:
         embedding_scale: of the embeddings by a constant (Gemma's).
         weightless: its two norms have no weight.
         head_norms: queries and keys have a norm without weight, behind the rotation.
-        interleaved: neighbours are turned, in float32, not halves.
+        wide_rotary: the rotation is computed in float32.
+        own_angles: each layer makes cosines and sines of its own, neighbours side by side.
         dropout: branches drop out (attention's own is in the shape).
     """
 
@@ -38,7 +39,8 @@ class Features:
     embedding_scale: bool = False
     weightless: bool = False
     head_norms: bool = False
-    interleaved: bool = False
+    wide_rotary: bool = False
+    own_angles: bool = False
     dropout: bool = False
 
 
@@ -51,6 +53,7 @@ _LAYER_NORMS = frozenset(
 )
 _SHARES = ("partial_rotary_factor", "rotary_pct")
 _DROPOUTS = ("resid_pdrop", "hidden_dropout", "hidden_dropout_prob", "dropout")
+_WIDE_ROTARY = frozenset({"cohere", "cohere2", "ernie4_5", "olmo", "olmo2", "olmo3"})
 _PARALLEL = frozenset({"cohere", "cohere2", "phi"})
 
 
@@ -62,7 +65,7 @@ def features_of(job: Job) -> Features:
     if kind in _LAYER_NORMS:
         found = replace(found, norm=LAYER)
     elif kind.startswith("gemma") or kind == "vaultgemma":
-        norm = RMS if kind.startswith("gemma4") else RMS_PLUS_ONE
+        norm = RMS_LATE if kind.startswith("gemma4") else RMS_PLUS_ONE
         found = replace(found, norm=norm, embedding_scale=True)
     elif kind in ("cohere", "cohere2"):
         found = replace(found, norm=COHERE)
@@ -75,7 +78,8 @@ def features_of(job: Job) -> Features:
         parallel=_parallel(config, kind),
         weightless=kind in ("nanochat", "olmo"),
         head_norms=kind == "nanochat",
-        interleaved=kind in ("cohere", "cohere2"),
+        wide_rotary=kind in _WIDE_ROTARY,
+        own_angles=kind in ("ernie4_5", "glm", "glm4", "helium"),
         dropout=any(float(config.get(key) or 0.0) > 0 for key in _DROPOUTS),
     )
 

@@ -72,12 +72,14 @@ class Part:
         *inputs, output = self.linears("attention")
         q, k, v = self._queries_keys_values(graph, x, inputs)
         q, k = self._head_norm(graph, q, "q"), self._head_norm(graph, k, "k")
+        share, wide = self.features.rotary, self.features.wide_rotary
+        angles = self._angles(graph, x)
         # In one statement: both are there until both are turned.
-        share, mixed = self.features.rotary, self.features.interleaved
         q, k = (
-            rotate(graph, q, share=share, interleaved=mixed),
-            rotate(graph, k, share=share, interleaved=mixed),
+            rotate(graph, q, share=share, wide=wide, angles=angles),
+            rotate(graph, k, share=share, wide=wide, angles=angles),
         )
+        del angles
         if self.features.head_norms:
             row = self.heads.width
             q, k = (norm(graph, x, "", row, self.features) for x in (q, k))
@@ -86,6 +88,14 @@ class Part:
         return self.drop_out(
             graph, self.project(graph, self.inner_norm(graph, out, "attn_sub_norm"), output)
         )
+
+    def _angles(self, graph: Graph, x: Value) -> tuple[Value, ...]:
+        """Cosines and sines of this layer alone; none where the backbone has made them for all."""
+        if not self.features.own_angles:
+            return ()
+        num_tokens = x.size // self.job.network.shape.hidden_size
+        width = round(self.heads.width * self.features.rotary)
+        return tuple(graph.tensor(num_tokens * width * x.width, width=x.width) for _ in range(2))
 
     def drop_out(self, graph: Graph, x: Value) -> Value:
         """What leaves a branch, where the architecture drops it out."""
