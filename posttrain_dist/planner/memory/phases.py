@@ -14,6 +14,7 @@ from posttrain_dist.planner.memory.engines.single import SingleMemory
 from posttrain_dist.planner.memory.engines.zero import zero_memory
 from posttrain_dist.planner.memory.layers.ends import (
     batch_bytes,
+    causal_buffer_bytes,
     embed,
     head_loss,
     num_targets,
@@ -43,6 +44,7 @@ def device_phases(job: Job) -> tuple[Phase, ...]:
     run = _Run(job, ledger, engine, trained)
     with ledger.phase(PhaseName.load):
         engine.load()
+        ledger.allocate(Item.weights, causal_buffer_bytes(job))
         run.check()
     if job.evaluates:
         run.evaluate()
@@ -143,10 +145,12 @@ class _Run:
         if features.embedding_scale:
             x = scale(graph, x)
         if features.rotary:
-            graph.kept += rotary(graph, job.row_tokens, network.shape.head_dim)
+            width = round(network.shape.head_dim * features.rotary)
+            kept = tables if features.own_angles else graph.kept
+            kept += rotary(graph, job.row_tokens, width)
         else:  # positions that are learned
             tables.append(embed(graph, network.before[1], job.row_tokens))
-            x = graph.add(x, tables[1])
+            x = graph.add(x, tables[-1])
         if features.dropout:
             x = dropout(graph, x, on_gpu=job.on_gpu)
         num_layers = len(network.layers)

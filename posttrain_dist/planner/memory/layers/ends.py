@@ -30,6 +30,14 @@ def batch_bytes(job: Job) -> int:
     return 2 * _INDEX_BYTES * job.row_tokens + (3 * _INDEX_BYTES + WIDE) * num_targets(job)
 
 
+def causal_buffer_bytes(job: Job) -> int:
+    """Of the mask for all positions that GPT-BigCode has as a buffer, a byte for each pair."""
+    config = job.network.config
+    if job.network.shape.model_type != "gpt_bigcode":
+        return 0
+    return int(config.get("n_positions") or 1024) ** 2
+
+
 def embed(graph: Graph, table: Tensor, num_tokens: int) -> Value:
     """Rows of a table; its gradient is dense."""
     return graph.op(

@@ -53,12 +53,15 @@ def _sequential(graph: Graph, part: Part, x: Value, supervised: int | None) -> V
     if after_attention:
         h = part.norm(graph, h, after_attention)
     x = graph.add(x, h)
+    kept = h if part.features.keeps_attention else None
     del h
     h = part.norm(graph, x, before_mlp) if before_mlp else x
     h = _mlp(graph, part, h, supervised)
     if after_mlp:
         h = part.norm(graph, h, after_mlp)
-    return _leave(graph, part, graph.add(x, h), supervised)
+    x = graph.add(x, h)
+    del kept
+    return _leave(graph, part, x, supervised)
 
 
 def _parallel(graph: Graph, part: Part, x: Value, supervised: int | None) -> Value:
