@@ -88,10 +88,11 @@ def _whole_row(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Valu
 def _sdpa(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Value) -> Value:
     """torch's own, sample by sample; on a GPU shared heads are repeated before it."""
     length = q.size // (heads.num * heads.width)
+    drops = graph.training and bool(job.network.shape.attention_dropout)
     if job.on_gpu:
         k, v = (_repeated(graph, heads, x) for x in (k, v))
-    elif job.network.shape.attention_dropout and graph.training:
-        return _written_out(graph, heads, q, k, v)
+    elif heads.width != heads.value_width or drops:
+        return _written_out(graph, heads, q, k, v, drops=drops)
     saves_bytes = length * heads.num * WIDE
     temporary = 0
     if heads.window is not None and length > heads.window:
@@ -108,8 +109,10 @@ def _sdpa(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Value) ->
     )
 
 
-def _written_out(graph: Graph, heads: Heads, q: Value, k: Value, v: Value) -> Value:
-    """What sdpa falls back to on a CPU that is to drop attention weights out."""
+def _written_out(
+    graph: Graph, heads: Heads, q: Value, k: Value, v: Value, *, drops: bool
+) -> Value:
+    """What sdpa falls back to on a CPU: to drop weights out, or for values of another width."""
     length = q.size // (heads.num * heads.width)
     k, v = (_repeated(graph, heads, x) for x in (k, v))
     q, k = scale(graph, q), scale(graph, k)
@@ -117,7 +120,8 @@ def _written_out(graph: Graph, heads: Heads, q: Value, k: Value, v: Value) -> Va
     scores = graph.op((q, k), pairs, saves=(q, k), width=q.width)
     weights = graph.op((scores,), pairs, saves_output=True, width=q.width)
     del scores
-    weights = dropout(graph, weights, on_gpu=False)
+    if drops:
+        weights = dropout(graph, weights, on_gpu=False)
     size = length * heads.num * heads.value_width * q.width
     return graph.op((weights, v), size, saves=(weights, v), width=q.width)
 

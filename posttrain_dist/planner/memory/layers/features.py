@@ -28,6 +28,7 @@ class Features:
         head_norms: queries and keys have a norm without weight, behind the rotation.
         wide_rotary: the rotation is computed in float32.
         own_angles: each layer makes cosines and sines of its own, neighbours side by side.
+        value_norm: values have a norm without weight (Gemma 4).
         keeps_attention: a layer has a variable of its attention's output to its end.
         dropout: branches drop out (attention's own is in the shape).
     """
@@ -42,6 +43,7 @@ class Features:
     head_norms: bool = False
     wide_rotary: bool = False
     own_angles: bool = False
+    value_norm: bool = False
     keeps_attention: bool = False
     dropout: bool = False
 
@@ -82,6 +84,7 @@ def features_of(job: Job) -> Features:
         head_norms=kind == "nanochat",
         wide_rotary=kind in _WIDE_ROTARY,
         own_angles=kind in ("ernie4_5", "glm", "glm4", "helium"),
+        value_norm=kind.startswith("gemma4"),
         keeps_attention=kind in ("gpt2", "gpt_bigcode"),
         dropout=any(float(config.get(key) or 0.0) > 0 for key in _DROPOUTS),
     )

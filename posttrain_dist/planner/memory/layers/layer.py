@@ -27,16 +27,30 @@ def part_of(job: Job, index: int) -> Part:
     """The layer, with its names and heads."""
     network = job.network
     shape = network.shape
-    heads = Heads(
-        num=shape.num_heads,
-        num_kv=shape.num_kv_heads,
-        width=shape.head_dim,
-        value_width=shape.head_dim,
+    heads = _heads(job, index)
+    prefix = f"{network.layers_name}.{index}."
+    return Part(job, network.layers[index], prefix, heads, features_of(job))
+
+
+def _heads(job: Job, index: int) -> Heads:
+    """By the projections of the layer itself, where it has one each."""
+    shape = job.network.shape
+    outputs = {x.name.rpartition(".")[2]: x.out_features for x in job.network.layers[index].linears}
+    num, num_kv = shape.num_heads, shape.num_kv_heads
+    width = value_width = shape.head_dim
+    if "kv_b_proj" in outputs:
+        num_kv, width, value_width = num, shape.widest_head, shape.value_head_dim
+    elif "q_proj" in outputs and "k_proj" in outputs:
+        width = value_width = outputs["q_proj"] // num
+        num_kv = outputs["k_proj"] // width
+    return Heads(
+        num=num,
+        num_kv=num_kv,
+        width=width,
+        value_width=value_width,
         window=window_of(job, index),
         softcap=bool(shape.attention_softcap),
     )
-    prefix = f"{network.layers_name}.{index}."
-    return Part(job, network.layers[index], prefix, heads, features_of(job))
 
 
 def window_of(job: Job, index: int) -> int | None:
@@ -60,7 +74,9 @@ def _sequential(graph: Graph, part: Part, x: Value, supervised: int | None) -> V
     if after_mlp:
         h = part.norm(graph, h, after_mlp)
     x = graph.add(x, h)
-    del kept
+    del kept, h
+    if part.linears("layer"):
+        x = part.per_layer_input(graph, x)
     return _leave(graph, part, x, supervised)
 
 
@@ -78,7 +94,8 @@ def _parallel(graph: Graph, part: Part, x: Value, supervised: int | None) -> Val
 
 def _mlp(graph: Graph, part: Part, h: Value, supervised: int | None) -> Value:
     """Of the supervised rows alone, whose outputs are then laid out over all rows."""
-    if supervised is None:
+    whole = not any(linear.name.startswith("mlp.") for linear in part.layer.linears)
+    if supervised is None or whole:  # a layer without a module `mlp` runs on all rows
         return part.mlp(graph, h)
     row = part.job.network.shape.hidden_size * h.width
     out = part.mlp(graph, take_rows(graph, h, supervised * row))
