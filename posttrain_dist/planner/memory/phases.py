@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from posttrain_dist.engine import Single
+from posttrain_dist.models.architectures.known import KEEPS_ROWS
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.make_job import cpu_multiplies_bfloat16
 from posttrain_dist.planner.memory.autograd import Graph, Value
@@ -13,6 +14,7 @@ from posttrain_dist.planner.memory.engines.single import SingleMemory
 from posttrain_dist.planner.memory.engines.zero import zero_memory
 from posttrain_dist.planner.memory.layers.ends import (
     batch_bytes,
+    causal_buffer_bytes,
     embed,
     head_loss,
     num_targets,
@@ -23,7 +25,7 @@ from posttrain_dist.planner.memory.layers.layer import run_layer, window_of
 from posttrain_dist.planner.memory.layers.parts import norm
 from posttrain_dist.planner.memory.layers.repeated import run_layers
 from posttrain_dist.planner.memory.ledger import Ledger
-from posttrain_dist.planner.memory.operations import WIDE, scale
+from posttrain_dist.planner.memory.operations import WIDE, dropout, scale, take_rows
 from posttrain_dist.planner.memory.parameters import stored_parameters
 from posttrain_dist.planner.memory.startup import check_parity
 from posttrain_dist.planner.plan import Item, Phase, PhaseName
@@ -42,6 +44,7 @@ def device_phases(job: Job) -> tuple[Phase, ...]:
     run = _Run(job, ledger, engine, trained)
     with ledger.phase(PhaseName.load):
         engine.load()
+        ledger.allocate(Item.weights, causal_buffer_bytes(job))
         run.check()
     if job.evaluates:
         run.evaluate()
@@ -136,12 +139,20 @@ class _Run:
         """Embedding, layers, final norm: hidden states of the supervised rows."""
         job, network = self._job, self._job.network
         features = features_of(job)
-        x = embed(graph, job, network.before[0].name, job.row_tokens)
+        # Variables of the backbone, to its end: what the tables give.
+        tables = [embed(graph, network.before[0], job.row_tokens)]
+        x = graph.view(tables[0])
         if features.embedding_scale:
             x = scale(graph, x)
-        embedded = graph.view(x)  # a variable of the backbone, to its end
         if features.rotary:
-            graph.kept += rotary(graph, job.row_tokens, network.shape.head_dim)
+            width = round(network.shape.head_dim * features.rotary)
+            kept = tables if features.own_angles else graph.kept
+            kept += rotary(graph, job.row_tokens, width)
+        else:  # positions that are learned
+            tables.append(embed(graph, network.before[1], job.row_tokens))
+            x = graph.add(x, tables[-1])
+        if features.dropout:
+            x = dropout(graph, x, on_gpu=job.on_gpu)
         num_layers = len(network.layers)
         recomputed = [graph.recording and i < job.recomputed_layers for i in range(num_layers)]
         kinds = [
@@ -153,10 +164,13 @@ class _Run:
             rows = num_rows if index == num_layers - 1 else None
             return self._layer(graph, index, value, rows, recomputed=recomputed[index])
 
-        x = run_layers(graph, x, kinds, recomputed, run, network.layers_name)
-        final = network.after[0]
-        x = norm(graph, x, final.name, network.shape.hidden_size, features)
-        graph.drop(embedded)
+        start = [x]
+        del x  # so that it goes as soon as a layer does not need it
+        x = run_layers(graph, start.pop(), kinds, recomputed, run, network.layers_name)
+        final = "" if features.weightless else network.after[0].name
+        x = norm(graph, x, final, network.shape.hidden_size, features)
+        if network.shape.model_type in KEEPS_ROWS:
+            x = take_rows(graph, x, num_rows * network.shape.hidden_size * x.width)
         return x
 
     def _layer(

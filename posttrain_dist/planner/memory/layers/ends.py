@@ -1,9 +1,10 @@
-"""What stands before the layers and behind them: embedding, positions, final norm, head and loss."""
+"""What stands before the layers and behind them: embedding, final norm, head and loss."""
 
 from __future__ import annotations
 
 import math
 
+from posttrain_dist.models.network.tensors import Tensor
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.autograd import Edge, Graph, Value
 from posttrain_dist.planner.memory.ledger import Block
@@ -29,15 +30,21 @@ def batch_bytes(job: Job) -> int:
     return 2 * _INDEX_BYTES * job.row_tokens + (3 * _INDEX_BYTES + WIDE) * num_targets(job)
 
 
-def embed(graph: Graph, job: Job, name: str, num_tokens: int) -> Value:
-    """Rows of the table; its gradient is dense."""
-    shape = job.network.shape
-    size = shape.vocab_size * shape.hidden_size * graph.width
+def causal_buffer_bytes(job: Job) -> int:
+    """Of the mask for all positions that GPT-BigCode has as a buffer, a byte for each pair."""
+    config = job.network.config
+    if job.network.shape.model_type != "gpt_bigcode":
+        return 0
+    return int(config.get("n_positions") or 1024) ** 2
+
+
+def embed(graph: Graph, table: Tensor, num_tokens: int) -> Value:
+    """Rows of a table; its gradient is dense."""
     return graph.op(
         (),
-        num_tokens * shape.hidden_size * graph.width,
-        parameters=((name, size),) if name in graph.trained else (),
-        gathers=(name,),
+        num_tokens * table.shape[1] * graph.width,
+        parameters=((table.name, table.size * graph.width),) if table.name in graph.trained else (),
+        gathers=(table.name,),
     )
 
 
