@@ -230,7 +230,7 @@ def command_title(plan: Mapping[str, Any]) -> str:
     return "to train it" + ", with the folder of a model as model.path" * shape
 
 
-def command_of(plan: Mapping[str, Any], words: Sequence[str]) -> list[str]:
-    """The words of a command line with those of the plan after them, which replace some."""
+def command_of(plan: Mapping[str, Any], typed: Sequence[str]) -> list[str]:
+    """The overrides that were typed, and those of the plan after them, which replace some."""
     keys = {word.partition("=")[0] for word in plan["overrides"]}
-    return [w for w in words if w.partition("=")[0] not in keys] + list(plan["overrides"])
+    return [each for each in typed if each.partition("=")[0] not in keys] + list(plan["overrides"])

@@ -37,24 +37,24 @@ def write_plan_page(
     path: Path,
     plan: Mapping[str, Any],
     choice: Mapping[str, Any] | None = None,
-    words: Sequence[str] | None = None,
+    typed: Sequence[str] | None = None,
     verb: str = "train",
 ) -> Path:
     """Write a plan, from its JSON, as one self-contained page, and return its path.
 
     Args:
         choice: JSON of the fallbacks that were tried, for their table.
-        words: of the command line that was planned, for the command that trains it; None: none.
+        typed: overrides that were typed, for the command that trains it; None: no command.
         verb: of that command: train or submit.
     """
-    write_atomic(path, plan_page(plan, choice, words, verb))
+    write_atomic(path, plan_page(plan, choice, typed, verb))
     return path
 
 
 def plan_page(
     plan: Mapping[str, Any],
     choice: Mapping[str, Any] | None = None,
-    words: Sequence[str] | None = None,
+    typed: Sequence[str] | None = None,
     verb: str = "train",
 ) -> str:
     """The page as text; see `write_plan_page`."""
@@ -63,7 +63,7 @@ def plan_page(
     verdict = verdict_of(plan)
     device, host = plan["device"], plan["host"]
     one = device_word(plan)
-    command = "" if words is None else shlex.join(["posttrain", verb, *command_of(plan, words)])
+    command = "" if typed is None else shlex.join(["posttrain", verb, *command_of(plan, typed)])
     fallbacks = fallback_rows(choice) if choice else []
     return render(
         "plan.html.j2",

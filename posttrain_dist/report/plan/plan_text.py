@@ -38,7 +38,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 def plan_text(
     plan: Mapping[str, Any],
-    words: Sequence[str] | None = None,
+    typed: Sequence[str] | None = None,
     *,
     verb: str = "train",
     width: int = WIDTH,
@@ -47,7 +47,7 @@ def plan_text(
     """A plan, from its JSON, as text of at most `width` columns, but for the command.
 
     Args:
-        words: of the command line that was planned, for the command that trains it; None: none.
+        typed: overrides that were typed, for the command that trains it; None: no command.
         verb: of that command: train or submit.
         color: with the ANSI codes of the 16 colours.
     """
@@ -57,10 +57,10 @@ def plan_text(
     _memory(console, plan)
     _speed(console, plan)
     text = _stripped(out.getvalue())
-    if words is None:
+    if typed is None:
         return text
     # One line, however long: what is copied from the terminal must run.
-    command = shlex.join(["posttrain", verb, *command_of(plan, words)])
+    command = shlex.join(["posttrain", verb, *command_of(plan, typed)])
     return f"{text}\n\n{command_title(plan)}\n  {command}"
 
 
