@@ -213,6 +213,7 @@ class ShardedMemory:
                     self._moments[i] = ledger.allocate(Item.moments, count * 8)
                 ledger.release(flat)
         self._gather_persistent()
+        self._gathered.know_order()
 
     # ------------------------------------------------------------------------------------- files
 
