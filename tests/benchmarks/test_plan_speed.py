@@ -5,6 +5,16 @@ from __future__ import annotations
 import json
 import statistics
 from itertools import combinations
+from pathlib import Path
+
+from posttrain_dist.config import Dtype, Hardware, RunConfig, TrainConfig, complete
+from posttrain_dist.models import ModelConfig
+from posttrain_dist.planner.job import DataFacts
+from posttrain_dist.planner.machine import find_machine
+from posttrain_dist.planner.make_job import make_job
+from posttrain_dist.planner.speed.step_time import step_time
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results"
 
 
 def test_published_speeds_are_met():
@@ -49,3 +59,33 @@ def test_each_leaves_a_row(tmp_path, monkeypatch, capsys):
     assert all(row["ratio"] == row["planned"] / row["published"] for row in written)
     assert "llama3-8b QLoRA, 1 x rtx4090, 2 x 2,048 tokens, recomputed" in written[0]["arm"]
     assert "3 trainings: median ratio" in capsys.readouterr().out
+
+
+def test_our_own_steps_on_a_cpu_are_met_within_a_factor_of_two(tmp_path):
+    # benchmarks/step.py, in float32 on two cores with AVX2: tokens a second, supervised share.
+    measured = {0.3: [], 1.0: []}
+    with (RESULTS / "step.jsonl").open() as lines:
+        for row in map(json.loads, lines):
+            if row.get("arm") == "ours" and row["part"] in ("step", "as_it_is"):
+                measured[1.0 if row["kind"] == "uniform" else 0.3].append(row["tokens_per_s"])
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6}
+    sizes |= {"intermediate_size": 1024, "vocab_size": 16000, "max_position_embeddings": 2048}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    hardware = Hardware(gpus_per_node=0, cpus_per_node=2, host_memory_gib=24)
+    config = RunConfig(model=ModelConfig(path=str(tmp_path)), hardware=hardware)
+    config.data.max_length = 2048
+    config.train = TrainConfig(batch_size=1, dtype=Dtype.float32)
+    machine = find_machine(config := complete(config), plans_only=True)
+    for share, found in measured.items():
+        assert len(found) >= 4
+        tokens = 10**6
+        facts = DataFacts(
+            tokens=tokens,
+            supervised=round(share * tokens),
+            longest=256,
+            channels=1,
+            heldout_tokens=0,
+        )
+        job = make_job(config, machine, facts)
+        said = job.row_tokens / step_time(job).step_s
+        assert 0.5 < said / statistics.median(found) < 2
