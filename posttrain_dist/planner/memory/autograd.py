@@ -131,6 +131,7 @@ class Graph:
         self.waiting: dict[str, Block] = {}
         self.training = True  # dropout and noise are on, also where nothing is recorded
         self.calls: list[Call] = []  # of the forward, in its order
+        self.per_layer_inputs: Value | None = None  # Gemma 4: of all layers, beside hidden states
         self.kept: list[Value] = []  # what many operations save, for as long as it is here
         self._nodes: list[_Node] = []
 
@@ -281,6 +282,7 @@ class Graph:
         def again(gradient: Block) -> None:
             inner = Graph(self.ledger, self.shards, width=self.width, trained=self.trained)
             inner.item, inner.training = self.item, self.training
+            inner.per_layer_inputs = self.per_layer_inputs
             if offload:
                 kept.append(self.ledger.allocate(Item.checkpoints, num_bytes))
             start = Value(

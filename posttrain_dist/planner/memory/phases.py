@@ -18,6 +18,7 @@ from posttrain_dist.planner.memory.layers.ends import (
     embed,
     head_loss,
     num_targets,
+    per_layer_inputs,
     rotary,
 )
 from posttrain_dist.planner.memory.layers.features import features_of
@@ -88,6 +89,7 @@ class _Run:
                 self._engine.before_backward(last=last)
                 graph.backward(loss)
                 graph.kept.clear()
+                graph.per_layer_inputs = None
                 self._engine.after_backward(last=last)
         with ledger.phase(PhaseName.update):
             self._engine.update()
@@ -147,12 +149,16 @@ class _Run:
         if features.rotary:
             width = round(network.shape.head_dim * features.rotary)
             kept = tables if features.own_angles else graph.kept
-            kept += rotary(graph, job.row_tokens, width)
+            for _ in range(1 + features.two_rotations):
+                kept += rotary(graph, job.row_tokens, width)
         else:  # positions that are learned
             tables.append(embed(graph, network.before[1], job.row_tokens))
             x = graph.add(x, tables[-1])
         if features.dropout:
             x = dropout(graph, x, on_gpu=job.on_gpu)
+        if features.head_norms:  # NanoChat's has one in front of the layers, too
+            x = norm(graph, x, "", network.shape.hidden_size, features)
+        graph.per_layer_inputs = per_layer_inputs(graph, job, x)
         num_layers = len(network.layers)
         recomputed = [graph.recording and i < job.recomputed_layers for i in range(num_layers)]
         kinds = [
@@ -167,6 +173,8 @@ class _Run:
         start = [x]
         del x  # so that it goes as soon as a layer does not need it
         x = run_layers(graph, start.pop(), kinds, recomputed, run, network.layers_name)
+        if not graph.recording:
+            graph.per_layer_inputs = None
         final = "" if features.weightless else network.after[0].name
         x = norm(graph, x, final, network.shape.hidden_size, features)
         if network.shape.model_type in KEEPS_ROWS:

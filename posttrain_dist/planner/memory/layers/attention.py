@@ -109,9 +109,7 @@ def _sdpa(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Value) ->
     )
 
 
-def _written_out(
-    graph: Graph, heads: Heads, q: Value, k: Value, v: Value, *, drops: bool
-) -> Value:
+def _written_out(graph: Graph, heads: Heads, q: Value, k: Value, v: Value, *, drops: bool) -> Value:
     """What sdpa falls back to on a CPU: to drop weights out, or for values of another width."""
     length = q.size // (heads.num * heads.width)
     k, v = (_repeated(graph, heads, x) for x in (k, v))
