@@ -138,12 +138,7 @@ class Graph:
     # ---------------------------------------------------------------------------- the forward
 
     def tensor(
-        self,
-        num_bytes: int,
-        item: Item | None = None,
-        *,
-        needs_grad: bool = False,
-        width: int = 0,
+        self, num_bytes: int, item: Item | None = None, *, needs_grad: bool = False, width: int = 0
     ) -> Value:
         """A tensor that no operation here makes."""
         block = self.ledger.allocate(item or self.item, num_bytes)
@@ -285,13 +280,8 @@ class Graph:
             inner.per_layer_inputs = self.per_layer_inputs
             if offload:
                 kept.append(self.ledger.allocate(Item.checkpoints, num_bytes))
-            start = Value(
-                self.ledger,
-                self.ledger.hold(kept[0]),
-                num_bytes,
-                width,
-                Edge() if needs_grad else None,
-            )
+            held, inside = self.ledger.hold(kept[0]), Edge() if needs_grad else None
+            start = Value(self.ledger, held, num_bytes, width, inside)
             end = run(inner, start)
             start.end()
             if end.edge is not None:
@@ -399,9 +389,8 @@ class Graph:
 
     def _note(self, inputs: Sequence[Value], outputs: Sequence[Value], saved: list[Block]) -> _Node:
         edges = [value.edge for value in outputs if value.edge is not None]
-        node = _Node([value.edge for value in inputs], edges, saved)
-        self._nodes.append(node)
-        return node
+        self._nodes.append(_Node([value.edge for value in inputs], edges, saved))
+        return self._nodes[-1]
 
     def _free(self, blocks: Iterable[Block]) -> None:
         for block in blocks:

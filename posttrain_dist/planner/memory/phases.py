@@ -46,6 +46,7 @@ def device_phases(job: Job) -> tuple[Phase, ...]:
     with ledger.phase(PhaseName.load):
         engine.load()
         ledger.allocate(Item.weights, causal_buffer_bytes(job))
+        ledger.allocate(Item.workspace, _cublas_bytes(job))
         run.check()
     if job.evaluates:
         run.evaluate()
@@ -65,6 +66,19 @@ def make_engine_memory(job: Job, ledger: Ledger) -> EngineMemory:
     if isinstance(job.engine, Single):
         return SingleMemory(job, ledger)
     return zero_memory(job, ledger)
+
+
+def _cublas_bytes(job: Job) -> int:
+    """Workspaces of cuBLAS, one of the thread of forward and one of backward's.
+
+    `getChosenWorkspaceSize` of torch (aten/src/ATen/cuda/CublasHandlePool.cpp): 32 MiB from Hopper
+    on, else two of 4 MiB and eight of 16 KiB.
+    """
+    gpu = job.machine.gpu
+    if gpu is None:
+        return 0
+    newer = gpu.startswith(("h", "gh", "b", "gb"))
+    return 2 * (32 << 20 if newer else (2 * 4096 + 8 * 16) << 10)
 
 
 class _Run:

@@ -84,7 +84,7 @@ def features_of(job: Job) -> Features:
         parallel=_parallel(config, kind),
         weightless=kind in ("nanochat", "olmo"),
         head_norms=kind == "nanochat",
-        two_rotations=kind.startswith(("gemma3", "gemma4")),
+        two_rotations=kind.startswith(("gemma3", "gemma4", "olmo3")),
         wide_rotary=kind in _WIDE_ROTARY,
         own_angles=kind in ("ernie4_5", "glm", "glm4", "helium"),
         value_norm=kind.startswith("gemma4"),

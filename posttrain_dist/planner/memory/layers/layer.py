@@ -26,7 +26,6 @@ def run_layer(graph: Graph, job: Job, index: int, x: Value, supervised: int | No
 def part_of(job: Job, index: int) -> Part:
     """The layer, with its names and heads."""
     network = job.network
-    shape = network.shape
     heads = _heads(job, index)
     prefix = f"{network.layers_name}.{index}."
     return Part(job, network.layers[index], prefix, heads, features_of(job))
