@@ -7,6 +7,7 @@ from functools import lru_cache
 from posttrain_dist.engine import Single
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.make_job import cpu_multiplies_bfloat16
+from posttrain_dist.planner.memory.adapters.rows import embedded_row, extended
 from posttrain_dist.planner.memory.autograd import Graph, Value
 from posttrain_dist.planner.memory.engines.base import EngineMemory
 from posttrain_dist.planner.memory.engines.single import SingleMemory
@@ -36,6 +37,7 @@ _UPDATES = (1, 2)
 @lru_cache(maxsize=8)
 def device_phases(job: Job) -> tuple[Phase, ...]:
     """The fullest moment of each phase, in the order of a run."""
+    job = extended(job)
     ledger = Ledger()
     engine = make_engine_memory(job, ledger)
     trained = frozenset(each.name for each in stored_parameters(job) if each.trained)
@@ -137,6 +139,7 @@ class _Run:
         job, network = self._job, self._job.network
         features = features_of(job)
         x = embed(graph, job, network.before[0].name, job.row_tokens)
+        x = embedded_row(graph, job, x)
         if features.embedding_scale:
             x = scale(graph, x)
         embedded = graph.view(x)  # a variable of the backbone, to its end

@@ -8,6 +8,7 @@ from posttrain_dist.planner.memory.layers.attention import Heads
 from posttrain_dist.planner.memory.layers.features import features_of
 from posttrain_dist.planner.memory.layers.parts import Part
 from posttrain_dist.planner.memory.operations import take_rows
+from posttrain_dist.tuning.prefix_tuning import Prefix
 
 
 def run_layer(graph: Graph, job: Job, index: int, x: Value, supervised: int | None) -> Value:
@@ -33,6 +34,7 @@ def part_of(job: Job, index: int) -> Part:
         value_width=shape.head_dim,
         window=window_of(job, index),
         softcap=bool(shape.attention_softcap),
+        prefix_tokens=job.tuning.tokens if isinstance(job.tuning, Prefix) else 0,
     )
     prefix = f"{network.layers_name}.{index}."
     return Part(job, network.layers[index], prefix, heads, features_of(job))
