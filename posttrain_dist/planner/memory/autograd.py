@@ -129,6 +129,7 @@ class Graph:
         self.item = Item.activations  # that what is made counts for
         # Gradients of parameters that another operation adds to: a tied head's.
         self.waiting: dict[str, Block] = {}
+        self.prefix: Value | None = None  # keys and values that every layer reads (prefix tuning)
         self.training = True  # dropout and noise are on, also where nothing is recorded
         self.calls: list[Call] = []  # of the forward, in its order
         self.per_layer_inputs: Value | None = None  # Gemma 4: of all layers, beside hidden states
@@ -276,7 +277,7 @@ class Graph:
 
         def again(gradient: Block) -> None:
             inner = Graph(self.ledger, self.shards, width=self.width, trained=self.trained)
-            inner.item, inner.training = self.item, self.training
+            inner.item, inner.training, inner.prefix = self.item, self.training, self.prefix
             inner.per_layer_inputs = self.per_layer_inputs
             if offload:
                 kept.append(self.ledger.allocate(Item.checkpoints, num_bytes))

@@ -8,6 +8,7 @@ from posttrain_dist.engine import Single
 from posttrain_dist.models.architectures.known import KEEPS_ROWS
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.make_job import cpu_multiplies_bfloat16
+from posttrain_dist.planner.memory.adapters.rows import embedded_row, extended
 from posttrain_dist.planner.memory.autograd import Graph, Value
 from posttrain_dist.planner.memory.engines.base import EngineMemory
 from posttrain_dist.planner.memory.engines.single import SingleMemory
@@ -39,6 +40,7 @@ _UPDATES = (1, 2)
 @lru_cache(maxsize=8)
 def device_phases(job: Job) -> tuple[Phase, ...]:
     """The fullest moment of each phase, in the order of a run."""
+    job = extended(job)
     ledger = Ledger()
     engine = make_engine_memory(job, ledger)
     trained = frozenset(each.name for each in stored_parameters(job) if each.trained)
@@ -156,8 +158,8 @@ class _Run:
         job, network = self._job, self._job.network
         features = features_of(job)
         # Variables of the backbone, to its end: what the tables give.
-        tables = [embed(graph, network.before[0], job.row_tokens)]
-        x = graph.view(tables[0])
+        x = embedded_row(graph, job, embed(graph, network.before[0], job.row_tokens))
+        tables = [graph.view(x)]
         if features.embedding_scale:
             x = scale(graph, x)
         if features.rotary:

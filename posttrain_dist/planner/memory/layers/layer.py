@@ -9,6 +9,7 @@ from posttrain_dist.planner.memory.layers.attention import Heads
 from posttrain_dist.planner.memory.layers.features import features_of
 from posttrain_dist.planner.memory.layers.parts import Part
 from posttrain_dist.planner.memory.operations import take_rows
+from posttrain_dist.tuning.prefix_tuning import Prefix
 
 
 def run_layer(graph: Graph, job: Job, index: int, x: Value, supervised: int | None) -> Value:
@@ -49,6 +50,7 @@ def _heads(job: Job, index: int) -> Heads:
         value_width=value_width,
         window=window_of(job, index),
         softcap=bool(shape.attention_softcap),
+        prefix_tokens=job.tuning.tokens if isinstance(job.tuning, Prefix) else 0,
     )
 
 

@@ -8,6 +8,7 @@ from posttrain_dist.models.network.tensors import Layer, Linear
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory import operations
 from posttrain_dist.planner.memory.adapters.adapted import adapted_linear
+from posttrain_dist.planner.memory.adapters.bottleneck_program import adapted_sublayer
 from posttrain_dist.planner.memory.autograd import Graph, Value
 from posttrain_dist.planner.memory.layers.attention import Heads, attend, gated, rotate
 from posttrain_dist.planner.memory.layers.features import (
@@ -69,6 +70,11 @@ class Part:
     # ---------------------------------------------------------------------------- attention
 
     def attention(self, graph: Graph, x: Value) -> Value:
+        """Attention, and what an adapter adds."""
+        out = self._attention(graph, x)
+        return adapted_sublayer(graph, self.job, self.prefix, "attention", x, out)
+
+    def _attention(self, graph: Graph, x: Value) -> Value:
         """Queries, keys and values, positions, attention, output projection."""
         *inputs, output = self.linears("attention")
         if any(".kv_" in linear.name for linear in inputs):
@@ -179,7 +185,11 @@ class Part:
     # ---------------------------------------------------------------------------------- mlp
 
     def mlp(self, graph: Graph, x: Value) -> Value:
-        """Gated, or plain."""
+        """Gated, or plain, and what an adapter adds."""
+        out = self._mlp(graph, x)
+        return adapted_sublayer(graph, self.job, self.prefix, "mlp", x, out)
+
+    def _mlp(self, graph: Graph, x: Value) -> Value:
         *inputs, output = self.linears("mlp")
         activation = self.features.activation
         if len(inputs) == 2:  # gate, up
