@@ -8,6 +8,7 @@ from posttrain_dist.engine import Single
 from posttrain_dist.models.architectures.known import KEEPS_ROWS
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.make_job import cpu_multiplies_bfloat16
+from posttrain_dist.planner.memory.adapters.rows import embedded_row, extended
 from posttrain_dist.planner.memory.autograd import Graph, Value
 from posttrain_dist.planner.memory.engines.base import EngineMemory
 from posttrain_dist.planner.memory.engines.single import SingleMemory
@@ -18,6 +19,7 @@ from posttrain_dist.planner.memory.layers.ends import (
     embed,
     head_loss,
     num_targets,
+    per_layer_inputs,
     rotary,
 )
 from posttrain_dist.planner.memory.layers.features import features_of
@@ -38,6 +40,7 @@ _UPDATES = (1, 2)
 @lru_cache(maxsize=8)
 def device_phases(job: Job) -> tuple[Phase, ...]:
     """The fullest moment of each phase, in the order of a run."""
+    job = extended(job)
     ledger = Ledger()
     engine = make_engine_memory(job, ledger)
     trained = frozenset(each.name for each in stored_parameters(job) if each.trained)
@@ -45,6 +48,7 @@ def device_phases(job: Job) -> tuple[Phase, ...]:
     with ledger.phase(PhaseName.load):
         engine.load()
         ledger.allocate(Item.weights, causal_buffer_bytes(job))
+        ledger.allocate(Item.workspace, _cublas_bytes(job))
         run.check()
     if job.evaluates:
         run.evaluate()
@@ -64,6 +68,19 @@ def make_engine_memory(job: Job, ledger: Ledger) -> EngineMemory:
     if isinstance(job.engine, Single):
         return SingleMemory(job, ledger)
     return zero_memory(job, ledger)
+
+
+def _cublas_bytes(job: Job) -> int:
+    """Workspaces of cuBLAS, one of the thread of forward and one of backward's.
+
+    `getChosenWorkspaceSize` of torch (aten/src/ATen/cuda/CublasHandlePool.cpp): 32 MiB from Hopper
+    on, else two of 4 MiB and eight of 16 KiB.
+    """
+    gpu = job.machine.gpu
+    if gpu is None:
+        return 0
+    newer = gpu.startswith(("h", "gh", "b", "gb"))
+    return 2 * (32 << 20 if newer else (2 * 4096 + 8 * 16) << 10)
 
 
 class _Run:
@@ -88,6 +105,7 @@ class _Run:
                 self._engine.before_backward(last=last)
                 graph.backward(loss)
                 graph.kept.clear()
+                graph.per_layer_inputs = None
                 self._engine.after_backward(last=last)
         with ledger.phase(PhaseName.update):
             self._engine.update()
@@ -140,19 +158,23 @@ class _Run:
         job, network = self._job, self._job.network
         features = features_of(job)
         # Variables of the backbone, to its end: what the tables give.
-        tables = [embed(graph, network.before[0], job.row_tokens)]
-        x = graph.view(tables[0])
+        x = embedded_row(graph, job, embed(graph, network.before[0], job.row_tokens))
+        tables = [graph.view(x)]
         if features.embedding_scale:
             x = scale(graph, x)
         if features.rotary:
             width = round(network.shape.head_dim * features.rotary)
             kept = tables if features.own_angles else graph.kept
-            kept += rotary(graph, job.row_tokens, width)
+            for _ in range(1 + features.two_rotations):
+                kept += rotary(graph, job.row_tokens, width)
         else:  # positions that are learned
             tables.append(embed(graph, network.before[1], job.row_tokens))
             x = graph.add(x, tables[-1])
         if features.dropout:
             x = dropout(graph, x, on_gpu=job.on_gpu)
+        if features.head_norms:  # NanoChat's has one in front of the layers, too
+            x = norm(graph, x, "", network.shape.hidden_size, features)
+        graph.per_layer_inputs = per_layer_inputs(graph, job, x)
         num_layers = len(network.layers)
         recomputed = [graph.recording and i < job.recomputed_layers for i in range(num_layers)]
         kinds = [
@@ -167,6 +189,8 @@ class _Run:
         start = [x]
         del x  # so that it goes as soon as a layer does not need it
         x = run_layers(graph, start.pop(), kinds, recomputed, run, network.layers_name)
+        if not graph.recording:
+            graph.per_layer_inputs = None
         final = "" if features.weightless else network.after[0].name
         x = norm(graph, x, final, network.shape.hidden_size, features)
         if network.shape.model_type in KEEPS_ROWS:

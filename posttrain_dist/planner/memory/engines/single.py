@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.ledger import Block, Ledger
+from posttrain_dist.planner.memory.moments import device_moments
 from posttrain_dist.planner.memory.parameters import stored_parameters
 from posttrain_dist.planner.memory.stored import Stored
 from posttrain_dist.planner.plan import Item
@@ -53,7 +54,7 @@ class SingleMemory:
             wide = [self._widened(each) for each in bucket]
             if not self._has_moments:
                 for each in bucket:
-                    self._ledger.allocate(Item.moments, 2 * each.size * WIDE)
+                    self._ledger.allocate(Item.moments, device_moments(self._job, each.size))
             for block in wide:
                 if block is not None:
                     self._ledger.release(block)

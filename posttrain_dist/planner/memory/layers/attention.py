@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.autograd import Graph, Value
@@ -14,7 +14,9 @@ from posttrain_dist.planner.memory.operations import (
     dropout,
     multiply,
     scale,
+    take_rows,
 )
+from posttrain_dist.planner.plan import Item
 
 # Rows of more samples than this are planned as so many groups: what it changes is below 1 %.
 _MOST_GROUPS = 8
@@ -49,6 +51,9 @@ def attend(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Value) -
         graph.split(x, [x.num_bytes // num_tokens * length for length in lengths])
         for x in (q, k, v)
     ]
+    if heads.prefix_tokens:
+        for own in parts[1:]:
+            own[:] = [_after_prefix(graph, heads, x) for x in own]
     outputs = [
         (_eager if job.attention == "eager" else _sdpa)(graph, job, heads, *sample)
         for sample in zip(*parts, strict=True)
@@ -65,11 +70,25 @@ def sample_lengths(num_tokens: int, longest: int) -> list[int]:
     return [longest] * full + ([rest] if rest else [])
 
 
+def _after_prefix(graph: Graph, heads: Heads, x: Value) -> Value:
+    """Keys or values of a sample behind those of the prefix, which are cast for each."""
+    assert graph.prefix is not None
+    size = heads.prefix_tokens * heads.num_kv * heads.width
+    kind = Item.virtual_tokens
+    before = graph.op((graph.prefix,), size * x.width, grad_bytes=(size * WIDE,), item=kind)
+    return graph.join([before, x])
+
+
 def _whole_row(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Value) -> Value:
     """One flash kernel; each input is row 0 of [1, H, T, d], so that its gradient is filled in."""
     q, k, v = (graph.part(x, x.num_bytes) for x in (q, k, v))
     num_tokens = q.size // (heads.num * heads.width)
     num_samples = -(-num_tokens // max(1, job.sample_tokens))
+    if heads.prefix_tokens:
+        whole = replace(heads, prefix_tokens=heads.prefix_tokens * num_samples)
+        joined = [_after_prefix(graph, whole, x) for x in (k, v)]
+        k, v = (take_rows(graph, x, x.num_bytes) for x in joined)  # sample by sample
+        del joined
     rows = num_tokens + _FLASH_PADDING_TOKENS * num_samples
     temporary = rows * heads.num * (-(-heads.width // 32) * 32 + 1) * WIDE  # dq, softmax_d
     if heads.num != heads.num_kv:  # dk and dv of each query head
@@ -95,9 +114,11 @@ def _sdpa(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Value) ->
         return _written_out(graph, heads, q, k, v, drops=drops)
     saves_bytes = length * heads.num * WIDE
     temporary = 0
-    if heads.window is not None and length > heads.window:
-        saves_bytes += length * length * q.width  # booleans become numbers
-        temporary = length * length
+    masked = heads.window is not None and length > heads.window
+    if masked or heads.prefix_tokens:
+        length_k = length + heads.prefix_tokens
+        saves_bytes += length * length_k * q.width  # booleans become numbers
+        temporary = length * length_k
     return graph.op(
         (q, k, v),
         length * heads.num * heads.value_width * q.width,
@@ -109,9 +130,7 @@ def _sdpa(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Value) ->
     )
 
 
-def _written_out(
-    graph: Graph, heads: Heads, q: Value, k: Value, v: Value, *, drops: bool
-) -> Value:
+def _written_out(graph: Graph, heads: Heads, q: Value, k: Value, v: Value, *, drops: bool) -> Value:
     """What sdpa falls back to on a CPU: to drop weights out, or for values of another width."""
     length = q.size // (heads.num * heads.width)
     k, v = (_repeated(graph, heads, x) for x in (k, v))
@@ -130,13 +149,14 @@ def _eager(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Value) -
     """Scores of every pair of tokens, one operation after the other."""
     length = q.size // (heads.num * heads.width)
     k, v = (_repeated(graph, heads, x) for x in (k, v))
-    pairs = heads.num * length * length
+    length_k = length + heads.prefix_tokens
+    pairs = heads.num * length * length_k
     scores = graph.op((q, k), pairs * q.width, saves=(q, k), width=q.width)
     scores = scale(graph, scores)
     if heads.softcap:
         scores = activation(graph, scale(graph, scores), "tanh")
         scores = scale(graph, scores)
-    mask = graph.tensor(length * length, width=1)
+    mask = graph.tensor(length * length_k, width=1)
     scores = graph.op((scores,), scores.num_bytes, saves=(mask,), width=q.width)
     weights = cast(graph, scores, WIDE) if q.width != WIDE else scores
     weights = graph.op((scores,), pairs * WIDE, saves_output=True, width=WIDE)

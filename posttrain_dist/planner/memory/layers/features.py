@@ -26,6 +26,7 @@ class Features:
         embedding_scale: of the embeddings by a constant (Gemma's).
         weightless: its two norms have no weight.
         head_norms: queries and keys have a norm without weight, behind the rotation.
+        two_rotations: layers with a window have cosines and sines of their own.
         wide_rotary: the rotation is computed in float32.
         own_angles: each layer makes cosines and sines of its own, neighbours side by side.
         value_norm: values have a norm without weight (Gemma 4).
@@ -41,6 +42,7 @@ class Features:
     embedding_scale: bool = False
     weightless: bool = False
     head_norms: bool = False
+    two_rotations: bool = False
     wide_rotary: bool = False
     own_angles: bool = False
     value_norm: bool = False
@@ -82,6 +84,7 @@ def features_of(job: Job) -> Features:
         parallel=_parallel(config, kind),
         weightless=kind in ("nanochat", "olmo"),
         head_norms=kind == "nanochat",
+        two_rotations=kind.startswith(("gemma3", "gemma4", "olmo3")),
         wide_rotary=kind in _WIDE_ROTARY,
         own_angles=kind in ("ernie4_5", "glm", "glm4", "helium"),
         value_norm=kind.startswith("gemma4"),

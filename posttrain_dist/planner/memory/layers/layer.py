@@ -9,6 +9,7 @@ from posttrain_dist.planner.memory.layers.attention import Heads
 from posttrain_dist.planner.memory.layers.features import features_of
 from posttrain_dist.planner.memory.layers.parts import Part
 from posttrain_dist.planner.memory.operations import take_rows
+from posttrain_dist.tuning.prefix_tuning import Prefix
 
 
 def run_layer(graph: Graph, job: Job, index: int, x: Value, supervised: int | None) -> Value:
@@ -26,7 +27,6 @@ def run_layer(graph: Graph, job: Job, index: int, x: Value, supervised: int | No
 def part_of(job: Job, index: int) -> Part:
     """The layer, with its names and heads."""
     network = job.network
-    shape = network.shape
     heads = _heads(job, index)
     prefix = f"{network.layers_name}.{index}."
     return Part(job, network.layers[index], prefix, heads, features_of(job))
@@ -50,6 +50,7 @@ def _heads(job: Job, index: int) -> Heads:
         value_width=value_width,
         window=window_of(job, index),
         softcap=bool(shape.attention_softcap),
+        prefix_tokens=job.tuning.tokens if isinstance(job.tuning, Prefix) else 0,
     )
 
 

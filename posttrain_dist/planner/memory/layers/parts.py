@@ -8,6 +8,7 @@ from posttrain_dist.models.network.tensors import Layer, Linear
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory import operations
 from posttrain_dist.planner.memory.adapters.adapted import adapted_linear
+from posttrain_dist.planner.memory.adapters.bottleneck_program import adapted_sublayer
 from posttrain_dist.planner.memory.autograd import Graph, Value
 from posttrain_dist.planner.memory.layers.attention import Heads, attend, gated, rotate
 from posttrain_dist.planner.memory.layers.features import (
@@ -69,6 +70,11 @@ class Part:
     # ---------------------------------------------------------------------------- attention
 
     def attention(self, graph: Graph, x: Value) -> Value:
+        """Attention, and what an adapter adds."""
+        out = self._attention(graph, x)
+        return adapted_sublayer(graph, self.job, self.prefix, "attention", x, out)
+
+    def _attention(self, graph: Graph, x: Value) -> Value:
         """Queries, keys and values, positions, attention, output projection."""
         *inputs, output = self.linears("attention")
         if any(".kv_" in linear.name for linear in inputs):
@@ -80,9 +86,7 @@ class Part:
         out = self.inner_norm(graph, out, "attn_sub_norm")
         return self.drop_out(graph, self.project(graph, out, output))
 
-    def _turned(
-        self, graph: Graph, x: Value, inputs: list[Linear]
-    ) -> tuple[Value, Value, Value]:
+    def _turned(self, graph: Graph, x: Value, inputs: list[Linear]) -> tuple[Value, Value, Value]:
         features = self.features
         if len(inputs) == 1:
             selects = self.job.network.shape.model_type == "persimmon"
@@ -106,9 +110,7 @@ class Part:
             q, k = (norm(graph, x, "", row, features) for x in (q, k))
         return q, k, v
 
-    def _latent(
-        self, graph: Graph, x: Value, inputs: list[Linear]
-    ) -> tuple[Value, Value, Value]:
+    def _latent(self, graph: Graph, x: Value, inputs: list[Linear]) -> tuple[Value, Value, Value]:
         width = int(self.job.network.config.get("qk_rope_head_dim") or 0) or self.heads.width // 3
         return latent(graph, x, self.heads, inputs, width, self.project, self.norm, rotate)
 
@@ -163,19 +165,31 @@ class Part:
         word = {"q": "query", "k": "key"}[which]
         ends = (f"{which}_norm", f"{which}_layernorm", f"{word}_layernorm")
         name = next((n for n in self.norms if n.rpartition(".")[2] in ends), "")
+        if name and self.features.norm == COHERE:  # a weight for each head, rows of one head
+            name = f"{self.prefix}{name}.weight"
+            return norm(graph, x, name, self.heads.width, self.features)
         return self.norm(graph, x, name) if name else x
 
     def per_layer_input(self, graph: Graph, x: Value) -> Value:
         """Gemma 4: what each layer is told of the tokens, gated by the hidden states."""
         gate, projection = self.linears("layer")
         h = operations.activation(graph, self.project(graph, x, gate), self.features.activation)
-        h = self.project(graph, operations.scale(graph, h), projection)
+        given = graph.per_layer_inputs
+        assert given is not None
+        own = graph.part(given, given.num_bytes // len(self.job.network.layers))
+        h = operations.multiply(graph, h, own)
+        del own
+        h = self.project(graph, h, projection)
         return graph.add(x, self.norm(graph, h, "post_per_layer_input_norm"))
 
     # ---------------------------------------------------------------------------------- mlp
 
     def mlp(self, graph: Graph, x: Value) -> Value:
-        """Gated, or plain."""
+        """Gated, or plain, and what an adapter adds."""
+        out = self._mlp(graph, x)
+        return adapted_sublayer(graph, self.job, self.prefix, "mlp", x, out)
+
+    def _mlp(self, graph: Graph, x: Value) -> Value:
         *inputs, output = self.linears("mlp")
         activation = self.features.activation
         if len(inputs) == 2:  # gate, up

@@ -64,7 +64,5 @@ def latent(
     k_still, v = graph.split(kv, [still * row_kv, heads.value_width * row_kv])
     q_turned, shared = turn(graph, q_turned), turn(graph, shared)
     q = graph.join([q_still, q_turned])
-    k = graph.op(
-        (k_still, shared), heads.num * heads.width * row, grad_bytes=None, width=q.width
-    )
+    k = graph.op((k_still, shared), heads.num * heads.width * row, grad_bytes=None, width=q.width)
     return q, k, v
