@@ -154,8 +154,8 @@ class _Run:
             return self._layer(graph, index, value, rows, recomputed=recomputed[index])
 
         x = run_layers(graph, x, kinds, recomputed, run, network.layers_name)
-        final = network.after[0]
-        x = norm(graph, x, final.name, network.shape.hidden_size, features)
+        final = network.after[0].name if network.after else ""  # one without parameters
+        x = norm(graph, x, final, network.shape.hidden_size, features)
         graph.drop(embedded)
         return x
 
