@@ -170,7 +170,7 @@ class _Run:
         else:  # positions that are learned
             tables.append(embed(graph, network.before[1], job.row_tokens))
             x = graph.add(x, tables[-1])
-        if features.dropout:
+        if features.embedding_dropout:
             x = dropout(graph, x, on_gpu=job.on_gpu)
         if features.head_norms:  # NanoChat's has one in front of the layers, too
             x = norm(graph, x, "", network.shape.hidden_size, features)
