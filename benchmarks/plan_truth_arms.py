@@ -68,13 +68,22 @@ GPT2: dict[str, Any] = {
 }
 # Of a Llama 3.2 3B and a 3.1 8B.
 LLAMA_3B = LLAMA | {
-    **{"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28},
-    **{"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128},
-    **{"vocab_size": 128_256, "max_position_embeddings": 131_072, "tie_word_embeddings": True},
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128_256,
+    "max_position_embeddings": 131_072,
+    "tie_word_embeddings": True,
 }
 LLAMA_8B = LLAMA_3B | {
-    **{"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32},
-    **{"num_attention_heads": 32, "tie_word_embeddings": False},
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "tie_word_embeddings": False,
 }
 
 

@@ -61,7 +61,7 @@ class SingleMemory:
         self._has_moments = True
 
     def save(self) -> None:
-        """The tensors themselves are written; what an adapter trains is copied to the host first."""
+        """The tensors themselves are written; what an adapter trains goes to the host first."""
         if not self._job.tuning.whole_model and not self._job.on_gpu:
             self._ledger.touch(Item.saving, 3 * WIDE * sum(each.size for each in self._trained))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from posttrain_dist.planner.job import Job
@@ -10,6 +11,7 @@ from posttrain_dist.planner.memory.operations import (
     WIDE,
     activation,
     cast,
+    dropout,
     multiply,
     scale,
     take_rows,
@@ -105,8 +107,11 @@ def _whole_row(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Valu
 def _sdpa(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Value) -> Value:
     """torch's own, sample by sample; on a GPU shared heads are repeated before it."""
     length = q.size // (heads.num * heads.width)
+    drops = graph.training and bool(job.network.shape.attention_dropout)
     if job.on_gpu:
         k, v = (_repeated(graph, heads, x) for x in (k, v))
+    elif heads.width != heads.value_width or drops:
+        return _written_out(graph, heads, q, k, v, drops=drops)
     saves_bytes = length * heads.num * WIDE
     temporary = 0
     masked = heads.window is not None and length > heads.window
@@ -123,6 +128,21 @@ def _sdpa(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Value) ->
         temporary=temporary,
         width=q.width,
     )
+
+
+def _written_out(graph: Graph, heads: Heads, q: Value, k: Value, v: Value, *, drops: bool) -> Value:
+    """What sdpa falls back to on a CPU: to drop weights out, or for values of another width."""
+    length = q.size // (heads.num * heads.width)
+    k, v = (_repeated(graph, heads, x) for x in (k, v))
+    q, k = scale(graph, q), scale(graph, k)
+    pairs = heads.num * length * length * q.width
+    scores = graph.op((q, k), pairs, saves=(q, k), width=q.width)
+    weights = graph.op((scores,), pairs, saves_output=True, width=q.width)
+    del scores
+    if drops:
+        weights = dropout(graph, weights, on_gpu=False)
+    size = length * heads.num * heads.value_width * q.width
+    return graph.op((weights, v), size, saves=(weights, v), width=q.width)
 
 
 def _eager(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Value) -> Value:
@@ -155,23 +175,40 @@ def _repeated(graph: Graph, heads: Heads, x: Value) -> Value:
     return x if groups == 1 else graph.op((x,), x.num_bytes * groups, width=x.width)
 
 
-def rotate(graph: Graph, x: Value, *, share: float = 1.0, interleaved: bool = False) -> Value:
-    """Rotary positions: x * cos + rotate_half(x) * sin; of a part of each head where `share` < 1."""
+def rotate(
+    graph: Graph,
+    x: Value,
+    *,
+    share: float = 1.0,
+    wide: bool = False,
+    angles: Sequence[Value] = (),
+) -> Value:
+    """Rotary positions: x * cos + rotate_half(x) * sin.
+
+    Args:
+        share: of each head that is turned.
+        wide: in float32.
+        angles: cosines and sines that nobody else keeps.
+    """
     if share == 0:
         return x
     if share < 1:
         turned = round(x.num_bytes * share)
         first, rest = graph.part(x, turned), graph.part(x, x.num_bytes - turned)
-        return graph.join([rotate(graph, first, interleaved=interleaved), rest])
-    straight = scale(graph, x)
+        return graph.join([rotate(graph, first, wide=wide, angles=angles), rest])
+    width = x.width
+    if wide:
+        x = cast(graph, x, WIDE)
+    cosines, sines = angles[:1], angles[1:]
+    straight = graph.op((x,), x.num_bytes, saves=cosines, width=x.width)
     half = x.num_bytes // 2
     first, second = graph.part(x, half), graph.part(x, half)
     turned_half = scale(graph, second)  # its sign
     joined = graph.join([turned_half, first])
     del turned_half
-    across = scale(graph, joined)
+    across = graph.op((joined,), joined.num_bytes, saves=sines, width=x.width)
     del joined
-    return graph.add(straight, across)
+    return cast(graph, graph.add(straight, across), width)
 
 
 def gated(graph: Graph, gate: Value, up: Value, kind: str) -> Value:

@@ -1,14 +1,15 @@
-"""What stands before the layers and behind them: embedding, positions, final norm, head and loss."""
+"""What stands before the layers and behind them: embedding, final norm, head and loss."""
 
 from __future__ import annotations
 
 import math
 
+from posttrain_dist.models.network.tensors import Tensor
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.adapters.head_weight import HeadWeight, head_weight
 from posttrain_dist.planner.memory.autograd import Edge, Graph, Value
 from posttrain_dist.planner.memory.ledger import Block
-from posttrain_dist.planner.memory.operations import WIDE
+from posttrain_dist.planner.memory.operations import WIDE, linear, rms_norm, scale
 from posttrain_dist.planner.plan import Item
 
 # As in posttrain_kernels: passes/chunked.py, passes/matmuls.py and passes/torch_kernels.py.
@@ -30,16 +31,36 @@ def batch_bytes(job: Job) -> int:
     return 2 * _INDEX_BYTES * job.row_tokens + (3 * _INDEX_BYTES + WIDE) * num_targets(job)
 
 
-def embed(graph: Graph, job: Job, name: str, num_tokens: int) -> Value:
-    """Rows of the table; its gradient is dense."""
-    shape = job.network.shape
-    size = shape.vocab_size * shape.hidden_size * graph.width
+def causal_buffer_bytes(job: Job) -> int:
+    """Of the mask for all positions that GPT-BigCode has as a buffer, a byte for each pair."""
+    config = job.network.config
+    if job.network.shape.model_type != "gpt_bigcode":
+        return 0
+    return int(config.get("n_positions") or 1024) ** 2
+
+
+def embed(graph: Graph, table: Tensor, num_tokens: int) -> Value:
+    """Rows of a table; its gradient is dense."""
     return graph.op(
         (),
-        num_tokens * shape.hidden_size * graph.width,
-        parameters=((name, size),) if name in graph.trained else (),
-        gathers=(name,),
+        num_tokens * table.shape[1] * graph.width,
+        parameters=((table.name, table.size * graph.width),) if table.name in graph.trained else (),
+        gathers=(table.name,),
     )
+
+
+def per_layer_inputs(graph: Graph, job: Job, x: Value) -> Value | None:
+    """Gemma 4: what each layer is told of the tokens, from a table and from the embeddings."""
+    network = job.network
+    tables = [t for t in network.before if "per_layer" in t.name]
+    if not tables:
+        return None
+    table, scales, _ = tables
+    (projection,) = [one for one in network.outside if "per_layer" in one.name]
+    given = scale(graph, embed(graph, table, job.row_tokens))
+    projected = scale(graph, linear(graph, x, projection, projection.name))
+    projected = rms_norm(graph, projected, scales.name, scales.size, late=True)
+    return scale(graph, graph.add(projected, given))
 
 
 def rotary(graph: Graph, num_tokens: int, width: int) -> tuple[Value, Value]:
@@ -100,6 +121,9 @@ class HeadSize:
             strip = max(1, STRIP_ELEMENTS_CPU // vocabulary) * vocabulary * WIDE
             part = vocabulary * hidden * width if trained and self.num_chunks > 1 else 0
             self.product_bytes = max(strip, part)
+        if shape.softcap and not job.on_gpu:  # its slope and square, strip by strip
+            strip = max(1, STRIP_ELEMENTS_CPU // vocabulary)
+            self.product_bytes += 2 * min(strip, rows) * vocabulary * WIDE
         self.statistics_bytes = num_rows * (2 * WIDE + 1)
 
 
