@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from suite import small_configs
+import small_configs
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from posttrain_dist.models.architectures.known import TRAINED

@@ -11,7 +11,7 @@ from posttrain_dist.planner.make_job import cpu_multiplies_bfloat16
 from posttrain_dist.planner.memory.adapters.rows import embedded_row, extended
 from posttrain_dist.planner.memory.autograd import Graph, Value
 from posttrain_dist.planner.memory.engines.base import EngineMemory
-from posttrain_dist.planner.memory.engines.single import SingleMemory
+from posttrain_dist.planner.memory.engines.one_process import SingleMemory
 from posttrain_dist.planner.memory.engines.zero import zero_memory
 from posttrain_dist.planner.memory.layers.ends import (
     batch_bytes,
