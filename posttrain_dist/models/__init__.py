@@ -38,7 +38,8 @@ class Weights(Enum):
 class ModelConfig:
     """The model to train."""
 
-    # A Hugging Face folder; `tiny_base` is the small base model that comes with the package.
+    # A Hugging Face folder; `tiny_base` is the small base model that comes with the package, and
+    # `shape:llama3-70b` the sizes of a well-known one, which are planned and not trained.
     path: str = "tiny_base"
     attention: Attention = Attention.auto
     weights: Weights = Weights.load

@@ -16,6 +16,12 @@ _FIXED_HEADS = {"biogpt", "gpt2", "gpt_bigcode", "gpt_neox", "opt", "persimmon",
 _UNGROUPED = {"biogpt", "gpt2", "gpt_neox", "opt", "persimmon"}
 _FOUR_TIMES = {"gpt2", "gpt_bigcode"}  # the width of the MLP, where config.json has none
 _GEMMA4 = {"gemma4_text", "gemma4_unified_text"}
+# Who reads `sliding_window` at all; others may have the key, and attend to every token.
+_WINDOWED = {
+    *("cohere2", "cwm", "exaone4", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"),
+    *("ministral", "ministral3", "mistral", "olmo3", "phi3", "qwen2", "qwen3", "smollm3"),
+    *("starcoder2", "vaultgemma"),
+}
 _DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 # No model has so many; a slip of the keyboard would fill the memory.
 _LARGEST = {"num_hidden_layers": 10_000}
@@ -187,7 +193,8 @@ def _windows(
             fix=_SAVED,
         )
     window = values.get("sliding_window")
-    if not window or values.get("use_sliding_window") is False:
+    ignored = model_type in TRAINED - _WINDOWED
+    if ignored or not window or values.get("use_sliding_window") is False:
         return (None,) * num_layers
     window = read_size(values, "sliding_window", where)
     kinds = _attends_to_all(values, model_type, num_layers)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from posttrain_dist.errors import ConfigError
+from posttrain_dist.models.architectures.defaults import completed
 from posttrain_dist.models.architectures.known import LEARNED_POSITIONS
 
 
@@ -61,7 +62,9 @@ def check_planned_length(config: Mapping[str, Any], longest: int) -> None:
 
 def learned_positions(config: Mapping[str, Any]) -> int | None:
     """How many positions a model has learned, tokens of a sample at most; None: any, by rule."""
-    size = config.get(LEARNED_POSITIONS.get(str(config.get("model_type")), ""))
+    if config.get("model_type") not in LEARNED_POSITIONS:
+        return None
+    size = completed(config).get("max_position_embeddings")
     return size if isinstance(size, int) else None
 
 

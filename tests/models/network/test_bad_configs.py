@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from posttrain_dist.errors import ModelError, PosttrainError
+from posttrain_dist.models.architectures.positions import learned_positions
 from posttrain_dist.models.architectures.shape_files import shape_folder
 from posttrain_dist.models.folder import read_network
 from posttrain_dist.models.network.build_network import build_network
@@ -118,6 +119,12 @@ def test_a_type_that_training_tries_has_no_tensors_here():
         "is of the type trocr, whose tensors are not known: its memory cannot be planned"
     )
     assert caught.value.where == "m/config.json" and "named" in caught.value.fix
+
+
+def test_learned_positions_that_are_not_said_are_those_of_the_architecture():
+    assert learned_positions({"model_type": "gpt2"}) == 1024
+    assert learned_positions({"model_type": "gpt2", "n_positions": 64}) == 64
+    assert learned_positions(QWEN) is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\x00"])

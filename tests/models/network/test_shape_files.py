@@ -83,6 +83,11 @@ def test_windows_of_the_layers():
     assert set(read_network("shape:qwen2.5-72b").shape.window_L) == {None}
 
 
+def test_a_window_that_the_architecture_does_not_read_is_none():
+    config = json.loads((shape_folder("shape:llama3-8b") / "config.json").read_text())
+    assert set(build_network({**config, "sliding_window": 64}).shape.window_L) == {None}
+
+
 def test_an_unknown_name_has_the_nearest_and_all_there_are():
     with pytest.raises(ModelError) as caught:
         resolve("shape:Llama3-70")
