@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from planned_runs import WIDE, wide_model
+from planned_runs import OFFLOAD, WIDE, needs, room, wide_model
 from posttrain_launch.cli import main
 
 from posttrain_dist.config import RunConfig
@@ -30,16 +30,17 @@ def asked_json(capsys, *words):
 
 
 def test_what_was_not_typed_is_the_first_that_fits(capsys):
-    assert plan(*SMALL, "hardware.gpu_memory_gib=7.2") == 0
+    second = [*SMALL, f"hardware.gpu_memory_gib={room('full ZeRO-2')['gib']}"]
+    assert plan(*second) == 0
     shown = capsys.readouterr().out
     first, reason = shown.splitlines()[:2]
     assert first == "full ZeRO-2: the first fallback that fits"
-    assert reason.startswith("  not full ZeRO-1: ") and "GiB are missing on a GPU of 7.2" in reason
+    assert reason.startswith("  not full ZeRO-1: ") and " GiB are missing on a GPU of " in reason
     # The command trains the same: it is planned as itself, and fits with the same bytes.
     command = shown.splitlines()[-1].split()
     assert command[:2] == ["posttrain", "train"] and "cluster=ray" in command
     assert "tuning=full" in command and "engine=zero2" in command
-    _, auto = asked_json(capsys, *SMALL, "hardware.gpu_memory_gib=7.2")
+    _, auto = asked_json(capsys, *second)
     assert main(["plan", *command[2:], "--json"]) == 0
     named = json.loads(capsys.readouterr().out)["plan"]
     assert named["device"] == auto["plan"]["device"]
@@ -48,7 +49,7 @@ def test_what_was_not_typed_is_the_first_that_fits(capsys):
 def test_the_exit_code_says_whether_it_fits(capsys):
     full = [*SMALL, "tuning=full", "engine=zero1"]
     assert plan(*full, "hardware.gpu_memory_gib=20") == 0
-    assert plan(*full, "hardware.gpu_memory_gib=6") == 1
+    assert plan(*full, f"hardware.gpu_memory_gib={room(OFFLOAD)['gib']}") == 1
     shown = capsys.readouterr().out
     assert "what fits is full ZeRO-3 + CPU offload\n  posttrain train " in shown
     assert plan(*SMALL, "hardware.gpu_memory_gib=1.5") == 1
@@ -56,7 +57,12 @@ def test_the_exit_code_says_whether_it_fits(capsys):
 
 
 def test_all_fallbacks_stand_in_one_table(capsys):
-    words = [*SMALL, "hardware.gpu_memory_gib=5", "tuning=full", "engine=zero1"]
+    words = [
+        *SMALL,
+        f"hardware.gpu_memory_gib={room(OFFLOAD)['gib']}",
+        "tuning=full",
+        "engine=zero1",
+    ]
     assert plan(*words, "--all") == 0
     rows = capsys.readouterr().out.splitlines()
     assert rows[1].startswith("full, ZeRO-1") and " no " in rows[1]
@@ -65,7 +71,12 @@ def test_all_fallbacks_stand_in_one_table(capsys):
 
 
 def test_an_inverse_answer_comes_with_its_command(capsys):
-    words = [*SMALL, "hardware.gpu_memory_gib=8", "tuning=lora", "engine=zero1"]
+    words = [
+        *SMALL,
+        f"hardware.gpu_memory_gib={2 * needs()['LoRA']}",
+        "tuning=lora",
+        "engine=zero1",
+    ]
     assert plan(*words, "--largest", "data.max_length") == 0
     shown = capsys.readouterr().out
     command = shown.splitlines()[-1].split()
