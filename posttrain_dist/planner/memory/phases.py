@@ -11,7 +11,7 @@ from posttrain_dist.planner.make_job import cpu_multiplies_bfloat16
 from posttrain_dist.planner.memory.adapters.rows import embedded_row, extended
 from posttrain_dist.planner.memory.autograd import Graph, Value
 from posttrain_dist.planner.memory.engines.base import EngineMemory
-from posttrain_dist.planner.memory.engines.single import SingleMemory
+from posttrain_dist.planner.memory.engines.one_process import SingleMemory
 from posttrain_dist.planner.memory.engines.zero import zero_memory
 from posttrain_dist.planner.memory.layers.ends import (
     batch_bytes,
@@ -170,7 +170,7 @@ class _Run:
         else:  # positions that are learned
             tables.append(embed(graph, network.before[1], job.row_tokens))
             x = graph.add(x, tables[-1])
-        if features.dropout:
+        if features.embedding_dropout:
             x = dropout(graph, x, on_gpu=job.on_gpu)
         if features.head_norms:  # NanoChat's has one in front of the layers, too
             x = norm(graph, x, "", network.shape.hidden_size, features)

@@ -25,9 +25,10 @@ def check_parity(graph: Graph, job: Job, name: str, *, fast: bool) -> None:
     logits = rows * shape.vocab_size * WIDE
     graph.shards.gather((name,), backward=False)
     size = HeadSize(job, width, rows, trained=True, fast=fast)
-    fused = ledger.allocate(Item.head, size.weight_bytes)
+    taken = ledger.allocate(Item.head, size.hidden_bytes)  # the rows
+    fused = ledger.allocate(Item.head, size.weight_bytes + size.hidden_bytes)
     ledger.touch(Item.head, size.block_bytes + size.logits_bytes + size.product_bytes)
-    eager = ledger.allocate(Item.head, size.weight_bytes)
+    eager = ledger.allocate(Item.head, size.weight_bytes + size.hidden_bytes)
     # Logits, twice in backward, beside their softmax.
     ledger.touch(Item.head, 2 * logits)
     wide = weights * WIDE if width < WIDE else 0
@@ -37,6 +38,7 @@ def check_parity(graph: Graph, job: Job, name: str, *, fast: bool) -> None:
     room = job.machine.gpu_memory_bytes - ledger.total_bytes
     if not job.on_gpu or max(reference, compared) <= room:
         ledger.touch(Item.head, max(reference, compared))
+    ledger.release(taken)
     ledger.release(fused)
     ledger.release(eager)
     graph.shards.release((name,), backward=False)
