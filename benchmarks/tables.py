@@ -93,8 +93,8 @@ class Differences(Table):
         sizes = sorted(map(abs, errors))
         high = sizes[min(len(sizes) - 1, round(0.95 * len(sizes)))]
         found = (
-            f"{len(errors)} runs: median difference {statistics.median(sizes):.2%}, 95th percentile "
-            f"{high:.2%}, from {errors[0]:+.2%} to {errors[-1]:+.2%}."
+            f"{len(errors)} runs: median difference {statistics.median(sizes):.2%}, "
+            f"95th percentile {high:.2%}, from {errors[0]:+.2%} to {errors[-1]:+.2%}."
         )
         return f"{Table.text(self, results)}\n{found.replace('%', ' %')}\n"
 
