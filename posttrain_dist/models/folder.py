@@ -97,15 +97,21 @@ def read_network(path: str, add_tokens: Sequence[str] = ()) -> Network:
     """Every parameter of the model that `model.path` names, from its config.json.
 
     Args:
-        add_tokens: `model.add_tokens`, for which its vocabulary grows.
+        add_tokens: `model.add_tokens`, for which its vocabulary grows. Without a tokenizer nobody
+            knows how many rows of its embeddings are free: at worst none.
 
     Raises:
         ModelError, SeveralErrors: what is wrong with the folder, or the size that is missing.
         ConfigError: the tokenizer has one of the tokens.
     """
     folder = resolve(path)
-    config = grown_config(folder, check_folder(folder, need_weights=False), add_tokens)
-    return build_network(config, str(folder / "config.json"))
+    config, where = check_folder(folder, need_weights=False), str(folder / "config.json")
+    if has_tokenizer(folder):
+        config = grown_config(folder, config, add_tokens)
+    elif add_tokens:
+        size = ModelShape.of(config, where).vocab_size + len(add_tokens)
+        config = {**config, "vocab_size": size}
+    return build_network(config, where)
 
 
 def grown_config(

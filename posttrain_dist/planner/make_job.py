@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, assert_never
+from typing import assert_never
 
 from posttrain_dist.config import (
     AdamW,
@@ -23,8 +22,8 @@ from posttrain_dist.config import (
 from posttrain_dist.config.devices import DEVICES
 from posttrain_dist.errors import ConfigError
 from posttrain_dist.models import Attention, Weights
-from posttrain_dist.models.folder import check_folder, grown_config, has_tokenizer, resolve
-from posttrain_dist.models.network.build_network import build_network
+from posttrain_dist.models.folder import read_network as network_of_folder
+from posttrain_dist.models.folder import resolve
 from posttrain_dist.models.network.tensors import Network
 from posttrain_dist.models.quantized import check_base
 from posttrain_dist.models.shape import ModelShape
@@ -92,18 +91,7 @@ def read_network(config: RunConfig) -> Network:
     Raises:
         ModelError, SeveralErrors: the folder has no config.json of a dense causal LM.
     """
-    folder = resolve(config.model.path)
-    values: Mapping[str, Any] = check_folder(folder, need_weights=False)
-    if config.model.add_tokens:
-        values = _grown(folder, dict(values), config.model.add_tokens)
-    return build_network(values, str(folder / "config.json"))
-
-
-def _grown(folder: Path, values: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
-    if has_tokenizer(folder):
-        return grown_config(folder, values, tokens)
-    # Without a tokenizer nobody knows how many rows of the embeddings are free: at worst none.
-    return {**values, "vocab_size": values["vocab_size"] + len(tokens)}
+    return network_of_folder(config.model.path, config.model.add_tokens)
 
 
 def count_workers(config: RunConfig, machine: Machine) -> tuple[int, int]:
