@@ -52,7 +52,12 @@ def test_the_order_is_that_of_the_fallbacks():
 ENOUGH_GIB = dict(zip(LADDER, (8.2, 7.2, 6.8, 5.0, 3.65, 3.0, 2.3), strict=True))
 
 
-@pytest.mark.parametrize("expected", LADDER)
+SAMPLE = ("full ZeRO-2", "full ZeRO-3 + CPU offload", LADDER[-1])  # the others are slow
+
+
+@pytest.mark.parametrize(
+    "expected", [n if n in SAMPLE else pytest.param(n, marks=pytest.mark.slow) for n in LADDER]
+)
 def test_the_first_that_fits_is_taken_and_none_before_it_could(expected):
     """Each before it fails with its own smallest settings, found here without the search."""
     config, machine = planned(ENOUGH_GIB[expected])
@@ -79,7 +84,9 @@ def test_what_is_named_stays():
     assert given.plan.overrides == () and with_choice(config, given) == config
 
 
-@pytest.mark.parametrize("gib", [7.1, 7.4, 8.3, 80.0])
+@pytest.mark.parametrize(
+    "gib", [7.1, 7.4, *(pytest.param(gib, marks=pytest.mark.slow) for gib in (8.3, 80.0))]
+)
 def test_micro_batch_and_recomputed_layers_are_the_fastest_that_fit(gib):
     """Against every combination of them, for one engine."""
     config, machine = planned(gib, tuning=Full(), engine=DeepSpeed(stage=2))
