@@ -9,9 +9,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain_dist.config import AdamW, Dtype, Full, Lora, RunConfig, complete
+from posttrain_dist.config import (
+    AdamW,
+    Bottleneck,
+    Dtype,
+    Full,
+    Ia3,
+    Lora,
+    Prefix,
+    Prompt,
+    PTuning,
+    Quantize,
+    RunConfig,
+    complete,
+)
 from posttrain_dist.models import Checkpointing, Weights
-from posttrain_dist.tuning.base import Tuning
+from posttrain_dist.tuning.base import AdapterTuning, Tuning
+from posttrain_dist.tuning.bottleneck.bottleneck_tuning import Placement
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -54,13 +68,22 @@ GPT2: dict[str, Any] = {
 }
 # Of a Llama 3.2 3B and a 3.1 8B.
 LLAMA_3B = LLAMA | {
-    **{"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28},
-    **{"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128},
-    **{"vocab_size": 128_256, "max_position_embeddings": 131_072, "tie_word_embeddings": True},
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128_256,
+    "max_position_embeddings": 131_072,
+    "tie_word_embeddings": True,
 }
 LLAMA_8B = LLAMA_3B | {
-    **{"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32},
-    **{"num_attention_heads": 32, "tie_word_embeddings": False},
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "tie_word_embeddings": False,
 }
 
 
@@ -86,6 +109,9 @@ def config_of(arm: Arm, folder: Path) -> RunConfig:
         name="plan_truth", optimizer=copy.deepcopy(arm.optimizer), tuning=copy.deepcopy(arm.tuning)
     )
     config.model.path, config.model.weights = str(folder), Weights.random
+    if isinstance(arm.tuning, AdapterTuning) and arm.tuning.quantize is Quantize.nf4:
+        config.model.weights = Weights.load  # only what is read is quantised
+        _write_weights(folder)
     config.data.train, config.data.max_length = "embedded", max(arm.sample_tokens)
     config.train.dtype = arm.dtype
     config.train.batch_size = arm.accumulation
@@ -93,6 +119,16 @@ def config_of(arm: Arm, folder: Path) -> RunConfig:
         config.model.activation_checkpointing = Checkpointing.selective
         config.model.checkpoint_layers = arm.checkpoint_layers
     return complete(config)
+
+
+def _write_weights(folder: Path) -> None:
+    """Random weights for the config.json of a folder."""
+    if (folder / "model.safetensors").is_file():
+        return
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def of_this_machine() -> list[str]:
@@ -109,6 +145,12 @@ def _llama(**sizes: Any) -> dict[str, Any]:
 _LONG = (6144,)
 _NARROW = _llama(hidden_size=128, intermediate_size=352, num_attention_heads=4, head_dim=32)
 _BF16 = Dtype.bfloat16
+
+
+def _qlora(rank: int) -> Lora:
+    return Lora(rank=rank, quantize=Quantize.nf4)
+
+
 CPU: dict[str, Arm] = {
     # Lengths.
     "llama": Arm(),
@@ -156,6 +198,25 @@ CPU: dict[str, Arm] = {
     "lora dropout": Arm(tuning=Lora(dropout=0.1)),
     "lora bf16": Arm(tuning=Lora(), dtype=_BF16, sample_tokens=(256,)),
     "dora": Arm(tuning=Lora(dora=True)),
+    "lora head": Arm(tuning=Lora(targets=["q_proj", "lm_head"])),
+    "ia3": Arm(tuning=Ia3()),
+    "prompt": Arm(tuning=Prompt(tokens=64), sample_tokens=(256, 256)),
+    "p_tuning": Arm(tuning=PTuning(tokens=64), sample_tokens=(256, 256)),
+    "prefix": Arm(tuning=Prefix(tokens=64), sample_tokens=(256, 256)),
+    "bottleneck houlsby": Arm(tuning=Bottleneck(placement=Placement.houlsby)),
+    "bottleneck parallel": Arm(tuning=Bottleneck(placement=Placement.parallel, reduction=4)),
+    # A base in NF4.
+    "qlora rank 8": Arm(tuning=_qlora(8)),
+    "qlora rank 16": Arm(tuning=_qlora(16)),
+    "qlora rank 64": Arm(tuning=_qlora(64)),
+    "qlora 4096": Arm(tuning=_qlora(16), model=_NARROW, sample_tokens=(4096,)),
+    "qlora checkpoint 3": Arm(tuning=_qlora(16), sample_tokens=(1024,), checkpoint_layers=3),
+    "qlora bf16": Arm(tuning=_qlora(16), dtype=_BF16, sample_tokens=(256,)),
+    "qdora": Arm(tuning=Lora(quantize=Quantize.nf4, dora=True)),
+    "ia3 nf4": Arm(tuning=Ia3(quantize=Quantize.nf4)),
+    "prompt nf4": Arm(tuning=Prompt(tokens=64, quantize=Quantize.nf4), sample_tokens=(256, 256)),
+    "prefix nf4": Arm(tuning=Prefix(tokens=64, quantize=Quantize.nf4), sample_tokens=(256, 256)),
+    "bottleneck nf4": Arm(tuning=Bottleneck(quantize=Quantize.nf4)),
     # Architectures.
     "qwen3": Arm(model=QWEN3),
     "qwen3 2048": Arm(model=QWEN3, sample_tokens=(2048,)),
@@ -186,9 +247,7 @@ GPU: dict[str, Arm] = {
     "8B LoRA 32768 checkpoint 32": _gpu(
         model=LLAMA_8B, sample_tokens=(32_768,), tuning=Lora(), checkpoint_layers=32
     ),
-    "8B DoRA 4096": _gpu(
-        model=LLAMA_8B, sample_tokens=(4096,), tuning=Lora(rank=16, dora=True)
-    ),
+    "8B DoRA 4096": _gpu(model=LLAMA_8B, sample_tokens=(4096,), tuning=Lora(rank=16, dora=True)),
 }
 ARMS: dict[str, Arm] = CPU | GPU
 # Neighbours that differ in one thing: the planner must predict the difference.
@@ -214,6 +273,15 @@ PAIRS = (
     ("lora rank 16", "dora"),
     ("lora rank 16", "lora dropout"),
     ("lora attention", "lora rank 16"),
+    ("ia3", "lora rank 16"),
+    ("prompt", "prefix"),
+    ("bottleneck houlsby", "lora rank 16"),
+    ("qlora rank 16", "lora rank 16"),
+    ("qlora rank 8", "qlora rank 16"),
+    ("qlora rank 16", "qlora rank 64"),
+    ("qlora rank 16", "qdora"),
+    ("ia3 nf4", "qlora rank 16"),
+    ("bottleneck nf4", "qlora rank 16"),
     ("lora 1024", "lora checkpoint 3"),
     ("qwen3", "qwen3 2048"),
     ("gemma2", "gemma2 1024"),

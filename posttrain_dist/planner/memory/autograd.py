@@ -129,20 +129,17 @@ class Graph:
         self.item = Item.activations  # that what is made counts for
         # Gradients of parameters that another operation adds to: a tied head's.
         self.waiting: dict[str, Block] = {}
+        self.prefix: Value | None = None  # keys and values that every layer reads (prefix tuning)
         self.training = True  # dropout and noise are on, also where nothing is recorded
         self.calls: list[Call] = []  # of the forward, in its order
+        self.per_layer_inputs: Value | None = None  # Gemma 4: of all layers, beside hidden states
         self.kept: list[Value] = []  # what many operations save, for as long as it is here
         self._nodes: list[_Node] = []
 
     # ---------------------------------------------------------------------------- the forward
 
     def tensor(
-        self,
-        num_bytes: int,
-        item: Item | None = None,
-        *,
-        needs_grad: bool = False,
-        width: int = 0,
+        self, num_bytes: int, item: Item | None = None, *, needs_grad: bool = False, width: int = 0
     ) -> Value:
         """A tensor that no operation here makes."""
         block = self.ledger.allocate(item or self.item, num_bytes)
@@ -280,16 +277,12 @@ class Graph:
 
         def again(gradient: Block) -> None:
             inner = Graph(self.ledger, self.shards, width=self.width, trained=self.trained)
-            inner.item, inner.training = self.item, self.training
+            inner.item, inner.training, inner.prefix = self.item, self.training, self.prefix
+            inner.per_layer_inputs = self.per_layer_inputs
             if offload:
                 kept.append(self.ledger.allocate(Item.checkpoints, num_bytes))
-            start = Value(
-                self.ledger,
-                self.ledger.hold(kept[0]),
-                num_bytes,
-                width,
-                Edge() if needs_grad else None,
-            )
+            held, inside = self.ledger.hold(kept[0]), Edge() if needs_grad else None
+            start = Value(self.ledger, held, num_bytes, width, inside)
             end = run(inner, start)
             start.end()
             if end.edge is not None:
@@ -397,9 +390,8 @@ class Graph:
 
     def _note(self, inputs: Sequence[Value], outputs: Sequence[Value], saved: list[Block]) -> _Node:
         edges = [value.edge for value in outputs if value.edge is not None]
-        node = _Node([value.edge for value in inputs], edges, saved)
-        self._nodes.append(node)
-        return node
+        self._nodes.append(_Node([value.edge for value in inputs], edges, saved))
+        return self._nodes[-1]
 
     def _free(self, blocks: Iterable[Block]) -> None:
         for block in blocks:

@@ -68,7 +68,7 @@ def mean_rows(graph: Graph, x: Value, row: int) -> Value:
 
 
 def per_row(graph: Graph, x: Value, factor: Value) -> Value:
-    """x * factor, one number a row; the gradient of the factor is as large as x until it is summed."""
+    """x * factor, one number a row, whose gradient is as large as x until it is summed."""
     both = x.needs_grad and factor.needs_grad
     saves = (*((factor,) if x.needs_grad else ()), *((x,) if factor.needs_grad else ()))
     return graph.op(
@@ -90,7 +90,7 @@ def activation(graph: Graph, x: Value, kind: str) -> Value:
         return graph.op((x,), x.num_bytes, saves_output=True, width=x.width)
     if kind == "relu2":
         return square(graph, activation(graph, x, "relu"))
-    if kind == "gelu_new":
+    if kind in ("gelu_new", "gelu_fast"):
         return _written_gelu(graph, x)
     return graph.op((x,), x.num_bytes, saves=(x,), width=x.width)
 
@@ -138,14 +138,23 @@ def take_rows(graph: Graph, x: Value, num_bytes: int) -> Value:
     return graph.op((x,), num_bytes, width=x.width)
 
 
+def dropout(graph: Graph, x: Value, *, on_gpu: bool) -> Value:
+    """x * mask / (1 - p): on a GPU a byte an element is kept, on a CPU the factor itself."""
+    if not graph.training:
+        return x
+    mask = x.size if on_gpu else x.num_bytes
+    return graph.op((x,), x.num_bytes, saves_bytes=mask, width=x.width)
+
+
 def rms_norm(
     graph: Graph, x: Value, parameter: str, row: int, *, plus_one: bool = False, late: bool = False
 ) -> Value:
     """Root mean square norm over rows of so many elements, in float32.
 
     Args:
+        parameter: of the weight; empty: there is none.
         plus_one: Gemma's: (1 + weight) * x in float32, cast afterwards.
-        late: the weight multiplies in float32 and the product is cast (OLMo-2, Cohere).
+        late: the weight multiplies in float32 and the product is cast (OLMo-2).
     """
     wide = cast(graph, x, WIDE)
     variance = mean_rows(graph, square(graph, wide), row)
@@ -156,13 +165,36 @@ def rms_norm(
         return cast(graph, out, x.width)
     if late:
         return cast(graph, weigh(graph, wide, parameter, row), x.width)
-    return weigh(graph, cast(graph, wide, x.width), parameter, row)
+    wide = cast(graph, wide, x.width)
+    return weigh(graph, wide, parameter, row) if parameter else wide
+
+
+def centred_norm(graph: Graph, x: Value, parameter: str, row: int) -> Value:
+    """A layer norm written out in float32, which takes the mean away twice (Cohere)."""
+    wide = cast(graph, x, WIDE)
+    mean = mean_rows(graph, wide, row)
+    variance = mean_rows(graph, square(graph, graph.add(wide, mean)), row)
+    factor = activation(graph, scale(graph, variance), "sigmoid")
+    wide = per_row(graph, graph.add(wide, mean), factor)
+    return cast(graph, weigh(graph, wide, parameter, row), x.width)
+
+
+def xielu(graph: Graph, x: Value, name: str) -> Value:
+    """transformers' xIELU in plain torch, with its two trained numbers."""
+    positive = weigh(graph, x, f"{name}.alpha_p", 1)
+    positive = graph.add(multiply(graph, positive, x), scale(graph, x))
+    bent = graph.op((x,), x.num_bytes, saves=(x,), backward_temporary=x.num_bytes, width=x.width)
+    bent = activation(graph, bent, "tanh")  # expm1 keeps its output, too
+    bent = graph.add(bent, x)
+    negative = graph.add(weigh(graph, bent, f"{name}.alpha_n", 1), scale(graph, x))
+    del bent
+    return graph.op((positive, negative), x.num_bytes, saves_bytes=x.size, width=x.width)
 
 
 def layer_norm(graph: Graph, x: Value, parameter: str, row: int, *, bias: bool = True) -> Value:
     """F.layer_norm: one operation, which keeps its input, and mean and deviation of each row."""
     name = parameter.removesuffix(".weight")
-    names = (parameter, f"{name}.bias") if bias else (parameter,)
+    names = (parameter, f"{name}.bias")[: 1 + bias] if parameter else ()
     num_rows = x.size // row
     return graph.op(
         (x,),

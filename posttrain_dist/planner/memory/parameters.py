@@ -33,14 +33,16 @@ def stored_parameters(job: Job) -> tuple[Stored, ...]:
 def _base(job: Job) -> Iterator[Stored]:
     """The model's own parameters, named as after `attach`."""
     linears = job.network.linears() if on_nf4(job) else ()
-    quantised = {f"{one.name}.weight" for one in linears if one.part != "outside"}
+    quantised = {f"{one.name}.weight": one for one in linears if one.part != "outside"}
     moved = wrapped(job)
     for tensor in job.network.tensors():
         module, _, leaf = tensor.name.rpartition(".")
         name = f"{module}.base_layer.{leaf}" if module in moved else tensor.name
         trained = job.tuning.trained(name)
         if tensor.name in quantised:
-            yield from _packed(job, Tensor(name, tensor.shape))
+            # A weight of GPT-2 is turned before it is packed.
+            turned = quantised[tensor.name].transposed
+            yield from _packed(job, Tensor(name, tensor.shape[::-1] if turned else tensor.shape))
         else:
             num_bytes = tensor.size * job.value_bytes
             yield Stored(name, tensor.shape, num_bytes, Item.weights, trained)

@@ -5,17 +5,21 @@ from __future__ import annotations
 from functools import lru_cache
 
 from posttrain_dist.engine import Single
+from posttrain_dist.models.architectures.known import KEEPS_ROWS
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.make_job import cpu_multiplies_bfloat16
+from posttrain_dist.planner.memory.adapters.rows import embedded_row, extended
 from posttrain_dist.planner.memory.autograd import Graph, Value
 from posttrain_dist.planner.memory.engines.base import EngineMemory
 from posttrain_dist.planner.memory.engines.single import SingleMemory
 from posttrain_dist.planner.memory.engines.zero import zero_memory
 from posttrain_dist.planner.memory.layers.ends import (
     batch_bytes,
+    causal_buffer_bytes,
     embed,
     head_loss,
     num_targets,
+    per_layer_inputs,
     rotary,
 )
 from posttrain_dist.planner.memory.layers.features import features_of
@@ -23,7 +27,7 @@ from posttrain_dist.planner.memory.layers.layer import run_layer, window_of
 from posttrain_dist.planner.memory.layers.parts import norm
 from posttrain_dist.planner.memory.layers.repeated import run_layers
 from posttrain_dist.planner.memory.ledger import Ledger
-from posttrain_dist.planner.memory.operations import WIDE, scale
+from posttrain_dist.planner.memory.operations import WIDE, dropout, scale, take_rows
 from posttrain_dist.planner.memory.parameters import stored_parameters
 from posttrain_dist.planner.memory.startup import check_parity
 from posttrain_dist.planner.plan import Item, Phase, PhaseName
@@ -36,12 +40,15 @@ _UPDATES = (1, 2)
 @lru_cache(maxsize=8)
 def device_phases(job: Job) -> tuple[Phase, ...]:
     """The fullest moment of each phase, in the order of a run."""
+    job = extended(job)
     ledger = Ledger()
     engine = make_engine_memory(job, ledger)
     trained = frozenset(each.name for each in stored_parameters(job) if each.trained)
     run = _Run(job, ledger, engine, trained)
     with ledger.phase(PhaseName.load):
         engine.load()
+        ledger.allocate(Item.weights, causal_buffer_bytes(job))
+        ledger.allocate(Item.workspace, _cublas_bytes(job))
         run.check()
     if job.evaluates:
         run.evaluate()
@@ -61,6 +68,19 @@ def make_engine_memory(job: Job, ledger: Ledger) -> EngineMemory:
     if isinstance(job.engine, Single):
         return SingleMemory(job, ledger)
     return zero_memory(job, ledger)
+
+
+def _cublas_bytes(job: Job) -> int:
+    """Workspaces of cuBLAS, one of the thread of forward and one of backward's.
+
+    `getChosenWorkspaceSize` of torch (aten/src/ATen/cuda/CublasHandlePool.cpp): 32 MiB from Hopper
+    on, else two of 4 MiB and eight of 16 KiB.
+    """
+    gpu = job.machine.gpu
+    if gpu is None:
+        return 0
+    newer = gpu.startswith(("h", "gh", "b", "gb"))
+    return 2 * (32 << 20 if newer else (2 * 4096 + 8 * 16) << 10)
 
 
 class _Run:
@@ -85,6 +105,7 @@ class _Run:
                 self._engine.before_backward(last=last)
                 graph.backward(loss)
                 graph.kept.clear()
+                graph.per_layer_inputs = None
                 self._engine.after_backward(last=last)
         with ledger.phase(PhaseName.update):
             self._engine.update()
@@ -136,12 +157,24 @@ class _Run:
         """Embedding, layers, final norm: hidden states of the supervised rows."""
         job, network = self._job, self._job.network
         features = features_of(job)
-        x = embed(graph, job, network.before[0].name, job.row_tokens)
+        # Variables of the backbone, to its end: what the tables give.
+        x = embedded_row(graph, job, embed(graph, network.before[0], job.row_tokens))
+        tables = [graph.view(x)]
         if features.embedding_scale:
             x = scale(graph, x)
-        embedded = graph.view(x)  # a variable of the backbone, to its end
         if features.rotary:
-            graph.kept += rotary(graph, job.row_tokens, network.shape.head_dim)
+            width = round(network.shape.head_dim * features.rotary)
+            kept = tables if features.own_angles else graph.kept
+            for _ in range(1 + features.two_rotations):
+                kept += rotary(graph, job.row_tokens, width)
+        else:  # positions that are learned
+            tables.append(embed(graph, network.before[1], job.row_tokens))
+            x = graph.add(x, tables[-1])
+        if features.dropout:
+            x = dropout(graph, x, on_gpu=job.on_gpu)
+        if features.head_norms:  # NanoChat's has one in front of the layers, too
+            x = norm(graph, x, "", network.shape.hidden_size, features)
+        graph.per_layer_inputs = per_layer_inputs(graph, job, x)
         num_layers = len(network.layers)
         recomputed = [graph.recording and i < job.recomputed_layers for i in range(num_layers)]
         kinds = [
@@ -153,10 +186,16 @@ class _Run:
             rows = num_rows if index == num_layers - 1 else None
             return self._layer(graph, index, value, rows, recomputed=recomputed[index])
 
-        x = run_layers(graph, x, kinds, recomputed, run, network.layers_name)
-        final = network.after[0].name if network.after else ""  # one without parameters
-        x = norm(graph, x, final, network.shape.hidden_size, features)
-        graph.drop(embedded)
+        start = [x]
+        del x  # so that it goes as soon as a layer does not need it
+        x = run_layers(graph, start.pop(), kinds, recomputed, run, network.layers_name)
+        if not graph.recording:
+            graph.per_layer_inputs = None
+        if features.weightless or network.after:
+            final = "" if features.weightless else network.after[0].name
+            x = norm(graph, x, final, network.shape.hidden_size, features)
+        if network.shape.model_type in KEEPS_ROWS:
+            x = take_rows(graph, x, num_rows * network.shape.hidden_size * x.width)
         return x
 
     def _layer(

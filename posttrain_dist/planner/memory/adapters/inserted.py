@@ -30,8 +30,7 @@ def inserted(job: Job) -> Iterator[Stored]:
     yield from _scales(job)
     yield from _bottlenecks(job)
     yield from _virtual(job)
-    if isinstance(job.tuning, Lora):
-        yield from _added_rows(job, job.tuning)
+    yield from added_rows(job)
 
 
 def bottleneck_width(job: Job, tuning: Bottleneck) -> int:
@@ -99,9 +98,10 @@ def _virtual(job: Job) -> Iterator[Stored]:
         yield _parameter(job, "prefix.weight", (tuning.tokens, pairs), kind)
 
 
-def _added_rows(job: Job, tuning: Lora) -> Iterator[Stored]:
+def added_rows(job: Job) -> Iterator[Stored]:
     """Rows of `model.add_tokens`, which a frozen matrix has beside it; a tied head shares them."""
-    count = len(job.model.add_tokens)
+    tuning = job.tuning
+    count = len(job.model.add_tokens) if isinstance(tuning, Lora) else 0
     head = head_of(job.network)
     tables = [embedding_of(job.network), *([] if head is None else [head])]
     for table in tables if count else []:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.ledger import Block, Ledger
+from posttrain_dist.planner.memory.moments import device_moments
 from posttrain_dist.planner.memory.parameters import stored_parameters
 from posttrain_dist.planner.memory.stored import Stored
 from posttrain_dist.planner.plan import Item
@@ -53,14 +54,14 @@ class SingleMemory:
             wide = [self._widened(each) for each in bucket]
             if not self._has_moments:
                 for each in bucket:
-                    self._ledger.allocate(Item.moments, 2 * each.size * WIDE)
+                    self._ledger.allocate(Item.moments, device_moments(self._job, each.size))
             for block in wide:
                 if block is not None:
                     self._ledger.release(block)
         self._has_moments = True
 
     def save(self) -> None:
-        """The tensors themselves are written; what an adapter trains is copied to the host first."""
+        """The tensors themselves are written; what an adapter trains goes to the host first."""
         if not self._job.tuning.whole_model and not self._job.on_gpu:
             self._ledger.touch(Item.saving, 3 * WIDE * sum(each.size for each in self._trained))
 

@@ -9,14 +9,8 @@ from typing import Any
 
 from posttrain_dist.planner.job import Job
 
-RMS, RMS_PLUS_ONE, RMS_LATE, LAYER, COHERE, FUSED_RMS = (
-    "rms",
-    "rms plus one",
-    "rms late",
-    "layer",
-    "cohere",
-    "fused rms",
-)
+RMS, RMS_PLUS_ONE, RMS_LATE = "rms", "rms plus one", "rms late"
+LAYER, COHERE = "layer", "cohere"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,11 +19,19 @@ class Features:
 
     Attributes:
         norm: RMS (Llama's), RMS_PLUS_ONE (Gemma's), RMS_LATE (the weight in float32), LAYER,
-            COHERE (a layer norm written out in float32), FUSED_RMS (F.rms_norm).
+            COHERE (a layer norm written out in float32).
         parallel: attention and MLP read the same norm, and are added to the layer's input.
         rotary: share of each head that positions turn; 0: none.
         scales: products of the layer's branches with constants (Granite's).
         embedding_scale: of the embeddings by a constant (Gemma's).
+        weightless: its two norms have no weight.
+        head_norms: queries and keys have a norm without weight, behind the rotation.
+        two_rotations: layers with a window have cosines and sines of their own.
+        wide_rotary: the rotation is computed in float32.
+        own_angles: each layer makes cosines and sines of its own, neighbours side by side.
+        value_norm: values have a norm without weight (Gemma 4).
+        keeps_attention: a layer has a variable of its attention's output to its end.
+        dropout: branches drop out (attention's own is in the shape).
     """
 
     norm: str = RMS
@@ -38,6 +40,14 @@ class Features:
     activation: str = "silu"
     scales: int = 0
     embedding_scale: bool = False
+    weightless: bool = False
+    head_norms: bool = False
+    two_rotations: bool = False
+    wide_rotary: bool = False
+    own_angles: bool = False
+    value_norm: bool = False
+    keeps_attention: bool = False
+    dropout: bool = False
 
 
 _ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
@@ -48,6 +58,8 @@ _LAYER_NORMS = frozenset(
     }
 )
 _SHARES = ("partial_rotary_factor", "rotary_pct")
+_DROPOUTS = ("resid_pdrop", "hidden_dropout", "hidden_dropout_prob", "dropout")
+_WIDE_ROTARY = frozenset({"cohere", "cohere2", "ernie4_5", "olmo", "olmo2", "olmo3"})
 _PARALLEL = frozenset({"cohere", "cohere2", "phi"})
 
 
@@ -59,17 +71,26 @@ def features_of(job: Job) -> Features:
     if kind in _LAYER_NORMS:
         found = replace(found, norm=LAYER)
     elif kind.startswith("gemma") or kind == "vaultgemma":
-        norm = RMS if kind.startswith("gemma4") else RMS_PLUS_ONE
+        norm = RMS_LATE if kind.startswith("gemma4") else RMS_PLUS_ONE
         found = replace(found, norm=norm, embedding_scale=True)
     elif kind in ("cohere", "cohere2"):
         found = replace(found, norm=COHERE)
     elif kind in ("olmo2", "olmo3", "helium", "glm4"):
         found = replace(found, norm=RMS_LATE if kind != "glm4" else RMS)
-    elif kind == "nanochat":
-        found = replace(found, norm=FUSED_RMS)
     if kind in ("granite", "minicpm3", "hyperclovax"):
         found = replace(found, scales=2, embedding_scale=True)
-    return replace(found, parallel=_parallel(config, kind))
+    return replace(
+        found,
+        parallel=_parallel(config, kind),
+        weightless=kind in ("nanochat", "olmo"),
+        head_norms=kind == "nanochat",
+        two_rotations=kind.startswith(("gemma3", "gemma4", "olmo3")),
+        wide_rotary=kind in _WIDE_ROTARY,
+        own_angles=kind in ("ernie4_5", "glm", "glm4", "helium"),
+        value_norm=kind.startswith("gemma4"),
+        keeps_attention=kind in ("gpt2", "gpt_bigcode"),
+        dropout=any(float(config.get(key) or 0.0) > 0 for key in _DROPOUTS),
+    )
 
 
 def _activation(config: Mapping[str, Any], kind: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from posttrain_dist.models.architectures.known import KEEPS_ROWS
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.autograd import Graph, Value
 from posttrain_dist.planner.memory.layers.attention import Heads
 from posttrain_dist.planner.memory.layers.features import features_of
 from posttrain_dist.planner.memory.layers.parts import Part
 from posttrain_dist.planner.memory.operations import take_rows
+from posttrain_dist.tuning.prefix_tuning import Prefix
 
 
 def run_layer(graph: Graph, job: Job, index: int, x: Value, supervised: int | None) -> Value:
@@ -25,17 +27,31 @@ def run_layer(graph: Graph, job: Job, index: int, x: Value, supervised: int | No
 def part_of(job: Job, index: int) -> Part:
     """The layer, with its names and heads."""
     network = job.network
-    shape = network.shape
-    heads = Heads(
-        num=shape.num_heads,
-        num_kv=shape.num_kv_heads,
-        width=shape.head_dim,
-        value_width=shape.head_dim,
-        window=window_of(job, index),
-        softcap=bool(shape.attention_softcap),
-    )
+    heads = _heads(job, index)
     prefix = f"{network.layers_name}.{index}."
     return Part(job, network.layers[index], prefix, heads, features_of(job))
+
+
+def _heads(job: Job, index: int) -> Heads:
+    """By the projections of the layer itself, where it has one each."""
+    shape = job.network.shape
+    outputs = {x.name.rpartition(".")[2]: x.out_features for x in job.network.layers[index].linears}
+    num, num_kv = shape.num_heads, shape.num_kv_heads
+    width = value_width = shape.head_dim
+    if "kv_b_proj" in outputs:
+        num_kv, width, value_width = num, shape.widest_head, shape.value_head_dim
+    elif "q_proj" in outputs and "k_proj" in outputs:
+        width = value_width = outputs["q_proj"] // num
+        num_kv = outputs["k_proj"] // width
+    return Heads(
+        num=num,
+        num_kv=num_kv,
+        width=width,
+        value_width=value_width,
+        window=window_of(job, index),
+        softcap=bool(shape.attention_softcap),
+        prefix_tokens=job.tuning.tokens if isinstance(job.tuning, Prefix) else 0,
+    )
 
 
 def window_of(job: Job, index: int) -> int | None:
@@ -52,12 +68,17 @@ def _sequential(graph: Graph, part: Part, x: Value, supervised: int | None) -> V
     if after_attention:
         h = part.norm(graph, h, after_attention)
     x = graph.add(x, h)
+    kept = h if part.features.keeps_attention else None
     del h
     h = part.norm(graph, x, before_mlp) if before_mlp else x
     h = _mlp(graph, part, h, supervised)
     if after_mlp:
         h = part.norm(graph, h, after_mlp)
-    return _leave(graph, part, graph.add(x, h), supervised)
+    x = graph.add(x, h)
+    del kept, h
+    if part.linears("layer"):
+        x = part.per_layer_input(graph, x)
+    return _leave(graph, part, x, supervised)
 
 
 def _parallel(graph: Graph, part: Part, x: Value, supervised: int | None) -> Value:
@@ -67,12 +88,15 @@ def _parallel(graph: Graph, part: Part, x: Value, supervised: int | None) -> Val
     mixed = part.attention(graph, h)
     h = part.norm(graph, x, second) if second else h
     changed = _mlp(graph, part, h, supervised)
-    return _leave(graph, part, graph.add(graph.add(changed, mixed), x), supervised)
+    total = graph.add(changed, mixed)
+    del changed, mixed
+    return _leave(graph, part, graph.add(total, x), supervised)
 
 
 def _mlp(graph: Graph, part: Part, h: Value, supervised: int | None) -> Value:
     """Of the supervised rows alone, whose outputs are then laid out over all rows."""
-    if supervised is None:
+    whole = not any(linear.name.startswith("mlp.") for linear in part.layer.linears)
+    if supervised is None or whole:  # a layer without a module `mlp` runs on all rows
         return part.mlp(graph, h)
     row = part.job.network.shape.hidden_size * h.width
     out = part.mlp(graph, take_rows(graph, h, supervised * row))
@@ -80,13 +104,15 @@ def _mlp(graph: Graph, part: Part, h: Value, supervised: int | None) -> Value:
 
 
 def _leave(graph: Graph, part: Part, x: Value, supervised: int | None) -> Value:
-    if supervised is None:
+    if supervised is None or part.job.network.shape.model_type in KEEPS_ROWS:
         return x
     return take_rows(graph, x, supervised * part.job.network.shape.hidden_size * x.width)
 
 
 def _norm_names(part: Part) -> tuple[str, str, str, str]:
     """Before and after attention, before and after the MLP; empty: there is none."""
+    if part.features.weightless:
+        return "input_layernorm", "", "post_attention_layernorm", ""
     names = [name for name in part.norms if "." not in name]
     if len(names) >= 4:
         first, second, third, fourth = names[:4]
