@@ -141,3 +141,11 @@ PLAN_TRUTH: dict[str, Cell] = {
     "measured MB": number("measured_bytes", 2, 1e-6),
     "difference": lambda row: f"{100 * row['error']:+.2f} %",
 }
+PLAN_SPEED: dict[str, Cell] = {
+    **texts(training="arm"),
+    "published by": text("published_by"),
+    "published": number("published", 0),
+    "planned": number("planned", 0),
+    "ratio": number("ratio", 2),
+    "fitted": lambda row: "yes" if row["fitted"] else "no",
+}

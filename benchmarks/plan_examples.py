@@ -28,7 +28,7 @@ EXPERIMENTS = {
     "LoRA": "llama3_70b_lora",
     "QLoRA": "llama3_70b_qlora",
 }
-LADDER = [
+FALLBACKS = [
     "model.path=shape:llama3-70b",
     "hardware=h100x8",
     "cluster=slurm",
@@ -40,10 +40,10 @@ LADDER = [
 ]
 
 
-def planned(words: list[str]) -> tuple[RunConfig, tuple[Tried, ...]]:
+def planned(overrides: list[str]) -> tuple[RunConfig, tuple[Tried, ...]]:
     """Every fallback of a command line; one where tuning and engine are named."""
     with Composer() as composer:
-        config = complete(compose_checked(composer, words).config)
+        config = complete(compose_checked(composer, overrides).config)
     return config, try_all(config, find_machine(config, plans_only=True))
 
 
@@ -88,7 +88,7 @@ def example_rows() -> Iterator[dict[str, Any]]:
 
 def fallback_rows() -> Iterator[dict[str, Any]]:
     """One row a fallback of the flagship's model, rows and batch on its nodes."""
-    for tried in planned(LADDER)[1]:
+    for tried in planned(FALLBACKS)[1]:
         row = {"section": "fallback", "arm": tried.name}
         yield row | ({"skipped": tried.refused} if tried.plan is None else figures(tried.plan))
 

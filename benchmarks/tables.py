@@ -26,6 +26,7 @@ from columns import (
     HEAD,
     LAST_LAYER,
     LAUNCH,
+    PLAN_SPEED,
     PLAN_TRUTH,
     PLANNED,
     PLANNED_FALLBACKS,
@@ -317,6 +318,7 @@ TABLES: dict[str, Table | Goals] = {
         )
     },
     "plan-truth": Table(source="plan_truth", columns=PLAN_TRUTH),
+    "plan-speed": Table(source="plan_speed", columns=PLAN_SPEED),
     "gpu-goals": Goals([*gpu_goals()]),
     "gpu-kernels": Table(source="gpu", columns=GPU_KERNELS, where=gpu_rows("kernels")),
     "gpu-head": Table(source="gpu", columns=GPU_HEAD, where=gpu_rows("head")),

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain_dist.attempts import fall_back, next_choice, train_apart
+from posttrain_dist.attempts.fall_back import fall_back, next_choice
+from posttrain_dist.attempts.train_apart import train_apart
 from posttrain_dist.config import Local, RunConfig, complete
 from posttrain_dist.errors import ConfigError, OutOfMemory, PosttrainError
 from posttrain_dist.files import write_atomic
@@ -153,6 +154,8 @@ def discard_refused(folder: Path, error: PosttrainError) -> bool:
         Whether it was removed.
     """
     begun = ("metrics.jsonl", "checkpoints", "logs/plan.json")
+    if isinstance(error, OutOfMemory):
+        return False  # the log of the rank says more
     if str(folder) in str(error) or any((folder / name).exists() for name in begun):
         return False
     shutil.rmtree(folder, ignore_errors=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,13 +48,13 @@ from posttrain_dist.loop import Stop, fit
 from posttrain_dist.metrics.special_tokens import TokenMeter
 from posttrain_dist.models.folder import resolve
 from posttrain_dist.models.policy import Policy
-from posttrain_dist.out_of_memory import naming_out_of_memory
 from posttrain_dist.planner.plan_file import planned_lines
-from posttrain_dist.rehearsal import Rehearsal
+from posttrain_dist.rehearsal.out_of_memory import Reached, naming_out_of_memory
+from posttrain_dist.rehearsal.rehearse import Rehearsal
 from posttrain_dist.tuning.adapters.base_check import not_compared
 from posttrain_dist.tuning.base import AdapterTuning
 
-PLAN = Path("logs", "plan.json")
+PLAN, OUTCOME = Path("logs", "plan.json"), Path("logs", "outcome.json")
 _log = logging.getLogger(__name__)
 
 
@@ -69,8 +71,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
     process = process or Process()
     config = refuse_auto(complete(config))
     run_folder = _enter(config, Path(run_folder).absolute(), process)
-    log_file = run_folder / "logs" / f"rank-{process.rank}.log"
-    with log_to_file(log_file), naming_out_of_memory(config, run_folder) as reached:
+    with _watched(config, run_folder, process) as reached:
         # Data, model and engine.
         data = open_prepared(run_folder / "prepared")
         dtype = frozen_dtype(config, run_folder)
@@ -97,9 +98,7 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
         )
         evaluate = Evaluate(engine, heldout, config.objective, eval_meter, config.train.eval_every)
         rate = partial(learning_rate, config.optimizer, total_steps=steps)  # type: ignore[arg-type]
-        if config.train.rehearse and start == 0:
-            trial = Rehearsal(config, run_folder, engine, source, heldout, meter, manifest)
-            trial.run(steps)
+        Rehearsal(config, run_folder, engine, source, heldout, meter, manifest).run(start, steps)
         update_check = make_update_check(config, engine, policy, rate, start)
         facts = model_facts(config, policy, source)
         export = RunExport(config, run_folder, manifest, data.served, partial(notify, run_folder))
@@ -133,8 +132,15 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
             completed = last.last and not last.stopped
             if completed and config.checkpoint.export:
                 export.write(engine.full_tensors, last.step)
-        outcome = _outcome(last.step, steps, completed, log)
-        _write_main(run_folder / "logs" / "outcome.json", **outcome)
+        _write_main(run_folder / OUTCOME, **_outcome(last.step, steps, completed, log))
+
+
+@contextmanager
+def _watched(config: RunConfig, run_folder: Path, process: Process) -> Iterator[Reached]:
+    """With a log of this rank, and memory that is missing named as what it is."""
+    log = run_folder / "logs" / f"rank-{process.rank}.log"
+    with log_to_file(log), naming_out_of_memory(config, run_folder) as reached:
+        yield reached
 
 
 def _enter(config: RunConfig, run_folder: Path, process: Process) -> Path:

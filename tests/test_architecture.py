@@ -27,7 +27,6 @@ LAYERS = {
         (
             "hooks",
             "rehearsal",
-            "out_of_memory",
             "prepare",
             "rollouts",
             "evaluation",

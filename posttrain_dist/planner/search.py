@@ -1,7 +1,7 @@
 """The settings of a fallback: what trains fastest among what fits.
 
 Recomputing a layer saves about as much as recomputing any other, so the fewest layers that are
-enough are found on the straight line between none and all, and from there one by one.
+enough are found on a straight line: between none and all, then between none and what was found.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from posttrain_dist.planner.plan import Plan, Tried
 
 FASTER = 1.005  # by less than this factor a setting is no reason to take more memory
 NONE, ALL = checkpointing_words(0, 1), checkpointing_words(1, 1)
-_STEPS = 4  # layers that are tried one by one
+_NEAR = 0.05  # of all layers: so near to the fewest is near enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,53 +86,54 @@ class Search:
         return best or Tried(method.name, None, refused)
 
     def _leanest(self, words: tuple[str, ...]) -> Plan:
-        _, size = self._micro_batches(words)[0]
+        size = self._micro_batches(words)[0]
         return self.plan((*words, *size, *(ALL if self._chooses_layers else ())))
 
     def _fastest(self, words: tuple[str, ...]) -> Plan:
         """Of rows that get longer as long as that helps, each with the fewest layers."""
         best = leanest = self._leanest(words)
-        saved: int | None = None  # by recomputing all layers, of a row of one pack
-        for number, (packs, size) in enumerate(self._micro_batches(words)):
+        if not leanest.fits:
+            return leanest
+        for number, size in enumerate(self._micro_batches(words)):
             sized = (*words, *size)
-            if not leanest.fits:
-                return leanest
-            if not self._chooses_layers:
-                found = self.plan(sized)
-            elif saved is not None or not (found := self.plan((*sized, *NONE))).fits:
-                full = self.plan((*sized, *ALL))
-                saved = saved or (found.device.total_bytes - full.device.total_bytes) // packs
-                found = self._fewest_layers(sized, full, saved * packs)
+            found = self._fewest_layers(sized) if self._chooses_layers else self.plan(sized)
             faster = found.speed.tokens_per_s / best.speed.tokens_per_s
             if not found.fits or (number and faster <= FASTER):
                 break
             best = found if faster > FASTER else best
         return best
 
-    def _fewest_layers(self, words: tuple[str, ...], full: Plan, saved: int) -> Plan:
-        """The plan in which the fewest layers recompute.
+    def _fewest_layers(self, words: tuple[str, ...]) -> Plan:
+        """The plan in which few layers recompute; all of them, if not even that fits.
 
-        Args:
-            full: that in which all do, and that takes `saved` bytes less than with none.
+        Each layer saves as much as the one before or, where something else becomes the fullest,
+        nothing. So the line from none to any number that fits ends at a number that fits too.
         """
-        if not full.fits or saved <= 0:
-            return full
-        layers = len(read_network(self.config).layers)
-        first = max(1, math.ceil(layers * (saved - full.spare_bytes) / saved))
-        for recomputed in range(first, min(layers, first + _STEPS)):
-            some = self.plan((*words, *checkpointing_words(recomputed, layers)))
-            if some.fits:
-                return some
-        return full
+        none = self.plan((*words, *NONE))
+        if none.fits:
+            return none
+        best = self.plan((*words, *ALL))
+        most = layers = len(read_network(self.config).layers)
+        while best.fits and most > 1:
+            by_each = (none.device.total_bytes - best.device.total_bytes) / most
+            enough = math.ceil(-none.spare_bytes / by_each) if by_each > 0 else most
+            fewer = enough if enough < most else most - math.ceil(_NEAR * layers)
+            if fewer < 1:
+                break
+            some = self.plan((*words, *checkpointing_words(fewer, layers)))
+            if not some.fits:
+                break
+            best, most = some, fewer
+        return best
 
-    def _micro_batches(self, words: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
-        """Sizes that are tried, with their words, ascending: powers of two, and all packs."""
+    def _micro_batches(self, words: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """Words of the sizes that are tried, ascending: powers of two, and all packs."""
         config = with_words(self.config, words)
         if not is_free(config, MICRO_BATCH, self.typed):
-            return [(config.train.micro_batch_size, ())]
+            return [()]
         packs = math.ceil(config.train.batch_size / count_workers(config, self.machine)[0])
         sizes = [2**power for power in range(packs.bit_length()) if 2**power < packs]
-        return [(size, (f"{MICRO_BATCH}={size}",)) for size in (*sizes, packs)]
+        return [(f"{MICRO_BATCH}={size}",) for size in (*sizes, packs)]
 
     @property
     def _chooses_layers(self) -> bool:

@@ -154,7 +154,8 @@ def test_submit_looks_before_it_writes_a_job(try_out, tmp_path):
 GPUS, TIME = "cluster.gpus_per_node", "cluster.time"
 UNSAID = {
     (): f"{GPUS}: is not set, and has no default; nor is {TIME}\n  fix: set {GPUS}=<8, or 0 for a "
-    f"job on CPUs>; {TIME}=<08:00:00, the time that the job may take>\n",
+    f"job on CPUs>; {TIME}=<08:00:00, the time that the job may take>; or say what the nodes are, "
+    "such as hardware=h100x8\n",
     (f"{GPUS}=0",): f"{TIME}: is not set, and has no default\n  fix: set {TIME}=<08:00:00, the",
     (f"{TIME}=1-00",): f"{GPUS}: is not set, and has no default\n  fix: set {GPUS}=<8, or 0 for",
 }

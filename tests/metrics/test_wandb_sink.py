@@ -21,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from made_plans import FITS, TIGHT
 
 from posttrain_dist.config import DataConfig, ModelConfig, RunConfig, TrainConfig, complete
 from posttrain_dist.errors import ConfigError
@@ -28,6 +29,8 @@ from posttrain_dist.files import read_rows
 from posttrain_dist.logs import NOTICES
 from posttrain_dist.metrics import LoggingConfig, WandbMode, wandb_mirror
 from posttrain_dist.metrics.wandb_sink import WandbSink, resolve_mode
+from posttrain_dist.planner.plan import Choice, Tried
+from posttrain_dist.planner.plan_file import plan_entry, write_plan
 from posttrain_dist.prepare import prepare
 from posttrain_dist.train import train
 
@@ -79,11 +82,10 @@ def test_wandb_mirrors_metrics_jsonl_and_survives_a_restart(tiny_llama, rows_fil
     )
     folder = tmp_path / "run"
     prepare(config, folder / "prepared")
-    plan = {
-        "chosen": "LoRA",
-        "overrides": ["tuning=lora"],
-        "reasons": ["full: 2.0 GiB are missing"],
-    }
+    taken = Tried("LoRA", FITS)
+    choice = Choice((Tried("full", TIGHT), taken), taken)
+    write_plan(folder, choice)
+    plan = plan_entry(choice)
     (folder / "run.json").write_text(json.dumps({"wandb_id": "abc123", "plan": plan}))
     short = replace(config, train=replace(config.train, steps=2))
     train(short, folder)
@@ -102,6 +104,9 @@ def test_wandb_mirrors_metrics_jsonl_and_survives_a_restart(tiny_llama, rows_fil
     logged = {i.key: json.loads(i.value_json) for i in run.config.update}
     assert logged["train"]["steps"] == 4 and logged["lineage"]["wandb_id"] == "abc123"
     assert logged["lineage"]["plan"] == plan
+    assert plan["chosen"] == "LoRA" and "missing" in plan["reasons"][0]
+    log = (folder / "logs" / "rank-0.log").read_text()
+    assert "planned: LoRA; 65.000 GiB" in log and f"planned: not {plan['reasons'][0]}" in log
     ours = [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]
     assert ours == expected
 

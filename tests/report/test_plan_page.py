@@ -69,6 +69,10 @@ def test_bars_are_on_the_scale_of_the_capacity():
     assert small.over and small.margin == pytest.approx(100 * 32 / 68, abs=0.01)
     assert small.limit == pytest.approx(50)
     assert sum(part.width for part in small.stacks[0].segments) == pytest.approx(100, abs=0.01)
+    # Where the capacity would leave nothing to be seen, the peak is the scale, too.
+    huge = memory_chart(plan["device"], 68 * 51 * GIB, 4 * GIB, "")
+    assert huge.limit is huge.margin is None and not huge.over
+    assert sum(part.width for part in huge.stacks[0].segments) == pytest.approx(100, abs=0.01)
 
 
 def test_every_item_has_a_colour():

@@ -33,12 +33,15 @@ def text_of(path: Path) -> str:
 def test_planned_and_measured_stand_side_by_side(run_folder: Path):
     plan = {"plan": as_json(FITS), "choice": choice_json()}
     (run_folder / "plan.json").write_text(json.dumps(plan))
+    failed = {"tried": "full, ZeRO-2", "where": "backward", "what": "4 GiB of gradients"}
+    (run_folder / "run.json").write_text(json.dumps({"fallbacks": [failed]}))
     text = text_of(write_report(run_folder))
     # 66.3 GiB at most of 65 planned, a median of 24,030 tokens/s of 524,288 / 24 planned.
     assert "allocated at the peak, each GPU 65.0 GiB 66.3 GiB +2.0 %" in text
     assert "tokens/s 21,845 24,030 +10.0 %" in text
     assert "full, ZeRO-3 was chosen, which fits: 8.00 GiB of each GPU to spare" in text
     assert "full, ZeRO-1 does not fit: each GPU lacks 12.0 GiB; most goes to optimizer" in text
+    assert "full, ZeRO-2 ran out of memory (backward): 4 GiB of gradients" in text
     page = text_of(run_folder / "plan.html")
     assert "posttrain train tuning=auto engine=zero3 train.micro_batch_size=1" in page
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
-from made_plans import FITS, FULL_HOST, TIGHT, as_json, choice_json
+from made_plans import FITS, FULL_HOST, GIB, PHASES, TIGHT, as_json, choice_json
 
-from posttrain_dist.report.plan.plan_figures import fallback_rows, why_not_above
+from posttrain_dist.planner.plan import Memory
+from posttrain_dist.report.plan.fallback_rows import fallback_rows, why_not_above
 from posttrain_dist.report.plan.plan_text import plan_table, plan_text
 
 WORDS = ["model.path=shape:llama3-70b", "engine=auto", "name=a run"]
@@ -42,6 +44,12 @@ def test_figures_of_a_plan_that_fits():
         " train.micro_batch_size=1"
     )
     assert "posttrain train" not in plan_text(as_json(FITS))
+    shape = as_json(FITS) | {"settings": {"model": "shape:llama3-70b (llama)"}}
+    assert plan_text(shape, WORDS, verb="submit").splitlines()[-2:] == [
+        "to train it, with the folder of a model as model.path",
+        "  posttrain submit model.path=shape:llama3-70b 'name=a run' engine=zero3"
+        " train.micro_batch_size=1",
+    ]
 
 
 def test_bars_are_as_long_as_what_they_stand_for():
@@ -70,30 +78,51 @@ def test_what_does_not_fit_names_where_by_how_much_and_the_item():
     assert text == "  most goes to copies for loading: 140 GiB"
 
 
+def test_a_run_on_cpus_has_ranks_and_neither_slack_nor_margin():
+    plan = dataclasses.replace(
+        FITS,
+        on_gpu=False,
+        device=Memory(PHASES),
+        capacity_bytes=65 * 51 * GIB,
+        margin_bytes=0,
+    )
+    text = plan_text(as_json(plan))
+    assert text.startswith("✓ fits: 3.17 TiB of each rank to spare\n")  # 65 * 50 GiB
+    assert "slack" not in text and "CUDA" not in text and "kept free" not in text
+    # 65 of 3,315 GiB would be no bar at all.
+    assert "phases of a rank, allocated; a full bar is the fullest of them" in text
+    (backward,) = (line for line in lines_of(text) if line[0] == "backward")
+    assert len(backward[1]) > 20
+
+
 @pytest.mark.parametrize("width", [72, 80, 100])
 def test_no_line_is_wider_than_the_terminal(width: int):
     texts = [plan_text(as_json(plan), width=width) for plan in (FITS, TIGHT)]
     for text in (*texts, plan_table(choice_json(), width=width)):
         assert max(map(len, text.splitlines())) <= width
         assert "\x1b" not in text
+    assert "GPU-hours" in text and "812.8" in text and "…" not in text
     long = "data.train=/data/" + "x" * 200  # what is copied from the terminal must run
     assert f" {long} " in plan_text(as_json(FITS), [long], width=width).splitlines()[-1]
 
 
 def test_the_table_of_fallbacks():
     rows = {line[0]: line[1:] for line in lines_of(plan_table(choice_json()))}
-    cost = ["21,845", "25.4 h", "812.8"]
+    cost = ["21,845", "812.8"]
     less = "\N{MINUS SIGN}"
     assert rows["full, ZeRO-1"] == ["no", f"{less}12.0 GiB", "optimizer moments", *cost]
     assert rows["full, ZeRO-2"] == [
         "no",
-        f"{less}60.0 GiB host",
-        "copies for loading",
+        f"{less}60.0 GiB",
+        "host: copies for loading",
         *cost,
     ]
     assert rows["full, ZeRO-3"][:2] == ["chosen", "8.00 GiB"]
     assert rows["lora"][:2] == ["fits", "8.00 GiB"]
-    assert "  full, one GPU: there are 32 GPUs" in plan_table(choice_json()).splitlines()
+    assert plan_table(choice_json()).splitlines()[-2:] == [
+        "  full, one GPU: there are 32 GPUs",
+        "  GPU-hours for 2.0B tokens",
+    ]
 
 
 def test_why_the_fallbacks_above_were_not_taken():

@@ -13,10 +13,10 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from posttrain_dist.attempts import killed
+from posttrain_dist.attempts.train_apart import killed
 from posttrain_dist.config import Ray, RunConfig, Slurm
-from posttrain_dist.errors import ClusterError, is_out_of_memory
-from posttrain_dist.out_of_memory import advice
+from posttrain_dist.errors import ClusterError, OutOfMemory, is_out_of_memory
+from posttrain_dist.rehearsal.out_of_memory import advice
 from posttrain_launch.ray.child import quiet_environment
 from posttrain_launch.ray.workers import WorkerError, train_worker
 
@@ -148,10 +148,14 @@ class RefuseRetry(UserCallback):  # type: ignore[misc]
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raise the first worker's failure that carries a user's error."""
-        for rank, failure in sorted(worker_exceptions.items()):
-            found = _of_user(rank, failure, self._config, self._run_folder)
-            if found is not None:
-                raise found
+        found = [
+            error
+            for rank, failure in sorted(worker_exceptions.items())
+            if (error := _of_user(rank, failure, self._config, self._run_folder)) is not None
+        ]
+        # Where one has no memory for a save, the others say that there is none.
+        for error in sorted(found, key=lambda each: not isinstance(each.error, OutOfMemory)):
+            raise error
 
 
 def _of_user(

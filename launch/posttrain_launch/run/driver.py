@@ -15,7 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from posttrain_dist.attempts import fall_back, next_choice, train_apart
+from posttrain_dist.attempts.fall_back import fall_back, next_choice
+from posttrain_dist.attempts.train_apart import train_apart
 from posttrain_dist.config import Local, RunConfig
 from posttrain_dist.errors import OutOfMemory, PosttrainError
 from posttrain_dist.files import write_atomic

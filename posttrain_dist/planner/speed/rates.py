@@ -1,13 +1,18 @@
 """What share of its stated speed a device reaches: the rates that step times follow from.
 
-Products: the best shapes reach 80 % of the peak on an H100 SXM, 86 % on an A100, 78 % on a B200
-(S. Bekman, ML Engineering, "Maximum Achievable Matmul FLOPS"), those of LLMs 73 % on an H100 and
-H200 (SemiAnalysis, "MI300X vs H100 vs H200", part 1, 2024) and 64 to 69 % on a B200
-(arXiv:2604.23466, tables III and IV). Attention: FlashAttention-2 reaches 190 to 230 TFLOP/s on an
-A100, backward less (arXiv:2307.08691, figures 4 to 6), and no more than 35 % of an H100
-(arXiv:2407.08608). A copy reaches 90 % of the memory's speed. NCCL's bus bandwidth is 80 % of
-NVLink's speed, as of the InfiniBand ports of a node together; of PCIe that all GPUs of a host
-share, less than half. CPU: measured on cores with AVX2 and with AVX-512, rough elsewhere.
+The best shapes of products reach 80 % of the peak on an H100 SXM, 86 % on an A100, 78 % on a B200
+(S. Bekman, ML Engineering, "Maximum Achievable Matmul FLOPS"), those of LLMs 73 % on an H100
+(SemiAnalysis, "MI300X vs H100 vs H200", part 1, 2024) and 64 to 69 % on a B200 (arXiv:2604.23466,
+tables III and IV); hours of training, hot and with collectives beside them, less. The shares of the
+H100, the A100 and of two GeForce were fitted to published trainings, so that what is measured here
+is what a run reaches: `benchmarks/plan_speed.py` shows them all. Other devices stand to these as
+their best shapes do. A GeForce sums bfloat16 in float32 at half the speed of its units, and is
+bound by neither power nor memory: it comes near its peak.
+
+Attention: FlashAttention-2 reaches 190 to 230 TFLOP/s on an A100, backward less (arXiv:2307.08691,
+figures 4 to 6), and 35 % of an H100 (arXiv:2407.08608). A copy reaches 90 % of the memory's speed.
+NCCL's bus bandwidth is 80 % of NVLink's speed, and of the ports of a node together; of PCIe that
+all GPUs of a host share, less than half. CPU: measured on two cores, rough elsewhere.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from dataclasses import dataclass
 from posttrain_dist.config.devices import DEVICES
 from posttrain_dist.planner.job import Job, Machine
 
-# By compute capability, a share of the peak: products as in LLMs; attention with its backward.
+# By compute capability, a share of the peak: products; attention with its backward.
 _PRODUCTS = {7.0: 0.7, 7.5: 0.7, 8.0: 0.72, 8.6: 0.7, 8.9: 0.55, 9.0: 0.6, 10.0: 0.55, 12.0: 0.6}
 _GEFORCE_PRODUCTS, _GEFORCE_ATTENTION = 0.9, 0.7
 _ATTENTION = {7.0: 0.4, 7.5: 0.4, 8.0: 0.55, 8.6: 0.5, 8.9: 0.5, 9.0: 0.35, 10.0: 0.2, 12.0: 0.4}

@@ -1,7 +1,7 @@
 """How long a step takes, and the whole run.
 
 GPU       products / rate + attention / rate + bytes moved / memory's speed, one after another
-pass      the longest of GPU, starting its kernels, and what is sent beside it, plus a tenth of
+pass      the longest of GPU, starting its kernels, and what is sent beside it, plus a quarter of
           what is hidden, for products are slower beside a collective; and the first gather
 step      forward and backward of every micro-batch, what nothing hides, and the update
 """

@@ -11,6 +11,7 @@ from typing import Any
 
 from posttrain_dist.report import numbers
 
+TINY = 50  # times smaller than the capacity: too small to be seen beside it
 BILLION = 1e9  # tokens, where the data is not known
 
 
@@ -44,8 +45,7 @@ def verdict_of(plan: Mapping[str, Any]) -> Verdict:
     spare, host_spare = plan["spare_bytes"], plan["host_spare_bytes"]
     device = device_word(plan)
     if plan["fits"]:
-        margin = numbers.memory(plan["margin_bytes"])
-        title = f"fits: {numbers.memory(spare)} of each {device} to spare, beyond {margin} margin"
+        title = f"fits: {numbers.memory(spare)} of each {device} to spare{beyond_margin(plan)}"
         text = f"each host has {numbers.memory(host_spare)} of its memory left"
         return Verdict(True, title, text)
     missing = []
@@ -57,6 +57,21 @@ def verdict_of(plan: Mapping[str, Any]) -> Verdict:
     size = _peak(plan[where])["items"].get(plan["largest_item"], 0)
     text = f"most goes to {plan['largest_item']}: {numbers.memory(size)}"
     return Verdict(False, f"does not fit: {', '.join(missing)}", text)
+
+
+def beyond_margin(plan: Mapping[str, Any]) -> str:
+    """The end of a sentence of what is to spare; nothing where no margin is kept."""
+    margin = plan["margin_bytes"]
+    return f", beyond {numbers.memory(margin)} margin" if margin else ""
+
+
+def scale_of(most_bytes: int, capacity_bytes: int) -> int:
+    """What a full bar stands for: the capacity, or the most that there is where that is more.
+
+    Where a capacity would leave nothing to be seen of the bars, it is the most that there is, too.
+    """
+    is_tiny = most_bytes * TINY < capacity_bytes
+    return most_bytes if is_tiny else max(most_bytes, capacity_bytes)
 
 
 def subject_of(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -101,17 +116,19 @@ def item_bars(memory: Mapping[str, Any]) -> list[Bar]:
 def total_lines(memory: Mapping[str, Any], *, host: bool) -> list[tuple[str, str]]:
     """The three figures apart, and their sum."""
     context = "programs of the processes" if host else "CUDA context and NCCL"
-    found = [("allocated at the peak", memory["allocated_bytes"])]
-    if not host or memory["slack_bytes"]:
-        found.append(("allocator slack", memory["slack_bytes"]))
-    found += [(context, memory["context_bytes"]), ("in all", memory["total_bytes"])]
+    beyond = [("allocator slack", memory["slack_bytes"]), (context, memory["context_bytes"])]
+    found = [
+        ("allocated at the peak", memory["allocated_bytes"]),
+        *((name, size) for name, size in beyond if size),
+        ("in all", memory["total_bytes"]),
+    ]
     return [(name, numbers.memory(size)) for name, size in found]
 
 
 def phase_bars(memory: Mapping[str, Any], capacity_bytes: int) -> list[Bar]:
-    """What each phase with anything allocates; a full bar is the capacity, or the peak above it."""
+    """What each phase with anything allocates; a full bar is as `scale_of` says."""
     sizes = {phase["name"]: sum(phase["items"].values()) for phase in memory["phases"]}
-    most = max(capacity_bytes, *sizes.values())
+    most = scale_of(max(sizes.values()), capacity_bytes)
     return [
         Bar(
             name,
@@ -202,82 +219,18 @@ def _ratio(part: float, of: float) -> float:
     return part / of if of else 0.0
 
 
-# ---------------------------------------------------------------------------------- fallbacks
+# ------------------------------------------------------------------------------------ command
 
 
-@dataclass(frozen=True, slots=True)
-class Fallback:
-    """A row of the table of fallbacks; a tried one that was not planned has a reason only."""
-
-    name: str
-    fits: bool
-    chosen: bool
-    spare: str
-    item: str  # that takes most where it is tightest
-    tokens_per_s: str
-    hours: str
-    gpu_hours: str
-    reason: str = ""
-
-    @property
-    def mark(self) -> str:
-        """In one word."""
-        return "chosen" if self.chosen else "fits" if self.fits else "no"
-
-    @property
-    def tone(self) -> str:
-        """good, bad or nothing."""
-        return "good" if self.fits else "bad" if not self.reason else ""
+def command_title(plan: Mapping[str, Any]) -> str:
+    """What the command is, or lacks: a shape has no weights to train."""
+    if not plan["fits"]:
+        return "the command, which does not fit"
+    shape = str(plan["settings"].get("model", "")).startswith("shape:")
+    return "to train it" + ", with the folder of a model as model.path" * shape
 
 
-FALLBACK_HEADS = ("fits", "spare", "most goes to", "tokens/s", "hours", "GPU-hours")
-
-
-def fallback_rows(choice: Mapping[str, Any]) -> list[Fallback]:
-    """Every fallback that was tried, in its order."""
-    chosen = choice["chosen"]
-    name = chosen["name"] if isinstance(chosen, Mapping) else chosen
-    return [_fallback(tried, tried["name"] == name) for tried in choice["tried"]]
-
-
-def why_not_above(choice: Mapping[str, Any]) -> list[str]:
-    """Why the fallbacks before the chosen one were not taken, a sentence each."""
-    found = []
-    for row, tried in zip(fallback_rows(choice), choice["tried"], strict=True):
-        if row.chosen:
-            break
-        if row.reason:
-            found.append(f"{row.name}: {row.reason}")
-        elif not row.fits:
-            verdict = verdict_of(tried["plan"])
-            found.append(f"{row.name} {verdict.title}; {verdict.text}")
-    return found
-
-
-def _fallback(tried: Mapping[str, Any], chosen: bool) -> Fallback:
-    plan = tried["plan"]
-    if plan is None:
-        dash = numbers.UNKNOWN
-        return Fallback(
-            tried["name"], False, chosen, dash, dash, dash, dash, dash, tried["refused"]
-        )
-    speed = plan["speed"]
-    spare, where = plan["spare_bytes"], ""
-    if plan["host_spare_bytes"] < 0 <= spare:
-        spare, where = plan["host_spare_bytes"], " host"
-    return Fallback(
-        tried["name"],
-        plan["fits"],
-        chosen,
-        numbers.memory(spare) + where,
-        str(plan["largest_item"]),
-        numbers.count(speed["tokens_per_s"]),
-        numbers.hours(speed["hours"]),
-        f"{speed['gpu_hours']:,.4g}",
-    )
-
-
-def command_of(plan: Mapping[str, Any], words: Sequence[str]) -> list[str]:
-    """The words of a command line with those of the plan after them, which replace some."""
+def command_of(plan: Mapping[str, Any], typed: Sequence[str]) -> list[str]:
+    """The overrides that were typed, and those of the plan after them, which replace some."""
     keys = {word.partition("=")[0] for word in plan["overrides"]}
-    return [w for w in words if w.partition("=")[0] not in keys] + list(plan["overrides"])
+    return [each for each in typed if each.partition("=")[0] not in keys] + list(plan["overrides"])

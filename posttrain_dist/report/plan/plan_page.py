@@ -13,11 +13,12 @@ from typing import Any
 from posttrain_dist.files import write_atomic
 from posttrain_dist.report import numbers
 from posttrain_dist.report.page import Card, asset, render
+from posttrain_dist.report.plan.fallback_rows import FALLBACK_HEADS, fallback_rows
 from posttrain_dist.report.plan.plan_figures import (
-    FALLBACK_HEADS,
+    beyond_margin,
     command_of,
+    command_title,
     device_word,
-    fallback_rows,
     hardware_of,
     model_name,
     seconds_text,
@@ -36,24 +37,24 @@ def write_plan_page(
     path: Path,
     plan: Mapping[str, Any],
     choice: Mapping[str, Any] | None = None,
-    words: Sequence[str] | None = None,
+    typed: Sequence[str] | None = None,
     verb: str = "train",
 ) -> Path:
     """Write a plan, from its JSON, as one self-contained page, and return its path.
 
     Args:
         choice: JSON of the fallbacks that were tried, for their table.
-        words: of the command line that was planned, for the command that trains it; None: none.
+        typed: overrides that were typed, for the command that trains it; None: no command.
         verb: of that command: train or submit.
     """
-    write_atomic(path, plan_page(plan, choice, words, verb))
+    write_atomic(path, plan_page(plan, choice, typed, verb))
     return path
 
 
 def plan_page(
     plan: Mapping[str, Any],
     choice: Mapping[str, Any] | None = None,
-    words: Sequence[str] | None = None,
+    typed: Sequence[str] | None = None,
     verb: str = "train",
 ) -> str:
     """The page as text; see `write_plan_page`."""
@@ -62,7 +63,7 @@ def plan_page(
     verdict = verdict_of(plan)
     device, host = plan["device"], plan["host"]
     one = device_word(plan)
-    command = "" if words is None else shlex.join(["posttrain", verb, *command_of(plan, words)])
+    command = "" if typed is None else shlex.join(["posttrain", verb, *command_of(plan, typed)])
     fallbacks = fallback_rows(choice) if choice else []
     return render(
         "plan.html.j2",
@@ -104,6 +105,7 @@ def plan_page(
         fallback_heads=FALLBACK_HEADS,
         fallbacks=fallbacks if len(fallbacks) > 1 else [],
         command=command,
+        command_title=command_title(plan),
     )
 
 
@@ -112,7 +114,6 @@ def _cards(plan: Mapping[str, Any]) -> list[Card]:
     speed, one = plan["speed"], device_word(plan)
     spare, host_spare = plan["spare_bytes"], plan["host_spare_bytes"]
     of = f"of {numbers.memory(plan['capacity_bytes'])}"
-    margin = numbers.memory(plan["margin_bytes"])
     host_total = numbers.memory(plan["host"]["total_bytes"])
     tokens = f"for {numbers.billions(speed['tokens'] or 1e9)} tokens"
     return [
@@ -120,7 +121,7 @@ def _cards(plan: Mapping[str, Any]) -> list[Card]:
             label=f"Memory of each {one}",
             value=numbers.memory(plan["device"]["total_bytes"]),
             unit=of,
-            sub=_spare(spare, f"beyond {margin} margin"),
+            sub=_spare(spare, beyond_margin(plan).removeprefix(", ")),
             tone="good" if spare >= 0 else "bad",
             wide=True,
         ),

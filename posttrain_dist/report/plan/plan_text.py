@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.report.numbers import memory
+from posttrain_dist.report.plan.fallback_rows import FALLBACK_HEADS, fallback_rows
 from posttrain_dist.report.plan.plan_figures import (
-    FALLBACK_HEADS,
     Bar,
     command_of,
+    command_title,
     device_word,
-    fallback_rows,
     hardware_of,
     item_bars,
     phase_bars,
+    scale_of,
     speed_lines,
     storage_lines,
     subject_of,
@@ -31,12 +32,13 @@ if TYPE_CHECKING:
 
 WIDTH = 88  # columns, where nobody says
 _NAME, _NUMBER, _NOTE = 34, 10, 6  # columns of a line with a bar
+_FOLDED = 15  # columns that names of the table of fallbacks have at least
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def plan_text(
     plan: Mapping[str, Any],
-    words: Sequence[str] | None = None,
+    typed: Sequence[str] | None = None,
     *,
     verb: str = "train",
     width: int = WIDTH,
@@ -45,7 +47,7 @@ def plan_text(
     """A plan, from its JSON, as text of at most `width` columns, but for the command.
 
     Args:
-        words: of the command line that was planned, for the command that trains it; None: none.
+        typed: overrides that were typed, for the command that trains it; None: no command.
         verb: of that command: train or submit.
         color: with the ANSI codes of the 16 colours.
     """
@@ -55,11 +57,11 @@ def plan_text(
     _memory(console, plan)
     _speed(console, plan)
     text = _stripped(out.getvalue())
-    if words is None:
+    if typed is None:
         return text
-    title = "to train it" if plan["fits"] else "the command, which does not fit"
     # One line, however long: what is copied from the terminal must run.
-    return f"{text}\n\n{title}\n  {shlex.join(['posttrain', verb, *command_of(plan, words)])}"
+    command = shlex.join(["posttrain", verb, *command_of(plan, typed)])
+    return f"{text}\n\n{command_title(plan)}\n  {command}"
 
 
 def plan_table(choice: Mapping[str, Any], *, width: int = WIDTH, color: bool = False) -> str:
@@ -67,15 +69,17 @@ def plan_table(choice: Mapping[str, Any], *, width: int = WIDTH, color: bool = F
     out = io.StringIO()
     console = text_console(out, width, color=color)
     rows = fallback_rows(choice)
-    names = [row.name for row in rows]
-    table = styled_table("fallback", min(24, max(map(len, names))), FALLBACK_HEADS)
+    table = styled_table("fallback", _FOLDED, [head for head in FALLBACK_HEADS if head != "hours"])
+    item = table.columns[1 + FALLBACK_HEADS.index("most goes to")]
+    item.no_wrap, item.min_width, item.justify = False, _FOLDED, "left"
     for row in rows:
-        cells = (row.mark, row.spare, row.item, row.tokens_per_s, row.hours, row.gpu_hours)
+        cells = (row.mark, row.spare, row.item, row.tokens_per_s, row.gpu_hours)
         style = "bold green" if row.chosen else None if row.fits else "dim"
         table.add_row(row.name, *cells, style=style)
-    table.columns[3].no_wrap = False
     console.print(table)
-    _lines(console, [f"{row.name}: {row.reason}" for row in rows if row.reason], "dim")
+    notes = [f"{row.name}: {row.reason}" for row in rows if row.reason]
+    notes += [f"GPU-hours for {tokens} tokens" for tokens in {row.tokens for row in rows} if tokens]
+    _lines(console, notes, "dim")
     return _stripped(out.getvalue())
 
 
@@ -102,10 +106,11 @@ def _memory(console: Console, plan: Mapping[str, Any]) -> None:
     _title(console, f"each {one} at its peak, {device['peak_phase']}")
     _bars(console, item_bars(device))
     _sums(console, total_lines(device, host=False))
-    has = f"of {memory(capacity)}, {memory(plan['margin_bytes'])} of them kept free"
-    _lines(console, [has], "dim")
-    is_over = device["allocated_bytes"] > capacity
-    full = "the fullest of them" if is_over else "all its memory"
+    margin = plan["margin_bytes"]
+    kept = f", {memory(margin)} of them kept free" if margin else ""
+    _lines(console, [f"of {memory(capacity)}{kept}"], "dim")
+    is_all = scale_of(device["allocated_bytes"], capacity) == capacity
+    full = "all its memory" if is_all else "the fullest of them"
     _title(console, f"phases of a {one}, allocated; a full bar is {full}")
     _bars(console, phase_bars(device, capacity))
     host = plan["host"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain_dist.report import numbers
+from posttrain_dist.report.plan.plan_figures import scale_of
 
 MAX_TICKS = 9
 
@@ -37,14 +38,15 @@ class MemoryChart:
     """All bars of a device or host. Places are per cent of the width.
 
     Attributes:
-        limit: where the memory ends; margin: from where on it is kept free; None: no margin.
+        limit: where the memory ends; None: far beyond the right edge.
+        margin: from where on it is kept free; None: no margin.
         legend: (class of the colour, name, bytes at the peak), largest first, then what is there
             in other phases only.
         phases: heads of the table; rows: (class, item, bytes of each phase as text).
     """
 
     stacks: tuple[Stack, ...]
-    limit: float
+    limit: float | None
     limit_text: str
     margin: float | None
     over: bool
@@ -65,7 +67,7 @@ def memory_chart(
     phases = [phase for phase in memory["phases"] if any(phase["items"].values())]
     phases = phases or memory["phases"]
     peak = next(phase for phase in phases if phase["name"] == memory["peak_phase"])
-    scale = max(capacity_bytes, memory["total_bytes"])
+    scale = scale_of(memory["total_bytes"], capacity_bytes)
     ordered = sorted(peak["items"], key=lambda item: -peak["items"][item])
     others = {item: None for phase in phases for item in phase["items"] if item not in ordered}
     items = [*ordered, *others]
@@ -80,9 +82,11 @@ def memory_chart(
     ]
     return MemoryChart(
         stacks=(Stack(f"Peak: {peak['name']}", total, tuple(whole), strong=True), *stacks),
-        limit=_percent(capacity_bytes, scale),
+        limit=_percent(capacity_bytes, scale) if capacity_bytes <= scale else None,
         limit_text=numbers.memory(capacity_bytes),
-        margin=_percent(capacity_bytes - margin_bytes, scale) if margin_bytes else None,
+        margin=_percent(capacity_bytes - margin_bytes, scale)
+        if margin_bytes and capacity_bytes <= scale
+        else None,
         over=memory["total_bytes"] > capacity_bytes - margin_bytes,
         ticks=_ticks(scale),
         legend=tuple(

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from posttrain_dist.report import numbers
-from posttrain_dist.report.plan.plan_figures import device_word, verdict_of, why_not_above
+from posttrain_dist.report.plan.fallback_rows import why_not_above
+from posttrain_dist.report.plan.plan_figures import device_word, verdict_of
 from posttrain_dist.report.plan.plan_page import write_plan_page
 from posttrain_dist.report.run.read import Run, column
 
@@ -19,6 +20,7 @@ def plan_of(run: Run) -> dict[str, Any] | None:
         title, text: whether it fits, and what is tightest.
         chosen: the name of the fallback that `auto` took; empty: the method was named.
         why: why those above it were not taken, a sentence each.
+        tried: what was started before and ran out of memory, a sentence each.
         rows: (what, planned, measured, difference), the last two empty where nothing was measured.
     """
     plan = run.planned.get("plan")
@@ -32,6 +34,10 @@ def plan_of(run: Run) -> dict[str, Any] | None:
         "text": verdict.text,
         "chosen": chosen["name"] if isinstance(chosen, Mapping) else chosen,
         "why": why_not_above(choice) if choice else [],
+        "tried": [
+            f"{each.get('tried')} ran out of memory ({each.get('where')}): {each.get('what')}"
+            for each in run.lineage.get("fallbacks") or []
+        ],
         "warnings": plan["warnings"],
         "rows": _compared(run, plan),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from posttrain_dist.planner.job import Job
@@ -17,6 +18,8 @@ from posttrain_dist.planner.memory.engines.partitions import shard
 from posttrain_dist.planner.memory.ledger import Block, Ledger
 from posttrain_dist.planner.memory.parameters import Stored, stored_parameters
 from posttrain_dist.planner.plan import Item
+
+_OUTER_MODULES, _MODULES_OF_A_LAYER = 3, 4  # without parameters of their own
 
 
 class Gathered:
@@ -34,7 +37,7 @@ class Gathered:
         self._block: Block | None = None
         self._place = -1
         self._held: Held | None = None
-        self._calls, self._elements = _step(job)
+        self._calls, self._elements = _step(job, known=False)
         self._places: dict[tuple[str, bool], list[int]] = {}
         for i, call in enumerate(self._calls):
             for name in call.parameters:
@@ -61,6 +64,10 @@ class Gathered:
         self._set(0)
         self._place, self._held = -1, None
 
+    def know_order(self) -> None:
+        """A whole step was seen: from now on DeepSpeed looks ahead."""
+        self._elements = _step(self._job, known=True)[1]
+
     def _next(self, name: str, backward: bool) -> int | None:
         """The call of `name` that is next in the step, or the first where a step begins anew."""
         places = self._places.get((name, backward)) or self._places.get((name, not backward))
@@ -79,9 +86,15 @@ class Gathered:
 
 
 @lru_cache(maxsize=8)
-def _step(job: Job) -> tuple[list[Call], list[Held]]:
-    """The modules of a step in their order, and what is whole around each."""
+def _step(job: Job, *, known: bool) -> tuple[list[Call], list[Held]]:
+    """The modules of a step in their order, and what is whole around each.
+
+    Args:
+        known: that order is known; else every module fetches and releases what is its own.
+    """
     settings = zero_settings(job)
+    if not known:
+        settings = replace(settings, prefetch_bucket_size=0, max_reuse_distance=0)
     sizes = {}
     for each in stored_parameters(job):
         count = elements(each, job.value_bytes)
@@ -89,7 +102,7 @@ def _step(job: Job) -> tuple[list[Call], list[Held]]:
             # Packed weights are counted in elements of the model's dtype, as the block is.
             padded = shard(count, job.workers) * job.workers
             sizes[each.name] = padded * each.num_bytes // (count * job.value_bytes)
-    modules = [module for module in _modules(job, settings) if any(n in sizes for n in module[1])]
+    modules = _modules(job, settings)
     forward = [Call(names, backward=False) for _, names in modules]
     backward = _backward(job, modules)
     calls = [*forward, *backward]
@@ -97,7 +110,12 @@ def _step(job: Job) -> tuple[list[Call], list[Held]]:
 
 
 def _modules(job: Job, settings: ZeroSettings) -> list[tuple[str | None, tuple[str, ...]]]:
-    """(layer, parameters) of every module in the order of the forward."""
+    """(layer, parameters) of every module in the order of the forward.
+
+    Modules without parameters look ahead, too: the model itself and its backbone before anything
+    else, and in each layer that is not gathered as one the layer, its attention, its MLP and the
+    activation function in there.
+    """
     groups: dict[str, list[str]] = {}
     layers: dict[str, str | None] = {}
     for name in _in_forward_order(job):
@@ -107,7 +125,13 @@ def _modules(job: Job, settings: ZeroSettings) -> list[tuple[str | None, tuple[s
             module = f"layer {layer}"
         groups.setdefault(module, []).append(name)
         layers[module] = layer
-    return [(layers[module], tuple(names)) for module, names in groups.items()]
+    found: list[tuple[str | None, tuple[str, ...]]] = [(None, ())] * _OUTER_MODULES
+    for module, names in groups.items():
+        layer = layers[module]
+        if not settings.leaf and layer is not None and found[-1][0] != layer:
+            found += [(layer, ())] * _MODULES_OF_A_LAYER
+        found.append((layer, tuple(names)))
+    return found
 
 
 def _in_forward_order(job: Job) -> list[str]:

@@ -9,8 +9,8 @@ DeepSpeed remembers the order in which modules run, and once it has seen a whole
 
 so that a model of less than a thousand million parameters is whole most of the time. What it does
 is repeated here module by module, after runtime/zero/partitioned_param_coordinator.py of deepspeed
-0.19.8. Parameters that are gathered together come in one flat tensor, and each is copied out of it
-when it is first used.
+0.19.8. Parameters that are gathered together come in one flat tensor; when the first of them is
+needed all are copied out of it, and it goes when the last of them was.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class Held:
 
 @dataclass(slots=True)
 class _Bundle:
-    """What was gathered at once; its flat tensor is there until the last was copied out."""
+    """What was gathered at once, and which of it nobody has waited for."""
 
+    names: tuple[str, ...]
     flat: int
     waiting: set[str]
 
@@ -70,18 +71,23 @@ class _State:
         if len(names) == 1:
             self.keep(names[0], sizes[names[0]])
             return
-        bundle = _Bundle(sum(sizes[name] for name in names), set(names))
+        bundle = _Bundle(tuple(names), sum(sizes[name] for name in names), set(names))
         self.elements += bundle.flat
         self.bundles.update(dict.fromkeys(names, bundle))
 
-    def wait(self, name: str, sizes: Mapping[str, int]) -> bool:
-        """Copy a parameter out of its bundle; whether that was the last of it."""
+    def wait(self, name: str, sizes: Mapping[str, int]) -> int:
+        """Have a parameter; the most elements on the way."""
         bundle = self.bundles.pop(name, None)
         if bundle is None:
-            return False
-        self.keep(name, sizes[name])
+            return self.elements
+        if len(bundle.waiting) == len(bundle.names):
+            for each in bundle.names:
+                self.keep(each, sizes[each])
+        most = self.elements
         bundle.waiting.discard(name)
-        return not bundle.waiting
+        if not bundle.waiting:
+            self.elements -= bundle.flat
+        return most
 
     def has(self, name: str) -> bool:
         """Whether it is whole, or under way."""
@@ -131,14 +137,7 @@ def _fetch(call: Call, sizes: Mapping[str, int], state: _State) -> int:
     missing = [name for name in call.parameters if not state.has(name)]
     if missing:
         state.gather(missing, sizes)
-    most = state.elements
-    for name in call.parameters:
-        bundle = state.bundles.get(name)
-        done = state.wait(name, sizes)
-        most = max(most, state.elements)
-        if done and bundle is not None:
-            state.elements -= bundle.flat
-    return most
+    return max([state.elements, *(state.wait(name, sizes) for name in call.parameters)])
 
 
 def _prefetch(

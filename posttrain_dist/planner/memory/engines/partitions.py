@@ -80,13 +80,17 @@ def flat_groups(job: Job) -> tuple[FlatGroup, ...]:
 
 
 def fullest_rank(groups: Sequence[FlatGroup], workers: int) -> int:
-    """The rank whose parameters, of which it keeps whole gradients, are largest."""
+    """The rank that holds most while backward goes on.
+
+    It keeps whole gradients of its parameters. Those of the upper half of the ranks come first,
+    when most activations are still there.
+    """
     whole = [0] * workers
     for group in groups:
         for each, ranks in group.ranks():
             for rank in ranks:
                 whole[rank] += each.size
-    return max(range(workers), key=whole.__getitem__)
+    return max(range(workers // 2, workers), key=lambda rank: (whole[rank], rank))
 
 
 def shard(numel: int, workers: int) -> int:

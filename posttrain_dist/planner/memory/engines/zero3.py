@@ -41,6 +41,8 @@ class ShardedMemory:
         self._leaf: dict[str, Block] = {}  # gradients of the layer whose backward is under way
         self._moments: dict[int, Block] = {}
         self._persistent: list[Block] = []
+        self._hooked: str | None = None  # the leaf whose backward is under way
+        self._of_output: list[Block] = []
         self._arrivals = Arrivals(job, ledger)
         self._gathered = Gathered(job, ledger, self._settings, self._stored)
 
@@ -127,10 +129,23 @@ class ShardedMemory:
     def gather(self, parameters: Sequence[str], *, backward: bool) -> None:
         """A module is to run: its parameters become whole, and some of those behind it."""
         self._gathered.before(parameters, backward=backward)
+        if backward and self._settings.leaf:
+            self._hold_gradient(layer_of(self._job, parameters[0]))
 
     def release(self, parameters: Sequence[str], *, backward: bool) -> None:
         """It ran: its parameters go, unless they are needed soon."""
         self._gathered.after()
+
+    def _hold_gradient(self, layer: str | None) -> None:
+        """The hook of a leaf has the gradient of its output until that of its input is there."""
+        if layer == self._hooked:
+            return
+        release_all(self._ledger, self._of_output)
+        self._hooked, self._of_output = layer, []
+        if layer is not None:
+            shape = self._job.network.shape
+            size = self._job.row_tokens * shape.hidden_size * self._job.value_bytes
+            self._of_output = [self._ledger.allocate(Item.activations, size)]
 
     def before_backward(self, *, last: bool) -> None:
         """Every micro-batch is the same: gradients are reduced in each."""
@@ -150,6 +165,7 @@ class ShardedMemory:
 
     def after_backward(self, *, last: bool) -> None:
         """What is left in the bucket is reduced."""
+        self._hold_gradient(None)
         self._gathered.end()
         self._end_leaf()
         self._reduce()
@@ -213,6 +229,7 @@ class ShardedMemory:
                     self._moments[i] = ledger.allocate(Item.moments, count * 8)
                 ledger.release(flat)
         self._gather_persistent()
+        self._gathered.know_order()
 
     # ------------------------------------------------------------------------------------- files
 

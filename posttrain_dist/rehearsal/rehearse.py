@@ -61,13 +61,17 @@ class Rehearsal:
     meter: Meter
     manifest: Manifest
 
-    def run(self, steps: int) -> None:
+    def run(self, start: int, steps: int) -> None:
         """Try what takes most memory in a run of `steps`, and undo it; collective.
+
+        Does nothing where the config does not ask for it, or the run goes on from step `start`.
 
         Raises:
             TrainingError: the loss of the heaviest batch, or its gradient, is not finite.
             CheckpointError: a checkpoint cannot be written.
         """
+        if start or not self.config.train.rehearse:
+            return
         began, device = time.monotonic(), self.engine.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

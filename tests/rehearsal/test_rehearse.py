@@ -42,6 +42,8 @@ CASES = {
     for dtype in (Dtype.float32, Dtype.bfloat16)
 } | {
     "single-8bit": ("single", Full(), Dtype.bfloat16, {"state_bits": 8, "paged": True}),
+    "zero2-offload": ("zero2", Full(), Dtype.bfloat16, {}),
+    "zero3-offload": ("zero3", Full(), Dtype.bfloat16, {}),
     "single-nf4": ("single", replace(LORA, quantize=Quantize.nf4), Dtype.float32, {}),
     "zero3-nf4": ("zero3", replace(LORA, quantize=Quantize.nf4), Dtype.bfloat16, {}),
 }
@@ -65,7 +67,7 @@ def config_of(name, model, rows, **changes) -> RunConfig:
             model=ModelConfig(path=str(model)),
             data=DataConfig(train=str(rows), max_length=64),
             tuning=tuning,
-            engine=ENGINES[engine],
+            engine=replace(ENGINES[engine], offload=True) if "offload" in name else ENGINES[engine],
             # A rate and a decay that would show, were they not zero in the rehearsal.
             optimizer=AdamW(lr=1e-2, weight_decay=0.1, clip=0.5, **optimizer),
             train=TrainConfig(**settings),

@@ -21,6 +21,7 @@ from posttrain_dist.planner.plan_file import read_choice
 _PHASES = {
     "build.build_policy": PhaseName.load,
     "train._resume": PhaseName.load,
+    "train._check_parity": PhaseName.forward,
     "loop.evaluate": PhaseName.evaluate,
     "store.save": PhaseName.save,
     "export.write": PhaseName.export,
@@ -49,7 +50,7 @@ class Reached:
 
     def place(self, stack: list[str]) -> str:
         """Where it is now, for `where` of an error."""
-        if "rehearsal.run" in stack:
+        if "rehearse.run" in stack:
             return "the rehearsal"
         return "before step 1" if self.step is None else f"step {self.step + 1}"
 
@@ -107,17 +108,17 @@ def advice(config: RunConfig, run_folder: Path) -> str:
     if found is None or found.plan is None:
         return "use more or larger GPUs"
     words, needs = " ".join(found.plan.overrides), found.plan.device.total_bytes
-    return f"{found.name} fits by its plan, with {_size(needs)}: {words}"
+    return f"use {words} ({found.name}, which takes {_size(needs)} by its plan)"
 
 
 def _planned(memory: Memory, phase: PhaseName | None) -> str:
     """What a plan has for a phase, and the largest item of it."""
     peak = next((each for each in memory.phases if each.name == phase), memory.peak)
+    planned = f"planned were {_size(peak.allocated_bytes)} there"
+    if not peak.items:
+        return planned
     item = max(peak.items, key=lambda item: peak.items[item])
-    return (
-        f"planned were {_size(peak.allocated_bytes)} there, most of it {item} "
-        f"({_size(peak.items[item])})"
-    )
+    return f"{planned}, most of it {item} ({_size(peak.items[item])})"
 
 
 def _instead(config: RunConfig, run_folder: Path) -> Tried | None:

@@ -1,0 +1,78 @@
+"""An inverse answer fits, and the next value does not."""
+
+from __future__ import annotations
+
+import pytest
+from planned_runs import planned
+
+from posttrain_dist.config import DataConfig, DeepSpeed, Full, Lora, Single, TrainConfig
+from posttrain_dist.errors import ConfigError
+from posttrain_dist.planner.inverse import STEPS, fewest, gpu_words, largest
+from posttrain_dist.planner.search import Search
+
+LEAST = ("model.activation_checkpointing=full",)
+
+
+@pytest.mark.parametrize(
+    ("key", "gib", "slots"),
+    [
+        ("data.max_length", 9.0, {"tuning": Full(), "engine": DeepSpeed(stage=2)}),
+        ("data.max_length", 5.0, {"tuning": Lora(), "engine": Single()}),
+        (
+            "train.micro_batch_size",
+            8.0,
+            {
+                "tuning": Lora(),
+                "engine": DeepSpeed(stage=1),
+                "train": TrainConfig(batch_size=256),
+            },
+        ),
+        ("tuning.rank", 4.0, {"tuning": Lora(), "engine": Single()}),
+    ],
+)
+def test_the_largest_value_fits_and_the_next_does_not(key, gib, slots):
+    config, machine = planned(gib, **slots)
+    (answer,) = largest(config, machine, key)
+    assert answer.value and not answer.bounded and answer.plan.fits
+    assert f"{key}={answer.value}" in answer.plan.overrides
+    search = Search(config, machine)
+    one = ("train.micro_batch_size=1",) if key != "train.micro_batch_size" else ()
+    after = answer.value + STEPS[key]
+    assert search.plan((f"{key}={answer.value}", *one, *LEAST)).fits
+    assert not search.plan((f"{key}={after}", *one, *LEAST)).fits
+
+
+def test_the_positions_of_the_model_are_the_longest_context_there_is():
+    config, machine = planned(80.0, shape="shape:llama3-8b", tuning=Lora(), engine=Single())
+    (answer,) = largest(config, machine, "data.max_length")
+    assert (answer.value, answer.bounded) == (8192, True)
+
+
+def test_each_fallback_has_its_own_longest_context():
+    answers = {each.name: each for each in largest(*planned(3.3, gpus=1), "data.max_length")}
+    assert answers["full"].value is None and not answers["full"].plan.fits
+    assert 0 < answers["LoRA"].value < answers["QLoRA"].value
+
+
+def test_the_fewest_gpus_fit_and_one_less_does_not():
+    slots = {"tuning": Full(), "engine": DeepSpeed(stage=3), "data": DataConfig(max_length=1024)}
+    config, machine = planned(7.0, gpus=8, **slots)
+    (answer,) = fewest(config, machine)
+    search, least = Search(config, machine), ("train.micro_batch_size=1", *LEAST)
+    assert answer.value > 1 and answer.plan.fits and answer.plan.workers == answer.value
+    assert search.plan((*gpu_words(config, machine, answer.value), *least)).fits
+    fewer = answer.value - 1 if answer.value <= 8 else answer.value - 8
+    assert not search.plan((*gpu_words(config, machine, fewer), *least)).fits
+
+
+def test_several_nodes_are_counted_whole():
+    slots = {"tuning": Full(), "engine": DeepSpeed(stage=3), "data": DataConfig(max_length=512)}
+    config, machine = planned(5.5, gpus=2, **slots)
+    (answer,) = fewest(config, machine)
+    assert answer.value % 2 == 0 and answer.value > 2
+    assert f"cluster.nodes={answer.value // 2}" in answer.plan.overrides
+
+
+def test_only_what_can_be_asked_for_is_answered():
+    with pytest.raises(ConfigError, match=r"use one of data\.max_length"):
+        largest(*planned(), "optimizer.lr")

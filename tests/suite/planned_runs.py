@@ -1,0 +1,69 @@
+"""Configs of one node of made-up H100s, the machine that they are planned for, and a wide model."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+from posttrain_dist.config import (
+    AutoEngine,
+    AutoTuning,
+    DataConfig,
+    Hardware,
+    ModelConfig,
+    Ray,
+    RunConfig,
+    TrainConfig,
+    complete,
+)
+from posttrain_dist.planner.job import Machine
+from posttrain_dist.planner.machine import find_machine
+
+# As wide as an 8B model, with few layers: 0.9B parameters whose plans take no time.
+WIDE = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 16384,
+    "max_position_embeddings": 65536,
+    "tie_word_embeddings": False,
+}
+
+
+@cache
+def wide_model() -> str:
+    """A model folder that holds a config.json and nothing else."""
+    folder = Path(mkdtemp(prefix="posttrain-wide-"))
+    (folder / "config.json").write_text(json.dumps(WIDE), encoding="utf-8")
+    return str(folder)
+
+
+def planned(
+    gib: float = 80.0, gpus: int = 4, shape: str | None = None, **slots: object
+) -> tuple[RunConfig, Machine]:
+    """A completed config, and the machine that it is planned for."""
+    hardware = Hardware(
+        gpu="h100",
+        gpus_per_node=gpus,
+        gpu_memory_gib=gib,
+        host_memory_gib=500.0,
+        cpus_per_node=32,
+    )
+    values = {
+        "model": ModelConfig(path=shape or wide_model()),
+        "tuning": AutoTuning(),
+        "engine": AutoEngine(),
+        "cluster": Ray(),
+        "hardware": hardware,
+        "data": DataConfig(max_length=2048),
+        "train": TrainConfig(batch_size=8),
+        **slots,
+    }
+    config = complete(RunConfig(**values))  # type: ignore[arg-type]
+    return config, find_machine(config, plans_only=True)
