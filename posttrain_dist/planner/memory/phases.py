@@ -192,8 +192,9 @@ class _Run:
         x = run_layers(graph, start.pop(), kinds, recomputed, run, network.layers_name)
         if not graph.recording:
             graph.per_layer_inputs = None
-        final = network.after[0].name if network.after else ""
-        x = norm(graph, x, final, network.shape.hidden_size, features)
+        if features.weightless or network.after:
+            final = "" if features.weightless else network.after[0].name
+            x = norm(graph, x, final, network.shape.hidden_size, features)
         if network.shape.model_type in KEEPS_ROWS:
             x = take_rows(graph, x, num_rows * network.shape.hidden_size * x.width)
         return x
