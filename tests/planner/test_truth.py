@@ -43,6 +43,7 @@ def test_the_peak_is_predicted(plan_truth, tmp_path, name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)  # each of its runs is a process
 def test_the_table_holds(plan_truth):
     table = {name: plan_truth.compare(name) for name in plan_truth.arms.CPU}
     assert len(table) >= 40

@@ -11,7 +11,7 @@ from posttrain_dist.planner.make_job import cpu_multiplies_bfloat16
 from posttrain_dist.planner.memory.adapters.rows import embedded_row, extended
 from posttrain_dist.planner.memory.autograd import Graph, Value
 from posttrain_dist.planner.memory.engines.base import EngineMemory
-from posttrain_dist.planner.memory.engines.single import SingleMemory
+from posttrain_dist.planner.memory.engines.one_process import SingleMemory
 from posttrain_dist.planner.memory.engines.zero import zero_memory
 from posttrain_dist.planner.memory.layers.ends import (
     batch_bytes,
@@ -171,7 +171,7 @@ class _Run:
         else:  # positions that are learned
             tables.append(embed(graph, network.before[1], job.row_tokens))
             x = graph.add(x, tables[-1])
-        if features.dropout:
+        if features.embedding_dropout:
             x = dropout(graph, x, on_gpu=job.on_gpu)
         if features.head_norms:  # NanoChat's has one in front of the layers, too
             x = norm(graph, x, "", network.shape.hidden_size, features)
@@ -192,8 +192,9 @@ class _Run:
         x = run_layers(graph, start.pop(), kinds, recomputed, run, network.layers_name)
         if not graph.recording:
             graph.per_layer_inputs = None
-        final = network.after[0].name if network.after else ""
-        x = norm(graph, x, final, network.shape.hidden_size, features)
+        if features.weightless or network.after:
+            final = "" if features.weightless else network.after[0].name
+            x = norm(graph, x, final, network.shape.hidden_size, features)
         if network.shape.model_type in KEEPS_ROWS:
             x = take_rows(graph, x, num_rows * network.shape.hidden_size * x.width)
         return x

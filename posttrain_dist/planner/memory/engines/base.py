@@ -1,4 +1,4 @@
-"""What the memory of every engine does; `single.py` and `zero.py` are those that do it."""
+"""What the memory of every engine does; `one_process.py` and `zero.py` are those that do it."""
 
 from __future__ import annotations
 

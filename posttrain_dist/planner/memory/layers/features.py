@@ -32,6 +32,7 @@ class Features:
         value_norm: values have a norm without weight (Gemma 4).
         keeps_attention: a layer has a variable of its attention's output to its end.
         dropout: branches drop out (attention's own is in the shape).
+        embedding_dropout: so do embeddings.
     """
 
     norm: str = RMS
@@ -48,6 +49,7 @@ class Features:
     value_norm: bool = False
     keeps_attention: bool = False
     dropout: bool = False
+    embedding_dropout: bool = False
 
 
 _ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
@@ -58,7 +60,7 @@ _LAYER_NORMS = frozenset(
     }
 )
 _SHARES = ("partial_rotary_factor", "rotary_pct")
-_DROPOUTS = ("resid_pdrop", "hidden_dropout", "hidden_dropout_prob", "dropout")
+_DROPOUTS = ("resid_pdrop", "residual_dropout", "hidden_dropout", "hidden_dropout_prob", "dropout")
 _WIDE_ROTARY = frozenset({"cohere", "cohere2", "ernie4_5", "olmo", "olmo2", "olmo3"})
 _PARALLEL = frozenset({"cohere", "cohere2", "phi"})
 
@@ -79,6 +81,7 @@ def features_of(job: Job) -> Features:
         found = replace(found, norm=RMS_LATE if kind != "glm4" else RMS)
     if kind in ("granite", "minicpm3", "hyperclovax"):
         found = replace(found, scales=2, embedding_scale=True)
+    drops = any(float(config.get(key) or 0.0) > 0 for key in _DROPOUTS)
     return replace(
         found,
         parallel=_parallel(config, kind),
@@ -89,7 +92,8 @@ def features_of(job: Job) -> Features:
         own_angles=kind in ("ernie4_5", "glm", "glm4", "helium"),
         value_norm=kind.startswith("gemma4"),
         keeps_attention=kind in ("gpt2", "gpt_bigcode"),
-        dropout=any(float(config.get(key) or 0.0) > 0 for key in _DROPOUTS),
+        dropout=drops,
+        embedding_dropout=drops and kind in ("biogpt", "gpt2", "gpt_bigcode"),
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from posttrain_dist.models.architectures.known import KEEPS_ROWS
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.autograd import Graph, Value
-from posttrain_dist.planner.memory.layers.attention import Heads
 from posttrain_dist.planner.memory.layers.features import features_of
 from posttrain_dist.planner.memory.layers.parts import Part
+from posttrain_dist.planner.memory.layers.row_attention import Heads
 from posttrain_dist.planner.memory.operations import take_rows
 from posttrain_dist.tuning.prefix_tuning import Prefix
 

@@ -10,7 +10,6 @@ from posttrain_dist.planner.memory import operations
 from posttrain_dist.planner.memory.adapters.adapted import adapted_linear
 from posttrain_dist.planner.memory.adapters.bottleneck_program import adapted_sublayer
 from posttrain_dist.planner.memory.autograd import Graph, Value
-from posttrain_dist.planner.memory.layers.attention import Heads, attend, gated, rotate
 from posttrain_dist.planner.memory.layers.features import (
     COHERE,
     LAYER,
@@ -19,6 +18,7 @@ from posttrain_dist.planner.memory.layers.features import (
     Features,
 )
 from posttrain_dist.planner.memory.layers.projections import fused, latent
+from posttrain_dist.planner.memory.layers.row_attention import Heads, attend, gated, rotate
 
 
 @dataclass(slots=True)

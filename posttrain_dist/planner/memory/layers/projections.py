@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from posttrain_dist.models.network.tensors import Linear
 from posttrain_dist.planner.memory.autograd import Graph, Value
-from posttrain_dist.planner.memory.layers.attention import Heads
+from posttrain_dist.planner.memory.layers.row_attention import Heads
 
 Project = Callable[[Graph, Value, Linear], Value]
 Norm = Callable[[Graph, Value, str], Value]
