@@ -11,14 +11,8 @@ bitsandbytes and xxhash must be there, posttrain-dist need not be installed.
 
 Four variants, each a process of its own: AdamW, and paged 8-bit AdamW, each with the inputs of
 layers kept on the GPU and in host memory (model.checkpoint_offload). The first two try the longest
-row that fits, too. Beside each peak stand the goal for one H100 and what the library foretells from
-the shape:
-
-    base          layers' weights · 0.516 bytes + embeddings and head in 16 bits
-    trained       LoRA's parameters · (weight, gradient, float32 master and both moments)
-    inputs        layers · tokens · hidden size · 2 bytes, unless they wait in host memory
-    one layer     tokens · (what a layer keeps for its own backward, and the gradients inside)
-                  + two dequantised matrices
+row that fits, too. Beside each peak stand the goal for one H100 and what the planner predicts of an
+update (`posttrain plan`, posttrain_dist/planner/).
 
 The table comes last; one row per line of it goes to benchmarks/results/qlora_70b.jsonl.
 """
@@ -47,7 +41,7 @@ for package, folder in (("posttrain_dist", ROOT), ("posttrain_kernels", ROOT / "
 
 import rows  # noqa: E402
 import torch  # noqa: E402
-from qlora_model import SHAPES, Shape, foretold_bytes, make_model  # noqa: E402
+from qlora_model import SHAPES, Shape, foretold_bytes, make_model, planned_job  # noqa: E402
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
 GIB = 2**30
@@ -133,11 +127,13 @@ class Trained:
             "step_s": sum(timed) / len(timed),
             **found,
             "foretold_bytes": foretold_bytes(
-                self.shape,
-                tokens,
-                self.dtype,
-                offload=self.variant.offload,
-                state_bits=self.variant.state_bits,
+                planned_job(
+                    self.shape,
+                    tokens,
+                    gpu=self.device.type == "cuda",
+                    offload=self.variant.offload,
+                    state_bits=self.variant.state_bits,
+                )
             ),
             "losses": losses,
             "trained": self.trained,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -127,45 +129,54 @@ def fill(model: Any, dtype: torch.dtype, device: torch.device) -> None:
 # --------------------------------------------------------------------------- what is foretold
 
 
-def foretold_bytes(
-    shape: Shape, tokens: int, dtype: torch.dtype, *, offload: bool, state_bits: int
-) -> int:
-    """Peak of a step on a row of so many tokens; see the top of qlora_70b.py.
+def planned_job(
+    shape: Shape, tokens: int, *, gpu: bool, offload: bool = False, state_bits: int = 32
+) -> Any:
+    """Such a run as the planner takes it, on one H100 or on the CPU that is here.
 
     Args:
         offload: the inputs of layers wait in host memory.
-        state_bits: of each of the two moments of a trained parameter.
+        state_bits: of each of the two moments of a trained parameter; those of 8 are paged.
     """
-    from posttrain_dist.models.network.build_network import build_network
-    from posttrain_dist.models.quantized import nf4_bytes
+    from posttrain_dist.config import (
+        AdamW,
+        Dtype,
+        Hardware,
+        Lora,
+        Quantize,
+        RunConfig,
+        Single,
+        complete,
+    )
+    from posttrain_dist.models import Checkpointing
+    from posttrain_dist.planner.machine import find_machine
+    from posttrain_dist.planner.make_job import make_job
 
-    size = dtype.itemsize
-    base = nf4_bytes(build_network(llama_config(shape).to_dict()), size)
-    moments = 2 * state_bits // 8
-    # Parameters in float32 are their own master.
-    trained = lora_parameters(shape) * (2 * size + (4 if size < 4 else 0) + moments)
-    inputs = 0 if offload else shape.layers * tokens * shape.hidden * size
-    # In backward: the gradients inside the MLP, of its product twice, for LoRA adds its own.
-    gradients = tokens * size * (3 * shape.feed_forward + 2 * shape.hidden)
-    layer = tokens * kept_by_layer(shape, size) + gradients
-    dequantised = 2 * shape.hidden * shape.feed_forward * size
-    return base + trained + inputs + layer + dequantised
+    h100 = Hardware(gpu="h100", gpus_per_node=1, host_memory_gib=1000.0, cpus_per_node=64)
+    config = RunConfig(
+        name="qlora",
+        tuning=Lora(rank=RANK, quantize=Quantize.nf4),
+        optimizer=AdamW(state_bits=state_bits, paged=state_bits == 8),
+        engine=Single(),
+        hardware=h100 if gpu else Hardware(),
+    )
+    config.model.activation_checkpointing = Checkpointing.full
+    config.model.checkpoint_offload = offload
+    config.data.max_length, config.train.batch_size = tokens, 1
+    config.train.dtype = Dtype.bfloat16 if gpu else Dtype.float32
+    with TemporaryDirectory() as folder:
+        values = llama_config(shape).to_dict() | {"architectures": ["LlamaForCausalLM"]}
+        Path(folder, "config.json").write_text(json.dumps(values, default=str), encoding="utf-8")
+        config.model.path = folder
+        config = complete(config)
+        job = make_job(config, find_machine(config, plans_only=gpu))
+    return replace(job, sample_tokens=min(shape.sample, tokens))
 
 
-def kept_by_layer(shape: Shape, size: int) -> int:
-    """Bytes that a layer with LoRA keeps for its own backward, a token.
+def foretold_bytes(job: Any) -> int:
+    """The planner's peak of an update: nothing is checked, evaluated or saved here."""
+    from posttrain_dist.planner.memory.phases import device_phases
+    from posttrain_dist.planner.plan import PhaseName
 
-    The input of each norm in float32; what they return, queries, attention and its input; keys and
-    values, rotated and not; gate, activation, up and product; and what each A returns.
-    """
-    keys = shape.hidden * shape.kv_heads // shape.heads
-    values = 5 * shape.hidden + 4 * keys + 4 * shape.feed_forward + 7 * RANK
-    return 2 * 4 * shape.hidden + size * values
-
-
-def lora_parameters(shape: Shape) -> int:
-    """Of rank RANK on the seven linears of each layer."""
-    hidden, wide = shape.hidden, shape.feed_forward
-    keys = hidden * shape.kv_heads // shape.heads
-    sides = 2 * 2 * hidden + 2 * (hidden + keys) + 3 * (hidden + wide)
-    return shape.layers * RANK * sides
+    update = (PhaseName.forward, PhaseName.backward, PhaseName.update)
+    return max(p.allocated_bytes for p in device_phases(job) if p.name in update)

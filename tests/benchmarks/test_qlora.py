@@ -5,6 +5,8 @@ import sys
 import pytest
 import torch
 
+from posttrain_dist.planner.memory.parameters import stored_parameters
+
 
 @pytest.fixture
 def one_process(monkeypatch):
@@ -41,7 +43,8 @@ def test_every_variant_runs_and_the_table_comes_last(one_process, tmp_path, monk
     assert tokens["AdamW"] == [64, 128, 192, 384]
     shape = qlora_70b.SHAPES["small"]
     for row in found:
-        assert row["trained"] == qlora_model.lora_parameters(shape)
+        job = qlora_model.planned_job(shape, row["tokens"], gpu=False)
+        assert row["trained"] == sum(s.size for s in stored_parameters(job) if s.trained)
         assert abs(row["losses"][0] - 6.24) < 0.1  # ln 512
     # The same rows, the same losses: offloading and paging change no number.
     first, second = ([r["losses"] for r in found if r["arm"] == name] for name in list(tokens)[:2])
@@ -84,43 +87,6 @@ def test_the_model_is_one_that_transformers_makes():
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
-class Kept(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes that a forward keeps, each storage once, parameters left out."""
-
-    def __init__(self, module):
-        self.known = {p.untyped_storage().data_ptr() for p in module.parameters()}
-        self.num_bytes, self.kept = 0, []
-        super().__init__(self.pack, lambda tensor: tensor)
-
-    def pack(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.known:
-            self.known.add(storage.data_ptr())
-            self.kept.append(tensor)  # so that no address is used twice
-            self.num_bytes += storage.nbytes()
-        return tensor
-
-
-def test_what_a_layer_keeps_is_foretold():
-    """At the proportions of 70B: grouped keys, an MLP of 3.5 times the width."""
-    import qlora_model
-
-    shape = qlora_model.Shape(256, 1, 896, 8, 1, 512, (), 0, 0)
-    dtype, tokens = torch.bfloat16, 512
-    model = qlora_model.make_model(shape, dtype, torch.device("cpu"), offload=False).train()
-    layer = model.model.layers[0]
-    layer.gradient_checkpointing = False
-    inputs = torch.randn(1, tokens, 256, dtype=dtype, requires_grad=True)
-    positions = torch.arange(tokens)[None]
-    row = {"bounds_S": torch.tensor([0, tokens], dtype=torch.int32), "parent_S": [-1]}
-    row |= {"cu_seqlens": [0, tokens], "max_seqlen": tokens, "position_ids": positions}
-    kept = Kept(model)
-    with kept:
-        layer(inputs, position_embeddings=model.model.rotary_emb(inputs, positions), **row)
-    foretold = qlora_model.kept_by_layer(shape, dtype.itemsize)
-    assert kept.num_bytes / tokens == pytest.approx(foretold, rel=0.01)
-
-
 def test_the_goals_are_near_what_is_foretold():
     import qlora_70b
     import qlora_model
@@ -130,7 +96,5 @@ def test_the_goals_are_near_what_is_foretold():
         for tokens, goal in zip(shape.contexts, qlora_70b.GOALS[variant.offload], strict=True):
             row = {"arm": variant.name, "tokens": tokens}
             assert qlora_70b.with_goals("70b", row)["goal_bytes"] == goal * 2**30
-            foretold = qlora_model.foretold_bytes(
-                shape, tokens, torch.bfloat16, offload=variant.offload, state_bits=32
-            )
-            assert foretold / 2**30 == pytest.approx(goal, rel=0.13)
+            job = qlora_model.planned_job(shape, tokens, gpu=True, offload=variant.offload)
+            assert qlora_model.foretold_bytes(job) / 2**30 == pytest.approx(goal, rel=0.13)
