@@ -96,6 +96,7 @@ class Head:
     ) -> parity.Parity:
         """The fused loss beside its reference, gradients too; see `parity.compare`."""
         options |= {"logit_scale": self._scale, **self._softcap}
+        options["trained"] = any(each.requires_grad for each in self.module.parameters())
         function = self._kernels.linear_cross_entropy
         found: parity.Parity = self.module(
             hidden_ND,

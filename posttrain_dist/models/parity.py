@@ -6,6 +6,7 @@ A kernel that is wrong on this GPU, this vocabulary or this dtype gives plausibl
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ class Distance(NamedTuple):
     loss: torch.Tensor  # relative to the reference
     nll: torch.Tensor  # the largest of a token, relative to the largest loss (at least 1)
     grad_hidden: torch.Tensor  # norm of the difference, relative to the norm
-    grad_weight: torch.Tensor  # the same of the head's weight
+    grad_weight: torch.Tensor  # the same of the head's weight; 0 of a frozen one
 
 
 class Parity(NamedTuple):
@@ -47,26 +48,31 @@ def compare(
     weight_VD: torch.Tensor,
     bias_V: torch.Tensor | None,
     labels_N: torch.Tensor,
+    *,
+    trained: bool = True,
     **options: Any,
 ) -> Parity:
-    """`function(..., impl="auto")` beside `impl="reference"`, with gradients of hidden and weight.
+    """`function(..., impl="auto")` beside `impl="reference"`, with the gradients that are trained.
 
     Args:
         function: signature of `posttrain_kernels.linear_cross_entropy`.
+        trained: whether the weight has a gradient; a frozen one goes another way through the
+            kernel, and three gradients of its size are much memory beside a base in NF4.
         options: `token_weight`, `denominator`, `softcap`, `logit_scale`.
     """
     tensors = (hidden_ND, weight_VD, bias_V)
-    fused = _run(function, tensors, labels_N, options)
-    eager = _run(_eager, tensors, labels_N, options)
+    run = partial(_run, trained=trained)
+    fused = run(function, tensors, labels_N, options)
+    eager = run(_eager, tensors, labels_N, options)
     options["impl"] = "reference"
     try:
-        reference = _run(function, tensors, labels_N, options)
+        reference = run(function, tensors, labels_N, options)
     except torch.OutOfMemoryError:  # its logits and float32 weight: in the memory of the host
         reference = []
     if not reference:  # not inside of `except`, which holds on to what was made
         moved = [None if tensor is None else tensor.cpu() for tensor in tensors]
         on_host = {k: v.cpu() if hasattr(v, "cpu") else v for k, v in options.items()}
-        reference = _run(function, moved, labels_N.cpu(), on_host)
+        reference = run(function, moved, labels_N.cpu(), on_host)
         fused, eager = ([tensor.cpu() for tensor in each] for each in (fused, eager))
     return Parity(_distance(fused, reference), _distance(eager, reference), len(labels_N))
 
@@ -105,13 +111,19 @@ def some_targets(batch: Batch) -> torch.Tensor:
 
 
 def _run(
-    function: Callable[..., Any], tensors: Any, labels_N: torch.Tensor, options: dict[str, Any]
+    function: Callable[..., Any],
+    tensors: Any,
+    labels_N: torch.Tensor,
+    options: dict[str, Any],
+    *,
+    trained: bool,
 ) -> list[torch.Tensor]:
-    """Loss, each token's loss, gradients of hidden and weight."""
-    hidden_ND, weight_VD = (tensor.detach().requires_grad_() for tensor in tensors[:2])
+    """Loss, each token's loss, gradients of hidden and, where it is trained, of weight."""
+    hidden_ND, weight_VD = (tensor.detach() for tensor in tensors[:2])
+    wanted = [tensor.requires_grad_() for tensor in (hidden_ND, weight_VD)[: 1 + trained]]
     with torch.enable_grad():
         result = function(hidden_ND, weight_VD, labels_N, bias=tensors[2], **options)
-        gradients = torch.autograd.grad(result.loss, (hidden_ND, weight_VD))
+        gradients = torch.autograd.grad(result.loss, wanted)
     return [result.loss.detach(), result.nll_N.detach(), *gradients]
 
 
@@ -141,13 +153,13 @@ def _eager(
 
 
 def _distance(ours: list[torch.Tensor], reference: list[torch.Tensor]) -> Distance:
-    loss, nll_N, hidden, weight = zip(ours, reference, strict=True)
+    loss, nll_N, hidden, *weight = zip(ours, reference, strict=True)
     padded = [nn.functional.pad(each_N, (0, 1)) for each_N in nll_N]  # there may be no row
     return Distance(
         loss=_relative(*loss),
         nll=(padded[0] - padded[1]).abs().amax() / padded[1].amax().clamp(min=1),
         grad_hidden=_relative(*hidden),
-        grad_weight=_relative(*weight),
+        grad_weight=_relative(*weight[0]) if weight else torch.zeros_like(ours[0]),
     )
 
 

@@ -13,7 +13,7 @@ MAX_ROWS = 256  # models/parity.py
 
 
 def check_parity(graph: Graph, job: Job, name: str, *, fast: bool) -> None:
-    """Fused, eager and reference loss of some rows, each with the gradient of the whole weight.
+    """Fused, eager and reference loss of some rows, with the gradient of a weight that is trained.
 
     On a GPU without room for the reference, it runs in host memory, as the check itself does.
 
@@ -24,10 +24,11 @@ def check_parity(graph: Graph, job: Job, name: str, *, fast: bool) -> None:
     rows = min(num_targets(job), MAX_ROWS)
     made = head_weight(job, name)
     names, more = ((name,), 0) if made is None else (made.names, made.columns)
+    trained = name in graph.trained or made is not None
     weights = shape.vocab_size * (shape.hidden_size + more)
     logits = rows * shape.vocab_size * WIDE
     graph.shards.gather(names, backward=False)
-    size = HeadSize(job, width, rows, trained=True, fast=fast, more_columns=more)
+    size = HeadSize(job, width, rows, trained=trained, fast=fast, more_columns=more)
     held = [ledger.allocate(Item.head, size.hidden_bytes), *made_weight(graph, job, rows, made)]
     held.append(ledger.allocate(Item.head, size.weight_bytes + size.hidden_bytes))  # fused
     ledger.touch(Item.head, size.block_bytes + size.logits_bytes + size.product_bytes)
@@ -35,7 +36,7 @@ def check_parity(graph: Graph, job: Job, name: str, *, fast: bool) -> None:
     # Logits, twice in backward, beside their softmax.
     ledger.touch(Item.head, 2 * logits)
     wide = weights * WIDE if width < WIDE else 0
-    reference = wide + max(3 * logits, logits + weights * WIDE)
+    reference = wide + max(3 * logits, (logits + weights * WIDE) if trained else 0)
     # The three gradients are compared in pairs.
     compared = 2 * size.weight_bytes
     room = job.machine.gpu_memory_bytes - ledger.total_bytes
