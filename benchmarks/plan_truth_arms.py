@@ -209,7 +209,9 @@ CPU: dict[str, Arm] = {
     "qlora rank 8": Arm(tuning=_qlora(8)),
     "qlora rank 16": Arm(tuning=_qlora(16)),
     "qlora rank 64": Arm(tuning=_qlora(64)),
-    "qlora 4096": Arm(tuning=_qlora(16), model=_NARROW, sample_tokens=(4096,)),
+    "qlora 4096": Arm(
+        tuning=_qlora(16), model=_NARROW | {"intermediate_size": 384}, sample_tokens=(4096,)
+    ),
     "qlora checkpoint 3": Arm(tuning=_qlora(16), sample_tokens=(1024,), checkpoint_layers=3),
     "qlora bf16": Arm(tuning=_qlora(16), dtype=_BF16, sample_tokens=(256,)),
     "qdora": Arm(tuning=Lora(quantize=Quantize.nf4, dora=True)),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +80,23 @@ class Table:
         for last in {run_of(row): row for row in rows}.values():
             lines += ["", origin(last)]
         return "\n".join(lines) + "\n"
+
+
+class Differences(Table):
+    """A table of rows that have an `error`, and below it what their errors are in all."""
+
+    def text(self, results: Path) -> str:
+        """The table in Markdown, its rows' median, 95th percentile, lowest and highest error."""
+        errors = sorted(row["error"] for row in self.rows(results) if reason(row) is None)
+        if not errors:
+            return Table.text(self, results)
+        sizes = sorted(map(abs, errors))
+        high = sizes[min(len(sizes) - 1, round(0.95 * len(sizes)))]
+        found = (
+            f"{len(errors)} runs: median difference {statistics.median(sizes):.2%}, "
+            f"95th percentile {high:.2%}, from {errors[0]:+.2%} to {errors[-1]:+.2%}."
+        )
+        return f"{Table.text(self, results)}\n{found.replace('%', ' %')}\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +335,7 @@ TABLES: dict[str, Table | Goals] = {
             ("fallback", PLANNED_FALLBACKS),
         )
     },
-    "plan-truth": Table(source="plan_truth", columns=PLAN_TRUTH),
+    "plan-truth": Differences(source="plan_truth", columns=PLAN_TRUTH, per=("arm",)),
     "plan-speed": Table(source="plan_speed", columns=PLAN_SPEED),
     "gpu-goals": Goals([*gpu_goals()]),
     "gpu-kernels": Table(source="gpu", columns=GPU_KERNELS, where=gpu_rows("kernels")),

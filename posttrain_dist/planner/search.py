@@ -124,6 +124,8 @@ class Search:
             if not some.fits:
                 break
             best, most = some, fewer
+            if some.device.total_bytes > none.device.total_bytes - (fewer + 0.5) * by_each:
+                break  # it lies on the line: each layer saves
         return best
 
     def _micro_batches(self, words: tuple[str, ...]) -> list[tuple[str, ...]]:

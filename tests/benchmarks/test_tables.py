@@ -66,6 +66,20 @@ def test_a_table_shows_the_last_run_that_has_what_it_asks_for(results):
     ]
 
 
+def test_differences_are_summed_up(tmp_path):
+    from cells import text
+    from tables import Differences
+
+    facts = {"date": "2026-01-01T00:00:00", "machine": "m", "versions": {}, "command": "c"}
+    errors = {"a": 0.01, "b": -0.004, "c": 0.02}
+    rows = [{**facts, "run": name, "arm": name, "error": error} for name, error in errors.items()]
+    rows.insert(0, {**facts, "run": "old", "arm": "a", "error": 9.0})  # another of a stands below
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = Differences(source="x", columns={"arm": text("arm")}, per=("arm",))
+    last = "3 runs: median difference 1.00 %, 95th percentile 2.00 %, from -0.40 % to +2.00 %."
+    assert table.text(tmp_path).splitlines()[-1] == last
+
+
 def test_groups_are_each_of_their_own_last_run(results):
     from tables import Table
 

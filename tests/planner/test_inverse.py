@@ -17,7 +17,10 @@ LEAST = ("model.activation_checkpointing=full",)
     ("key", "gib", "slots"),
     [
         ("data.max_length", 9.0, {"tuning": Full(), "engine": DeepSpeed(stage=2)}),
-        ("data.max_length", 5.0, {"tuning": Lora(), "engine": Single()}),
+        pytest.param(
+            *("data.max_length", 5.0, {"tuning": Lora(), "engine": Single()}),
+            marks=pytest.mark.slow,
+        ),
         (
             "train.micro_batch_size",
             8.0,
@@ -48,6 +51,7 @@ def test_the_positions_of_the_model_are_the_longest_context_there_is():
     assert (answer.value, answer.bounded) == (8192, True)
 
 
+@pytest.mark.slow
 def test_each_fallback_has_its_own_longest_context():
     answers = {each.name: each for each in largest(*planned(3.3, gpus=1), "data.max_length")}
     assert answers["full"].value is None and not answers["full"].plan.fits

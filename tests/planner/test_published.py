@@ -204,11 +204,11 @@ def test_torchtune(shape, node, engine, tuning, seen_gib):
 @pytest.mark.parametrize("length, seen", [(32768, 46.5), (65536, 71.1)])
 def test_a_token_of_longlora(length, seen):
     # Chen et al., arXiv:2309.12307, table 12: Llama-2-7B with LoRA, ZeRO-2 on 8x A100, flash
-    # attention: GB a GPU. A token more costs what it costs here, and its logits.
+    # attention: GB a GPU. A token more costs what it costs here, and no more than its logits.
     jobs = [
         run("llama2-7b", A100, DeepSpeed(stage=2), Lora(rank=8), tokens, 1)
         for tokens in (16384, length)
     ]
     ours = used_bytes(jobs[1]) - used_bytes(jobs[0])
     logits = logits_bytes(jobs[1]) - logits_bytes(jobs[0])
-    assert ours + logits == pytest.approx((seen - 34.7) * GB, rel=0.15)
+    assert ours < (seen - 34.7) * GB < ours + logits

@@ -63,8 +63,8 @@ def test_an_export_never_holds_more_than_one_file():
 def test_paged_moments_may_all_be_on_the_host():
     tuning, paged = Lora(rank=16), AdamW(paged=True)
     job = plan_job("llama3-8b", Single(), tuning, gpus=1, optimizer=paged)
-    trained = 41_943_040  # rank 16 on the seven matrices of 32 layers
-    assert items(job, PhaseName.update)[Item.offloaded] == 8 * trained
+    # bitsandbytes pages tensors of 100,000 numbers or more: of each layer three, 16 x 14,336.
+    assert items(job, PhaseName.update)[Item.offloaded] == 8 * 32 * 3 * 16 * 14_336
     assert PhaseName.update in {phase.name for phase in host_phases(job)}
 
 

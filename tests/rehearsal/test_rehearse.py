@@ -106,7 +106,7 @@ def runs(tmp_path_factory, nf4_llama, rows_file, run_workers, request):
         train(RunConfig.from_yaml((folder / "config.yaml").read_text()), folder)
     sharded = [f for n, pair in found.items() if not n.startswith("single") for f in pair]
     if sharded:
-        run_workers("train_runs.py", 2, *sharded)
+        run_workers("train_runs.py", 2, *sharded, timeout_s=550)
     return found
 
 

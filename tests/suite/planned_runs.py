@@ -6,6 +6,7 @@ import json
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 from posttrain_dist.config import (
     AutoEngine,
@@ -20,6 +21,8 @@ from posttrain_dist.config import (
 )
 from posttrain_dist.planner.job import Machine
 from posttrain_dist.planner.machine import find_machine
+from posttrain_dist.planner.methods import methods
+from posttrain_dist.planner.search import Search
 
 # As wide as an 8B model, with few layers: 0.9B parameters whose plans take no time.
 WIDE = {
@@ -35,6 +38,18 @@ WIDE = {
     "tie_word_embeddings": False,
 }
 
+# The fallbacks on several GPUs of one node, by name.
+LADDER = [
+    "full ZeRO-1",
+    "full ZeRO-2",
+    "full ZeRO-3",
+    "full ZeRO-3 + CPU offload",
+    "LoRA",
+    "QLoRA",
+    "QLoRA + paged optimizer on one GPU",
+]
+OFFLOAD = LADDER[3]
+
 
 @cache
 def wide_model() -> str:
@@ -45,14 +60,18 @@ def wide_model() -> str:
 
 
 def planned(
-    gib: float = 80.0, gpus: int = 4, shape: str | None = None, **slots: object
+    gib: float = 80.0,
+    gpus: int = 4,
+    shape: str | None = None,
+    host_gib: float = 500.0,
+    **slots: object,
 ) -> tuple[RunConfig, Machine]:
     """A completed config, and the machine that it is planned for."""
     hardware = Hardware(
         gpu="h100",
         gpus_per_node=gpus,
         gpu_memory_gib=gib,
-        host_memory_gib=500.0,
+        host_memory_gib=host_gib,
         cpus_per_node=32,
     )
     values = {
@@ -67,3 +86,21 @@ def planned(
     }
     config = complete(RunConfig(**values))  # type: ignore[arg-type]
     return config, find_machine(config, plans_only=True)
+
+
+@cache
+def needs() -> dict[str, float]:
+    """GiB of a GPU, with the margin, that each takes with its smallest settings."""
+    config, machine = planned()
+    search = Search(config, machine)
+    plans = {method.name: search.leanest(method).plan for method in methods(config, machine)}
+    return {name: plan.device.total_bytes / 0.96 / 2**30 for name, plan in plans.items()}
+
+
+def room(name: str) -> dict[str, Any]:
+    """Memory that is enough for one, and for none before it; the offload finds too little host."""
+    before = [each for each in LADDER[: LADDER.index(name)] if each != OFFLOAD]
+    least = min((needs()[each] for each in before), default=1.1 * needs()[name])
+    assert needs()[name] < least
+    low_host = LADDER.index(name) > LADDER.index(OFFLOAD)
+    return {"gib": (needs()[name] + least) / 2, "host_gib": 25.0 if low_host else 500.0}

@@ -12,6 +12,7 @@ from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.engines.ds_settings import elements, zero_settings
 from posttrain_dist.planner.memory.engines.partitions import flat_groups, shard, sub_groups
+from posttrain_dist.planner.memory.moments import device_moments, host_moments
 from posttrain_dist.planner.memory.parameters import Stored, stored_parameters
 
 _STATE_BYTES = 12  # master and two moments in float32
@@ -47,21 +48,22 @@ def _kept_bytes(job: Job) -> int:
     total = 0
     for each in stored_parameters(job):
         if each.trained:
-            total += each.size * _state_bytes(job) + _STEP_BYTES
+            total += each.size * 4 + _moment_bytes(job, each.size) + _STEP_BYTES
         elif job.tuning.kept(each.name):
             total += each.num_bytes
     return total
 
 
-def _state_bytes(job: Job) -> int:
-    return 4 + 2 * job.optimizer.state_bits // 8
+def _moment_bytes(job: Job, size: int) -> int:
+    return device_moments(job, size) + host_moments(job, size)
 
 
 def _whole_bytes(job: Job) -> int:
     """Weights, and of what is trained the moments and, in 16 bits, a master."""
-    trained = _state_bytes(job) - (4 if job.value_bytes == 4 else 0)
+    master = 4 if job.value_bytes < 4 else 0
     return sum(
-        each.num_bytes + (each.size * trained + _STEP_BYTES if each.trained else 0)
+        each.num_bytes
+        + each.trained * (each.size * master + _moment_bytes(job, each.size) + _STEP_BYTES)
         for each in stored_parameters(job)
     )
 

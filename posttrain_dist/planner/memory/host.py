@@ -22,6 +22,7 @@ from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.engines.ds_settings import elements, zero_settings
 from posttrain_dist.planner.memory.engines.partitions import flat_groups, shard, sub_groups
+from posttrain_dist.planner.memory.moments import host_moments
 from posttrain_dist.planner.memory.parameters import Stored, stored_parameters
 from posttrain_dist.planner.plan import Item, Phase, PhaseName
 
@@ -79,12 +80,11 @@ def pinned(num_bytes: int) -> int:
 def _resident(job: Job) -> dict[Item, int]:
     """What the ranks of one host hold from the start to the end."""
     engine, found = job.engine, Counter[Item]()
-    if job.optimizer.paged:
-        trained = sum(each.size for each in stored_parameters(job) if each.trained)
-        found[Item.offloaded] += trained * 2 * job.optimizer.state_bits // 8
+    trained = [each for each in stored_parameters(job) if each.trained]
+    found[Item.offloaded] += sum(host_moments(job, each.size) for each in trained)
     if isinstance(engine, DeepSpeed) and engine.offload:
         found.update(_offloaded_flat(job) if engine.stage < 3 else _offloaded_shards(job))
-    return {item: n * job.local_workers for item, n in found.items()}
+    return {item: n * job.local_workers for item, n in found.items() if n}
 
 
 def _offloaded_flat(job: Job) -> dict[Item, int]:

@@ -122,6 +122,7 @@ class _Run:
         """The head beside its reference, before the first step."""
         graph = self._graph(recording=False)
         hidden = self._backbone(graph, num_targets(self._job))
+        graph.kept.clear()
         check_parity(graph, self._job, self._head_name, fast=self._multiplies_fast)
         graph.drop(hidden)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from posttrain_dist.planner.job import Job
+from posttrain_dist.planner.memory.adapters.head_weight import head_weight
 from posttrain_dist.planner.memory.autograd import Graph
-from posttrain_dist.planner.memory.layers.ends import HeadSize, num_targets
+from posttrain_dist.planner.memory.layers.ends import HeadSize, made_weight, num_targets
 from posttrain_dist.planner.memory.operations import WIDE
 from posttrain_dist.planner.plan import Item
 
@@ -21,14 +22,16 @@ def check_parity(graph: Graph, job: Job, name: str, *, fast: bool) -> None:
     """
     ledger, shape, width = graph.ledger, job.network.shape, graph.width
     rows = min(num_targets(job), MAX_ROWS)
-    weights = shape.vocab_size * shape.hidden_size
+    made = head_weight(job, name)
+    names, more = ((name,), 0) if made is None else (made.names, made.columns)
+    weights = shape.vocab_size * (shape.hidden_size + more)
     logits = rows * shape.vocab_size * WIDE
-    graph.shards.gather((name,), backward=False)
-    size = HeadSize(job, width, rows, trained=True, fast=fast)
-    taken = ledger.allocate(Item.head, size.hidden_bytes)  # the rows
-    fused = ledger.allocate(Item.head, size.weight_bytes + size.hidden_bytes)
+    graph.shards.gather(names, backward=False)
+    size = HeadSize(job, width, rows, trained=True, fast=fast, more_columns=more)
+    held = [ledger.allocate(Item.head, size.hidden_bytes), *made_weight(graph, job, rows, made)]
+    held.append(ledger.allocate(Item.head, size.weight_bytes + size.hidden_bytes))  # fused
     ledger.touch(Item.head, size.block_bytes + size.logits_bytes + size.product_bytes)
-    eager = ledger.allocate(Item.head, size.weight_bytes + size.hidden_bytes)
+    held.append(ledger.allocate(Item.head, size.weight_bytes + size.hidden_bytes))  # eager
     # Logits, twice in backward, beside their softmax.
     ledger.touch(Item.head, 2 * logits)
     wide = weights * WIDE if width < WIDE else 0
@@ -38,7 +41,6 @@ def check_parity(graph: Graph, job: Job, name: str, *, fast: bool) -> None:
     room = job.machine.gpu_memory_bytes - ledger.total_bytes
     if not job.on_gpu or max(reference, compared) <= room:
         ledger.touch(Item.head, max(reference, compared))
-    ledger.release(taken)
-    ledger.release(fused)
-    ledger.release(eager)
-    graph.shards.release((name,), backward=False)
+    for block in held:
+        ledger.release(block)
+    graph.shards.release(names, backward=False)

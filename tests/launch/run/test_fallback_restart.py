@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from posttrain_dist.config import RunConfig
 from posttrain_dist.files import read_object, read_rows
+from posttrain_dist.planner.fallbacks import choose
+from posttrain_dist.planner.machine import find_machine
+from posttrain_dist.planner.overriding import with_words
 from posttrain_dist.planner.plan_file import read_choice
 
 POSTTRAIN = Path(sysconfig.get_path("scripts")) / "posttrain"
@@ -84,11 +88,14 @@ def test_a_named_method_is_not_changed_and_the_error_names_what_fits(words, tmp_
     # The first batch goes forward for the check of the head, before the first step does it.
     assert message.startswith("before step 1: out of memory in the forward and loss")
     assert "most of it activations" in message
-    # What it proposes is less than it has, and runs.
-    proposal = message.partition("fix: use ")[2].partition(" (")[0]
-    assert "train.micro_batch_size=" in proposal
-    again = limited(tmp_path, *words, "name=again", *named[:2], *proposal.split())
-    assert again.returncode == 0, again.stdout + again.stderr
+    # The words are those of a plan that takes clearly less than this one's.
+    proposal = message.partition("fix: use ")[2].partition(" (")[0].split()
+    config = RunConfig.from_yaml((folder / "config.yaml").read_text())
+    machine = find_machine(config, plans_only=False)
+    instead = choose(with_words(config, proposal), machine).chosen.plan
+    failed = read_choice(folder).chosen.plan
+    assert instead.fits and instead.device.total_bytes < 0.95 * failed.device.total_bytes
+    assert config.tuning == with_words(config, proposal).tuning, "the method stays"
 
 
 @pytest.mark.slow

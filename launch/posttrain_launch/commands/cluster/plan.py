@@ -114,7 +114,8 @@ def _print_plan(
     if "--all" in line.own and not is_auto(config):
         free = dataclasses.replace(config, tuning=AutoTuning(), engine=AutoEngine())
         tried += try_all(free, machine, facts, typed)
-    choice = Choice(tried, _chosen(tried, is_auto=is_auto(config)))
+    as_it_is = not is_auto(config) and "--all" not in line.own
+    choice = Choice(tried, tried[0] if as_it_is else _chosen(tried))
     plan = choice.chosen.plan
     if plan is None:
         raise nothing_fits(tried)
@@ -136,10 +137,8 @@ def _print_plan(
     return FITS if fits else FAILED
 
 
-def _chosen(tried: tuple[Tried, ...], *, is_auto: bool) -> Tried:
+def _chosen(tried: tuple[Tried, ...]) -> Tried:
     """The first that fits; of none, the one that lacks least."""
-    if not is_auto:
-        return tried[0]
     planned = [(each, each.plan) for each in tried if each.plan is not None]
     fitting = [each for each, plan in planned if plan.fits]
     if fitting or not planned:
@@ -194,7 +193,7 @@ def _print_answers(line: CommandLine, verb: str, title: str, answers: list[Answe
 
     found = [each for each in answers if each.value is not None and each.plan is not None]
     content = [
-        {**vars_of(each), "plan": None if each.plan is None else each.plan.to_json()}
+        {**_plain(each), "plan": None if each.plan is None else each.plan.to_json()}
         for each in answers
     ]
     if _wrote_json(line, {"question": title, "answers": content}):
@@ -222,7 +221,7 @@ def _print_answers(line: CommandLine, verb: str, title: str, answers: list[Answe
     return FITS
 
 
-def vars_of(answer: Answer) -> dict[str, Any]:
+def _plain(answer: Answer) -> dict[str, Any]:
     """An answer in plain values, but for its plan."""
     names = ("name", "value", "bounded", "refused")
     return {name: getattr(answer, name) for name in names}

@@ -144,7 +144,7 @@ def head_loss(
     trained = graph.recording and (name in graph.trained or made is not None)
     size = HeadSize(job, graph.width, num_rows, trained=trained, fast=fast, more_columns=columns)
     graph.shards.gather(names, backward=False)
-    joined = _joined(graph, job, num_rows, made)
+    joined = made_weight(graph, job, num_rows, made)
     statistics = ledger.allocate(item, size.statistics_bytes)
     working = [ledger.allocate(item, n) for n in (size.block_bytes, size.logits_bytes) if n]
     needs_grad = graph.recording and hidden.needs_grad
@@ -181,8 +181,8 @@ def head_loss(
     return loss
 
 
-def _joined(graph: Graph, job: Job, num_rows: int, made: HeadWeight | None) -> list[Block]:
-    """A weight that an adapter makes for the head, and hidden states with more columns."""
+def made_weight(graph: Graph, job: Job, num_rows: int, made: HeadWeight | None) -> list[Block]:
+    """Allocate a weight that an adapter makes for the head, and hidden states with more columns."""
     if made is None:
         return []
     shape = job.network.shape
