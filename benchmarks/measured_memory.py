@@ -182,16 +182,23 @@ def measure(
             else:
                 Path(folder, "state").mkdir()
                 save_trained(engine, config.tuning.kept, 1, Path(folder) / "state")
+    found = _found(counter, policy)
+    if profiled:
+        found["profiler"] = {"trace": _traced_peak(tracer), "counter": highest - start}
+    return found
+
+
+def _found(counter: Any, policy: Any) -> dict[str, Any]:
+    """What a counter has, as plain values."""
     found: dict[str, Any] = {"phases": counter.peaks, "parameters": _sizes(policy)}
     if hasattr(counter, "reserved"):
         found["reserved"] = counter.reserved
-    if detailed:
+    alive_at_peak = getattr(counter, "alive_at_peak", {})
+    if alive_at_peak:
         found["alive"] = {
             phase: [[op, n, count] for (op, n), count in sorted(alive.items(), key=_weight)][:40]
-            for phase, alive in counter.alive_at_peak.items()
+            for phase, alive in alive_at_peak.items()
         }
-    if profiled:
-        found["profiler"] = {"trace": _traced_peak(tracer), "counter": highest - start}
     return found
 
 
