@@ -159,11 +159,9 @@ def measure(
             engine = make_engine(config, process, dtype)
             channels = [f"channel {i}" for i in range(NUM_CHANNELS)]
             policy = build_policy(config, engine, dtype, channels)
-            batches = [
-                _batch(sample_tokens, supervised_share, int(policy.config.vocab_size), seed=i)
-                for i in range(accumulation)
-            ]
-            batches = [batch.to(engine.device) for batch in batches]
+            words = int(policy.config.vocab_size)
+            rows = [_batch(sample_tokens, supervised_share, words, i) for i in range(accumulation)]
+            batches = [row.to(engine.device) for row in rows]
             _start_up_checks(config, engine, policy, batches[0])
         gc.collect()
         with counter.phase("evaluation"):
