@@ -151,9 +151,8 @@ def measure(
     """
     process = process or Process()
     dtype = pick_dtype(config.train.dtype, config)
-    counter: Any = StorageCounter(detailed=detailed)
-    if dist.device(process).type == "cuda":
-        counter = _CudaCounter()
+    on_gpu = dist.device(process).type == "cuda"
+    counter: Any = _CudaCounter() if on_gpu else StorageCounter(detailed=detailed)
     with counter:
         with counter.phase("load"):
             engine = make_engine(config, process, dtype)
