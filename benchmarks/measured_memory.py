@@ -151,19 +151,16 @@ def measure(
     """
     process = process or Process()
     dtype = pick_dtype(config.train.dtype, config)
-    counter: Any = StorageCounter(detailed=detailed)
-    if dist.device(process).type == "cuda":
-        counter = _CudaCounter()
+    on_gpu = dist.device(process).type == "cuda"
+    counter: Any = _CudaCounter() if on_gpu else StorageCounter(detailed=detailed)
     with counter:
         with counter.phase("load"):
             engine = make_engine(config, process, dtype)
             channels = [f"channel {i}" for i in range(NUM_CHANNELS)]
             policy = build_policy(config, engine, dtype, channels)
-            batches = [
-                _batch(sample_tokens, supervised_share, int(policy.config.vocab_size), seed=i)
-                for i in range(accumulation)
-            ]
-            batches = [batch.to(engine.device) for batch in batches]
+            words = int(policy.config.vocab_size)
+            rows = [_batch(sample_tokens, supervised_share, words, i) for i in range(accumulation)]
+            batches = [row.to(engine.device) for row in rows]
             _start_up_checks(config, engine, policy, batches[0])
         gc.collect()
         with counter.phase("evaluation"):
@@ -182,16 +179,23 @@ def measure(
             else:
                 Path(folder, "state").mkdir()
                 save_trained(engine, config.tuning.kept, 1, Path(folder) / "state")
+    found = _found(counter, policy)
+    if profiled:
+        found["profiler"] = {"trace": _traced_peak(tracer), "counter": highest - start}
+    return found
+
+
+def _found(counter: Any, policy: Any) -> dict[str, Any]:
+    """What a counter has, as plain values."""
     found: dict[str, Any] = {"phases": counter.peaks, "parameters": _sizes(policy)}
     if hasattr(counter, "reserved"):
         found["reserved"] = counter.reserved
-    if detailed:
+    alive_at_peak = getattr(counter, "alive_at_peak", {})
+    if alive_at_peak:
         found["alive"] = {
             phase: [[op, n, count] for (op, n), count in sorted(alive.items(), key=_weight)][:40]
-            for phase, alive in counter.alive_at_peak.items()
+            for phase, alive in alive_at_peak.items()
         }
-    if profiled:
-        found["profiler"] = {"trace": _traced_peak(tracer), "counter": highest - start}
     return found
 
 
