@@ -52,7 +52,7 @@ def test_each_verb_has_help_with_an_example(name, capsys):
     assert f"posttrain {name}" in shown.out
     assert VERBS[name].example in shown.out
     if VERBS[name].hydra:
-        assert "engine      single, zero0, zero1" in shown.out
+        assert "engine      auto, single, zero0, zero1" in shown.out
         assert "persistence_threshold" not in shown.out  # the config as typed: engine=single
         assert "max_length: 2048" in shown.out
 
