@@ -199,8 +199,8 @@ class DeepSpeedEngine:
         self._state.forget_updates()
         for counter in ("global_steps", "global_samples", "micro_steps", "skipped_steps"):
             setattr(self._engine, counter, 0)
-        if hasattr(self._zero, "cur_iter"):  # stage 0 in bfloat16
-            self._zero.cur_iter = 0
+        if hasattr(self._zero, "loss_scale_config"):  # stage 0 in bfloat16 counts once more
+            self._zero.loss_scale_config.cur_iter = 0
 
     def train(self, mode: bool) -> None:
         self._engine.train(mode)

@@ -60,7 +60,7 @@ def child_of(folder: Path) -> int:
     (child,) = [
         pid
         for pid in processes_of(folder)
-        if b"train_apart" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"attempts.train_apart\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     return child
 

@@ -128,19 +128,3 @@ def test_a_python_program_falls_back_too(words, tmp_path):
     assert f"Outcome(completed=True, step={STEPS}" in done.stdout
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["train"]["micro_batch_size"] == 1
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_ray_starts_new_workers_for_the_next_fallback(words, tmp_path):
-    on_ray = ("cluster=ray", "cluster.workers=1", "cluster.max_failures=3")
-    done = limited(tmp_path, *words, "tuning=auto", "engine=auto", *on_ray)
-    assert done.returncode == 0, done.stdout + done.stderr
-    folder = run_folder(tmp_path)
-    assert (folder / "FINISHED").is_file()
-    (line,) = [each for each in done.stdout.splitlines() if "starting again" in each]
-    assert all(word in line for word in read_choice(folder).chosen.plan.overrides)
-    # Each choice had one group of workers: the first was not tried again in the same memory.
-    logs = (folder / "ray" / "logs" / "train").glob("ray-train-sys-controller-*.log")
-    started = [log.read_text().count("Started training worker group of size 1") for log in logs]
-    assert started == [1, 1]
