@@ -198,9 +198,15 @@ def reasons(choice: Choice) -> list[str]:
     """Why those before the chosen one were not taken, one line each."""
     names = [each.name for each in choice.tried]
     before = choice.tried[: names.index(choice.chosen.name)]
-    return [
-        f"{each.name}: {each.refused if each.plan is None else miss(each.plan)}" for each in before
-    ]
+    return [f"{each.name}: {_why_not(each)}" for each in before]
+
+
+def _why_not(tried: Tried) -> str:
+    if tried.plan is None:
+        return tried.refused
+    if tried.plan.fits:  # only a start that failed goes on to the next
+        return "it was to fit, and ran out of memory when it was tried"
+    return miss(tried.plan)
 
 
 def _gib(num_bytes: int) -> str:
