@@ -33,6 +33,8 @@ def choose(
     machine: Machine,
     facts: DataFacts | None = None,
     typed: Collection[str] = (),
+    *,
+    force: bool = False,
 ) -> Choice:
     """The first fallback that fits; of a config that names tuning and engine, the run as it is.
 
@@ -40,19 +42,32 @@ def choose(
         config: with every slot filled.
         facts: of the data; None: not known.
         typed: keys that were typed, at their defaults too: these settings stay.
+        force: where none fits, take the one that lacks least.
 
     Raises:
-        ConfigError: none fits, or none can be planned.
+        ConfigError: none fits and none is forced, or none can be planned.
         ModelError, SeveralErrors: the model cannot be planned.
     """
     tried = try_until_one_fits(config, machine, facts, typed)
     if not is_auto(config):
         return Choice(tried, tried[0])
-    if tried[-1].plan is None or not tried[-1].plan.fits:
+    found = first_or_nearest(tried)
+    if found.plan is None or not (found.plan.fits or force):
         raise nothing_fits(tried)
+    if not found.plan.fits:
+        return Choice(tried, found)
     search = Search(config, machine, facts, typed)
     after = methods(config, machine)[len(tried) :]
     return Choice((*tried, *(search.leanest(method) for method in after)), tried[-1])
+
+
+def first_or_nearest(tried: tuple[Tried, ...]) -> Tried:
+    """The first that fits; of none, the one that lacks least."""
+    planned = [(each, each.plan) for each in tried if each.plan is not None]
+    fitting = [each for each, plan in planned if plan.fits]
+    if fitting or not planned:
+        return (fitting or list(tried))[0]
+    return max(planned, key=lambda pair: spare_bytes(pair[1]))[0]
 
 
 def try_all(

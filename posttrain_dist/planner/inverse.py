@@ -87,7 +87,7 @@ def largest(
     counts = math.ceil(most / step)
     found: list[Answer] = []
     for method in methods(config, machine):
-        if key == RANK and not _has_rank(at(1), method):
+        if key == RANK and not _has_rank(search, method):
             continue
         count = _last(lambda count, m=method: _fits(at(count).leanest(m)), counts)  # type: ignore[misc]
         tried = at(count or 1).fastest(method)

@@ -74,21 +74,13 @@ def warnings_of(job: Job) -> tuple[str, ...]:
             f"for those that have {packs}, and {1 - busy:.0%} of the time is lost; "
             f"train.batch_size={job.workers * packs} would be {packs} for each"
         )
-    if (
-        job.on_gpu
-        and getattr(job.config.cluster, "workers", None) is None
-        and job.workers < _gpus(job)
-    ):
-        found.append(
-            f"{job.workers} of {_gpus(job)} GPUs works; cluster=ray with engine=auto takes all"
-        )
+    asked = getattr(job.config.cluster, "workers", None)
+    gpus = job.machine.gpus_per_node * getattr(job.config.cluster, "nodes", 1)
+    if job.on_gpu and asked is None and job.workers < gpus:
+        found.append(f"{job.workers} of {gpus} GPUs works; cluster=ray engine=auto takes them all")
     if not job.on_gpu:
         found.append("on a CPU times are rough: a factor of two")
     return tuple(found)
-
-
-def _gpus(job: Job) -> int:
-    return job.machine.gpus_per_node * getattr(job.config.cluster, "nodes", 1)
 
 
 def settings_of(job: Job) -> dict[str, str]:

@@ -22,6 +22,7 @@ from posttrain_dist.files import write_atomic
 from posttrain_dist.models.architectures.positions import check_planned_length
 from posttrain_dist.models.folder import TINY_BASE, check_folder, has_tokenizer, resolve
 from posttrain_dist.planner.fallbacks import (
+    first_or_nearest,
     is_auto,
     nearest,
     nothing_fits,
@@ -34,7 +35,6 @@ from posttrain_dist.planner.job import DataFacts, Machine
 from posttrain_dist.planner.machine import find_machine
 from posttrain_dist.planner.plan import Choice, Plan, Tried
 from posttrain_dist.planner.plan_file import file_content
-from posttrain_dist.planner.search import spare_bytes
 from posttrain_launch.compose.command_line import CommandLine, typed_keys
 from posttrain_launch.compose.composer import Composed
 from posttrain_launch.compose.hydra_app import compose_command, read_command_line
@@ -141,7 +141,7 @@ def _print_plan(
         free = dataclasses.replace(config, tuning=AutoTuning(), engine=AutoEngine())
         tried += try_all(free, machine, facts, typed)
     as_it_is = not is_auto(config) and "--all" not in line.own
-    choice = Choice(tried, tried[0] if as_it_is else _chosen(tried))
+    choice = Choice(tried, tried[0] if as_it_is else first_or_nearest(tried))
     plan = choice.chosen.plan
     if plan is None:
         raise nothing_fits(tried)
@@ -161,15 +161,6 @@ def _print_plan(
     if not fits:
         _print_instead(line, _verb(config), nearest(config, machine, facts))
     return FITS if fits else FAILED
-
-
-def _chosen(tried: tuple[Tried, ...]) -> Tried:
-    """The first that fits; of none, the one that lacks least."""
-    planned = [(each, each.plan) for each in tried if each.plan is not None]
-    fitting = [each for each, plan in planned if plan.fits]
-    if fitting or not planned:
-        return (fitting or list(tried))[0]
-    return max(planned, key=lambda pair: spare_bytes(pair[1]))[0]
 
 
 def _print_chosen(line: CommandLine, config: RunConfig, choice: Choice, plan: Plan) -> None:
