@@ -98,6 +98,8 @@ def test_a_page_and_json_are_written_where_they_are_asked_for(tmp_path, capsys, 
     assert "<html" in (tmp_path / "plan.html").read_text()
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["plan"]["fits"] and content["choice"]["chosen"] == "full ZeRO-1"
+    assert plan(*SMALL, "--html", "both.html", "--json") == 0
+    assert json.loads(capsys.readouterr().out) and (tmp_path / "both.html").is_file()
     assert plan(*SMALL, "--html", "no/such/folder.html") == 2
     assert "no/such/folder.html: cannot be written" in capsys.readouterr().err
 
@@ -117,6 +119,7 @@ BAD = {
     "no value": (["--fewest"], "--fewest: needs a value"),
     "no count": (["--fewest", "nodes"], "--fewest: nodes is not what can be counted"),
     "two questions": (["--fewest", "gpus", "--largest", "tuning.rank"], "--fewest: stands beside"),
+    "a page": (["--fewest=gpus", "--html", "a.html"], "--html: draws one plan, and no answers"),
     "no shape": (["model.path=shape:gpt-9"], "no shape has the name 'gpt-9'"),
     "GPUs of nothing": (
         ["hardware=cpu", "hardware.gpus_per_node=4"],

@@ -66,6 +66,9 @@ def _answer(line: CommandLine, composed: Composed) -> int:
     asked = {"--largest", "--fewest"} & line.own.keys()
     if len(asked) > 1 or (asked and "--all" in line.own):
         raise ConfigError("stands beside another question", where=min(asked), fix="ask one")
+    if asked and "--html" in line.own:
+        fix = f"leave {min(asked)} out, or --html; --json has the answers too"
+        raise ConfigError("draws one plan, and no answers", where="--html", fix=fix)
     if "--largest" in line.own:
         key = line.own["--largest"][-1]
         answers = largest(config, machine, key, facts, typed_keys(line.overrides))
@@ -146,10 +149,10 @@ def _print_plan(
     if plan is None:
         raise nothing_fits(tried)
     fits = any(each.plan is not None and each.plan.fits for each in tried)
-    if _wrote_json(line, file_content(choice)):
-        return FITS if fits else FAILED
     if "--html" in line.own:
         _write_page(line, choice, _verb(config))
+    if _wrote_json(line, file_content(choice)):
+        return FITS if fits else FAILED
     if "--all" in line.own:
         _print_table(choice)
         return FITS if fits else FAILED
@@ -259,7 +262,8 @@ def _words(line: CommandLine, plan: Plan) -> list[str]:
 
     left = ["tuning=auto", "engine=auto"]
     left += ["cluster=ray"] if plan.workers == 1 else []
-    typed = [word for word in line.overrides if word not in left]
+    # Hydra writes `\\:` into the words of a sweep.
+    typed = [word.replace("\\:", ":") for word in line.overrides if word not in left]
     if "cluster=slurm" in typed and not any(word.startswith(TIME) for word in typed):
         typed.append(_time_word(plan))
     return command_of({"overrides": []}, typed)
