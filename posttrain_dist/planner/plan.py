@@ -104,7 +104,7 @@ class Speed:
     binds: str
     tokens_per_step: int
     tokens_per_s: float  # of all GPUs together
-    model_flops_share: float  # MFU: 6 N T flops, and attention, over the peak of the devices
+    model_flops_share: float  # MFU: what `model_flops` counts over the peak of the devices
     tokens: int | None
     hours: float
     gpu_hours: float

@@ -59,7 +59,7 @@ def settle(
     """
     if is_auto(config):
         machine = find_machine(config, plans_only=False)
-        choice = choose(config, machine, facts, typed)
+        choice = choose(config, machine, facts, typed, force=force)
         chosen = complete(rehearsed(with_choice(config, choice.chosen)))
         return Settled(chosen, choice, _auto_lines(config, choice))
     here = trains_here(config.cluster)

@@ -169,8 +169,8 @@ def _token_faults(config: Mapping[str, Any]) -> Iterator[str]:
     ends, size, padding = (config.get(k) for k in ("eos_token_id", "vocab_size", "pad_token_id"))
     if ends is not None and not all(map(is_whole, ends if isinstance(ends, list) else [ends])):
         yield f"eos_token_id is {_shown(ends)}, neither a token id nor a list of them"
-    known = is_whole(padding) and is_whole(size) and config.get("model_type") not in _NO_PADDING
-    if known and not -size <= padding < size:
+    asks = isinstance(padding, int) and config.get("model_type") not in _NO_PADDING
+    if asks and isinstance(size, int) and padding not in range(-size, size):
         yield f"pad_token_id is {padding}, and vocab_size is {size}: there is no such token"
 
 

@@ -198,12 +198,17 @@ def speed_lines(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
             "throughput",
             f"{numbers.count(speed['tokens_per_s'])} tokens/s"
             f" ({numbers.count(speed['tokens_per_s'] / plan['workers'])}"
-            f" of each {device_word(plan)}), MFU {numbers.share(speed['model_flops_share'])}",
+            f" of each {device_word(plan)})" + mfu_text(plan),
         ),
         (of if tokens else f"per {of}", hours),
         ("checkpoints", f"best every {every}; one takes {write}"),
         ("effective time", f"{numbers.share(speed['effective_share'])}, failures counted"),
     ]
+
+
+def mfu_text(plan: Mapping[str, Any]) -> str:
+    """The end of a line; nothing on a CPU, for which no peak is stated."""
+    return f", MFU {numbers.share(plan['speed']['model_flops_share'])}" if plan["on_gpu"] else ""
 
 
 def storage_lines(plan: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from posttrain_dist.report.plan.plan_figures import (
     command_title,
     device_word,
     hardware_of,
+    mfu_text,
     model_name,
     seconds_text,
     speed_lines,
@@ -137,7 +138,7 @@ def _cards(plan: Mapping[str, Any]) -> list[Card]:
             label="Throughput",
             value=numbers.count(speed["tokens_per_s"]),
             unit="tokens/s",
-            sub=f"MFU {numbers.share(speed['model_flops_share'])}; {speed['binds']} binds",
+            sub=f"{speed['binds']} binds{mfu_text(plan)}",
         ),
         Card(
             label="Time",
