@@ -21,6 +21,7 @@ from posttrain_dist.report.plan.plan_figures import (
     device_word,
     hardware_of,
     model_name,
+    room_lines,
     seconds_text,
     speed_lines,
     storage_lines,
@@ -81,6 +82,7 @@ def plan_page(
                     device, plan["capacity_bytes"], plan["margin_bytes"], "CUDA context and NCCL"
                 ),
                 total_lines(device, host=False),
+                room_lines(device, one),
             ),
             *(
                 [
@@ -90,6 +92,7 @@ def plan_page(
                             host, plan["host_capacity_bytes"], 0, "programs of the processes"
                         ),
                         total_lines(host, host=True),
+                        [],
                     )
                 ]
                 if host["phases"]
