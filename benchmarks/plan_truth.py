@@ -56,7 +56,7 @@ def predict(arm: arms.Arm, folder: Path) -> dict[str, Any]:
     phases = device_phases(job)
     peak = max(phases, key=lambda phase: phase.allocated_bytes)
     return {
-        "phases": {str(phase.name): phase.allocated_bytes for phase in phases},
+        "phases": {str(phase.name): phase.allocated_bytes + phase.if_room for phase in phases},
         "items": {str(item): n for item, n in peak.items.items()},
         "seconds": time.perf_counter() - started,
     }

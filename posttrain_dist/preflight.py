@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from posttrain_dist.checkpoint import resume
-from posttrain_dist.config import AutoTuning, RunConfig, Slurm, problems, single_process_rule
+from posttrain_dist.config import AutoTuning, RunConfig, Slurm, problems
 from posttrain_dist.config.hardware import with_nodes
+from posttrain_dist.config.rules import single_on_many
 from posttrain_dist.config.this_machine import check_hardware
 from posttrain_dist.data.sources import file_sets
 from posttrain_dist.engine import Single
@@ -136,12 +137,6 @@ def _missing_resources(cluster: Slurm) -> list[PosttrainError]:
         fix += "; or say what the nodes are, such as hardware=h100x8"
     what = "is not set, and has no default" + (f"; nor is {keys[1]}" if len(keys) > 1 else "")
     return [ConfigError(what, where=keys[0], fix=fix)]
-
-
-def single_on_many(workers: int) -> ConfigError:
-    """The refusal of engine=single where the cluster makes several workers of itself."""
-    started = f"{workers} workers would start, one for each GPU or node"
-    return single_process_rule(workers, started).error()
 
 
 def _check_resume(named: str) -> None:

@@ -52,6 +52,15 @@ def hardware_rules(hardware: Hardware) -> list[Rule]:
             f"is 0, and hardware.gpu is {hardware.gpu}",
             "set hardware.gpus_per_node to 1 or more; for nodes without a GPU use hardware=cpu",
         ),
+        *(
+            Rule(
+                hardware.gpus_per_node != 0 or getattr(hardware, name) is None,
+                f"hardware.{name}",
+                f"is {getattr(hardware, name)}, and the node has no GPU (hardware.gpus_per_node=0)",
+                f"leave hardware.{name} out, or use a preset with GPUs, such as hardware=h100x8",
+            )
+            for name in ("gpu_memory_gib", "host_link_gb_s")
+        ),
         at_least("hardware.gpus_per_node", hardware.gpus_per_node, 0, 1024),
         at_least("hardware.cpus_per_node", hardware.cpus_per_node, 1, 100_000),
         *(

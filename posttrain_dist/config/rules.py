@@ -134,6 +134,12 @@ def single_process_rule(num_workers: int | None, workers: str) -> Rule:
     )
 
 
+def single_on_many(workers: int) -> ConfigError:
+    """The refusal of engine=single where the cluster makes several workers of itself."""
+    started = f"{workers} workers would start, one for each GPU or node"
+    return single_process_rule(workers, started).error()
+
+
 def _added_tokens_rule(config: RunConfig) -> Rule:
     return Rule(
         not config.model.add_tokens or isinstance(config.tuning, Full | Lora | AutoTuning),

@@ -33,6 +33,8 @@ def choose(
     machine: Machine,
     facts: DataFacts | None = None,
     typed: Collection[str] = (),
+    *,
+    force: bool = False,
 ) -> Choice:
     """The first fallback that fits; of a config that names tuning and engine, the run as it is.
 
@@ -40,19 +42,32 @@ def choose(
         config: with every slot filled.
         facts: of the data; None: not known.
         typed: keys that were typed, at their defaults too: these settings stay.
+        force: where none fits, take the one that lacks least.
 
     Raises:
-        ConfigError: none fits, or none can be planned.
+        ConfigError: none fits and none is forced, or none can be planned.
         ModelError, SeveralErrors: the model cannot be planned.
     """
     tried = try_until_one_fits(config, machine, facts, typed)
     if not is_auto(config):
         return Choice(tried, tried[0])
-    if tried[-1].plan is None or not tried[-1].plan.fits:
+    found = first_or_nearest(tried)
+    if found.plan is None or not (found.plan.fits or force):
         raise nothing_fits(tried)
+    if not found.plan.fits:
+        return Choice(tried, found)
     search = Search(config, machine, facts, typed)
     after = methods(config, machine)[len(tried) :]
     return Choice((*tried, *(search.leanest(method) for method in after)), tried[-1])
+
+
+def first_or_nearest(tried: tuple[Tried, ...]) -> Tried:
+    """The first that fits; of none, the one that lacks least."""
+    planned = [(each, each.plan) for each in tried if each.plan is not None]
+    fitting = [each for each, plan in planned if plan.fits]
+    if fitting or not planned:
+        return (fitting or list(tried))[0]
+    return max(planned, key=lambda pair: spare_bytes(pair[1]))[0]
 
 
 def try_all(
@@ -198,9 +213,15 @@ def reasons(choice: Choice) -> list[str]:
     """Why those before the chosen one were not taken, one line each."""
     names = [each.name for each in choice.tried]
     before = choice.tried[: names.index(choice.chosen.name)]
-    return [
-        f"{each.name}: {each.refused if each.plan is None else miss(each.plan)}" for each in before
-    ]
+    return [f"{each.name}: {_why_not(each)}" for each in before]
+
+
+def _why_not(tried: Tried) -> str:
+    if tried.plan is None:
+        return tried.refused
+    if tried.plan.fits:  # only a start that failed goes on to the next
+        return "it was to fit, and ran out of memory when it was tried"
+    return miss(tried.plan)
 
 
 def _gib(num_bytes: int) -> str:

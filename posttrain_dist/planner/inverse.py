@@ -16,13 +16,26 @@ from posttrain_dist.errors import ConfigError
 from posttrain_dist.models.architectures.positions import learned_positions
 from posttrain_dist.planner.job import DataFacts, Machine
 from posttrain_dist.planner.make_job import read_network
-from posttrain_dist.planner.methods import MICRO_BATCH, Method, methods, workers_of_all
+from posttrain_dist.planner.methods import (
+    MICRO_BATCH,
+    Method,
+    methods,
+    tuning_name,
+    workers_of_all,
+)
 from posttrain_dist.planner.plan import Plan, Tried
 from posttrain_dist.planner.search import Search
 
 LENGTH, RANK = "data.max_length", "tuning.rank"
 GPUS = "gpus"
 STEPS = {LENGTH: 128, MICRO_BATCH: 1, RANK: 1}  # what an answer is a multiple of
+# What ends at the largest value that is looked at.
+BOUNDS = {
+    LENGTH: "is as long as the model has positions",
+    MICRO_BATCH: "is all the packs that a rank has of a step (train.batch_size over the ranks)",
+    RANK: "is as wide as the model",
+    GPUS: "is all that is looked at",
+}
 MOST_TOKENS = 1 << 22  # where the model does not say how many positions it has
 MOST_GPUS = 1024
 
@@ -72,14 +85,20 @@ def largest(
         return search.with_words((f"{key}={min(most, count * step)}",))
 
     counts = math.ceil(most / step)
-    found = []
+    found: list[Answer] = []
     for method in methods(config, machine):
-        if key == RANK and not _has_rank(at(1), method):
+        if key == RANK and not _has_rank(search, method):
             continue
         count = _last(lambda count, m=method: _fits(at(count).leanest(m)), counts)  # type: ignore[misc]
         tried = at(count or 1).fastest(method)
         value = min(most, count * step) if count else None
         found.append(_answer(tried, value, (f"{key}={value}",), bounded=count == counts))
+    if not found:
+        raise ConfigError(
+            f"asks for the rank of {tuning_name(config)}, which has none",
+            where="--largest",
+            fix="name a tuning that has one, such as tuning=lora, or leave tuning out",
+        )
     return found
 
 

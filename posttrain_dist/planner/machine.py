@@ -8,7 +8,7 @@ from posttrain_dist.config import RunConfig, Slurm
 from posttrain_dist.config.devices import DEVICES
 from posttrain_dist.config.hardware import Hardware, with_nodes
 from posttrain_dist.config.this_machine import ThisMachine, check_hardware, look_here, trains_here
-from posttrain_dist.errors import ClusterError
+from posttrain_dist.errors import ConfigError
 from posttrain_dist.planner.job import Machine
 
 GIB = 1 << 30
@@ -19,7 +19,7 @@ _STORAGE_GB_S = 1.0
 _SLURM_MEMORY = {"": 1 << 20, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-class UnknownMachine(ClusterError):
+class UnknownMachine(ConfigError):
     """Nothing says what the nodes have: no plan can be made, and a run may go on without one."""
 
 
@@ -35,6 +35,7 @@ def find_machine(config: RunConfig, *, plans_only: bool) -> Machine:
 
     Raises:
         UnknownMachine: the nodes are elsewhere, and `hardware` does not say what they have.
+        ConfigError: `hardware` counts GPUs that nothing names.
         ClusterError: `hardware` says other GPUs than this machine has, and the run starts here.
     """
     hardware, cluster = config.hardware, with_nodes(config.cluster, config.hardware)
@@ -50,6 +51,12 @@ def find_machine(config: RunConfig, *, plans_only: bool) -> Machine:
     if gpus is None and here is not None:
         gpus = here.gpus
     gpu = None if gpus == 0 else hardware.gpu or (here.gpu if here else None)
+    if gpus and gpu is None and here is not None:
+        raise ConfigError(
+            f"is {gpus}, and there is no GPU: none is here, and hardware.gpu names none",
+            where="hardware.gpus_per_node",
+            fix="use a preset with GPUs, such as hardware=h100x8, or set hardware.gpu=<its name>",
+        )
     missing = _missing(config, gpu, gpus, here)
     if missing:
         raise UnknownMachine(

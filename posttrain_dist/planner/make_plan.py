@@ -8,11 +8,17 @@ from posttrain_dist.models import Checkpointing
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.allocator import context_bytes, slack_bytes
 from posttrain_dist.planner.memory.disk import checkpoint_bytes, export_bytes
-from posttrain_dist.planner.memory.host import host_context_bytes, host_phases
+from posttrain_dist.planner.memory.host import (
+    host_context_bytes,
+    host_phases,
+    resuming_bytes,
+)
 from posttrain_dist.planner.memory.parameters import stored_parameters
 from posttrain_dist.planner.memory.phases import device_phases
 from posttrain_dist.planner.plan import Memory, Plan
 from posttrain_dist.planner.speed.step_time import speed_of
+
+_BUSY = 0.9  # of the workers, in the mean of a step: below it a sentence says so
 
 
 def make_plan(job: Job, overrides: tuple[str, ...] = ()) -> Plan:
@@ -59,7 +65,36 @@ def warnings_of(job: Job) -> tuple[str, ...]:
             f"a step has {job.batch_size} packs for {job.workers} workers: {idle} only "
             f"wait; train.batch_size={job.workers} would be a pack for each"
         )
+    packs = math.ceil(job.batch_size / job.workers)
+    if job.micro_batch_size > packs:
+        found.append(
+            f"train.micro_batch_size is {job.micro_batch_size}, and a rank has {packs} of the "
+            f"{job.batch_size} packs of a step: so many run at once"
+        )
+    busy = job.batch_size / (job.workers * packs)
+    if packs > 1 and busy < _BUSY:
+        found.append(
+            f"{job.batch_size} packs of a step do not divide by {job.workers} workers: some wait "
+            f"for those that have {packs}, and {1 - busy:.0%} of the time is lost; "
+            f"train.batch_size={job.workers * packs} would be {packs} for each"
+        )
+    asked = getattr(job.config.cluster, "workers", None)
+    gpus = job.machine.gpus_per_node * getattr(job.config.cluster, "nodes", 1)
+    if job.on_gpu and asked is None and job.workers < gpus:
+        found.append(f"{job.workers} of {gpus} GPUs works; cluster=ray engine=auto takes them all")
+    if not job.on_gpu:
+        found.append("on a CPU times are rough: a factor of two")
+    resuming, has = resuming_bytes(job), job.machine.host_memory_bytes
+    if resuming > has:
+        found.append(
+            f"to go on from a checkpoint would take {_gib(resuming)} of a host of {_gib(has)}, for "
+            "DeepSpeed reads it whole on every rank: it needs a larger host, or fewer ranks on each"
+        )
     return tuple(found)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.0f} GiB"
 
 
 def settings_of(job: Job) -> dict[str, str]:
@@ -71,11 +106,16 @@ def settings_of(job: Job) -> dict[str, str]:
         "engine": engine_text(job),
         "data.max_length": f"{job.config.data.max_length:,}",
         "packs of a step": f"{job.batch_size:,}",
-        "micro-batch": f"{job.micro_batch_size} packs, {job.accumulation} a step",
+        "micro-batch": f"{_row_packs(job)} packs, {job.accumulation} a step",
         "checkpointing": checkpointing_text(job),
         "attention": job.attention,
         "dtype": "bfloat16" if job.value_bytes == 2 else "float32",
     }
+
+
+def _row_packs(job: Job) -> int:
+    """Packs of one micro-batch, of the rank that has most."""
+    return min(job.micro_batch_size, math.ceil(job.batch_size / job.workers))
 
 
 def tuning_text(job: Job) -> str:

@@ -30,6 +30,7 @@ from posttrain_dist.checkpoint import store
 from posttrain_dist.checkpoint.manifest import Manifest
 from posttrain_dist.checkpoint.trained_state import state_writer
 from posttrain_dist.config import RunConfig
+from posttrain_dist.data.packs.collate import filler
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.errors import TrainingError
@@ -77,7 +78,8 @@ class Rehearsal:
             torch.cuda.reset_peak_memory_stats(device)
         with _random_states_kept(device):
             heaviest = self.source.heaviest(steps, pairs=_keeps_pairs(self.config))
-            for batches in heaviest:
+            # An update by next to nothing first: from the second step on there are moments.
+            for batches in ([filler(self.config.objective)], *heaviest):
                 self._update([batch.to(device) for batch in batches])
             if self.heldout is not None:
                 first = islice(self.heldout.eval_batches(), 1)
@@ -123,13 +125,15 @@ class Rehearsal:
         tokens = max(batch.num_tokens for batches in heaviest for batch in batches)
         planned = read_plan(self.run_folder).get("plan", {}).get("device", {})
         expected = planned.get("allocated_bytes")
+        on_gpu = self.engine.device.type == "cuda"
         _log.info(
             "rehearsed the heaviest batch (%d tokens), an update and a save in %.1f s: a rank "
-            "took %.3f GiB%s",
+            "%s %.3f GiB%s",
             tokens,
             seconds,
+            "allocated at most" if on_gpu else "holds, with its libraries,",
             peak_bytes / 2**30,
-            f", {expected / 2**30:.3f} GiB were planned" if expected else "",
+            f"; {expected / 2**30:.3f} GiB of tensors were planned" if expected else "",
         )
 
 

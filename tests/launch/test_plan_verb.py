@@ -98,6 +98,8 @@ def test_a_page_and_json_are_written_where_they_are_asked_for(tmp_path, capsys, 
     assert "<html" in (tmp_path / "plan.html").read_text()
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["plan"]["fits"] and content["choice"]["chosen"] == "full ZeRO-1"
+    assert plan(*SMALL, "--html", "both.html", "--json") == 0
+    assert json.loads(capsys.readouterr().out) and (tmp_path / "both.html").is_file()
     assert plan(*SMALL, "--html", "no/such/folder.html") == 2
     assert "no/such/folder.html: cannot be written" in capsys.readouterr().err
 
@@ -117,7 +119,15 @@ BAD = {
     "no value": (["--fewest"], "--fewest: needs a value"),
     "no count": (["--fewest", "nodes"], "--fewest: nodes is not what can be counted"),
     "two questions": (["--fewest", "gpus", "--largest", "tuning.rank"], "--fewest: stands beside"),
+    "a page": (["--fewest=gpus", "--html", "a.html"], "--html: draws one plan, and no answers"),
     "no shape": (["model.path=shape:gpt-9"], "no shape has the name 'gpt-9'"),
+    "GPUs of nothing": (
+        ["hardware=cpu", "hardware.gpus_per_node=4"],
+        "hardware.gpus_per_node: is 4",
+    ),
+    "its memory": (["hardware=cpu", "hardware.gpu_memory_gib=8"], "hardware.gpu_memory_gib: is"),
+    "no rank": (["tuning=full", "--largest=tuning.rank"], "--largest: asks for the rank of full"),
+    "one process": (["engine=single", "cluster.nodes=2"], "engine: single runs in one process"),
 }
 
 
@@ -128,6 +138,62 @@ def test_bad_input_is_one_message_and_exit_code_2(case, capsys):
     shown = capsys.readouterr()
     assert message in shown.err and "\n  fix: " in shown.err and not shown.out
     assert shown.err.count("error: ") == 1
+
+
+def test_a_plan_wants_a_model(capsys):
+    assert main(["plan", *NODE]) == 2
+    shown = capsys.readouterr().err
+    assert "model.path: is not set" in shown and shown.count("error: ") == 1
+
+
+def test_a_plan_that_breaks_does_not_say_that_the_run_does_not_fit(monkeypatch, capsys):
+    def breaks(*args, **kwargs):
+        raise AttributeError("of the program")
+
+    monkeypatch.setattr("posttrain_launch.commands.cluster.plan.find_machine", breaks)
+    assert plan(*NODE) == 2
+    assert "AttributeError: of the program" in capsys.readouterr().err
+
+
+def test_where_nothing_fits_nothing_is_chosen(capsys):
+    assert plan(*SMALL, "hardware.gpu_memory_gib=1.5", "--all") == 1
+    shown = capsys.readouterr().out
+    assert " no " in shown and "chosen" not in shown and " fits " not in shown.splitlines()[1]
+
+
+def test_the_command_of_a_job_has_all_that_a_job_wants(capsys):
+    words = [*NODE, "tuning=full", "engine=zero3", "train.steps=10"]
+    assert plan(*words, "cluster.nodes=2") == 0
+    command = capsys.readouterr().out.splitlines()[-1].split()
+    assert command[:2] == ["posttrain", "submit"] and "cluster.time=1:00:00" in command
+    assert plan(*words, "cluster.nodes=2", "cluster.time=8:00:00") == 0
+    typed = capsys.readouterr().out.splitlines()[-1].split()
+    assert [word for word in typed if word.startswith("cluster.time")] == ["cluster.time=8:00:00"]
+    # More GPUs than a node has are those of a job, though none was typed.
+    few = ["hardware.gpus_per_node=1", "hardware.gpu_memory_gib=7", "data.max_length=512"]
+    assert plan(*words, *few, "--fewest=gpus") == 0
+    command = capsys.readouterr().out.splitlines()[-1].split()
+    assert command[:2] == ["posttrain", "submit"] and "cluster=slurm" in command
+    assert [word for word in command if word.startswith("cluster.time=")]
+
+
+WARNED = {
+    "idle workers": (["train.batch_size=2"], "2 packs for 4 workers: 2 only wait"),
+    "uneven": (["train.batch_size=5"], "5 packs of a step do not divide by 4 workers"),
+    "a micro-batch": (["train.micro_batch_size=16"], "micro_batch_size is 16, and a rank has 4 of"),
+    "one GPU of four": (["cluster=local", "engine=single"], "1 of 4 GPUs works"),
+    "a CPU": (["hardware=cpu", "engine=single", "cluster=local"], "times are rough"),
+}
+
+
+@pytest.mark.parametrize("case", WARNED)
+def test_what_is_wasted_is_said(case, capsys):
+    words, warning = WARNED[case]
+    node = [word for word in SMALL if case != "a CPU" or not word.startswith("hardware")]
+    typed = words if "engine=single" in words else [*words, "engine=zero1"]
+    _, found = asked_json(capsys, *node, "tuning=lora", *typed)
+    warnings = found["plan"]["warnings"]
+    assert [each for each in warnings if warning in each], warnings
 
 
 CONFIGS = {
@@ -192,6 +258,14 @@ def test_a_job_that_cannot_fit_is_refused_unless_it_is_forced(job):
     assert len(job.folders()) == 1
 
 
+def test_auto_is_forced_too(job):
+    words = ["hardware=h100x8", "hardware.gpu_memory_gib=0.4", "tuning=auto", "engine=auto"]
+    code, shown = job(*words)
+    assert code == 2 and "no fallback fits" in shown.err and not job.folders()
+    code, _ = job(*words, "--force")
+    assert code == 0 and len(job.folders()) == 1
+
+
 def test_a_job_of_unknown_nodes_goes_on_and_says_so(job):
     code, shown = job("cluster.gpus_per_node=8", "engine=zero1")
     assert code == 0 and "not planned: hardware does not say what the nodes have" in shown.err
@@ -212,4 +286,4 @@ def test_auto_is_settled_before_the_job_is_written(job):
 
 def test_auto_without_a_machine_to_plan_for_is_refused(job):
     code, shown = job("tuning=auto", "engine=auto", "cluster.gpus_per_node=8")
-    assert code == 1 and "hardware: does not say what the nodes have" in shown.err
+    assert code == 2 and "hardware: does not say what the nodes have" in shown.err

@@ -245,7 +245,13 @@ def test_a_refused_architecture_leaves_nothing_behind(gptj, rows_file, tmp_path)
 def test_rows_that_are_too_long_leave_nothing_behind(tiny_llama, rows_file, tmp_path):
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    config["rope_scaling"] = {"type": "longrope", "original_max_position_embeddings": 16}
+    pairs = config["hidden_size"] // config["num_attention_heads"] // 2
+    factors = {name: [1.0] * pairs for name in ("short_factor", "long_factor")}
+    config["rope_scaling"] = {
+        "type": "longrope",
+        "original_max_position_embeddings": 16,
+        **factors,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     given = config_of(folder, rows_file, tmp_path)
     with pytest.raises(ConfigError, match=r"data\.max_length: is 64, and above 16 tokens"):

@@ -12,6 +12,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
@@ -26,8 +27,9 @@ from posttrain_launch.compose.misused_words import Words
 from posttrain_launch.compose.paths import with_absolute_paths
 from posttrain_launch.compose.problems import check_sweep, compose_checked
 from posttrain_launch.failures import BAD_CONFIG, STOPPED, print_error
-from posttrain_launch.run.freeze import freeze
-from posttrain_launch.sweep.trials import Sweep
+
+if TYPE_CHECKING:
+    from posttrain_launch.sweep.trials import Sweep
 
 __all__ = ["CommandLine", "compose_command", "read_command_line"]
 
@@ -197,6 +199,8 @@ def _help_page(verb: str, composer: Composer) -> str:
 
 def _run_sweep(line: CommandLine, composer: Composer) -> int:
     """Have Hydra run the trials, and print their table; the exit code."""
+    from posttrain_launch.sweep.trials import Sweep
+
     sweep = Sweep()
 
     def run_one(config: DictConfig) -> float | None:
@@ -216,6 +220,8 @@ def _run_sweep(line: CommandLine, composer: Composer) -> int:
 
 def _run_trial(line: CommandLine, composed: Composed, sweep: Sweep) -> tuple[int, Path | None]:
     if line.verb == "train":
+        from posttrain_launch.run.freeze import freeze
+
         check_inputs(with_absolute_paths(composed.config))
         folder = freeze(composed, line.typed, force=line.force)
         code = sweep.run_subprocess(["run", str(folder), "--new"], line.debug)

@@ -24,11 +24,11 @@ from typing import Any
 import ray
 
 from posttrain_dist.config import Ray, RunConfig, Slurm
+from posttrain_dist.config.rules import single_on_many
 from posttrain_dist.engine import Single
 from posttrain_dist.errors import ClusterError, PosttrainError, error_fields
 from posttrain_dist.files import write_atomic
 from posttrain_dist.logs import unfailing
-from posttrain_dist.preflight import single_on_many
 from posttrain_launch.ray.child import error_file
 from posttrain_launch.ray.gate import is_soon, wait_for_data
 from posttrain_launch.ray.temp_folder import ray_folder

@@ -8,6 +8,7 @@ from typing import Any
 from posttrain_dist.errors import ConfigError
 from posttrain_dist.models.architectures.defaults import completed
 from posttrain_dist.models.architectures.known import LEARNED_POSITIONS
+from posttrain_dist.models.architectures.rope_values import rope_kind
 
 
 def check_row_length(config: Mapping[str, Any], max_length: int, virtual_tokens: int = 0) -> None:
@@ -73,7 +74,7 @@ def _limits(config: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
     if size := learned_positions(config):
         yield size, f"the model has learned {size} positions"
     for rope in _ropes(config):
-        kind = rope.get("rope_type") or rope.get("type")
+        kind = rope_kind(rope, config.get("model_type"))
         given = rope.get("original_max_position_embeddings")
         longest = config.get("max_position_embeddings")
         if kind == "longrope":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_dist.errors import ModelError, PosttrainError
+from posttrain_dist.models.architectures.config_values import value_faults
 from posttrain_dist.models.architectures.known import REFUSED, TRAINED
 from posttrain_dist.models.architectures.native_types import native
 from posttrain_dist.models.quantized import quantisation_fault
@@ -33,6 +34,10 @@ def architecture_problems(config: dict[str, Any], file: Path) -> list[PosttrainE
         config: what `file` holds.
     """
     found: list[PosttrainError] = []
+    names = config.get("architectures")
+    if names is not None and not _are_names(names):
+        what = f"architectures is {names!r}, not a list of names"
+        return [ModelError(what, where=str(file), fix=_SAVED)]
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         found.append(ModelError("has no model_type", where=str(file), fix=_SAVED))
@@ -43,7 +48,11 @@ def architecture_problems(config: dict[str, Any], file: Path) -> list[PosttrainE
     if quantised := quantisation_fault(config):
         what, fix = quantised
         found.append(ModelError(what, where=str(file), fix=fix))
-    return found or _size_problems(config, file)
+    return found or _value_problems(config, file)
+
+
+def _are_names(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(name, str) for name in found)
 
 
 def _kind_fault(config: dict[str, Any]) -> tuple[str, str] | None:
@@ -95,11 +104,14 @@ def _type_fault(config: dict[str, Any], model_type: Any) -> tuple[str, str] | No
     return what, f"update transformers, if a newer one has it, or {_DENSE}"
 
 
-def _size_problems(config: dict[str, Any], file: Path) -> list[PosttrainError]:
+def _value_problems(config: dict[str, Any], file: Path) -> list[PosttrainError]:
     try:
-        ModelShape.of(config, str(file))
+        shape = ModelShape.of(config, str(file))
     except ModelError as error:
         return [error]
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         return [ModelError(f"holds a size that is none: {error}", where=str(file), fix=_SAVED)]
-    return []
+    if shape.model_type not in TRAINED:
+        return []
+    faults = value_faults(config, shape.head_dim)
+    return [ModelError(what, where=str(file), fix=_SAVED) for what in faults]

@@ -30,11 +30,6 @@ from posttrain_dist.models.network.families.table import FAMILIES
 from posttrain_dist.models.network.tensors import Layer, Linear, Network, Tensor
 from posttrain_dist.models.shape import ModelShape, read_size
 
-_SIZES = (
-    *("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
-    *("hidden_size_per_layer_input", "vocab_size_per_layer_input", "word_embed_proj_dim"),
-)
-_SWITCHES = ("tie_word_embeddings", "_bias", "_qk_norm", "qk_layernorm", "_parallel_residual")
 # Whose output projection, or norm before it, is hidden_size wide.
 _WHOLE_HEADS = {"bitnet", "helium"}
 
@@ -59,7 +54,7 @@ def build_network(config: Mapping[str, Any], where: str = "config.json") -> Netw
             "with tuning and engine named",
         )
     shape, values = ModelShape.of(config, where), completed(config)
-    _check_sizes(shape, values, where)
+    _check_sizes(shape, where)
     kinds = layer_sizes(shape, values)
     layers = {sizes: _layer(family, shape, values, sizes) for sizes in set(kinds)}
     before, after, head, outside = _around(family, shape, values, where)
@@ -125,11 +120,8 @@ def _inside(family: Family, tensor: Tensor) -> Tensor:
     return Tensor(f"{family.model}.{tensor.name}", tensor.shape)
 
 
-def _check_sizes(shape: ModelShape, values: dict[str, Any], where: str) -> None:
-    """What `ModelShape` does not read: sizes of single architectures, and switches."""
-    for name in _SIZES:
-        if values.get(name):
-            read_size(values, name, where)
+def _check_sizes(shape: ModelShape, where: str) -> None:
+    """What `ModelShape` does not compare."""
     if shape.model_type in _WHOLE_HEADS and shape.num_heads * shape.head_dim != shape.hidden_size:
         raise ModelError(
             f"hidden_size is {shape.hidden_size}, and {shape.num_heads} heads of {shape.head_dim} "
@@ -137,10 +129,3 @@ def _check_sizes(shape: ModelShape, values: dict[str, Any], where: str) -> None:
             where=where,
             fix="use a folder written by transformers' save_pretrained",
         )
-    for name, value in values.items():
-        if name.endswith(_SWITCHES) and value is not None and not isinstance(value, bool):
-            raise ModelError(
-                f"{name} is {value!r}, neither true nor false",
-                where=where,
-                fix="use a folder written by transformers' save_pretrained",
-            )

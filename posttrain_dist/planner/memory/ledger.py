@@ -24,9 +24,14 @@ class Block:
 
 
 class Ledger:
-    """Adds up what is allocated, and keeps of each phase the fullest moment."""
+    """Adds up what is allocated, and keeps of each phase the fullest moment.
 
-    def __init__(self) -> None:
+    Args:
+        room: bytes of the device that a run may take; None: as many as it wants.
+    """
+
+    def __init__(self, room: int | None = None) -> None:
+        self._room = room
         self._now: Counter[Item] = Counter()
         self._total = 0
         self._phase: PhaseName | None = None
@@ -34,6 +39,9 @@ class Ledger:
         self._rising = False  # more than ever in this phase; written down when it falls
         self._since = 0  # most since the last `highest_since`
         self._peaks: dict[PhaseName, tuple[int, dict[Item, int]]] = {}
+        # What is done on the device where there is room: its highest total; else bytes of the host.
+        self._with_room: Counter[PhaseName] = Counter()
+        self._on_host: Counter[PhaseName] = Counter()
 
     @property
     def total_bytes(self) -> int:
@@ -82,6 +90,22 @@ class Ledger:
         highest, self._since = max(self._since, self._total), self._total
         return highest
 
+    def touch_if_room(self, num_bytes: int, *, on_host: int) -> None:
+        """A temporary of a program that looks whether the device has room, and else takes the host.
+
+        It counts for no peak, because no run needs it.
+
+        Args:
+            on_host: bytes of the host that it takes instead.
+        """
+        if self._phase is None:  # nobody asks for a peak
+            return
+        total = self._total + num_bytes
+        if self._room is None or total <= self._room:
+            self._with_room[self._phase] = max(self._with_room[self._phase], total)
+        else:
+            self._on_host[self._phase] = max(self._on_host[self._phase], on_host)
+
     @contextmanager
     def phase(self, name: PhaseName) -> Iterator[None]:
         """What is allocated inside counts for this phase too, as does what was there before."""
@@ -97,7 +121,12 @@ class Ledger:
         if self._rising:
             self._write_down()
         return tuple(
-            Phase(name, {item: n for item, n in self._peaks[name][1].items() if n})
+            Phase(
+                name,
+                {item: n for item, n in self._peaks[name][1].items() if n},
+                if_room=max(0, self._with_room[name] - self._peaks[name][0]),
+                on_host=self._on_host[name],
+            )
             for name in PhaseName
             if name in self._peaks
         )

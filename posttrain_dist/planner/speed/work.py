@@ -104,14 +104,18 @@ def keys_seen(sample_tokens: int, window: int | None) -> float:
 
 
 def model_flops(job: Job) -> float:
-    """Of a token, forward and backward, as MFU counts them: 6 N, and attention."""
+    """Of a token, forward and backward, as MFU counts them: 6 N, and attention.
+
+    Weights that are not trained have no gradient: 4 of each. Adapters are too small to count.
+    """
     shape = job.network.shape
     tables = sum(t.size for t in job.network.before if len(t.shape) == 2)
     head = shape.vocab_size * shape.hidden_size if shape.tied else 0
     weights = job.network.num_parameters - tables + head
     keys = sum(keys_seen(job.sample_tokens, window) for window in shape.window_L)
     width = shape.widest_head + shape.value_head_dim
-    return 6.0 * weights + 3 * 2 * keys * shape.num_heads * width
+    of_each = 6.0 if job.tuning.whole_model else 4.0
+    return of_each * weights + 3 * 2 * keys * shape.num_heads * width
 
 
 # ------------------------------------------------------------------------------------ layers

@@ -28,7 +28,9 @@ class Fallback:
     @property
     def mark(self) -> str:
         """In one word."""
-        return "chosen" if self.chosen else "fits" if self.fits else "no"
+        if not self.fits:
+            return "no"
+        return "chosen" if self.chosen else "fits"
 
     @property
     def tone(self) -> str:
@@ -57,6 +59,8 @@ def why_not_above(choice: Mapping[str, Any]) -> list[str]:
         elif not row.fits:
             verdict = verdict_of(tried["plan"])
             found.append(f"{row.name} {verdict.title}; {verdict.text}")
+        else:
+            found.append(f"{row.name} was to fit, and ran out of memory when it was tried")
     return found
 
 

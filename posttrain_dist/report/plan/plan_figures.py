@@ -141,6 +141,20 @@ def phase_bars(memory: Mapping[str, Any], capacity_bytes: int) -> list[Bar]:
     ]
 
 
+def room_lines(memory: Mapping[str, Any], one: str) -> list[str]:
+    """Of phases that take more where there is room for it, a sentence each."""
+    found = []
+    for phase in memory["phases"]:
+        name = phase["name"]
+        if size := phase.get("if_room"):
+            text = f"{name} takes {numbers.memory(size)} more for a moment, only if they are free"
+            found.append(text)
+        if size := phase.get("on_host"):
+            text = f"{name} takes {numbers.memory(size)} of the host for each {one}: it has no room"
+            found.append(text)
+    return found
+
+
 def _peak(memory: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(phase for phase in memory["phases"] if phase["name"] == memory["peak_phase"])
 
@@ -185,12 +199,17 @@ def speed_lines(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
             "throughput",
             f"{numbers.count(speed['tokens_per_s'])} tokens/s"
             f" ({numbers.count(speed['tokens_per_s'] / plan['workers'])}"
-            f" of each {device_word(plan)}), MFU {numbers.share(speed['model_flops_share'])}",
+            f" of each {device_word(plan)})" + mfu_text(plan),
         ),
         (of if tokens else f"per {of}", hours),
         ("checkpoints", f"best every {every}; one takes {write}"),
         ("effective time", f"{numbers.share(speed['effective_share'])}, failures counted"),
     ]
+
+
+def mfu_text(plan: Mapping[str, Any]) -> str:
+    """The end of a line; nothing on a CPU, for which no peak is stated."""
+    return f", MFU {numbers.share(plan['speed']['model_flops_share'])}" if plan["on_gpu"] else ""
 
 
 def storage_lines(plan: Mapping[str, Any]) -> list[tuple[str, str]]:

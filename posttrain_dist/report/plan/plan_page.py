@@ -20,7 +20,9 @@ from posttrain_dist.report.plan.plan_figures import (
     command_title,
     device_word,
     hardware_of,
+    mfu_text,
     model_name,
+    room_lines,
     seconds_text,
     speed_lines,
     storage_lines,
@@ -81,6 +83,7 @@ def plan_page(
                     device, plan["capacity_bytes"], plan["margin_bytes"], "CUDA context and NCCL"
                 ),
                 total_lines(device, host=False),
+                room_lines(device, one),
             ),
             *(
                 [
@@ -90,6 +93,7 @@ def plan_page(
                             host, plan["host_capacity_bytes"], 0, "programs of the processes"
                         ),
                         total_lines(host, host=True),
+                        [],
                     )
                 ]
                 if host["phases"]
@@ -137,7 +141,7 @@ def _cards(plan: Mapping[str, Any]) -> list[Card]:
             label="Throughput",
             value=numbers.count(speed["tokens_per_s"]),
             unit="tokens/s",
-            sub=f"MFU {numbers.share(speed['model_flops_share'])}; {speed['binds']} binds",
+            sub=f"{speed['binds']} binds{mfu_text(plan)}",
         ),
         Card(
             label="Time",

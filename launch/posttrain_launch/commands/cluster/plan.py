@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shlex
 import shutil
@@ -12,13 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from posttrain_dist.config import AutoEngine, AutoTuning, RunConfig, Slurm, complete
+from posttrain_dist.config import AutoEngine, AutoTuning, RunConfig, Single, Slurm, complete
+from posttrain_dist.config.hardware import with_nodes
+from posttrain_dist.config.rules import single_on_many
 from posttrain_dist.data.sources import EMBEDDED
-from posttrain_dist.errors import ConfigError, PosttrainError
+from posttrain_dist.errors import ConfigError
 from posttrain_dist.files import write_atomic
 from posttrain_dist.models.architectures.positions import check_planned_length
-from posttrain_dist.models.folder import check_folder, has_tokenizer, resolve
+from posttrain_dist.models.folder import TINY_BASE, check_folder, has_tokenizer, resolve
 from posttrain_dist.planner.fallbacks import (
+    first_or_nearest,
     is_auto,
     nearest,
     nothing_fits,
@@ -26,12 +30,11 @@ from posttrain_dist.planner.fallbacks import (
     try_all,
     try_until_one_fits,
 )
-from posttrain_dist.planner.inverse import GPUS, Answer, fewest, largest
+from posttrain_dist.planner.inverse import BOUNDS, GPUS, Answer, fewest, largest
 from posttrain_dist.planner.job import DataFacts, Machine
 from posttrain_dist.planner.machine import find_machine
 from posttrain_dist.planner.plan import Choice, Plan, Tried
 from posttrain_dist.planner.plan_file import file_content
-from posttrain_dist.planner.search import spare_bytes
 from posttrain_launch.compose.command_line import CommandLine, typed_keys
 from posttrain_launch.compose.composer import Composed
 from posttrain_launch.compose.hydra_app import compose_command, read_command_line
@@ -39,6 +42,8 @@ from posttrain_launch.compose.paths import with_absolute_paths
 from posttrain_launch.failures import BAD_CONFIG, FAILED, print_error
 
 FITS = 0
+TIME = "cluster.time="  # which no job goes without
+_LONGEST_H, _SPARE = 24.0, 1.25  # of a job whose data nobody knows; of what it may take
 
 
 def command(arguments: list[str], debug: bool) -> int:
@@ -47,28 +52,52 @@ def command(arguments: list[str], debug: bool) -> int:
     composed = compose_command(line)
     try:
         return _answer(line, composed)
-    except PosttrainError as error:
+    except Exception as error:  # 1 would say that the run does not fit
         print_error(error, debug=debug)
         return BAD_CONFIG
 
 
 def _answer(line: CommandLine, composed: Composed) -> int:
     config = complete(with_absolute_paths(composed.config))
+    _check_named(config, line)
     machine = find_machine(config, plans_only=True)
+    _check_workers(config)
     facts = _facts(config)
     asked = {"--largest", "--fewest"} & line.own.keys()
     if len(asked) > 1 or (asked and "--all" in line.own):
         raise ConfigError("stands beside another question", where=min(asked), fix="ask one")
+    if asked and "--html" in line.own:
+        fix = f"leave {min(asked)} out, or --html; --json has the answers too"
+        raise ConfigError("draws one plan, and no answers", where="--html", fix=fix)
     if "--largest" in line.own:
         key = line.own["--largest"][-1]
         answers = largest(config, machine, key, facts, typed_keys(line.overrides))
-        return _print_answers(line, _verb(config), f"largest {key}", answers)
+        return _print_answers(line, _verb(config), f"largest {key}", answers, key)
     _check_length(config, facts)
     if "--fewest" in line.own:
         _check_counted(line.own["--fewest"][-1])
         answers = fewest(config, machine, facts, typed_keys(line.overrides))
         return _print_answers(line, _verb(config), "fewest GPUs", answers)
     return _print_plan(line, config, machine, facts)
+
+
+def _check_named(config: RunConfig, line: CommandLine) -> None:
+    if config.model.path == TINY_BASE and "model.path" not in typed_keys(line.overrides):
+        raise ConfigError(
+            "is not set: nothing says which model is planned",
+            where="model.path",
+            fix="set model.path=<a model folder, or one with a config.json alone>, or a shape that "
+            "comes with the package, such as model.path=shape:llama3-8b",
+        )
+
+
+def _check_workers(config: RunConfig) -> None:
+    """Refuse what `submit` refuses of one process on several GPUs."""
+    cluster = with_nodes(config.cluster, config.hardware)
+    if isinstance(config.engine, Single) and isinstance(cluster, Slurm) and not cluster.workers:
+        workers = cluster.nodes * max(1, cluster.gpus_per_node or 0)
+        if workers > 1:
+            raise single_on_many(workers)
 
 
 def _facts(config: RunConfig) -> DataFacts | None:
@@ -115,15 +144,15 @@ def _print_plan(
         free = dataclasses.replace(config, tuning=AutoTuning(), engine=AutoEngine())
         tried += try_all(free, machine, facts, typed)
     as_it_is = not is_auto(config) and "--all" not in line.own
-    choice = Choice(tried, tried[0] if as_it_is else _chosen(tried))
+    choice = Choice(tried, tried[0] if as_it_is else first_or_nearest(tried))
     plan = choice.chosen.plan
     if plan is None:
         raise nothing_fits(tried)
     fits = any(each.plan is not None and each.plan.fits for each in tried)
-    if _wrote_json(line, file_content(choice)):
-        return FITS if fits else FAILED
     if "--html" in line.own:
         _write_page(line, choice, _verb(config))
+    if _wrote_json(line, file_content(choice)):
+        return FITS if fits else FAILED
     if "--all" in line.own:
         _print_table(choice)
         return FITS if fits else FAILED
@@ -135,15 +164,6 @@ def _print_plan(
     if not fits:
         _print_instead(line, _verb(config), nearest(config, machine, facts))
     return FITS if fits else FAILED
-
-
-def _chosen(tried: tuple[Tried, ...]) -> Tried:
-    """The first that fits; of none, the one that lacks least."""
-    planned = [(each, each.plan) for each in tried if each.plan is not None]
-    fitting = [each for each, plan in planned if plan.fits]
-    if fitting or not planned:
-        return (fitting or list(tried))[0]
-    return max(planned, key=lambda pair: spare_bytes(pair[1]))[0]
 
 
 def _print_chosen(line: CommandLine, config: RunConfig, choice: Choice, plan: Plan) -> None:
@@ -188,7 +208,9 @@ def _write_page(line: CommandLine, choice: Choice, verb: str) -> None:
 # ------------------------------------------------------------------------------ inverse answers
 
 
-def _print_answers(line: CommandLine, verb: str, title: str, answers: list[Answer]) -> int:
+def _print_answers(
+    line: CommandLine, verb: str, title: str, answers: list[Answer], asked: str = GPUS
+) -> int:
     from posttrain_dist.report.text_tables import text_table
 
     found = [each for each in answers if each.value is not None and each.plan is not None]
@@ -211,7 +233,7 @@ def _print_answers(line: CommandLine, verb: str, title: str, answers: list[Answe
         if each.refused:
             print(f"{each.name}: {each.refused}")
     if any(each.bounded for each in found):
-        print("+ is all that there is to have, whatever the memory")
+        print(f"+ {BOUNDS[asked]}, whatever the memory")
     if not found:
         print("none of them fits with any value; posttrain plan --all shows what each misses")
         return FAILED
@@ -240,7 +262,10 @@ def _words(line: CommandLine, plan: Plan) -> list[str]:
 
     left = ["tuning=auto", "engine=auto"]
     left += ["cluster=ray"] if plan.workers == 1 else []
-    typed = [word for word in line.overrides if word not in left]
+    # Hydra writes `\\:` into the words of a sweep.
+    typed = [word.replace("\\:", ":") for word in line.overrides if word not in left]
+    if "cluster=slurm" in typed and not any(word.startswith(TIME) for word in typed):
+        typed.append(_time_word(plan))
     return command_of({"overrides": []}, typed)
 
 
@@ -248,7 +273,16 @@ def _command(line: CommandLine, verb: str, plan: Plan) -> str:
     from posttrain_dist.report.plan.plan_figures import command_of
 
     words = command_of(plan.to_json(), _words(line, plan))
+    verb = "submit" if "cluster=slurm" in words else verb
+    if verb == "submit" and not any(word.startswith(TIME) for word in words):
+        words.append(_time_word(plan))
     return shlex.join(["posttrain", verb, *words])
+
+
+def _time_word(plan: Plan) -> str:
+    """Whole hours that a job may take, with some to spare."""
+    hours = plan.speed.hours * _SPARE if plan.speed.tokens is not None else _LONGEST_H
+    return f"{TIME}{min(9_999, math.ceil(hours))}:00:00"
 
 
 def _verb(config: RunConfig) -> str:
