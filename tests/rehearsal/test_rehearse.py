@@ -50,7 +50,6 @@ CASES = {
 DEFAULT = (
     "single-lora-bfloat16",
     "single-8bit",
-    "zero2-full-bfloat16",
     "zero3-full-float32",
 )
 each_case = pytest.mark.parametrize(

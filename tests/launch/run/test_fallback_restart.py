@@ -25,7 +25,7 @@ WORKERS = Path(__file__).parents[2] / "workers"
 LIMITED = WORKERS / "limited.py"
 # The libraries take 350 MB, the first plan 700 MB more, the one after it 150 MB.
 LIMIT_BYTES = 800_000_000
-STEPS = 2
+STEPS = 1
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +33,17 @@ def words(tmp_path_factory, builders) -> list[str]:
     """A run whose memory is nearly all activations: an MLP 500 times as wide as the model."""
     root = tmp_path_factory.mktemp("wide")
     model = builders.model(root / "model", intermediate_size=16384)
-    rows = builders.write(root / "rows.jsonl", builders.rows(400))
+    rows = builders.write(root / "rows.jsonl", builders.rows(200))
     return [
         f"model.path={model}",
         f"data.train={rows}",
         "data.max_length=256",
         f"train.steps={STEPS}",
-        "train.batch_size=8",
+        "data.eval_fraction=0",
+        "train.batch_size=4",
         "train.dtype=float32",
         "checkpoint.export=false",
+        "eval.generate_rows=0",
         "logging.wandb=off",
     ]
 
