@@ -5,7 +5,8 @@
     python benchmarks/plan_truth.py --list
 
 On a GPU 12 configurations of billions of parameters, at most 8 minutes; on a CPU more than 40 small
-ones, each with rows long enough that activations count. Peaks are taken phase by phase
+ones, each with rows long enough that activations count, also on ranks of DeepSpeed, of which the
+fullest is shown. Peaks are taken phase by phase
 (`measured_memory.py`); rows go to benchmarks/results/plan_truth.jsonl.
 """
 
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,11 @@ import rows
 
 PACKAGES = ("posttrain-dist", "torch", "transformers", "peft", "bitsandbytes", "deepspeed")
 SECONDS = 480
+IMPORTED = (
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # ZeRO reads it: it brings torch's compiler
+    "transformers.models.llama.modeling_llama",
+    "peft",
+)
 
 
 def predict(arm: arms.Arm, folder: Path) -> dict[str, Any]:
@@ -56,7 +63,7 @@ def predict(arm: arms.Arm, folder: Path) -> dict[str, Any]:
 
 
 def measure_here(arm: arms.Arm, folder: Path, **options: Any) -> dict[str, Any]:
-    """The same run in this process."""
+    """The same run in this process, or what this rank of it has (`process=`)."""
     import measured_memory
 
     return measured_memory.measure(
@@ -64,6 +71,7 @@ def measure_here(arm: arms.Arm, folder: Path, **options: Any) -> dict[str, Any]:
         arm.sample_tokens,
         supervised_share=arm.supervised_share,
         accumulation=arm.accumulation,
+        updates=arm.updates,
         **options,
     )
 
@@ -78,34 +86,64 @@ def compare(name: str, arm: arms.Arm | None = None) -> dict[str, Any]:
 
 
 def measure_apart(arm: arms.Arm, folder: Path, **options: Any) -> dict[str, Any]:
-    """`measure_here` in a process that has imported what it needs, and nothing else.
+    """`measure_here` in processes that have imported what they need, and nothing else.
+
+    Returns:
+        What the fullest rank found.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: one failed.
     """
+    from posttrain_dist.dist import _free_port
+
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["measured_memory"])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, arm, folder, options))
-    process.start()
-    sender.close()
+    # Of a GPU nothing may be touched before the fork.
+    context.set_forkserver_preload(["measured_memory", *(() if arm.gpu else IMPORTED)])
+    port, started = _free_port(), []
+    for rank in range(arm.workers):
+        receiver, sender = context.Pipe(duplex=False)
+        arguments = (sender, rank, port, arm, folder, options)
+        started.append((context.Process(target=_child, args=arguments, daemon=True), receiver))
+        started[-1][0].start()
+        sender.close()
+    ranks: list[dict[str, Any]] = []
     try:
-        found = receiver.recv()
+        for process, receiver in started:
+            found = receiver.recv() if receiver.poll(SECONDS) else "no answer"
+            if isinstance(found, str):
+                raise RuntimeError(f"{arm}: {found}")
+            ranks.append(found)
+            process.join()
     except EOFError:
-        found = "the process ended"
-    process.join()
-    if isinstance(found, str):
-        raise RuntimeError(f"{arm}: {found}")
-    measured: dict[str, Any] = found
-    return measured
+        raise RuntimeError(f"{arm}: the process ended") from None
+    finally:
+        for process, _ in started:
+            process.kill()
+    return fullest(ranks)
 
 
-def _child(sender: Any, arm: arms.Arm, folder: Path, options: dict[str, Any]) -> None:
+def fullest(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of what ranks measured, that with the highest peak."""
+    return max(ranks, key=lambda rank: max(rank["phases"].values()))
+
+
+def _child(
+    sender: Any, rank: int, port: int, arm: arms.Arm, folder: Path, options: dict[str, Any]
+) -> None:
     warnings.filterwarnings("ignore")
+    from posttrain_dist import dist
+
+    process = dist.Process(rank=rank, world=arm.workers, local_rank=rank, master_port=port)
     try:
-        sender.send(measure_here(arm, folder, **options))
+        if arm.stage is not None:
+            dist.start(process)
+        found: Any = measure_here(arm, folder, process=process, **options)
     except Exception as error:
-        sender.send(f"{type(error).__name__}: {error}")
+        found = f"{type(error).__name__}: {error}"
+    sender.send(found)
+    if arm.stage is not None:
+        dist.barrier()
+        dist.stop()
 
 
 def row_of(predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:

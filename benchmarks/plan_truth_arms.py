@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 from posttrain_dist.config import (
     AdamW,
     Bottleneck,
+    DeepSpeed,
     Dtype,
     Full,
     Ia3,
@@ -20,6 +22,7 @@ from posttrain_dist.config import (
     Prompt,
     PTuning,
     Quantize,
+    Ray,
     RunConfig,
     complete,
 )
@@ -54,6 +57,9 @@ GEMMA2 = LLAMA | {
     "query_pre_attn_scalar": 32,
     "sliding_window": 4096,
 }
+# Deep enough for DeepSpeed's buckets and gathered parameters to come and go.
+ZERO = LLAMA | {"intermediate_size": 688, "num_hidden_layers": 4, "head_dim": 64}
+ZERO |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 GPT2: dict[str, Any] = {
     "architectures": ["GPT2LMHeadModel"],
     "model_type": "gpt2",
@@ -89,7 +95,11 @@ LLAMA_8B = LLAMA_3B | {
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One run; `sample_tokens` are the lengths of the samples of a row."""
+    """One run; `sample_tokens` are the lengths of the samples of a row.
+
+    Attributes:
+        stage: of DeepSpeed; None: one process without it. `persistent`: its threshold at stage 3.
+    """
 
     model: dict[str, Any] = field(default_factory=lambda: LLAMA)
     sample_tokens: Sequence[int] = (512,)
@@ -100,21 +110,34 @@ class Arm:
     checkpoint_layers: int = 0
     gpu: bool = False
     optimizer: AdamW = field(default_factory=AdamW)
+    stage: int | None = None
+    workers: int = 1
+    persistent: int = 0
+
+    @property
+    def updates(self) -> int:
+        """After as many, a run's memory is what it stays: ZeRO-3 first traces a whole step."""
+        return 4 if self.stage == 3 else 2
 
 
 def config_of(arm: Arm, folder: Path) -> RunConfig:
     """The completed config of an arm, whose model folder is made in `folder`."""
-    (folder / "config.json").write_text(json.dumps(arm.model), encoding="utf-8")
+    if not (folder / "config.json").is_file():  # ranks read it at the same time
+        (folder / "config.json").write_text(json.dumps(arm.model), encoding="utf-8")
     config = RunConfig(
         name="plan_truth", optimizer=copy.deepcopy(arm.optimizer), tuning=copy.deepcopy(arm.tuning)
     )
     config.model.path, config.model.weights = str(folder), Weights.random
-    if isinstance(arm.tuning, AdapterTuning) and arm.tuning.quantize is Quantize.nf4:
-        config.model.weights = Weights.load  # only what is read is quantised
+    quantized = isinstance(arm.tuning, AdapterTuning) and arm.tuning.quantize is Quantize.nf4
+    if quantized or arm.stage == 3:
+        config.model.weights = Weights.load  # only what is read is quantised, or sharded
         _write_weights(folder)
     config.data.train, config.data.max_length = "embedded", max(arm.sample_tokens)
     config.train.dtype = arm.dtype
-    config.train.batch_size = arm.accumulation
+    config.train.batch_size = arm.accumulation * arm.workers
+    if arm.stage is not None:
+        config.engine = DeepSpeed(stage=arm.stage, persistence_threshold=arm.persistent)
+        config.cluster = Ray(workers=arm.workers)
     if arm.checkpoint_layers:
         config.model.activation_checkpointing = Checkpointing.selective
         config.model.checkpoint_layers = arm.checkpoint_layers
@@ -147,10 +170,29 @@ _NARROW = _llama(hidden_size=128, intermediate_size=352, num_attention_heads=4, 
 _BF16 = Dtype.bfloat16
 
 
+def _zero(stage: int, workers: int = 2, **values: Any) -> Arm:
+    return Arm(**({"model": ZERO, "stage": stage, "workers": workers} | values))
+
+
 def _qlora(rank: int) -> Lora:
     return Lora(rank=rank, quantize=Quantize.nf4)
 
 
+_EVERY_LAYER = {"checkpoint_layers": 4, "sample_tokens": (1024,), "accumulation": 2}
+_ZERO: dict[str, Arm] = {
+    # Stages and workers.
+    **{f"zero-{s} on {n}": _zero(s, n) for s, n in itertools.product(range(4), (1, 2))},
+    # Of each stage, on two workers.
+    **{f"zero-{s} lora rank 8": _zero(s, tuning=Lora(rank=8)) for s in range(4)},
+    **{f"zero-{s} recomputed 2 x 1024": _zero(s, **_EVERY_LAYER) for s in range(4)},
+    **{f"zero-{s} bf16": _zero(s, dtype=_BF16) for s in range(4)},
+    "zero-2 1024": _zero(2, sample_tokens=(1024,)),
+    "zero-3 1024": _zero(3, sample_tokens=(1024,)),
+    "zero-2 lora rank 64": _zero(2, tuning=Lora(rank=64)),
+    "zero-3 lora bf16": _zero(3, tuning=Lora(rank=8), dtype=_BF16),
+    "zero-3 small ones stay": _zero(3, persistent=100_000),
+    "zero-3 4096": _zero(3, model=_NARROW, sample_tokens=(4096,)),
+}
 CPU: dict[str, Arm] = {
     # Lengths.
     "llama": Arm(),
@@ -164,24 +206,11 @@ CPU: dict[str, Arm] = {
     "llama 12 x 128": Arm(sample_tokens=(128,) * 12),
     "llama accumulation 2": Arm(accumulation=2),
     "llama accumulation 4": Arm(accumulation=4, sample_tokens=(384,)),
-    # Masks.
-    "llama all supervised": Arm(supervised_share=1.0),
-    "llama tenth supervised": Arm(supervised_share=0.1),
     # Checkpointing.
     "llama checkpoint 1": Arm(sample_tokens=(1024,), checkpoint_layers=1),
     "llama checkpoint 2": Arm(sample_tokens=(1024,), checkpoint_layers=2),
     "llama checkpoint 3": Arm(sample_tokens=(1024,), checkpoint_layers=3),
     "llama 6144 checkpoint 3": Arm(model=_NARROW, sample_tokens=_LONG, checkpoint_layers=3),
-    # Shapes.
-    "llama tied": Arm(model=_llama(tie_word_embeddings=True)),
-    "llama 32768 words": Arm(model=_llama(vocab_size=32_768), supervised_share=1.0),
-    "llama 32768 words tied": Arm(model=_llama(vocab_size=32_768, tie_word_embeddings=True)),
-    "llama 8 layers": Arm(model=_llama(num_hidden_layers=8)),
-    "llama full heads": Arm(model=_llama(num_key_value_heads=8)),
-    "llama one head shared": Arm(model=_llama(num_key_value_heads=1)),
-    "llama wide heads": Arm(model=_llama(head_dim=64)),
-    "llama biases": Arm(model=_llama(attention_bias=True, mlp_bias=True)),
-    "llama wide mlp": Arm(model=_llama(intermediate_size=1408)),
     # bfloat16.
     "llama bf16": Arm(dtype=_BF16, sample_tokens=(256,)),
     "llama bf16 512": Arm(dtype=_BF16),
@@ -205,6 +234,8 @@ CPU: dict[str, Arm] = {
     "prefix": Arm(tuning=Prefix(tokens=64), sample_tokens=(256, 256)),
     "bottleneck houlsby": Arm(tuning=Bottleneck(placement=Placement.houlsby)),
     "bottleneck parallel": Arm(tuning=Bottleneck(placement=Placement.parallel, reduction=4)),
+    # DeepSpeed.
+    **_ZERO,
     # A base in NF4.
     "qlora rank 8": Arm(tuning=_qlora(8)),
     "qlora rank 16": Arm(tuning=_qlora(16)),
@@ -226,6 +257,19 @@ CPU: dict[str, Arm] = {
     "gemma2 1024": Arm(model=GEMMA2, sample_tokens=(1024,)),
     "gpt2": Arm(model=GPT2),
     "gpt2 1024": Arm(model=GPT2, sample_tokens=(1024,)),
+    # Shapes.
+    "llama tied": Arm(model=_llama(tie_word_embeddings=True)),
+    "llama 32768 words": Arm(model=_llama(vocab_size=32_768), supervised_share=1.0),
+    "llama 32768 words tied": Arm(model=_llama(vocab_size=32_768, tie_word_embeddings=True)),
+    "llama 8 layers": Arm(model=_llama(num_hidden_layers=8)),
+    "llama full heads": Arm(model=_llama(num_key_value_heads=8)),
+    "llama one head shared": Arm(model=_llama(num_key_value_heads=1)),
+    "llama wide heads": Arm(model=_llama(head_dim=64)),
+    "llama biases": Arm(model=_llama(attention_bias=True, mlp_bias=True)),
+    "llama wide mlp": Arm(model=_llama(intermediate_size=1408)),
+    # Masks.
+    "llama all supervised": Arm(supervised_share=1.0),
+    "llama tenth supervised": Arm(supervised_share=0.1),
 }
 
 
@@ -288,4 +332,13 @@ PAIRS = (
     ("qwen3", "qwen3 2048"),
     ("gemma2", "gemma2 1024"),
     ("gpt2", "gpt2 1024"),
+    *((f"zero-{s} on 2", f"zero-{s} on 1") for s in (1, 2, 3)),
+    *((f"zero-{s} on 2", f"zero-{s + 1} on 2") for s in range(3)),
+    *((f"zero-{s} on 2", f"zero-{s} 1024") for s in (2, 3)),
+    *((f"zero-{s} 1024", f"zero-{s} recomputed 2 x 1024") for s in (2, 3)),
+    *((f"zero-{s} on 2", f"zero-{s} lora rank 8") for s in range(4)),
+    *((f"zero-{s} bf16", f"zero-{s} on 2") for s in range(4)),
+    ("zero-2 lora rank 8", "zero-2 lora rank 64"),
+    ("zero-3 lora bf16", "zero-3 lora rank 8"),
+    ("zero-3 on 2", "zero-3 small ones stay"),
 )

@@ -21,7 +21,7 @@ from posttrain_dist.errors import ConfigError, OutOfMemory, PosttrainError
 from posttrain_dist.files import write_atomic
 from posttrain_dist.planner.fallbacks import is_auto, with_choice
 from posttrain_dist.planner.plan_file import read_choice, write_plan
-from posttrain_dist.planner.settle import settle
+from posttrain_dist.planner.settle import rehearsed, settle
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,8 @@ def _settled(config: RunConfig, folder: Path, log: Callable[[str], None]) -> Run
     """The run with nothing left to choose, planned at its first start."""
     choice = read_choice(folder)
     if choice is not None:
-        return complete(with_choice(config, choice.chosen)) if is_auto(config) else config
+        is_open = is_auto(config)
+        return complete(rehearsed(with_choice(config, choice.chosen))) if is_open else config
     settled = settle(config)
     for line in settled.lines:
         log(line)

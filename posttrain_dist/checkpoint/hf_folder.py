@@ -168,13 +168,15 @@ class _ShardWriter:
         self._nonzero = False
 
     def add(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-        if not tensor.isfinite().all():
+        # By its extremes, which need no memory of their own where it lies: NaN where any value is.
+        extremes = torch.stack(torch.aminmax(tensor.detach())) if tensor.numel() else torch.zeros(1)
+        if not extremes.isfinite().all():
             raise CheckpointError(
                 f"{name} holds NaN or infinity: the run has diverged",
                 where=str(self._folder),
                 fix="export an earlier checkpoint, and look at train/grad_norm in the report",
             )
-        self._nonzero = self._nonzero or bool(tensor.any())
+        self._nonzero = self._nonzero or bool(extremes.any())
         wanted = dtype if tensor.is_floating_point() else tensor.dtype
         copy = tensor.detach().to("cpu", wanted, copy=True).contiguous()
         if self._held and self._held_bytes + copy.nbytes > self._limit:

@@ -81,7 +81,8 @@ class SingleEngine:
         return {"single.pt": file.digest}
 
     def load_state(self, folder: Path) -> None:
-        state = read_state(folder / "single.pt", self.device)
+        # From the file, one tensor after the other: beside the run there is no room for all of it.
+        state = read_state(folder / "single.pt", mmap=True)
         with fitting(folder):
             self.policy.load_state_dict(state["policy"])
             self._optimizer.load_state(state["optimizer"])

@@ -52,10 +52,17 @@ class PhaseName(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What is allocated at the fullest moment of one phase, in bytes by item."""
+    """What is allocated at the fullest moment of one phase, in bytes by item.
+
+    Attributes:
+        if_room: how much more is taken for a moment where a GPU has room for it; no run needs it.
+        on_host: what the host holds instead where a GPU has no room, for each rank.
+    """
 
     name: PhaseName
     items: dict[Item, int]
+    if_room: int = 0
+    on_host: int = 0
 
     @property
     def allocated_bytes(self) -> int:

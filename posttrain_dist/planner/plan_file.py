@@ -108,7 +108,12 @@ def _plan(values: Mapping[str, Any]) -> Plan:
 
 def _memory(values: Mapping[str, Any]) -> Memory:
     phases = tuple(
-        Phase(PhaseName(each["name"]), {Item(name): n for name, n in each["items"].items()})
+        Phase(
+            PhaseName(each["name"]),
+            {Item(name): n for name, n in each["items"].items()},
+            each["if_room"],
+            each["on_host"],
+        )
         for each in values["phases"]
     )
     return Memory(phases, values["slack_bytes"], values["context_bytes"])

@@ -60,7 +60,7 @@ def settle(
     if is_auto(config):
         machine = find_machine(config, plans_only=False)
         choice = choose(config, machine, facts, typed, force=force)
-        chosen = complete(_rehearsed(with_choice(config, choice.chosen)))
+        chosen = complete(rehearsed(with_choice(config, choice.chosen)))
         return Settled(chosen, choice, _auto_lines(config, choice))
     here = trains_here(config.cluster)
     try:
@@ -101,7 +101,7 @@ def _state_bytes(memory: Memory) -> int:
     return max((phase.allocated_bytes for phase in kept), default=0)
 
 
-def _rehearsed(config: RunConfig) -> RunConfig:
+def rehearsed(config: RunConfig) -> RunConfig:
     """With the rehearsal that a choice of the planner begins with, unless it was set."""
     if config.train.rehearse is not None:
         return config

@@ -123,13 +123,15 @@ class Rehearsal:
         tokens = max(batch.num_tokens for batches in heaviest for batch in batches)
         planned = read_plan(self.run_folder).get("plan", {}).get("device", {})
         expected = planned.get("allocated_bytes")
+        on_gpu = self.engine.device.type == "cuda"
         _log.info(
             "rehearsed the heaviest batch (%d tokens), an update and a save in %.1f s: a rank "
-            "took %.3f GiB%s",
+            "%s %.3f GiB%s",
             tokens,
             seconds,
+            "allocated at most" if on_gpu else "holds, with its libraries,",
             peak_bytes / 2**30,
-            f", {expected / 2**30:.3f} GiB were planned" if expected else "",
+            f"; {expected / 2**30:.3f} GiB of tensors were planned" if expected else "",
         )
 
 

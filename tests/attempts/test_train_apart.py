@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from ray_runs import processes_of, wait_until
 
-from posttrain_dist.attempts.train_apart import kernel_kills, killed, train_apart
+from posttrain_dist.attempts.train_apart import SIGNALS, kernel_kills, killed, train_apart
 from posttrain_dist.config import (
     CheckpointConfig,
     DataConfig,
@@ -80,16 +80,29 @@ def test_a_killed_training_says_how_it_ended_and_what_takes_less(run):
 
 
 @pytest.mark.slow
-def test_a_file_stop_ends_it_with_a_checkpoint(run):
+def test_a_file_stop_ends_it_with_a_checkpoint_and_a_signal_does_not(run):
+    """What a cluster sends to every process of a job the caller turns into that file."""
     config, folder = run
     with ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(train_apart, config, folder)
-        child_of(folder)
+        child, log = child_of(folder), folder / "samples.log"
+        for number in SIGNALS:
+            os.kill(child, number)
+        size = log.stat().st_size
+        wait_until(lambda: log.stat().st_size > size, timeout_s=60)
         (folder / "STOP").touch()
         waiting.result(timeout=60)
     outcome = read_object(folder / "logs" / "outcome.json")
     assert outcome["outcome"] == "stopped" and outcome["step"] >= 1
     assert (folder / "checkpoints" / "latest").is_file()
+
+
+@pytest.mark.slow
+def test_it_trains_what_it_is_given(run):
+    """A start may change what the folder says, such as the number of steps."""
+    config, folder = run
+    train_apart(replace(config, train=replace(config.train, steps=2)), folder)
+    assert read_object(folder / "logs" / "outcome.json")["step"] == 2
 
 
 @pytest.mark.slow
@@ -112,7 +125,6 @@ def test_it_ends_with_its_caller(run):
 def test_an_error_of_the_user_comes_back_as_it_was(run, tmp_path):
     config, folder = run
     config = replace(config, model=ModelConfig(path=str(tmp_path / "nowhere")))
-    (folder / "config.yaml").write_text(config.to_yaml())
     with pytest.raises(ModelError, match="nowhere"):
         train_apart(config, folder)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import forkserver
 import pytest
 from posttrain_launch.cli import VERBS, main
+from ray_runs import processes_of, wait_until
 
 from posttrain_dist.config import RunConfig
 from posttrain_dist.files import read_rows
@@ -93,10 +94,16 @@ def test_a_run_from_command_to_report(words, tmp_path, capsys):
     )
 
 
-def test_ctrl_c_saves_and_run_goes_on(words, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "chosen",
+    [(), pytest.param(("tuning=auto", "engine=auto"), marks=pytest.mark.slow)],
+    ids=["here", "in a process of its own"],
+)
+def test_ctrl_c_saves_and_run_goes_on(chosen, words, tmp_path, capsys):
     command, output = tmp_path / "command.py", tmp_path / "output"
     command.write_text("import sys\nfrom posttrain_launch.cli import main\nsys.exit(main())\n")
-    process = forkserver.start(command, "train", *words, "train.steps=2000", output=output)
+    typed = (*words, *chosen, "train.steps=2000")
+    process = forkserver.start(command, "train", *typed, output=output)
     try:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
@@ -128,6 +135,26 @@ def test_ctrl_c_saves_and_run_goes_on(words, tmp_path, capsys):
     assert after[: len(before)] == before
     assert [row["step"] for row in after] == list(range(end + 1))
     assert not (folder / "STOP").exists()
+
+
+@pytest.mark.slow
+def test_two_ctrl_c_leave_at_once_also_what_trains_in_a_process_of_its_own(words, tmp_path):
+    command, output = tmp_path / "command.py", tmp_path / "output"
+    command.write_text("import sys\nfrom posttrain_launch.cli import main\nsys.exit(main())\n")
+    typed = (*words, "tuning=auto", "engine=auto", "train.steps=2000")
+    process = forkserver.start(command, "train", *typed, output=output)
+    try:
+        out = tmp_path / "out"
+        wait_until(lambda: list(out.glob("run/2*/logs/plan.json")), timeout_s=120)
+        os.kill(process.pid, signal.SIGINT)
+        wait_until(lambda: list(out.glob("run/2*/STOP")), timeout_s=10)
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+    folder = run_folder(tmp_path)
+    assert processes_of(folder) == []
+    assert not (folder / "FINISHED").exists()
 
 
 def test_a_second_driver_is_refused(words, tmp_path, capsys):

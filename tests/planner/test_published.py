@@ -44,7 +44,7 @@ def machine(gpu, count, gib):
     return Machine(
         gpu=gpu,
         gpus_per_node=count,
-        gpu_memory_bytes=gib * GIB,
+        gpu_memory_bytes=int(gib * GIB),
         host_memory_bytes=1000 * GIB,
         cpus_per_node=96,
         link_bytes_s=300e9,

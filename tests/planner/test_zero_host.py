@@ -49,7 +49,8 @@ def test_a_base_in_another_dtype_is_converted_by_every_rank():
     whole = 8 * 4 * job.network.num_parameters
     assert items(wide, PhaseName.load)[Item.loading] == whole
     sharded = plan_job("llama3-8b", DeepSpeed(stage=3), Full(), gpus=8)
-    assert sum(items(replace(sharded, value_bytes=4), PhaseName.load).values()) < whole / 10
+    shards = sum(items(replace(sharded, value_bytes=4), PhaseName.load).values())
+    assert shards == pytest.approx(whole / 8, rel=1e-3)  # on their way into one tensor
 
 
 def test_an_export_never_holds_more_than_one_file():

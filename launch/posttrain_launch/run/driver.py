@@ -16,7 +16,7 @@ from types import FrameType
 from typing import IO, Any
 
 from posttrain_dist.attempts.fall_back import fall_back, next_choice
-from posttrain_dist.attempts.train_apart import train_apart
+from posttrain_dist.attempts.train_apart import SIGNALS, train_apart
 from posttrain_dist.config import Local, RunConfig
 from posttrain_dist.errors import OutOfMemory, PosttrainError
 from posttrain_dist.files import write_atomic
@@ -32,9 +32,6 @@ from posttrain_dist.run import (
 )
 from posttrain_launch.failures import FAILED, STOPPED, print_error
 from posttrain_launch.ray.child import Job, started
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-
 
 Change = Callable[[Path, RunConfig], contextlib.AbstractContextManager[RunConfig]]
 

@@ -14,6 +14,7 @@ Stated figures, each with where it comes from; a CPU has none of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from posttrain_dist.engine import DeepSpeed
@@ -48,6 +49,15 @@ def slack_bytes(job: Job, phases: Sequence[Phase]) -> int:
     sharded = isinstance(job.engine, DeepSpeed) and job.engine.stage == 3
     share = _SHARE_UNDER_ZERO3 if sharded else _SHARE_OF_CHANGING
     return round(_SEGMENT_BYTES + share * changing + _SHARE_OF_STAYING * staying)
+
+
+def room_bytes(job: Job) -> int | None:
+    """Of a GPU, what there is to be allocated: without its margin, context, and the least slack."""
+    machine = job.machine
+    if not job.on_gpu:
+        return None
+    free = machine.gpu_memory_bytes - math.ceil(machine.gpu_memory_bytes * machine.margin)
+    return round((free - context_bytes(job) - _SEGMENT_BYTES) / (1 + _SHARE_OF_STAYING))
 
 
 def context_bytes(job: Job) -> int:

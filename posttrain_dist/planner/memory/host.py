@@ -1,8 +1,10 @@
 """What the fullest host holds: all its ranks together, and the one that writes for all.
 
     load      weights come mapped from safetensors: pages of the file, which every rank shares and
-              the kernel takes back. Only where the run's dtype is another one, every rank has
-              converted copies (measured: 0.4 MB private of 337 MB as stored, all of it in float32)
+              the kernel takes back. Only where the run's dtype is another one, or weights are
+              random, every rank has copies (measured: 0.4 MB private of 337 MB as stored, all of
+              it in float32). Stage 3 takes its shards through the host, stages 1 and 2 their flat
+              weights, where a GPU has no room for them twice
     training  of ZeRO's offload: masters, moments, gradients, and at stage 3 the weights; inputs of
               recomputed layers (`model.checkpoint_offload`); paged moments, at worst all of them
     save      `torch.save` brings one tensor after the other from the GPU; of a small tuning rank 0
@@ -19,6 +21,7 @@ from collections import Counter
 from functools import lru_cache
 
 from posttrain_dist.engine import DeepSpeed
+from posttrain_dist.models import Weights
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.engines.ds_settings import elements, zero_settings
 from posttrain_dist.planner.memory.engines.partitions import flat_groups, shard, sub_groups
@@ -52,7 +55,7 @@ def host_phases(job: Job) -> tuple[Phase, ...]:
         )
     resident = _resident(job)
     moments = {
-        PhaseName.load: _loading(job),
+        PhaseName.load: {Item.loading: max(_loading(job), _moved(job) * job.local_workers)},
         PhaseName.forward: _kept_inputs(job),
         PhaseName.backward: _kept_inputs(job),
         PhaseName.update: {},
@@ -101,7 +104,11 @@ def _offloaded_flat(job: Job) -> dict[Item, int]:
 
 
 def _offloaded_shards(job: Job) -> dict[Item, int]:
-    """Stage 3, of one rank: masters, moments, gradients in both dtypes; the weights."""
+    """Stage 3, of one rank: masters, moments, gradients in both dtypes; the weights.
+
+    A shard is pinned as it is loaded, then copied to where the optimizer has it flat: torch keeps
+    the pinned block that it came in.
+    """
     settings = zero_settings(job)
     groups = sub_groups(job, settings.sub_group_size)
     counts = [sum(shard(each.size, job.workers) for each in group) for group in groups]
@@ -109,7 +116,7 @@ def _offloaded_shards(job: Job) -> dict[Item, int]:
     state += pinned(sum(counts) * settings.gradient_bytes)
     weights = pinned(sum(counts) * job.value_bytes)
     for each in stored_parameters(job):
-        if each.parameter and not each.trained:
+        if each.parameter:
             weights += pinned(_shard_bytes(job, each))
     return {Item.offloaded: state, Item.offloaded_weights: weights}
 
@@ -122,20 +129,33 @@ def _shard_bytes(job: Job, stored: Stored) -> int:
 # ----------------------------------------------------------------------------- phase by phase
 
 
-def _loading(job: Job) -> dict[Item, int]:
+def _loading(job: Job) -> int:
     """Copies in another dtype than the files have; under ZeRO-3 and in NF4 tensor by tensor."""
     stored = stored_parameters(job)
-    sharded = isinstance(job.engine, DeepSpeed) and job.engine.stage == 3
     packed = any(each.item is Item.quantisation for each in stored)
-    if sharded or packed:
-        largest = max(each.size for each in stored) * 4
-        return {Item.loading: largest * job.local_workers}
+    if _is_sharded(job) or packed:
+        return max(each.size for each in stored) * 4 * job.local_workers
     config = job.network.config
     written = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")))
-    if written == job.value_bytes:
-        return {}
+    if written == job.value_bytes and job.model.weights is not Weights.random:
+        return 0
     whole = sum(each.num_bytes for each in stored if each.item is Item.weights)
-    return {Item.loading: whole * job.local_workers}
+    return whole * job.local_workers
+
+
+def _moved(job: Job) -> int:
+    """What a rank moves here from a full GPU for a while; of stage 3 `defragment`'s buffer."""
+    from posttrain_dist.planner.memory.phases import device_phases
+
+    moved = max(phase.on_host for phase in device_phases(job))
+    if not _is_sharded(job) or zero_settings(job).offload_param:
+        return moved
+    trained = [each for each in stored_parameters(job) if each.trained]
+    return max(moved, sum(_shard_bytes(job, each) for each in trained))
+
+
+def _is_sharded(job: Job) -> bool:
+    return isinstance(job.engine, DeepSpeed) and job.engine.stage == 3
 
 
 def _kept_inputs(job: Job) -> dict[Item, int]:

@@ -24,15 +24,23 @@ class Block:
 
 
 class Ledger:
-    """Adds up what is allocated, and keeps of each phase the fullest moment."""
+    """Adds up what is allocated, and keeps of each phase the fullest moment.
 
-    def __init__(self) -> None:
+    Args:
+        room: bytes of the device that a run may take; None: as many as it wants.
+    """
+
+    def __init__(self, room: int | None = None) -> None:
+        self._room = room
         self._now: Counter[Item] = Counter()
         self._total = 0
         self._phase: PhaseName | None = None
         self._highest = -1  # of this phase so far
         self._rising = False  # more than ever in this phase; written down when it falls
         self._peaks: dict[PhaseName, tuple[int, dict[Item, int]]] = {}
+        # What is done on the device where there is room: its highest total; else bytes of the host.
+        self._with_room: Counter[PhaseName] = Counter()
+        self._on_host: Counter[PhaseName] = Counter()
 
     @property
     def total_bytes(self) -> int:
@@ -66,9 +74,36 @@ class Ledger:
             self._now[block.item] -= block.num_bytes
             self._total -= block.num_bytes
 
+    def resize(self, block: Block, num_bytes: int) -> None:
+        """Free it, and take so much in its place."""
+        more = num_bytes - block.num_bytes
+        if more < 0 and self._rising:
+            self._write_down()
+        block.num_bytes = num_bytes
+        self._now[block.item] += more
+        self._total += more
+        if self._total > self._highest:
+            self._highest, self._rising = self._total, True
+
     def touch(self, item: Item, num_bytes: int) -> None:
         """Take memory and give it back at once: a temporary."""
         self.release(self.allocate(item, num_bytes))
+
+    def touch_if_room(self, num_bytes: int, *, on_host: int) -> None:
+        """A temporary of a program that looks whether the device has room, and else takes the host.
+
+        It counts for no peak, because no run needs it.
+
+        Args:
+            on_host: bytes of the host that it takes instead.
+        """
+        if self._phase is None:  # nobody asks for a peak
+            return
+        total = self._total + num_bytes
+        if self._room is None or total <= self._room:
+            self._with_room[self._phase] = max(self._with_room[self._phase], total)
+        else:
+            self._on_host[self._phase] = max(self._on_host[self._phase], on_host)
 
     @contextmanager
     def phase(self, name: PhaseName) -> Iterator[None]:
@@ -85,7 +120,12 @@ class Ledger:
         if self._rising:
             self._write_down()
         return tuple(
-            Phase(name, {item: n for item, n in self._peaks[name][1].items() if n})
+            Phase(
+                name,
+                {item: n for item, n in self._peaks[name][1].items() if n},
+                if_room=max(0, self._with_room[name] - self._peaks[name][0]),
+                on_host=self._on_host[name],
+            )
             for name in PhaseName
             if name in self._peaks
         )

@@ -9,6 +9,7 @@ from posttrain_dist.models.architectures.known import KEEPS_ROWS
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.make_job import cpu_multiplies_bfloat16
 from posttrain_dist.planner.memory.adapters.rows import embedded_row, extended
+from posttrain_dist.planner.memory.allocator import room_bytes
 from posttrain_dist.planner.memory.autograd import Graph, Value
 from posttrain_dist.planner.memory.engines.base import EngineMemory
 from posttrain_dist.planner.memory.engines.one_process import SingleMemory
@@ -41,7 +42,7 @@ _UPDATES = (1, 2)
 def device_phases(job: Job) -> tuple[Phase, ...]:
     """The fullest moment of each phase, in the order of a run."""
     job = extended(job)
-    ledger = Ledger()
+    ledger = Ledger(room_bytes(job))
     engine = make_engine_memory(job, ledger)
     trained = frozenset(each.name for each in stored_parameters(job) if each.trained)
     run = _Run(job, ledger, engine, trained)

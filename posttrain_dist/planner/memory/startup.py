@@ -15,7 +15,7 @@ MAX_ROWS = 256  # models/parity.py
 def check_parity(graph: Graph, job: Job, name: str, *, fast: bool) -> None:
     """Fused, eager and reference loss of some rows, with the gradient of a weight that is trained.
 
-    On a GPU without room for the reference, it runs in host memory, as the check itself does.
+    On a GPU without room for the reference, that runs in host memory: no run needs the room.
 
     Args:
         name: of the head's weight.
@@ -38,10 +38,12 @@ def check_parity(graph: Graph, job: Job, name: str, *, fast: bool) -> None:
     wide = weights * WIDE if width < WIDE else 0
     reference = wide + max(3 * logits, (logits + weights * WIDE) if trained else 0)
     # The three gradients are compared in pairs.
-    compared = 2 * size.weight_bytes
-    room = job.machine.gpu_memory_bytes - ledger.total_bytes
-    if not job.on_gpu or max(reference, compared) <= room:
-        ledger.touch(Item.head, max(reference, compared))
+    most = max(reference, 2 * size.weight_bytes)
+    if job.on_gpu:
+        moved = weights * width + 2 * (size.weight_bytes + size.hidden_bytes)
+        ledger.touch_if_room(most, on_host=moved + most)
+    else:
+        ledger.touch(Item.head, most)
     for block in held:
         ledger.release(block)
     graph.shards.release(names, backward=False)

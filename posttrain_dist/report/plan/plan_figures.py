@@ -141,6 +141,19 @@ def phase_bars(memory: Mapping[str, Any], capacity_bytes: int) -> list[Bar]:
     ]
 
 
+def room_lines(memory: Mapping[str, Any], one: str) -> list[str]:
+    """Of phases that take more where there is room for it, a sentence each."""
+    found = []
+    for phase in memory["phases"]:
+        name = phase["name"]
+        if size := phase.get("if_room"):
+            found.append(f"{name} takes {numbers.memory(size)} more for a moment, being free then")
+        if size := phase.get("on_host"):
+            text = f"{name} takes {numbers.memory(size)} of the host for each {one}, which is full"
+            found.append(text)
+    return found
+
+
 def _peak(memory: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(phase for phase in memory["phases"] if phase["name"] == memory["peak_phase"])
 

@@ -17,6 +17,7 @@ from posttrain_dist.report.plan.plan_figures import (
     hardware_of,
     item_bars,
     phase_bars,
+    room_lines,
     scale_of,
     speed_lines,
     storage_lines,
@@ -113,6 +114,7 @@ def _memory(console: Console, plan: Mapping[str, Any]) -> None:
     full = "all its memory" if is_all else "the fullest of them"
     _title(console, f"phases of a {one}, allocated; a full bar is {full}")
     _bars(console, phase_bars(device, capacity))
+    _lines(console, room_lines(device, one), "dim")
     host = plan["host"]
     if host["phases"]:
         _title(console, f"the fullest host at its peak, {host['peak_phase']}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray_runs import processes_of, worker_groups_started
 
 from posttrain_dist.config import RunConfig
 from posttrain_dist.files import read_object, read_rows
@@ -19,7 +21,8 @@ from posttrain_dist.planner.overriding import with_words
 from posttrain_dist.planner.plan_file import read_choice
 
 POSTTRAIN = Path(sysconfig.get_path("scripts")) / "posttrain"
-LIMITED = Path(__file__).parents[2] / "workers" / "limited.py"
+WORKERS = Path(__file__).parents[2] / "workers"
+LIMITED = WORKERS / "limited.py"
 # The libraries take 350 MB, the first plan 700 MB more, the one after it 150 MB.
 LIMIT_BYTES = 800_000_000
 STEPS = 2
@@ -128,3 +131,35 @@ def test_a_python_program_falls_back_too(words, tmp_path):
     assert f"Outcome(completed=True, step={STEPS}" in done.stdout
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["train"]["micro_batch_size"] == 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_starts_new_workers_for_the_next_fallback(words, tmp_path):
+    """Only the worker is limited: the threads of Ray's own processes would not fit below it."""
+    limit = {"PYTHONPATH": str(WORKERS / "limited_training"), "LIMIT_MORE_BYTES": "600_000_000"}
+    on_ray = ("cluster=ray", "cluster.workers=1", "cluster.max_failures=3")
+    done = subprocess.run(
+        [POSTTRAIN, "train", *words, "tuning=auto", "engine=auto", *on_ray],
+        cwd=tmp_path,
+        env={**os.environ, **limit},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = run_folder(tmp_path)
+    assert (folder / "FINISHED").is_file()
+    assert read_rows(folder / "metrics.jsonl")[-1]["step"] == STEPS
+    (line,) = [each for each in done.stdout.splitlines() if "starting again" in each]
+    assert "out of memory" in line and "(the rehearsal)" in line
+    choice, lineage = read_choice(folder), read_object(folder / "run.json")
+    assert all(word in line for word in choice.chosen.plan.overrides)
+    assert list(choice.chosen.plan.overrides) == lineage["plan"]["overrides"]
+    assert len(lineage["fallbacks"]) == 1
+    # Each choice had one group of workers: the first was not tried again in the same memory. Of the
+    # two Rays the logs of the last are kept.
+    assert worker_groups_started(folder, size=1) == 1
+    starts = (folder / "logs" / "rank-0.log").read_text().count("posttrain_dist.train: planned: ")
+    assert starts == 2
+    assert processes_of(folder) == []

@@ -36,6 +36,7 @@ def finished(tiny_llama, rows_file, tmp_path_factory):
     folder.mkdir()
     (folder / "config.yaml").write_text(config.to_yaml() + "choices:\n  engine: single\n")
     (folder / "overrides.yaml").write_text("- train.steps=4\n")
+    (folder / "plan.json").write_text("{}")
     (folder / "run.json").write_text('{"wandb_id": "abc", "hashes": {"config": "x"}}')
     assert main(["run", str(folder)]) == 0
     return folder
@@ -99,6 +100,19 @@ def test_a_refused_start_leaves_the_run_as_it_was(run, capsys):
     said = capsys.readouterr().err
     assert "foo: unknown key" in said and "train.steps" in said
     assert files() == before
+
+
+def test_a_fallback_that_never_trained_is_undone_with_the_start_that_took_it(run, monkeypatch):
+    before = {path: path.read_bytes() for path in (run / "plan.json", run / "config.yaml")}
+
+    def fails(config, folder, *_):
+        for path in before:
+            path.write_text("of the fallback")
+        raise TrainingError("no memory for that either", where="the rehearsal")
+
+    monkeypatch.setattr(driver, "_drive", fails)
+    assert main(["run", str(run), "train.steps=6"]) == 1
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_what_a_training_began_with_stays_though_it_fails(run, monkeypatch, capsys):

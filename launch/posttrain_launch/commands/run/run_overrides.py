@@ -23,7 +23,7 @@ from posttrain_launch.compose.keys import has_key, unknown_key_fix, value_proble
 
 RESUME = "train.resume"
 FURTHER = ("train.steps", "train.epochs", "train.tokens")  # with more of these, a run ends later
-WRITTEN = ("config.yaml", "overrides.yaml", "run.json", "FINISHED")
+WRITTEN = ("config.yaml", "overrides.yaml", "run.json", "plan.json", "FINISHED")
 # What leaves the run the one that it is: the same samples in the same steps, on the same layout.
 ALLOWED = (
     RESUME,

@@ -2,8 +2,9 @@
 
 After deepspeed 0.19.8, runtime/zero/stage_1_and_2.py:
 
-    attach       a group's parameters are copied into one flat tensor; its part of it becomes a
-                 float32 master; gradients of the same size are made once, and dropped
+    attach       a group's parameters are copied into one flat tensor, by way of the host where the
+                 GPU has no room for both; its part of it becomes a float32 master; gradients of
+                 the same size are made once, and dropped
     backward     2, or 1 that overlaps: each gradient goes into a bucket as it is made; of the
                  parameters in this rank's part the whole gradient stays
                  1: gradients stay where they are, and go through buckets after the last backward
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.engines.ds_settings import zero_settings
-from posttrain_dist.planner.memory.engines.partitions import flat_groups, fullest_rank
+from posttrain_dist.planner.memory.engines.partitions import FlatGroup, flat_groups, fullest_rank
 from posttrain_dist.planner.memory.engines.whole_tensors import (
     Arrivals,
     release_all,
@@ -60,21 +61,36 @@ class FlatMemory:
         loaded = {s.name: ledger.allocate(s.item, s.num_bytes) for s in stored_parameters(job)}
         for group in self._groups:
             if group.copied:
-                ledger.allocate(group.members[0].item, group.numel * value)
-                for each in group.members:
-                    ledger.release(loaded[each.name])
-            if not self._settings.offload_optimizer:
-                if value < 4:  # a copy of the part, which then becomes float32
-                    clone = ledger.allocate(Item.workspace, group.part * value)
+                self._flatten(group, [loaded[each.name] for each in group.members])
+            # A copy of the part, which then becomes float32, or goes to the host.
+            offloaded = self._settings.offload_optimizer
+            clone = None
+            if value < 4 or offloaded:
+                clone = ledger.allocate(Item.workspace, group.part * value)
+            if not offloaded:
                 ledger.allocate(Item.master, group.part * 4)
-                if value < 4:
-                    ledger.release(clone)
+            if clone is not None:
+                ledger.release(clone)
         if self._settings.offload_optimizer:
             largest = max(self._sizes.values())
             ledger.allocate(Item.buckets, largest * value)  # temp_grad_buffer_for_gpu_offload
         else:
             zeros = [ledger.allocate(Item.gradients, g.part * 4) for g in self._groups]
             release_all(ledger, zeros)
+
+    def _flatten(self, group: FlatGroup, members: Sequence[Block]) -> None:
+        """`flatten_on_accelerator`; else each parameter is moved to the host, and flattened there.
+
+        On a CPU both are one memory, which holds a group twice.
+        """
+        ledger, flat = self._ledger, group.numel * self._job.value_bytes
+        if self._job.on_gpu:
+            ledger.touch_if_room(flat, on_host=2 * flat)
+            release_all(ledger, members)
+            ledger.allocate(group.members[0].item, flat)
+        else:
+            ledger.allocate(group.members[0].item, flat)
+            release_all(ledger, members)
 
     # ---------------------------------------------------------------------------------- backward
 
