@@ -56,7 +56,7 @@ def predict(arm: arms.Arm, folder: Path) -> dict[str, Any]:
     phases = device_phases(job)
     peak = max(phases, key=lambda phase: phase.allocated_bytes)
     return {
-        "phases": {str(phase.name): phase.allocated_bytes for phase in phases},
+        "phases": {str(phase.name): phase.allocated_bytes + phase.if_room for phase in phases},
         "items": {str(item): n for item, n in peak.items.items()},
         "seconds": time.perf_counter() - started,
     }
@@ -131,19 +131,26 @@ def _child(
     sender: Any, rank: int, port: int, arm: arms.Arm, folder: Path, options: dict[str, Any]
 ) -> None:
     warnings.filterwarnings("ignore")
+    try:
+        sender.send(measure_rank(arm, folder, rank, port, **options))
+    except Exception as error:
+        sender.send(f"{type(error).__name__}: {error}")
+
+
+def measure_rank(
+    arm: arms.Arm, folder: Path, rank: int, port: int, **options: Any
+) -> dict[str, Any]:
+    """`measure_here` as one rank of the arm's workers, all of which call this."""
     from posttrain_dist import dist
 
     process = dist.Process(rank=rank, world=arm.workers, local_rank=rank, master_port=port)
-    try:
-        if arm.stage is not None:
-            dist.start(process)
-        found: Any = measure_here(arm, folder, process=process, **options)
-    except Exception as error:
-        found = f"{type(error).__name__}: {error}"
-    sender.send(found)
-    if arm.stage is not None:
-        dist.barrier()
-        dist.stop()
+    if arm.stage is None:
+        return measure_here(arm, folder, process=process, **options)
+    dist.start(process)
+    found = measure_here(arm, folder, process=process, **options)
+    dist.barrier()
+    dist.stop()
+    return found
 
 
 def row_of(predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:

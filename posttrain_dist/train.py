@@ -98,8 +98,8 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
         )
         evaluate = Evaluate(engine, heldout, config.objective, eval_meter, config.train.eval_every)
         rate = partial(learning_rate, config.optimizer, total_steps=steps)  # type: ignore[arg-type]
-        Rehearsal(config, run_folder, engine, source, heldout, meter, manifest).run(start, steps)
         update_check = make_update_check(config, engine, policy, rate, start)
+        Rehearsal(config, run_folder, engine, source, heldout, meter, manifest).run(start, steps)
         facts = model_facts(config, policy, source)
         export = RunExport(config, run_folder, manifest, data.served, partial(notify, run_folder))
         with Log(config, run_folder, engine, source, facts, start) as log:

@@ -9,7 +9,11 @@ from posttrain_dist.models import Checkpointing
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.allocator import context_bytes, slack_bytes
 from posttrain_dist.planner.memory.disk import checkpoint_bytes, export_bytes
-from posttrain_dist.planner.memory.host import host_context_bytes, host_phases
+from posttrain_dist.planner.memory.host import (
+    host_context_bytes,
+    host_phases,
+    resuming_bytes,
+)
 from posttrain_dist.planner.memory.parameters import stored_parameters
 from posttrain_dist.planner.memory.phases import device_phases
 from posttrain_dist.planner.plan import Memory, Plan
@@ -86,7 +90,17 @@ def warnings_of(job: Job) -> tuple[str, ...]:
         )
     if not job.on_gpu:
         found.append("on a CPU times are rough: a factor of two")
+    resuming, has = resuming_bytes(job), job.machine.host_memory_bytes
+    if resuming > has:
+        found.append(
+            f"to go on from a checkpoint would take {_gib(resuming)} of a host of {_gib(has)}, for "
+            "DeepSpeed reads it whole on every rank: it needs a larger host, or fewer ranks on each"
+        )
     return tuple(found)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.0f} GiB"
 
 
 def settings_of(job: Job) -> dict[str, str]:

@@ -30,6 +30,7 @@ from posttrain_dist.checkpoint import store
 from posttrain_dist.checkpoint.manifest import Manifest
 from posttrain_dist.checkpoint.trained_state import state_writer
 from posttrain_dist.config import RunConfig
+from posttrain_dist.data.packs.collate import filler
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.errors import TrainingError
@@ -77,7 +78,8 @@ class Rehearsal:
             torch.cuda.reset_peak_memory_stats(device)
         with _random_states_kept(device):
             heaviest = self.source.heaviest(steps, pairs=_keeps_pairs(self.config))
-            for batches in heaviest:
+            # An update by next to nothing first: from the second step on there are moments.
+            for batches in ([filler(self.config.objective)], *heaviest):
                 self._update([batch.to(device) for batch in batches])
             if self.heldout is not None:
                 first = islice(self.heldout.eval_batches(), 1)

@@ -8,7 +8,9 @@ import subprocess
 import pytest
 import torch
 
+from posttrain_dist.engine import AdamW
 from posttrain_dist.engine.deepspeed import stderr_of_children
+from posttrain_dist.engine.single import SingleEngine
 from posttrain_dist.engine.state_files import read_state, without_code
 
 
@@ -39,3 +41,36 @@ def test_the_plain_reader_is_back_for_others(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="NO_WEIGHTS_ONLY"):
         assert torch.load(tmp_path / "x.pt")["limit"] == range(2)
     assert set(torch.serialization.get_safe_globals()) == before
+
+
+def test_a_state_is_taken_from_the_file_tensor_by_tensor(tmp_path, monkeypatch):
+    """A run that fills its GPU goes on there: weights and moments are never all there twice."""
+
+    def trained(dtype):
+        model = torch.nn.Linear(64, 64).to(dtype)
+        engine = SingleEngine(AdamW(), torch.device("cpu"))
+        engine.attach(model)
+        return model, engine
+
+    for dtype in (torch.float32, torch.bfloat16):
+        model, engine = trained(dtype)
+        model(torch.ones(1, 64, dtype=dtype)).sum().backward()
+        engine.step(1e-2)
+        engine.save_state(tmp_path)
+        asked = []
+
+        def load(*args, load=torch.load, asked=asked, **options):
+            asked.append((options["mmap"], str(options["map_location"])))
+            return load(*args, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "load", load)
+            other, second = trained(dtype)
+            second.load_state(tmp_path)
+        assert asked == [(True, "cpu")]
+        file = (tmp_path / "single.pt").read_bytes()
+        (tmp_path / "single.pt").write_bytes(bytes(len(file)))  # what was read is no view of it
+        for (_, ours), (_, theirs) in zip(engine.named_state(), second.named_state(), strict=True):
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert torch.equal(other.weight, model.weight)

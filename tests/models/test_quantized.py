@@ -287,8 +287,9 @@ def test_bytes_are_foretold_and_what_does_not_fit_is_refused(builders, tmp_path)
         state = getattr(parameter, "quant_state", None)
         held += parameter.nbytes
         if state is not None:
-            held += state.absmax.nbytes + state.state2.absmax.nbytes
-    assert quantized.nf4_bytes(network, 2) == pytest.approx(held, rel=0.01)
+            parts = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+            held += sum(part.nbytes for part in parts)
+    assert quantized.nf4_bytes(network, 2) == held
     big = build_network(
         {
             "model_type": "llama",

@@ -138,6 +138,20 @@ def test_the_table_of_the_zero_paper():
     assert item_bytes(job, PhaseName.forward, *STATES) == shards * 16
 
 
+def test_zero2_of_7b_on_eight_gpus():
+    # 2 + 14 / 8 bytes a parameter, 23.5 GiB (the formula of section 3, arXiv:1910.02054), are there
+    # after backward; then DeepSpeed makes one flat copy of its part of the gradients, and of that
+    # one in float32: 6 / 8 more. Loading takes less: 2 + 8 / 8, where there is no room for 4.
+    job = run("llama2-7b", A100, DeepSpeed(stage=2), Full(), 128, 1)
+    count = job.network.num_parameters
+    assert count * (2 + 14 / 8) / GIB == pytest.approx(23.5, abs=0.1)
+    held = item_bytes(job, PhaseName.update, *STATES)
+    assert held == pytest.approx(count * (2 + 20 / 8), rel=0.01)
+    load = next(phase for phase in device_phases(job) if phase.name is PhaseName.load)
+    assert load.allocated_bytes == pytest.approx(count * (2 + 8 / 8), rel=0.01)
+    assert load.allocated_bytes + load.if_room == pytest.approx(4 * count, rel=0.01)
+
+
 def test_qlora_of_65b_goes_from_780_gb_to_48():
     # Dettmers et al., arXiv:2305.14314: fine-tuning 65B in 16 bits takes more than 780 GB (12 bytes
     # a parameter, without a float32 master), QLoRA with r=64 on all layers less than 48 GB.

@@ -14,7 +14,7 @@ from zero_plan import plan_job
 from posttrain_dist.config import DeepSpeed, Full, Lora, Quantize, Single
 from posttrain_dist.models import Weights
 from posttrain_dist.planner.make_plan import make_plan
-from posttrain_dist.planner.memory.host import host_phases
+from posttrain_dist.planner.memory.host import host_context_bytes, host_phases, resuming_bytes
 from posttrain_dist.planner.memory.phases import device_phases
 from posttrain_dist.planner.plan import Choice, Item, PhaseName, Tried
 from posttrain_dist.planner.plan_file import read_choice, write_plan
@@ -121,3 +121,18 @@ def test_a_plan_file_keeps_both(tmp_path):
     read = read_choice(tmp_path)
     assert read.chosen.plan == tried.plan
     assert read.chosen.plan.device.phases[0].on_host > 0
+
+
+def test_a_host_that_could_not_read_a_checkpoint_is_warned_of():
+    # Each of 8 ranks reads all weights (stage 2), or its part of 12 bytes a parameter (stage 3).
+    flat = plan_job("llama3-8b", DeepSpeed(stage=2), Full(), gpus=8)
+    sharded = plan_job("llama3-8b", DeepSpeed(stage=3), Full(), gpus=8, workers=16)
+    count, programs = flat.network.num_parameters, host_context_bytes(flat)
+    assert resuming_bytes(flat) - programs == pytest.approx(8 * 2 * count)
+    assert resuming_bytes(sharded) - programs == pytest.approx(8 * 12 * count / 16)
+    lora = plan_job("llama3-8b", DeepSpeed(stage=2), Lora(rank=8), gpus=8)
+    alone = plan_job("llama3-8b", Single(), Full(), gpus=1)
+    assert resuming_bytes(lora) == resuming_bytes(alone) == 0
+    for gib, said in ((100, True), (200, False)):
+        warned = make_plan(with_gpu(flat, 80, host_memory_bytes=gib * GIB)).warnings
+        assert any("go on from a checkpoint" in text for text in warned) is said

@@ -4,6 +4,8 @@ Measured is the code of training itself, every tensor counted from the operation
 the moment when its last holder lets go.
 """
 
+import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -42,11 +44,24 @@ def test_the_peak_is_predicted(plan_truth, tmp_path, name):
         assert predicted == pytest.approx(measured, rel=0.02), phase
 
 
+@pytest.mark.parametrize("name", ["zero-2 recomputed 2 x 256"])
+def test_the_peak_of_ranks_is_predicted(plan_truth, tmp_path, run_workers, name):
+    arm = plan_truth.arms.ARMS[name]
+    predicted = plan_truth.predict(arm, tmp_path)
+    outputs = run_workers("measure_arm.py", arm.workers, name, tmp_path)
+    ranks = [json.loads(re.search(r"TOLD (.*)", output)[1]) for output in outputs]
+    row = plan_truth.row_of(predicted, plan_truth.fullest(ranks))
+    assert LOWEST <= row["error"] <= HIGHEST, row["phases"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)  # each of its runs is a process
 def test_the_table_holds(plan_truth):
     table = {name: plan_truth.compare(name) for name in plan_truth.arms.CPU}
     assert len(table) >= 40
+    assert {(arm.stage, arm.workers) for arm in plan_truth.arms.CPU.values()} >= {
+        (stage, workers) for stage in range(4) for workers in (1, 2)
+    }
     errors = {name: row["error"] for name, row in table.items()}
     assert statistics.median(map(abs, errors.values())) <= MEDIAN
     past = {name: error for name, error in errors.items() if not LOWEST <= error <= HIGHEST}

@@ -50,7 +50,7 @@ def planned(job):
     memory.before_backward(last=True)
     memory.after_backward(last=True)
     memory.update()
-    now = ledger.now()
+    now = ledger.items()
     words = {
         "weights": (Item.weights, Item.adapter),
         "master": (Item.master,),

@@ -139,8 +139,8 @@ def test_the_error_says_where_what_was_planned_and_what_fits(phase, base, folder
 
 
 def test_a_later_step_is_named(base, folder, monkeypatch):
-    """The rehearsal takes one update; the second one of the run is the third."""
-    fail_in(monkeypatch, MasterAdamW, "step", from_call=3)
+    """The rehearsal takes two updates; the second one of the run is the fourth."""
+    fail_in(monkeypatch, MasterAdamW, "step", from_call=4)
     with pytest.raises(OutOfMemory) as failure:
         train(base, folder)
     assert failure.value.where == "step 2"

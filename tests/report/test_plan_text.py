@@ -140,3 +140,21 @@ def test_why_the_fallbacks_above_were_not_taken():
         "full, ZeRO-3 was to fit, and ran out of memory when it was tried"
     )
     assert [row.chosen for row in fallback_rows(choice_json())] == [False] * 3 + [True, False]
+
+
+def test_what_is_taken_only_where_there_is_room_is_named_apart():
+    first, *others = PHASES
+    plans = [
+        dataclasses.replace(
+            FITS,
+            device=Memory((dataclasses.replace(first, **{name: 7 * GIB}), *others), 2 * GIB, GIB),
+        )
+        for name in ("if_room", "on_host")
+    ]
+    free, full = (plan_text(as_json(plan)) for plan in plans)
+    assert "load takes 7.00 GiB more for a moment, only if they are free" in free
+    assert "load takes 7.00 GiB of the host for each GPU: it has no room" in full
+    # Neither is a part of the phase.
+    assert free.replace(
+        "\n  load takes 7.00 GiB more for a moment, only if they are free", ""
+    ) == plan_text(as_json(FITS))

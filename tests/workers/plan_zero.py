@@ -1,7 +1,6 @@
 """What DeepSpeed holds on this rank, several cases: rank world port folder cases(JSON).
 
-Each case makes one update and a checkpoint; with "peaks" it goes through the whole measurement of
-`benchmarks/measured_memory.py` in its place.
+Each case makes one update and a checkpoint.
 """
 
 import json
@@ -13,14 +12,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "suite"), str(Path(__file__).parents[2])]
-from zero_plan import zero_config  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1] / "suite"))
+from zero_plan import zero_config
 
-from benchmarks.measured_memory import measure  # noqa: E402
-from posttrain_dist import dist  # noqa: E402
-from posttrain_dist.build import build_policy, make_engine, pick_dtype  # noqa: E402
-from posttrain_dist.checkpoint.trained_state import save_trained  # noqa: E402
-from posttrain_dist.data.packs.collate import filler  # noqa: E402
+from posttrain_dist import dist
+from posttrain_dist.build import build_policy, make_engine, pick_dtype
+from posttrain_dist.checkpoint.trained_state import save_trained
+from posttrain_dist.data.packs.collate import filler
 
 rank, world, port = (int(argument) for argument in sys.argv[1:4])
 folder, cases = Path(sys.argv[4]), json.loads(Path(sys.argv[5]).read_text())
@@ -106,21 +104,9 @@ def written(config, engine, number):
 told = []
 for number, case in enumerate(cases):
     config = zero_config(folder, case, world)
-    if case.get("peaks"):
-        told.append(
-            measure(
-                config,
-                case.get("samples", [case.get("length", 128)]),
-                accumulation=case.get("accumulation", 1),
-                process=process,
-                updates=case.get("updates", 2),
-                detailed=case.get("detailed", False),
-            )
-        )
-    else:
-        engine, policy, sent = update(config)
-        found = {"held": held(engine, policy), "written": written(config, engine, number)}
-        told.append(found | {"sent": sent})
+    engine, policy, sent = update(config)
+    found = {"held": held(engine, policy), "written": written(config, engine, number)}
+    told.append(found | {"sent": sent})
 print("TOLD " + json.dumps(told))
 dist.barrier()
 dist.stop()

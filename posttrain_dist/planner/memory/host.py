@@ -71,6 +71,24 @@ def host_phases(job: Job) -> tuple[Phase, ...]:
     )
 
 
+def resuming_bytes(job: Job) -> int:
+    """What a host holds of a checkpoint while its ranks go on from it; 0: nothing to speak of.
+
+    DeepSpeed reads whole files (`TorchCheckpointEngine.load`), each rank its own: first the
+    weights, of stages 0 to 2 all of them, then its part of masters and moments. `engine/single.py`
+    and what a small tuning keeps are read tensor by tensor.
+    """
+    engine = job.engine
+    if not isinstance(engine, DeepSpeed) or not job.tuning.whole_model:
+        return 0
+    stored = stored_parameters(job)
+    weights = 0 if _is_sharded(job) else sum(each.num_bytes for each in stored)
+    state = sum(each.size for each in stored if each.trained) * 12
+    each = max(weights, state // job.workers) if engine.stage else weights + state
+    resident = sum(_resident(job).values()) if job.on_gpu else 0
+    return resident + each * job.local_workers + host_context_bytes(job)
+
+
 def pinned(num_bytes: int) -> int:
     """What torch takes of the host for a pinned block."""
     return 1 << max(0, num_bytes - 1).bit_length() if num_bytes else 0

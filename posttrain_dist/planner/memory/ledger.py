@@ -37,6 +37,7 @@ class Ledger:
         self._phase: PhaseName | None = None
         self._highest = -1  # of this phase so far
         self._rising = False  # more than ever in this phase; written down when it falls
+        self._since = 0  # most since the last `highest_since`
         self._peaks: dict[PhaseName, tuple[int, dict[Item, int]]] = {}
         # What is done on the device where there is room: its highest total; else bytes of the host.
         self._with_room: Counter[PhaseName] = Counter()
@@ -71,6 +72,8 @@ class Ledger:
         if block.holders == 0:
             if self._rising:
                 self._write_down()
+            if self._total > self._since:
+                self._since = self._total
             self._now[block.item] -= block.num_bytes
             self._total -= block.num_bytes
 
@@ -87,7 +90,16 @@ class Ledger:
 
     def touch(self, item: Item, num_bytes: int) -> None:
         """Take memory and give it back at once: a temporary."""
-        self.release(self.allocate(item, num_bytes))
+        total = self._total + num_bytes
+        if total > self._highest:
+            self.release(self.allocate(item, num_bytes))
+        elif total > self._since:
+            self._since = total
+
+    def highest_since(self) -> int:
+        """The most that was allocated since this was last asked."""
+        highest, self._since = max(self._since, self._total), self._total
+        return highest
 
     def touch_if_room(self, num_bytes: int, *, on_host: int) -> None:
         """A temporary of a program that looks whether the device has room, and else takes the host.

@@ -147,9 +147,10 @@ def room_lines(memory: Mapping[str, Any], one: str) -> list[str]:
     for phase in memory["phases"]:
         name = phase["name"]
         if size := phase.get("if_room"):
-            found.append(f"{name} takes {numbers.memory(size)} more for a moment, being free then")
+            text = f"{name} takes {numbers.memory(size)} more for a moment, only if they are free"
+            found.append(text)
         if size := phase.get("on_host"):
-            text = f"{name} takes {numbers.memory(size)} of the host for each {one}, which is full"
+            text = f"{name} takes {numbers.memory(size)} of the host for each {one}: it has no room"
             found.append(text)
     return found
 

@@ -22,6 +22,7 @@ from posttrain_dist.report.plan.plan_figures import (
     hardware_of,
     mfu_text,
     model_name,
+    room_lines,
     seconds_text,
     speed_lines,
     storage_lines,
@@ -82,6 +83,7 @@ def plan_page(
                     device, plan["capacity_bytes"], plan["margin_bytes"], "CUDA context and NCCL"
                 ),
                 total_lines(device, host=False),
+                room_lines(device, one),
             ),
             *(
                 [
@@ -91,6 +93,7 @@ def plan_page(
                             host, plan["host_capacity_bytes"], 0, "programs of the processes"
                         ),
                         total_lines(host, host=True),
+                        [],
                     )
                 ]
                 if host["phases"]

@@ -1,15 +1,16 @@
 """Layers that are alike: the first and the last of them are replayed, those between are counted.
 
-Each layer adds the same to what is alive after its forward, and takes the same while it runs. So
-the fullest moment of a stretch of equal layers is in its first or its last one, in forward and in
-backward: between them memory rises or falls by equal steps. Of the layers between, the activations
-are one allocation; their parameters are gathered and their gradients handed to the engine one by
-one, because engines look ahead and fill buckets.
+Each layer adds the same to what is alive after its forward, and takes the same while it runs. Of
+the layers between, what one keeps is one allocation; their parameters are gathered and their
+gradients handed to the engine one by one, because engines look ahead and fill buckets. From one
+such call to the next the most that a replayed layer took is noted, and taken for a moment in each
+of the counted ones: a bucket may be fullest in the middle of the stretch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 
 from posttrain_dist.planner.memory.autograd import Call, Graph, Value
 from posttrain_dist.planner.memory.ledger import Block
@@ -47,61 +48,157 @@ def run_layers(
             index += 1
             continue
         before, start = graph.ledger.items(), len(graph.calls)
-        x = run(index, x)
+        with _Watch(graph) as forward:
+            x = run(index, x)
         after = graph.ledger.items()
-        growth = {item: after[item] - before[item] for item in after if item not in _OF_ENGINES}
-        calls = [_renamed(call, f"{name}.{index}.") for call in graph.calls[start:]]
-        between = [f"{name}.{i}." for i in range(index + 1, end - 1)]
-        x = _count(graph, x, between, growth, calls, recomputed=recomputed[index])
-        x = run(end - 1, x)
+        stretch = _Stretch(
+            prefixes=[f"{name}.{i}." for i in range(index + 1, end - 1)],
+            growth=[
+                (item, after[item] - before[item]) for item in after if item not in _OF_ENGINES
+            ],
+            calls=[_renamed(call, f"{name}.{index}.") for call in graph.calls[start:]],
+            recomputed=recomputed[index],
+            forward=forward.taken,
+        )
+        x = stretch.run(graph, x)
+        x = stretch.watched(graph, run(end - 1, x))
         index = end
     return x
 
 
-def _count(
-    graph: Graph,
-    x: Value,
-    prefixes: Sequence[str],
-    growth: dict[Item, int],
-    calls: Sequence[Call],
-    *,
-    recomputed: bool,
-) -> Value:
-    """The layers of these prefixes; `calls` are of one of them, names without their prefix."""
-    ledger, shards = graph.ledger, graph.shards
+class _Watch:
+    """Stands before the engine of a graph, and notes what is taken from one call to the next.
 
-    def gather(prefix: str, call: Call, *, backward: bool) -> list[str]:
-        names = [prefix + name for name in call.gathers]
-        shards.gather(names, backward=backward)
-        return names
+    Attributes:
+        taken: of each call, the most that there was since the call before it, over what there was
+            at first; what engines hold is left out.
+    """
 
-    def forward(prefix: str) -> None:
-        for call in calls:
-            shards.release(gather(prefix, call, backward=False), backward=False)
+    def __init__(self, graph: Graph) -> None:
+        self._graph, self._ledger, self._shards = graph, graph.ledger, graph.shards
+        self.taken: list[int] = []
+        self._first = self._held = 0
 
-    for prefix in prefixes:
-        forward(prefix)
-    blocks = [ledger.allocate(item, n * len(prefixes)) for item, n in growth.items() if n > 0]
-    if x.edge is None:  # nothing of them is kept
-        for block in blocks:
-            ledger.release(block)
-        return x
+    def __enter__(self) -> _Watch:
+        self._graph.shards = self
+        self._after()
+        self._first = self._ledger.total_bytes - self._held
+        return self
 
-    def back(gradient: Block) -> None:
-        for block in blocks:
-            ledger.release(block)
-        for prefix in reversed(prefixes):
-            if recomputed:
-                forward(prefix)
-            for call in reversed(calls):
-                names = gather(prefix, call, backward=True)
-                for name, num_bytes in call.parameters:
-                    shards.gradient(prefix + name, ledger.allocate(Item.gradients, num_bytes))
-                shards.release(names, backward=True)
-        graph.give(edge, ledger.hold(gradient))
+    def __exit__(self, *_: object) -> None:
+        self._before()
+        self._graph.shards = self._shards
 
-    edge = x.edge
-    return graph.through(x, back)
+    def gather(self, parameters: Sequence[str], *, backward: bool) -> None:
+        """As the engine does."""
+        self._before()
+        self._shards.gather(parameters, backward=backward)
+        self._after()
+
+    def release(self, parameters: Sequence[str], *, backward: bool) -> None:
+        """As the engine does."""
+        self._before()
+        self._shards.release(parameters, backward=backward)
+        self._after()
+
+    def gradient(self, parameter: str, block: Block) -> None:
+        """As the engine does."""
+        self._before()
+        self._shards.gradient(parameter, block)
+        self._after()
+
+    def _before(self) -> None:
+        self.taken.append(self._ledger.highest_since() - self._held - self._first)
+
+    def _after(self) -> None:
+        self._ledger.highest_since()
+        now = self._ledger.items()
+        self._held = sum(now.get(item, 0) for item in _OF_ENGINES)
+
+
+@dataclass
+class _Stretch:
+    """Equal layers of these prefixes that are counted.
+
+    Attributes:
+        growth: what is alive after the forward of one that was not before.
+        calls: of one of them, names without their prefix.
+        forward: what one takes in forward from call to call (`_Watch.taken`).
+        backward: the same of its backward.
+    """
+
+    prefixes: Sequence[str]
+    growth: Sequence[tuple[Item, int]]
+    calls: Sequence[Call]
+    recomputed: bool
+    forward: Sequence[int]
+    backward: _Watch | None = None
+
+    def run(self, graph: Graph, x: Value) -> Value:
+        """Their forward, with a backward if there is one."""
+        ledger, kept = graph.ledger, []
+        for prefix in self.prefixes:
+            taken = iter(self.forward)
+            self._forward(graph, prefix, taken)
+            _take(graph, taken)
+            if x.edge is not None:
+                kept.append([ledger.allocate(item, n) for item, n in self.growth if n > 0])
+        if x.edge is None:  # nothing of them is kept
+            return x
+        edge = x.edge
+
+        def back(gradient: Block) -> None:
+            assert self.backward is not None
+            self.backward.__exit__()
+            for prefix in reversed(self.prefixes):
+                self._backward(graph, prefix, iter(self.backward.taken))
+                for block in kept.pop():
+                    ledger.release(block)
+            graph.give(edge, ledger.hold(gradient))
+
+        return graph.through(x, back)
+
+    def watched(self, graph: Graph, x: Value) -> Value:
+        """The output of the layer after them, whose backward shows what one of them takes."""
+        if x.edge is None:
+            return x
+        edge = x.edge
+
+        def back(gradient: Block) -> None:
+            self.backward = _Watch(graph).__enter__()
+            graph.give(edge, graph.ledger.hold(gradient))
+
+        return graph.through(x, back)
+
+    def _forward(self, graph: Graph, prefix: str, taken: Iterator[int]) -> None:
+        for call in self.calls:
+            names = [prefix + name for name in call.gathers]
+            _take(graph, taken)
+            graph.shards.gather(names, backward=False)
+            _take(graph, taken)
+            graph.shards.release(names, backward=False)
+
+    def _backward(self, graph: Graph, prefix: str, taken: Iterator[int]) -> None:
+        if self.recomputed:
+            self._forward(graph, prefix, taken)
+        for call in reversed(self.calls):
+            names = [prefix + name for name in call.gathers]
+            _take(graph, taken)
+            graph.shards.gather(names, backward=True)
+            for name, num_bytes in call.parameters:
+                _take(graph, taken)
+                block = graph.ledger.allocate(Item.gradients, num_bytes)
+                graph.shards.gradient(prefix + name, block)
+            _take(graph, taken)
+            graph.shards.release(names, backward=True)
+        _take(graph, taken)
+
+
+def _take(graph: Graph, taken: Iterator[int]) -> None:
+    """What a layer takes until its next call to the engine, for a moment."""
+    most = next(taken, 0)
+    if most > 0:
+        graph.ledger.touch(Item.activations, most)
 
 
 def _renamed(call: Call, prefix: str) -> Call:
