@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from posttrain_dist.config.this_machine import trains_here
 from posttrain_dist.models import Checkpointing
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.allocator import context_bytes, slack_bytes
@@ -82,6 +83,11 @@ def warnings_of(job: Job) -> tuple[str, ...]:
     gpus = job.machine.gpus_per_node * getattr(job.config.cluster, "nodes", 1)
     if job.on_gpu and asked is None and job.workers < gpus:
         found.append(f"{job.workers} of {gpus} GPUs works; cluster=ray engine=auto takes them all")
+    if job.workers > job.local_workers and trains_here(job.config.cluster):
+        found.append(
+            f"{job.workers} workers take more nodes than this machine: set cluster.address of a "
+            "Ray cluster that has them, or cluster=slurm with cluster.nodes"
+        )
     if not job.on_gpu:
         found.append("on a CPU times are rough: a factor of two")
     resuming, has = resuming_bytes(job), job.machine.host_memory_bytes

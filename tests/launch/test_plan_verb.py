@@ -182,6 +182,7 @@ WARNED = {
     "uneven": (["train.batch_size=5"], "5 packs of a step do not divide by 4 workers"),
     "a micro-batch": (["train.micro_batch_size=16"], "micro_batch_size is 16, and a rank has 4 of"),
     "one GPU of four": (["cluster=local", "engine=single"], "1 of 4 GPUs works"),
+    "nodes of nobody": (["cluster=ray", "cluster.workers=8"], "8 workers take more nodes than"),
     "a CPU": (["hardware=cpu", "engine=single", "cluster=local"], "times are rough"),
 }
 

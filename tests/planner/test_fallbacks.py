@@ -23,7 +23,14 @@ from posttrain_dist.config import (
 )
 from posttrain_dist.errors import ConfigError
 from posttrain_dist.models import Checkpointing
-from posttrain_dist.planner.fallbacks import choose, following, nearest, try_all, with_choice
+from posttrain_dist.planner.fallbacks import (
+    choose,
+    following,
+    nearest,
+    reasons,
+    try_all,
+    with_choice,
+)
 from posttrain_dist.planner.machine import find_machine
 from posttrain_dist.planner.methods import methods
 from posttrain_dist.planner.plan_file import plan_entry, read_choice, read_plan, write_plan
@@ -139,6 +146,10 @@ def test_a_start_after_one_that_ran_out_of_memory_promises_less():
     places = [LADDER.index(name) for name in names]
     assert places == sorted(places) and places[-1] >= LADDER.index("LoRA")
     assert all(after <= 0.95 * before for before, after in pairwise(sizes))
+    # What was to fit and did not is said as that, never as memory that is missing.
+    last = following(following(choose(config, machine)))
+    said = [reason for reason in reasons(last) if " was to fit, and ran out of memory" in reason]
+    assert said and not [reason for reason in reasons(last) if ": -" in reason]
     # From the settings of one choice to those of the next: nothing of the first is left.
     first = choose(config, machine)
     second = following(first)

@@ -18,6 +18,25 @@ ROWS, WIDTH = 64, 32
 BYTES = ROWS * WIDTH * 4
 
 
+def test_a_block_that_is_resized_leaves_the_peaks_of_one_that_is_freed_and_made_again():
+    sizes, peaks = [5, 9, 2, 2, 7, 0, 8], []
+    for resizes in (True, False):
+        ledger, block = Ledger(), None
+        for phase, of_phase in ((PhaseName.forward, sizes[:4]), (PhaseName.backward, sizes[4:])):
+            with ledger.phase(phase):
+                for size in of_phase:
+                    if block is not None and resizes:
+                        ledger.resize(block, size)
+                    else:
+                        if block is not None:
+                            ledger.release(block)
+                        block = ledger.allocate(Item.gathered, size)
+                    ledger.touch(Item.workspace, 1)
+        peaks.append(ledger.phases())
+    assert peaks[0] == peaks[1]
+    assert [phase.allocated_bytes for phase in peaks[0]] == [10, 9]
+
+
 class KeptGradients:
     """An engine that keeps gradients and gathers nothing."""
 

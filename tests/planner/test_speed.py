@@ -158,6 +158,11 @@ def test_model_flops_are_those_of_the_parameters_and_of_causal_attention(make):
     assert model_flops(tied) == model_flops(make())
 
 
+def test_frozen_weights_have_no_gradient_in_the_share_of_the_peak(make):
+    less = model_flops(make()) - model_flops(make(tuning=Lora()))
+    assert less == pytest.approx(2 * (LINEARS + HEAD), rel=1e-4)
+
+
 def test_weights_in_nf4_are_made_whole_for_every_pass(make):
     plain, packed = (
         micro_batch(make(gpus=1, tuning=Lora(rank=8, quantize=quantize), recomputed=32))

@@ -89,6 +89,7 @@ def test_a_run_on_cpus_has_ranks_and_neither_slack_nor_margin():
     text = plan_text(as_json(plan))
     assert text.startswith("✓ fits: 3.17 TiB of each rank to spare\n")  # 65 * 50 GiB
     assert "slack" not in text and "CUDA" not in text and "kept free" not in text
+    assert "MFU" in plan_text(as_json(FITS)) and "MFU" not in text  # of no stated peak
     # 65 of 3,315 GiB would be no bar at all.
     assert "phases of a rank, allocated; a full bar is the fullest of them" in text
     (backward,) = (line for line in lines_of(text) if line[0] == "backward")
@@ -133,6 +134,11 @@ def test_why_the_fallbacks_above_were_not_taken():
         "most goes to copies for loading: 140 GiB",
         "full, one GPU: there are 32 GPUs",
     ]
+    # One that was to fit was tried: where it is passed over, it ran out of memory.
+    next_one = {**choice_json(), "chosen": "lora"}
+    assert why_not_above(next_one)[-1] == (
+        "full, ZeRO-3 was to fit, and ran out of memory when it was tried"
+    )
     assert [row.chosen for row in fallback_rows(choice_json())] == [False] * 3 + [True, False]
 
 

@@ -77,6 +77,17 @@ class Ledger:
             self._now[block.item] -= block.num_bytes
             self._total -= block.num_bytes
 
+    def resize(self, block: Block, num_bytes: int) -> None:
+        """Free it, and take so much in its place."""
+        more = num_bytes - block.num_bytes
+        if more < 0 and self._rising:
+            self._write_down()
+        block.num_bytes = num_bytes
+        self._now[block.item] += more
+        self._total += more
+        if self._total > self._highest:
+            self._highest, self._rising = self._total, True
+
     def touch(self, item: Item, num_bytes: int) -> None:
         """Take memory and give it back at once: a temporary."""
         total = self._total + num_bytes

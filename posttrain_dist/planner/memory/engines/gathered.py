@@ -77,12 +77,11 @@ class Gathered:
         return later[0] if later else places[0]
 
     def _set(self, count: int) -> None:
-        if self._block is not None:
-            self._ledger.release(self._block)
-            self._block = None
-        if count:
-            num_bytes = count * self._job.value_bytes
+        num_bytes = count * self._job.value_bytes
+        if self._block is None:
             self._block = self._ledger.allocate(Item.gathered, num_bytes)
+        elif self._block.num_bytes != num_bytes:
+            self._ledger.resize(self._block, num_bytes)
 
 
 @lru_cache(maxsize=8)
