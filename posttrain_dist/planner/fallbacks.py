@@ -200,7 +200,7 @@ def nothing_fits(tried: tuple[Tried, ...]) -> ConfigError:
 
 def miss(plan: Plan) -> str:
     """What a plan lacks, and on which item most is: the end of a sentence."""
-    on_device = plan.spare_bytes <= plan.host_spare_bytes
+    on_device = plan.spare_bytes < 0
     where = f"a {'GPU' if plan.on_gpu else 'process'}" if on_device else "a host"
     has = plan.capacity_bytes if on_device else plan.host_capacity_bytes
     return (
