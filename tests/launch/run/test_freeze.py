@@ -79,7 +79,8 @@ def test_reserved_names_are_no_paths(tmp_path):
         "embedded",
         "embedded",
     )
-    folder = freeze(composed(f"output_root={tmp_path}", "model.path=shape:qwen3-8b"), "c")
+    words = (f"output_root={tmp_path}", "model.path=shape:qwen3-8b")
+    folder = freeze(composed(*words), "c", force=True)
     config = RunConfig.from_yaml((folder / "config.yaml").read_text())
     assert config.model.path == "shape:qwen3-8b"
 
@@ -97,6 +98,7 @@ def test_run_json_tells_the_lineage(tmp_path):
         "config.yaml",
         "logs",
         "overrides.yaml",
+        "plan.json",
         "run.json",
     }
 
