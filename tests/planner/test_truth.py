@@ -44,6 +44,7 @@ def test_the_peak_is_predicted(plan_truth, tmp_path, name):
         assert predicted == pytest.approx(measured, rel=0.02), phase
 
 
+@pytest.mark.slow  # the partitions of two ranks are measured by default, test_zero_partitions.py
 @pytest.mark.parametrize("name", ["zero-2 recomputed 2 x 256"])
 def test_the_peak_of_ranks_is_predicted(plan_truth, tmp_path, run_workers, name):
     arm = plan_truth.arms.ARMS[name]
