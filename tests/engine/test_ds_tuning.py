@@ -125,9 +125,12 @@ def test_kept_memory_costs_no_page_faults_after_the_first_steps():
         "    return fill(80)\n"
         "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(4): step()\n"
-        "before = faults()\n"
-        "step()\n"
-        "print(faults() - before)\n"
+        "found = []\n"
+        "for _ in range(5):\n"  # the least: the kernel may take pages back between two of them
+        "    before = faults()\n"
+        "    step()\n"
+        "    found.append(faults() - before)\n"
+        "print(min(found))\n"
     )
 
     def faults(way: str) -> int:
