@@ -203,10 +203,8 @@ def miss(plan: Plan) -> str:
     on_device = plan.spare_bytes < 0
     where = f"a {'GPU' if plan.on_gpu else 'process'}" if on_device else "a host"
     has = plan.capacity_bytes if on_device else plan.host_capacity_bytes
-    return (
-        f"{_gib(-spare_bytes(plan))} are missing on {where} of {_gib(has)}; most is "
-        f"{plan.largest_item}"
-    )
+    lacks = -plan.spare_bytes if on_device else -plan.host_spare_bytes
+    return f"{_gib(lacks)} are missing on {where} of {_gib(has)}; most is {plan.largest_item}"
 
 
 def reasons(choice: Choice) -> list[str]:

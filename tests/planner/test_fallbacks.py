@@ -26,6 +26,7 @@ from posttrain_dist.models import Checkpointing
 from posttrain_dist.planner.fallbacks import (
     choose,
     following,
+    miss,
     nearest,
     reasons,
     try_all,
@@ -176,6 +177,18 @@ def test_nothing_fits_names_the_smallest_miss_and_what_helps():
         choose(*planned(1.5))
     assert "GiB are missing on a GPU of 1.5 GiB" in str(refused.value)
     assert "--largest data.max_length" in str(refused.value)
+
+
+def test_a_miss_has_the_bytes_of_the_place_that_it_names():
+    plan = choose(*planned(64)).chosen.plan
+    both = replace(plan, capacity_bytes=2 << 30, host_capacity_bytes=1 << 20)
+    host = replace(plan, host_capacity_bytes=1 << 20)
+    assert min(both.spare_bytes, both.host_spare_bytes) < 0 <= host.spare_bytes
+    assert miss(both).startswith(
+        f"{-both.spare_bytes / 2**30:,.1f} GiB are missing on a GPU of 2.0"
+    )
+    lacks = -host.host_spare_bytes / 2**30
+    assert miss(host).startswith(f"{lacks:,.1f} GiB are missing on a host of 0.0")
 
 
 def test_instead_of_what_does_not_fit_stands_its_own_method_first():

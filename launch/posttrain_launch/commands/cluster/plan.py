@@ -63,11 +63,11 @@ def _answer(line: CommandLine, composed: Composed) -> int:
     machine = find_machine(config, plans_only=True)
     _check_workers(config)
     facts = _facts(config)
-    asked = {"--largest", "--fewest"} & line.own.keys()
-    if len(asked) > 1 or (asked and "--all" in line.own):
-        raise ConfigError("stands beside another question", where=min(asked), fix="ask one")
-    if asked and "--html" in line.own:
-        fix = f"leave {min(asked)} out, or --html; --json has the answers too"
+    questions = {"--largest", "--fewest"} & line.own.keys()
+    if len(questions) > 1 or (questions and "--all" in line.own):
+        raise ConfigError("stands beside another question", where=min(questions), fix="ask one")
+    if questions and "--html" in line.own:
+        fix = f"leave {min(questions)} out, or --html; --json has the answers too"
         raise ConfigError("draws one plan, and no answers", where="--html", fix=fix)
     if "--largest" in line.own:
         key = line.own["--largest"][-1]
@@ -209,7 +209,7 @@ def _write_page(line: CommandLine, choice: Choice, verb: str) -> None:
 
 
 def _print_answers(
-    line: CommandLine, verb: str, title: str, answers: list[Answer], asked: str = GPUS
+    line: CommandLine, verb: str, title: str, answers: list[Answer], counted: str = GPUS
 ) -> int:
     from posttrain_dist.report.text_tables import text_table
 
@@ -233,7 +233,7 @@ def _print_answers(
         if each.refused:
             print(f"{each.name}: {each.refused}")
     if any(each.bounded for each in found):
-        print(f"+ {BOUNDS[asked]}, whatever the memory")
+        print(f"+ {BOUNDS[counted]}, whatever the memory")
     if not found:
         print("none of them fits with any value; posttrain plan --all shows what each misses")
         return FAILED
