@@ -57,4 +57,8 @@ def refuse_extremes(extremes: dict[str, torch.Tensor], folder: Path, *, num_tens
 def _share(parameter: Any) -> torch.Tensor | None:
     """What this rank has of a parameter: its part under ZeRO-3, the scales of a packed one."""
     share: torch.Tensor | None = packed_values(parameter)
-    return getattr(parameter, "ds_tensor", parameter) if share is None else share
+    if share is not None or not hasattr(parameter, "ds_id"):
+        return parameter if share is None else share
+    # What fills up the part of the last ranks is memory that nobody has written to.
+    part = parameter.ds_tensor.view(-1)
+    return part[: max(0, int(parameter.ds_numel) - dist.rank() * part.numel())]  # type: ignore[no-any-return]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -82,3 +83,18 @@ def test_ranks_that_hold_a_part_each_agree(config, tmp_path, run_workers):
         run_workers("train_runs.py", 2, run)
     said = "ModelError: .*model.safetensors: 1 of its 21 tensors hold NaN or infinity: lm_head"
     assert len(re.findall(said, str(caught.value))) == 2
+
+
+def test_what_fills_up_the_parts_of_three_ranks_is_no_number_of_the_model(
+    config, tmp_path, run_workers
+):
+    """ZeRO-3 cuts 512 numbers into three times 171, and writes nothing to the last one."""
+    engine = DeepSpeed(stage=3, persistence_threshold=0)
+    config = replace(config, engine=engine, train=replace(config.train, steps=3))
+    run = tmp_path / "run"
+    prepare(config, run / "prepared")
+    (run / "config.yaml").write_text(config.to_yaml())
+    run_workers("train_on_garbage.py", 3, run)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    norms = [row["train/grad_norm"] for row in rows if "train/grad_norm" in row]
+    assert len(norms) == 3 and all(map(math.isfinite, norms))
