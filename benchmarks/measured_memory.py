@@ -7,18 +7,18 @@
 checks, updates, an evaluation, a save. Tensors are counted by their storages, each from the
 operation that makes it to the moment when its last holder lets go (`StorageCounter`); what a kernel
 allocates for itself inside of one operation is seen by torch's profiler only, whose trace
-`profiled=True` puts beside it. Resident memory is of no use: the allocator keeps what is freed. On
-a GPU the allocator's own counter is read. Call it in a process of its own.
+`profiled=True` puts beside it. Under a dispatch mode torch adds no gradient in place to another, so
+the backward is traced once more without one. Resident memory is of no use: the allocator keeps what
+is freed. On a GPU the allocator's own counter is read. Call it in a process of its own.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -39,6 +39,7 @@ from posttrain_dist.dist import Process
 from posttrain_dist.flow import Batch, Example
 
 NUM_CHANNELS = 2
+BACKWARD = "backward"
 
 
 class StorageCounter(TorchDispatchMode):
@@ -170,7 +171,7 @@ def measure(
             start = getattr(counter, "total", 0)
             tracer: Any = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             with tracer if traced else nullcontext():
-                highest = _update(config, engine, batches, counter)
+                highest = _counted_update(config, engine, batches, counter)
         with counter.phase("evaluation"):
             _evaluate(config, engine, batches[0])
         with counter.phase("save"), TemporaryDirectory() as folder:
@@ -179,6 +180,12 @@ def measure(
             else:
                 Path(folder, "state").mkdir()
                 save_trained(engine, config.tuning.kept, 1, Path(folder) / "state")
+    if not on_gpu:
+        start = counter.total
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as tracer_alone:
+            _update(config, engine, batches)
+        peak = start + _traced_peak(tracer_alone, BACKWARD)
+        counter.peaks[BACKWARD] = min(peak, counter.peaks[BACKWARD])
     found = _found(counter, policy)
     if profiled:
         found["profiler"] = {"trace": _traced_peak(tracer), "counter": highest - start}
@@ -199,25 +206,35 @@ def _found(counter: Any, policy: Any) -> dict[str, Any]:
     return found
 
 
-def _update(config: RunConfig, engine: Any, batches: list[Batch], counter: Any) -> int:
+def _counted_update(config: RunConfig, engine: Any, batches: list[Batch], counter: Any) -> int:
     """One step of the loop; the most bytes of it."""
     before = dict(counter.peaks)
     counter.peaks.clear()
+    _update(config, engine, batches, counter.phase)
+    highest = max(counter.peaks.values())
+    for name, peak in before.items():
+        counter.peaks[name] = max(peak, counter.peaks.get(name, 0))
+    return highest  # type: ignore[no-any-return]
+
+
+def _update(
+    config: RunConfig,
+    engine: Any,
+    batches: list[Batch],
+    phase: Callable[[str], AbstractContextManager[Any]] = record_function,
+) -> None:
+    """One step of the loop, phase by phase."""
     objective: Any = config.objective
     counts = [objective.count(batch) for batch in batches]
     denominators = counts[0]._make([sum(values) for values in zip(*counts, strict=True)])
     engine.train(True)
     for i, batch in enumerate(batches):
-        with counter.phase("forward and loss"):
+        with phase("forward and loss"):
             loss = engine.forward(batch, objective, denominators)
-        with counter.phase("backward"):
+        with phase(BACKWARD):
             engine.backward(loss.total, last=i == len(batches) - 1)
-    with counter.phase("optimizer step"):
+    with phase("optimizer step"):
         engine.step(1e-4)
-    highest = max(counter.peaks.values())
-    for name, peak in before.items():
-        counter.peaks[name] = max(peak, counter.peaks.get(name, 0))
-    return highest
 
 
 @torch.no_grad()
@@ -259,21 +276,14 @@ def _weight(entry: tuple[tuple[str, int], int]) -> int:
     return -num_bytes * count
 
 
-def _traced_peak(traced: Any) -> int:
-    """The most bytes over the start, by the profiler's events of the allocator."""
-    events = [e for e in traced.profiler.kineto_results.events() if e.name() == "[memory]"]
+def _traced_peak(traced: Any, phase: str = "") -> int:
+    """The most bytes over the start, by the profiler's events of the allocator; of one phase."""
+    events = traced.profiler.kineto_results.events()
+    spans = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == phase]
     total = highest = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        highest = max(highest, total)
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    for time, num_bytes in sorted(changes, key=lambda change: change[0]):
+        total += num_bytes
+        if not phase or any(start <= time <= end for start, end in spans):
+            highest = max(highest, total)
     return highest
-
-
-# --------------------------------------------------------------------------------- model folders
-
-
-def write_config(folder: Path, values: dict[str, Any]) -> Path:
-    """A model folder that holds a config.json alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
-    return folder
