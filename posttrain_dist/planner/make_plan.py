@@ -16,6 +16,7 @@ from posttrain_dist.planner.memory.host import (
 )
 from posttrain_dist.planner.memory.parameters import stored_parameters
 from posttrain_dist.planner.memory.phases import device_phases
+from posttrain_dist.planner.methods import engine_name, tuning_name
 from posttrain_dist.planner.plan import Memory, Plan
 from posttrain_dist.planner.speed.step_time import speed_of
 
@@ -109,7 +110,7 @@ def settings_of(job: Job) -> dict[str, str]:
         "model": f"{job.config.model.path} ({job.network.shape.model_type})",
         "tuning": tuning_text(job),
         "optimizer": optimizer_text(job),
-        "engine": engine_text(job),
+        "engine": engine_name(job.config),
         "data.max_length": f"{job.config.data.max_length:,}",
         "packs of a step": f"{job.batch_size:,}",
         "micro-batch": f"{_row_packs(job)} packs, {job.accumulation} a step",
@@ -125,29 +126,16 @@ def _row_packs(job: Job) -> int:
 
 
 def tuning_text(job: Job) -> str:
-    """As "qlora (rank 16)"."""
+    """As "QLoRA (rank 16)"."""
     values = job.config.to_dict()["tuning"]
-    kind = str(values["kind"])
-    if kind == "lora" and values.get("dora"):
-        kind = "dora"
-    if values.get("quantize") == "nf4":
-        kind = "qlora" if kind == "lora" else f"{kind} on NF4"
     size = next((f"{name} {values[name]}" for name in ("rank", "tokens") if values.get(name)), "")
-    return f"{kind} ({size})" if size else kind
+    return f"{tuning_name(job.config)}{f' ({size})' * bool(size)}"
 
 
 def optimizer_text(job: Job) -> str:
     """As "paged adamw, 8 bits"."""
     optimizer = job.optimizer
     return f"{'paged ' * optimizer.paged}adamw, {optimizer.state_bits} bits"
-
-
-def engine_text(job: Job) -> str:
-    """As "ZeRO-3 with CPU offload"."""
-    values = job.config.to_dict()["engine"]
-    if values["kind"] == "single":
-        return "single"
-    return f"ZeRO-{values['stage']}{' with CPU offload' * bool(values['offload'])}"
 
 
 def checkpointing_text(job: Job) -> str:

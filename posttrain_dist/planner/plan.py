@@ -119,7 +119,7 @@ class Plan:
     """One run on one machine.
 
     Attributes:
-        settings: what the run is, flat and readable: "tuning": "lora (rank 16)", ...
+        settings: what the run is, flat and readable: "tuning": "LoRA (rank 16)", ...
         overrides: the command line words that make this run of the given one.
         hardware: name -> what one node has, as shown.
         capacity_bytes: what one GPU (or, on a CPU, one rank) has.

@@ -37,11 +37,6 @@ def traffic_bytes(job: Job) -> dict[str, int]:
     return found
 
 
-def crosses_nodes(job: Job) -> bool:
-    """Whether a ring over all ranks leaves a node."""
-    return job.workers > job.local_workers
-
-
 def _between_ranks(job: Job, stage: int, ring: float, gradients: int) -> dict[str, int]:
     if stage < 3:
         # Gradients are all-reduced at 1 and 2 as well: each rank then takes its part.

@@ -23,7 +23,6 @@ _DEFAULTS: dict[str, Any] = {
     "stage3_max_live_parameters": 1_000_000_000,
     "stage3_max_reuse_distance": 1_000_000_000,
     "stage3_param_persistence_threshold": 100_000,
-    "stage3_model_persistence_threshold": None,
     "memory_efficient_linear": True,
 }
 _PREFIX = "stage3_"
@@ -50,7 +49,6 @@ class ZeroSettings:
     max_live_parameters: int
     max_reuse_distance: int
     param_persistence_threshold: int
-    model_persistence_threshold: int | None
     efficient_linear: bool
     leaf: bool
     offload_optimizer: bool
@@ -95,7 +93,6 @@ def zero_settings(job: Job) -> ZeroSettings:
         max_live_parameters=int(plain["max_live_parameters"]),
         max_reuse_distance=int(plain["max_reuse_distance"]),
         param_persistence_threshold=int(plain["param_persistence_threshold"]),
-        model_persistence_threshold=plain["model_persistence_threshold"],
         efficient_linear=plain["memory_efficient_linear"],
         leaf="leaf_module" in plain,
         offload_optimizer=engine.offload and job.on_gpu,

@@ -144,23 +144,6 @@ class Part:
             return x
         return operations.dropout(graph, x, on_gpu=self.job.on_gpu)
 
-    def _queries_keys_values(
-        self, graph: Graph, x: Value, inputs: list[Linear]
-    ) -> tuple[Value, Value, Value]:
-        if len(inputs) == 3:
-            q, k, v = (self.project(graph, x, linear) for linear in inputs)
-            return q, k, v
-        heads = self.heads
-        widths = (
-            heads.num * heads.width,
-            heads.num_kv * heads.width,
-            heads.num_kv * heads.value_width,
-        )
-        joined = self.project(graph, x, inputs[-1])
-        row = joined.num_bytes // sum(widths)
-        q, k, v = graph.split(joined, [width * row for width in widths])
-        return q, k, v
-
     def _head_norm(self, graph: Graph, x: Value, which: str) -> Value:
         word = {"q": "query", "k": "key"}[which]
         ends = (f"{which}_norm", f"{which}_layernorm", f"{word}_layernorm")
