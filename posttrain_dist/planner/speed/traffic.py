@@ -43,11 +43,17 @@ def _between_ranks(job: Job, stage: int, ring: float, gradients: int) -> dict[st
         often = job.accumulation if stage == 2 else 1
         found = {REDUCE: round(2 * ring * gradients * often)}
         return found | ({GATHER_WEIGHTS: round(ring * gradients)} if stage else {})
-    gathered = sum(_gathered_bytes(job, each) for each in stored_parameters(job))
+    stored = stored_parameters(job)
+    gathered = sum(_gathered_bytes(job, each) for each in stored)
+    # Frozen embeddings have no backward.
+    first = {each.name for each in job.network.before}
+    skipped = sum(
+        _gathered_bytes(job, each) for each in stored if each.name in first and not each.trained
+    )
     scattered = 1 if zero_settings(job).reduce_scatter else 2
     return {
         GATHER_FORWARD: round(ring * gathered * job.accumulation),
-        GATHER_BACKWARD: round(ring * gathered * job.accumulation),
+        GATHER_BACKWARD: round(ring * (gathered - skipped) * job.accumulation),
         REDUCE: round(scattered * ring * gradients * job.accumulation),
     }
 

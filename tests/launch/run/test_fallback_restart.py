@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -90,8 +91,9 @@ def test_a_named_method_is_not_changed_and_the_error_names_what_fits(words, tmp_
     assert not (folder / "FINISHED").exists() and not (folder / "checkpoints").exists()
     assert "starting again" not in done.stdout
     (message,) = [each for each in done.stderr.split("error: ") if "out of memory" in each]
-    # The first batch goes forward for the check of the head, before the first step does it.
-    assert message.startswith("before step 1: out of memory in the forward and loss")
+    # The first batch goes forward for the check of the head, before the first step does it: where
+    # that fits, the step does not.
+    assert re.match(r"(before )?step 1: out of memory in the (forward and loss|backward)", message)
     assert "most of it activations" in message
     # The words are those of a plan that takes clearly less than this one's.
     proposal = message.partition("fix: use ")[2].partition(" (")[0].split()
