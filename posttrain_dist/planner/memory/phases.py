@@ -40,23 +40,33 @@ _UPDATES = (1, 2)
 
 @lru_cache(maxsize=8)
 def device_phases(job: Job) -> tuple[Phase, ...]:
-    """The fullest moment of each phase, in the order of a run."""
-    job = extended(job)
+    """The fullest moment of each phase, in the order of a run, with the row that takes most."""
+    rows = job.found_rows or (job.row_lengths,)
+    return max((_phases_of_row(job, row) for row in rows), key=_peak)
+
+
+def _peak(phases: tuple[Phase, ...]) -> int:
+    return max(phase.allocated_bytes for phase in phases)
+
+
+def _phases_of_row(job: Job, row: tuple[int, ...]) -> tuple[Phase, ...]:
+    """Of a run that trains on this row; held-out samples may be longer than those of any other."""
+    heldout, job = extended(job), extended(job.with_row(row))
     ledger = Ledger(room_bytes(job))
     engine = make_engine_memory(job, ledger)
     trained = frozenset(each.name for each in stored_parameters(job) if each.trained)
-    run = _Run(job, ledger, engine, trained)
+    run, evaluation = (_Run(each, ledger, engine, trained) for each in (job, heldout))
     with ledger.phase(PhaseName.load):
         engine.load()
         ledger.allocate(Item.weights, causal_buffer_bytes(job))
         ledger.allocate(Item.workspace, _cublas_bytes(job))
         run.check()
     if job.evaluates:
-        run.evaluate()
+        evaluation.evaluate()
     for most in _UPDATES:
         run.update(min(most, job.accumulation))
     if job.evaluates:
-        run.evaluate()
+        evaluation.evaluate()
     with ledger.phase(PhaseName.save):
         engine.save()
     with ledger.phase(PhaseName.export):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from posttrain_dist.data import MixBy
+from posttrain_dist.data.packs.heaviest import RowMemory
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.data.packs.mixing import Mixture, SourceSpec
 from posttrain_dist.data.prepared.arrays import Examples, SplitWriter, flatten
@@ -59,7 +60,7 @@ def test_no_micro_batch_of_the_run_is_heavier(examples, world, micro, epochs):
     for each in ranks:
         steps = each.total_steps(epochs=epochs)
     run = [b for each in ranks for k in range(1, steps + 1) for b in each.step(k)]
-    updates = ranks[0].heaviest(steps, pairs=True)
+    updates = ranks[0].heaviest(steps, RowMemory(pairs=True))
     found = [update[0] for update in updates]
     assert max(b.num_tokens for b in found) == max(b.num_tokens for b in run)
     assert max(map(squares, found)) == max(map(squares, run))
