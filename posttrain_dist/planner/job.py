@@ -12,7 +12,7 @@ from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.engine import AdamW, Engine
 from posttrain_dist.models import ModelConfig
 from posttrain_dist.models.network.tensors import Network
-from posttrain_dist.planner.memory.packed_rows import PackedRows, Rows
+from posttrain_dist.planner.memory.packed_rows import PackedRow, PackedRows
 from posttrain_dist.tuning.base import Tuning
 
 
@@ -85,8 +85,7 @@ class Job:
         value_bytes: of a weight or activation: 2 in bfloat16, 4 in float32.
         row_tokens: of one micro-batch, the heaviest that is possible: max_length times packs.
         row_lengths: of the samples of that row; as few as possible, each `sample_tokens` long.
-        found_rows: sample lengths of the rows of the prepared data of which one takes the most
-            memory; empty: not known.
+        found_rows: of the prepared data, of which one takes the most memory; empty: not known.
         supervised_share: of the tokens; 1 where the data is not known.
         sample_tokens: length of the longest sample; max_length where the data is not known.
         attention: sdpa, eager, varlen or flash: what will run, as `models/attention.py` chooses.
@@ -105,7 +104,7 @@ class Job:
     row_tokens: int
     sample_tokens: int
     row_lengths: tuple[int, ...]
-    found_rows: Rows
+    found_rows: tuple[PackedRow, ...]
     supervised_share: float
     attention: str
     batch_size: int

@@ -48,7 +48,7 @@ class MicroBatches:
 
 @dataclass(frozen=True, slots=True)
 class RowMemory:
-    """What a model keeps of a row beside something of each token.
+    """What a model keeps of a row beside something of each token, supervised or not.
 
     Attributes:
         pairs: attention keeps something of each pair of tokens of a sample.
@@ -60,10 +60,10 @@ class RowMemory:
     inserted: int = 0
     prefix: int = 0
 
-    def keys(self, lengths: Ints) -> list[Ints]:
+    def keys(self, lengths: Ints, supervised: Ints) -> list[Ints]:
         """Of each sample what adds up to the memory of a row, the tokens of the model first."""
         seen = lengths.astype(np.int64) + self.inserted
-        found = [seen]
+        found = [seen, supervised]  # head and last MLP run on the latter alone
         if self.pairs:
             found.append(seen * (seen + self.prefix))
         if self.prefix:
@@ -72,33 +72,25 @@ class RowMemory:
 
 
 def heaviest_rows(
-    order: Order,
-    split: MicroBatches,
-    lengths: Ints,
-    supervised: Ints,
-    packs: int,
-    memory: RowMemory,
+    order: Order, split: MicroBatches, keys: Sequence[Ints], ties: Sequence[Ints], packs: int
 ) -> list[list[int]]:
-    """Samples of the micro-batches with the largest sum of each key of `memory`, each once.
-
-    Of equal ones the heavier in all else that counts comes: below the difference of one token.
+    """Samples of the micro-batch with the largest sum of each key.
 
     Args:
         order: of the run.
-        lengths: tokens of each sample.
-        supervised: of each sample, those with a loss.
+        keys: each a number for every sample.
+        ties: as keys; of micro-batches that are equal in one, that which is heavier in these is
+            taken. They count for less than 1 of a key.
         packs: of the run, from its first, in which they are looked for.
     """
-    keys = memory.keys(lengths)
-    ties = [lengths.astype(np.int64) ** 2, supervised]
     sums = order.sums((*keys, *ties), packs)
     largest = np.maximum(sums.max(axis=1, keepdims=True), 1).astype(float)
     shares = sums / largest
-    found: dict[tuple[int, ...], None] = {}
-    for key, most in zip(shares, largest[: len(keys), 0], strict=False):
-        tie = shares[len(keys) :].sum(axis=0) / (4 * split.micro_batch_size * most)
-        found[tuple(_heaviest_of(order, split, key + tie))] = None
-    return [list(samples) for samples in found]
+    tie = shares[len(keys) :].sum(axis=0) / (2 * max(1, len(ties)) * split.micro_batch_size)
+    return [
+        _heaviest_of(order, split, key + tie / most)
+        for key, most in zip(shares[: len(keys)], largest[:, 0], strict=False)
+    ]
 
 
 def _heaviest_of(order: Order, split: MicroBatches, key_P: npt.NDArray[np.float64]) -> list[int]:

@@ -133,23 +133,24 @@ class PackedSource:
 
     def heaviest(self, steps: int, memory: RowMemory | None = None) -> list[list[Batch]]:
         """An update for each way in which a micro-batch may take the most memory of a run of
-        `steps`: that with most tokens first, then what `memory` adds; the same on all ranks,
-        whichever of them has it in the run.
+        `steps`: that with most tokens first, that with most targets, then what `memory` adds; the
+        same on all ranks, whichever of them has it in the run.
 
         A micro-batch comes twice where the run adds up several, so that gradients are there when
         the second one begins.
         """
         examples, split = self._examples, self._split
+        lengths = examples.lengths.astype(np.int64)
         found = heaviest_rows(
             self._order,
             split,
-            examples.lengths,
-            examples.supervised,
-            min(steps * split.batch_size, SCANNED_PACKS),
-            memory or RowMemory(),
+            keys=(memory or RowMemory()).keys(lengths, examples.supervised),
+            ties=(lengths**2, examples.supervised),
+            packs=min(steps * split.batch_size, SCANNED_PACKS),
         )
         adds_up = -(-split.batch_size // split.world) > split.micro_batch_size
-        return [[self._collate(samples)] * (2 if adds_up else 1) for samples in found]
+        once = dict.fromkeys(map(tuple, found))
+        return [[self._collate(samples)] * (2 if adds_up else 1) for samples in once]
 
     def _assigned(self, packs: Sequence[Ints]) -> Iterator[Batch]:
         shares = self._split.shares(packs)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
 
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.packs.balance import Cost
@@ -20,7 +23,17 @@ from posttrain_dist.models.shape import ModelShape
 # Of a run, from its first: the heaviest of as many packs is hardly below that of more.
 SCANNED_PACKS, SCANNED_EPOCHS = 1 << 16, 256
 
-Rows = tuple[tuple[int, ...], ...]
+
+class PackedRow(NamedTuple):
+    """One row.
+
+    Attributes:
+        lengths: tokens of each sample, the longest first.
+        supervised: tokens with a loss.
+    """
+
+    lengths: tuple[int, ...]
+    supervised: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,10 +46,12 @@ class PackedRows:
 
     examples: Examples
     _orders: dict[object, Order] = field(default_factory=dict)
-    _found: dict[object, Rows] = field(default_factory=dict)
+    _found: dict[object, tuple[PackedRow, ...]] = field(default_factory=dict)
 
-    def heaviest(self, config: RunConfig, shape: ModelShape, world: int, memory: RowMemory) -> Rows:
-        """Lengths of the samples of each row that may take the most memory, the longest first.
+    def heaviest(
+        self, config: RunConfig, shape: ModelShape, world: int, memory: RowMemory
+    ) -> tuple[PackedRow, ...]:
+        """The rows of which one takes the most memory of the run, on whichever rank.
 
         Args:
             config: completed; of the run that the data was prepared for.
@@ -50,18 +65,34 @@ class PackedRows:
         if key not in self._found:
             if run not in self._orders:
                 self._orders[run] = self._order(config)
-            lengths, supervised = self.examples.lengths, self.examples.supervised
-            cost = Cost.of_model(shape.hidden_size, shape.num_layers, shape.vocab_size)
-            costs = cost.of(lengths, supervised)
-            split = MicroBatches(costs, train.batch_size, train.micro_batch_size, world)
-            packs = self._scanned(config)
-            if train.steps is not None:
-                packs = min(packs, train.steps * train.batch_size)
-            found = heaviest_rows(self._orders[run], split, lengths, supervised, packs, memory)
-            self._found[key] = tuple(
-                tuple(sorted((int(lengths[i]) for i in samples), reverse=True)) for samples in found
-            )
+            self._found[key] = self._find(config, shape, world, memory, self._orders[run])
         return self._found[key]
+
+    def _find(
+        self, config: RunConfig, shape: ModelShape, world: int, memory: RowMemory, order: Order
+    ) -> tuple[PackedRow, ...]:
+        train, supervised = config.train, self.examples.supervised
+        lengths = self.examples.lengths.astype(np.int64)
+        cost = Cost.of_model(shape.hidden_size, shape.num_layers, shape.vocab_size)
+        costs = cost.of(lengths, supervised)
+        packs = self._scanned(config)
+        if train.steps is not None:
+            packs = min(packs, train.steps * train.batch_size)
+        found = heaviest_rows(
+            order,
+            MicroBatches(costs, train.batch_size, train.micro_batch_size, world),
+            keys=memory.keys(lengths, supervised),
+            ties=(lengths**2, supervised),
+            packs=packs,
+        )
+        rows = (
+            PackedRow(
+                tuple(sorted(lengths[samples].tolist(), reverse=True)),
+                int(supervised[samples].sum()),
+            )
+            for samples in found
+        )
+        return tuple(dict.fromkeys(rows))
 
     def _order(self, config: RunConfig) -> Order:
         data, train = config.data, config.train

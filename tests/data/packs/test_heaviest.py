@@ -65,7 +65,8 @@ def test_no_micro_batch_of_the_run_is_heavier(examples, world, micro, epochs):
     assert max(b.num_tokens for b in found) == max(b.num_tokens for b in run)
     assert max(map(squares, found)) == max(map(squares, run))
     fullest = [b for b in run if b.num_tokens == max(b.num_tokens for b in run)]
-    (most,) = ranks[-1].heaviest(steps)
+    assert max(b.num_targets for b in found) == max(b.num_targets for b in run)
+    most, *_ = ranks[-1].heaviest(steps)
     assert most[0].num_tokens == fullest[0].num_tokens
     assert most[0].sample_id_S in [b.sample_id_S for b in fullest], "it is one of the run"
     if micro == 1:
