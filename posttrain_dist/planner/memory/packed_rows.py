@@ -23,12 +23,14 @@ from posttrain_dist.models.shape import ModelShape
 # Of a run, from its first: the heaviest of as many packs is hardly below that of more.
 SCANNED_PACKS, SCANNED_EPOCHS = 1 << 16, 256
 
+_WHOLE = 1 << 48  # of all keys of a split together, in whole numbers
+
 
 class PackedRow(NamedTuple):
     """One row.
 
     Attributes:
-        lengths: tokens of each sample, the longest first.
+        lengths: tokens of each sample, in their order.
         supervised: tokens with a loss.
     """
 
@@ -75,21 +77,21 @@ class PackedRows:
         lengths = self.examples.lengths.astype(np.int64)
         cost = Cost.of_model(shape.hidden_size, shape.num_layers, shape.vocab_size)
         costs = cost.of(lengths, supervised)
+        keys = memory.keys(lengths, supervised)
+        # A row with much of each may take more than one that has most of a single key.
+        together = _WHOLE * np.mean([key / max(1, int(key.sum())) for key in keys], axis=0)
         packs = self._scanned(config)
         if train.steps is not None:
             packs = min(packs, train.steps * train.batch_size)
         found = heaviest_rows(
             order,
             MicroBatches(costs, train.batch_size, train.micro_batch_size, world),
-            keys=memory.keys(lengths, supervised),
+            keys=(*keys, together.astype(np.int64)),
             ties=(lengths**2, supervised),
             packs=packs,
         )
         rows = (
-            PackedRow(
-                tuple(sorted(lengths[samples].tolist(), reverse=True)),
-                int(supervised[samples].sum()),
-            )
+            PackedRow(tuple(lengths[samples].tolist()), int(supervised[samples].sum()))
             for samples in found
         )
         return tuple(dict.fromkeys(rows))
