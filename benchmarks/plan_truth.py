@@ -45,9 +45,7 @@ def predict(arm: arms.Arm, folder: Path) -> dict[str, Any]:
 
     config = arms.config_of(arm, folder)
     job = replace(
-        make_job(config, find_machine(config, plans_only=False)),
-        row_tokens=sum(arm.sample_tokens),
-        sample_tokens=max(arm.sample_tokens),
+        make_job(config, find_machine(config, plans_only=False)).with_row(arm.sample_tokens),
         supervised_share=arm.supervised_share,
         accumulation=arm.accumulation,
         evaluates=True,

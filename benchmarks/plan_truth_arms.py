@@ -166,6 +166,9 @@ def _llama(**sizes: Any) -> dict[str, Any]:
 
 
 _LONG = (6144,)
+# Rows of samples of unequal lengths, and of many short ones.
+_UNEVEN = (512, 256, *(64,) * 8, *(24,) * 16)
+_SHORT = (40,) * 24
 _NARROW = _llama(hidden_size=128, intermediate_size=352, num_attention_heads=4, head_dim=32)
 _BF16 = Dtype.bfloat16
 
@@ -233,6 +236,10 @@ CPU: dict[str, Arm] = {
     "prompt": Arm(tuning=Prompt(tokens=64), sample_tokens=(256, 256)),
     "p_tuning": Arm(tuning=PTuning(tokens=64), sample_tokens=(256, 256)),
     "prefix": Arm(tuning=Prefix(tokens=64), sample_tokens=(256, 256)),
+    "prompt 24 x 40": Arm(tuning=Prompt(tokens=64), sample_tokens=_SHORT),
+    "p_tuning 24 x 40": Arm(tuning=PTuning(tokens=64), sample_tokens=_SHORT),
+    "prefix 24 x 40": Arm(tuning=Prefix(tokens=64), sample_tokens=_SHORT),
+    "prefix uneven": Arm(tuning=Prefix(tokens=64), sample_tokens=_UNEVEN),
     "bottleneck houlsby": Arm(tuning=Bottleneck(placement=Placement.houlsby)),
     "bottleneck parallel": Arm(tuning=Bottleneck(placement=Placement.parallel, reduction=4)),
     # DeepSpeed.
@@ -256,6 +263,11 @@ CPU: dict[str, Arm] = {
     "qwen3 2048": Arm(model=QWEN3, sample_tokens=(2048,)),
     "gemma2": Arm(model=GEMMA2),
     "gemma2 1024": Arm(model=GEMMA2, sample_tokens=(1024,)),
+    "gemma2 uneven": Arm(model=GEMMA2, sample_tokens=_UNEVEN),
+    "gemma2 uneven checkpoint 3": Arm(model=GEMMA2, sample_tokens=_UNEVEN, checkpoint_layers=3),
+    "gemma2 24 x 40": Arm(model=GEMMA2, sample_tokens=_SHORT),
+    "gemma2 bf16 uneven": Arm(model=GEMMA2, sample_tokens=_UNEVEN, dtype=_BF16),
+    "gemma2 prompt uneven": Arm(model=GEMMA2, tuning=Prompt(tokens=16), sample_tokens=_UNEVEN),
     "gpt2": Arm(model=GPT2),
     "gpt2 1024": Arm(model=GPT2, sample_tokens=(1024,)),
     # Shapes.
@@ -333,6 +345,10 @@ PAIRS = (
     ("qwen3", "qwen3 2048"),
     ("gemma2", "gemma2 1024"),
     ("gpt2", "gpt2 1024"),
+    ("gemma2", "gemma2 uneven"),
+    ("gemma2 24 x 40", "gemma2 uneven"),
+    ("prompt", "prompt 24 x 40"),
+    ("prefix", "prefix 24 x 40"),
     *((f"zero-{s} on 2", f"zero-{s} on 1") for s in (1, 2, 3)),
     *((f"zero-{s} on 2", f"zero-{s + 1} on 2") for s in (0, 2)),  # full in forward: 1 is as 2
     *((f"zero-{s} on 2", f"zero-{s} 1024") for s in (2, 3)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -149,6 +149,7 @@ def planned_job(
         complete,
     )
     from posttrain_dist.models import Checkpointing
+    from posttrain_dist.planner.job import fullest_row
     from posttrain_dist.planner.machine import find_machine
     from posttrain_dist.planner.make_job import make_job
 
@@ -170,7 +171,7 @@ def planned_job(
         config.model.path = folder
         config = complete(config)
         job = make_job(config, find_machine(config, plans_only=gpu))
-    return replace(job, sample_tokens=min(shape.sample, tokens))
+    return job.with_row(fullest_row(tokens, min(shape.sample, tokens)))
 
 
 def foretold_bytes(job: Any) -> int:

@@ -94,6 +94,14 @@ class ModelShape:
             value_head_dim=value_head_dim,
         )
 
+    def keeps_pairs(self, longest: int) -> bool:
+        """Whether attention that is no kernel for packed rows may keep something of each pair of
+        tokens of a sample, of which the longest has so many.
+        """
+        windows = any(window is not None and window < longest for window in self.window_L)
+        written_out = bool(self.attention_softcap or self.attention_dropout)
+        return windows or written_out or self.widest_head != self.value_head_dim
+
 
 def read_size(values: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
     """A size of a config.json: a positive whole number.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from posttrain_dist.config import RunConfig
+from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.engine import AdamW, Engine
 from posttrain_dist.models import ModelConfig
 from posttrain_dist.models.network.tensors import Network
+from posttrain_dist.planner.memory.packed_rows import PackedRow, PackedRows
 from posttrain_dist.tuning.base import Tuning
 
 
@@ -43,6 +47,7 @@ class DataFacts:
         supervised: of these, those with a weight in the loss.
         longest: tokens of the longest sample, held-out ones included.
         heldout_tokens: of the samples that evaluation reads.
+        rows: what is packed of it; None: not known.
     """
 
     tokens: int
@@ -50,10 +55,17 @@ class DataFacts:
     longest: int
     channels: int
     heldout_tokens: int
+    rows: PackedRows | None = None
 
     @classmethod
-    def of(cls, summary: Summary) -> DataFacts:
-        """What `prepare` found and wrote."""
+    def read(cls, folder: Path) -> DataFacts:
+        """What `prepare` found and wrote.
+
+        Raises:
+            DataError: the folder was not prepared, or by another version.
+        """
+        summary = Summary.read(folder)
+        examples = Examples.open(folder, "train", summary.channels)
         train, heldout = (summary.splits.get(split, {}).values() for split in ("train", "eval"))
         return cls(
             tokens=sum(counts.tokens for counts in train),
@@ -61,6 +73,7 @@ class DataFacts:
             longest=summary.longest,
             channels=len(summary.channels),
             heldout_tokens=sum(counts.tokens for counts in heldout),
+            rows=PackedRows(examples) if len(examples) else None,
         )
 
 
@@ -71,6 +84,8 @@ class Job:
     Attributes:
         value_bytes: of a weight or activation: 2 in bfloat16, 4 in float32.
         row_tokens: of one micro-batch, the heaviest that is possible: max_length times packs.
+        row_lengths: of the samples of that row; as few as possible, each `sample_tokens` long.
+        found_rows: of the prepared data, of which one takes the most memory; empty: not known.
         supervised_share: of the tokens; 1 where the data is not known.
         sample_tokens: length of the longest sample; max_length where the data is not known.
         attention: sdpa, eager, varlen or flash: what will run, as `models/attention.py` chooses.
@@ -88,6 +103,8 @@ class Job:
     value_bytes: int
     row_tokens: int
     sample_tokens: int
+    row_lengths: tuple[int, ...]
+    found_rows: tuple[PackedRow, ...]
     supervised_share: float
     attention: str
     batch_size: int
@@ -105,6 +122,16 @@ class Job:
         """Whether the ranks have GPUs."""
         return self.machine.gpu is not None
 
+    def with_row(self, lengths: Sequence[int]) -> Job:
+        """The same with a row of samples of these lengths."""
+        return replace(
+            self,
+            row_tokens=sum(lengths),
+            sample_tokens=max(lengths),
+            row_lengths=tuple(lengths),
+            found_rows=(),
+        )
+
     @property
     def recomputed_layers(self) -> int:
         """How many layers, from the first, drop their activations."""
@@ -114,3 +141,9 @@ class Job:
         if mode is Checkpointing.selective:
             return min(self.model.checkpoint_layers or 0, len(self.network.layers))
         return len(self.network.layers) if mode is Checkpointing.full else 0
+
+
+def fullest_row(row_tokens: int, longest: int) -> tuple[int, ...]:
+    """Lengths of the samples of a row that are as long as they may be."""
+    full, rest = divmod(row_tokens, longest)
+    return (longest,) * full + ((rest,) if rest else ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import assert_never
@@ -20,6 +21,7 @@ from posttrain_dist.config import (
     Slurm,
 )
 from posttrain_dist.config.devices import DEVICES
+from posttrain_dist.data.packs.heaviest import RowMemory
 from posttrain_dist.errors import ConfigError
 from posttrain_dist.models import Attention, Weights
 from posttrain_dist.models.folder import read_network as network_of_folder
@@ -27,7 +29,7 @@ from posttrain_dist.models.folder import resolve
 from posttrain_dist.models.network.tensors import Network
 from posttrain_dist.models.quantized import check_base
 from posttrain_dist.models.shape import ModelShape
-from posttrain_dist.planner.job import DataFacts, Job, Machine
+from posttrain_dist.planner.job import DataFacts, Job, Machine, fullest_row
 
 # Of the kernels for packed rows, as in models/varlen.py.
 MAX_HEAD_DIM, CAPABILITY = 256, 8.0
@@ -60,8 +62,11 @@ def make_job(config: RunConfig, machine: Machine, facts: DataFacts | None = None
     row_packs = min(config.train.micro_batch_size, packs)
     length = config.data.max_length
     supervised = facts.supervised / max(1, facts.tokens) if facts else 1.0
-    row_tokens = length * row_packs
-    return Job(
+    row_tokens, longest = length * row_packs, length
+    if facts is not None:
+        row_tokens = min(row_tokens, facts.tokens or row_tokens)
+        longest = min(longest, facts.longest or longest)
+    job = Job(
         network=network,
         model=config.model,
         tuning=config.tuning,
@@ -69,8 +74,10 @@ def make_job(config: RunConfig, machine: Machine, facts: DataFacts | None = None
         engine=config.engine,
         machine=machine,
         value_bytes=value_bytes,
-        row_tokens=min(row_tokens, facts.tokens) if facts and facts.tokens else row_tokens,
-        sample_tokens=min(length, facts.longest) if facts and facts.longest else length,
+        row_tokens=row_tokens,
+        sample_tokens=longest,
+        row_lengths=fullest_row(row_tokens, longest),
+        found_rows=(),
         supervised_share=supervised,
         attention=choose_attention(config.model.attention, network.shape, machine, value_bytes),
         batch_size=config.train.batch_size,
@@ -83,6 +90,19 @@ def make_job(config: RunConfig, machine: Machine, facts: DataFacts | None = None
         tokens=_run_tokens(config, facts),
         config=config,
     )
+    if facts is None or facts.rows is None:
+        return job
+    found = facts.rows.heaviest(config, network.shape, workers, row_memory(job))
+    return replace(job, found_rows=found)
+
+
+def row_memory(job: Job) -> RowMemory:
+    """What the model of a job keeps of a row beside something of each token."""
+    inserted = job.tuning.inserted_tokens
+    prefix = job.tuning.virtual_tokens - inserted
+    kept = prefix > 0 or job.network.shape.keeps_pairs(job.sample_tokens)
+    pairs = job.attention == "eager" or (job.attention == "sdpa" and kept)
+    return RowMemory(pairs=pairs, inserted=inserted, prefix=prefix)
 
 
 def read_network(config: RunConfig) -> Network:

@@ -103,8 +103,8 @@ def prepare_cached(
     return cached
 
 
-def find_prepared(config: RunConfig) -> Summary | None:
-    """What the cache has of the data of a config; None: it was not prepared.
+def find_prepared(config: RunConfig) -> Path | None:
+    """The folder that the cache has of the data of a config; None: it was not prepared.
 
     Raises:
         PosttrainError: model folder, tokenizer or data cannot be used.
@@ -114,7 +114,7 @@ def find_prepared(config: RunConfig) -> Summary | None:
 
     inputs = fingerprint.fingerprint(config, only_heldout=False)
     cached = cache_folder(config.data.cache) / inputs.key
-    return Summary.read(cached) if is_whole(cached) else None
+    return cached if is_whole(cached) else None
 
 
 def _say_date(inputs: Inputs, say: Log) -> None:

@@ -31,6 +31,7 @@ from posttrain_dist.checkpoint.manifest import Manifest
 from posttrain_dist.checkpoint.trained_state import state_writer
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.packs.collate import filler
+from posttrain_dist.data.packs.heaviest import RowMemory
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.errors import TrainingError
@@ -77,7 +78,7 @@ class Rehearsal:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with _random_states_kept(device):
-            heaviest = self.source.heaviest(steps, pairs=_keeps_pairs(self.config))
+            heaviest = self.source.heaviest(steps, _row_memory(self.config))
             # An update by next to nothing first: from the second step on there are moments.
             for batches in ([filler(self.config.objective)], *heaviest):
                 self._update([batch.to(device) for batch in batches])
@@ -137,10 +138,13 @@ class Rehearsal:
         )
 
 
-def _keeps_pairs(config: RunConfig) -> bool:
-    """Whether attention may be the plain one, whose scores of all pairs stay for backward."""
-    capped = read_shape(config.model.path).attention_softcap
-    return config.model.attention is Attention.eager or bool(capped)
+def _row_memory(config: RunConfig) -> RowMemory:
+    """What may be kept of a row, whichever attention runs."""
+    inserted = config.tuning.inserted_tokens
+    prefix = config.tuning.virtual_tokens - inserted
+    kept = prefix > 0 or read_shape(config.model.path).keeps_pairs(config.data.max_length)
+    pairs = config.model.attention is Attention.eager or kept
+    return RowMemory(pairs=pairs, inserted=inserted, prefix=prefix)
 
 
 @contextlib.contextmanager

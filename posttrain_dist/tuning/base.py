@@ -117,6 +117,11 @@ class Tuning:
         """How many positions come before those of a sample."""
         return 0
 
+    @property
+    def inserted_tokens(self) -> int:
+        """How many of these are tokens of the row; the others are keys and values alone."""
+        return self.virtual_tokens
+
     def extend(self, batch: Batch) -> Batch:
         """The row that the model runs on: with virtual tokens, if there are any.
 

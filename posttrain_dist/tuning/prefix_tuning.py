@@ -49,6 +49,11 @@ class Prefix(VirtualTuning):
         """Ranges."""
         return [*VirtualTuning.rules(self), text_rule(self.init_text)]
 
+    @property
+    def inserted_tokens(self) -> int:
+        """None: a prefix has no place in the row."""
+        return 0
+
     def check_network(self, network: Mapping[str, Any]) -> None:
         """Refuse layers whose keys and values are not all of one size, that of the cache."""
         from posttrain_dist.models.shape import ModelShape

@@ -96,7 +96,7 @@ def _settle(config: RunConfig, composed: Composed, *, force: bool) -> Settled:
     if is_auto(config):
         with contextlib.suppress(PosttrainError):  # which preparing the data says in full
             found = find_prepared(config)
-            facts = None if found is None else DataFacts.of(found)
+            facts = None if found is None else DataFacts.read(found)
     return settle(config, facts, typed_keys(composed.overrides), force=force)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from posttrain_dist.data.packs.balance import Cost, assign_packs
+from posttrain_dist.data.packs.balance import Cost
 from posttrain_dist.data.packs.collate import Declares, collate, filler
+from posttrain_dist.data.packs.heaviest import MicroBatches, RowMemory, heaviest_rows
 from posttrain_dist.data.packs.mixing import Mixture
 from posttrain_dist.data.packs.order import Order
 from posttrain_dist.data.packs.packing import Ints, plan_in_order
@@ -60,10 +60,10 @@ class PackedSource:
         vocab_size: int | None = None,
     ) -> None:
         self._examples, self._objective, self._mixture = examples, objective, mixture
-        self._max_length, self._window, self._batch_size = max_length, window, batch_size
-        self._micro_batch_size, self._rank, self._world = micro_batch_size, rank, world
+        self._max_length, self._window, self._rank = max_length, window, rank
         self._vocab_size = vocab_size
-        self._costs = (cost or Cost()).of(examples.lengths, examples.supervised)
+        costs = (cost or Cost()).of(examples.lengths, examples.supervised)
+        self._split = MicroBatches(costs, batch_size, micro_batch_size, world)
         self._order = Order(
             examples.lengths,
             max_length=max_length,
@@ -131,65 +131,35 @@ class PackedSource:
         plan = plan_in_order(self._examples.lengths, self._max_length, self._window)
         return self._assigned([plan[pack] for pack in range(len(plan))])
 
-    def heaviest(self, steps: int, *, pairs: bool = False) -> list[list[Batch]]:
-        """An update whose micro-batch takes the most memory of a run of `steps`; the same on all
-        ranks, whichever of them has it in the run.
+    def heaviest(self, steps: int, memory: RowMemory | None = None) -> list[list[Batch]]:
+        """An update for each way in which a micro-batch may take the most memory of a run of
+        `steps`: that with most tokens first, that with most targets, then what `memory` adds; the
+        same on all ranks, whichever of them has it in the run.
 
-        That is the one with most tokens. It comes twice where the run adds up micro-batches, so
-        that gradients are there when the second one begins.
-
-        Args:
-            pairs: attention keeps something of each pair of tokens of a sample: an update with the
-                largest sum of squared lengths comes too.
+        A micro-batch comes twice where the run adds up several, so that gradients are there when
+        the second one begins.
         """
-        lengths = self._examples.lengths.astype(np.int64)
-        planned = min(steps * self._batch_size, SCANNED_PACKS)
-        sums = self._order.sums((lengths, lengths**2, self._examples.supervised), planned)
-        largest = np.maximum(sums.max(axis=1, keepdims=True), 1).astype(float)
-        tokens, squares, supervised = sums / largest
-        # Of equal ones the heavier in what counts next: below the difference of one token.
-        tie = (squares + supervised) / (4 * self._micro_batch_size * largest[0])
-        keys = [tokens + tie, *([squares] if pairs else [])]
-        found = {tuple(self._heaviest_of(key)) for key in keys}
-        adds_up = -(-self._batch_size // self._world) > self._micro_batch_size
-        return [[self._collate(samples)] * (2 if adds_up else 1) for samples in sorted(found)]
-
-    def _heaviest_of(self, key_P: npt.NDArray[np.float64]) -> list[int]:
-        """Samples of the micro-batch with the largest sum of `key_P`, one number per pack.
-
-        Looked for in the step whose largest packs weigh most: each `world` of them go to as many
-        ranks, so that a micro-batch has one of each such group.
-        """
-        size, world = self._batch_size, self._world
-        steps = -(-len(key_P) // size)
-        by_step = np.zeros(steps * size)
-        by_step[: len(key_P)] = key_P
-        by_step = -np.sort(-by_step.reshape(steps, size), axis=1)
-        bound = by_step[:, : self._micro_batch_size * world : world].sum(axis=1)
-        step = int(bound.argmax())
-        packs, key = self._order.packs(step + 1), key_P[step * size : (step + 1) * size]
-        micro_batches = [m for share in self._shares(packs) for m in self._cut(share)]
-        heaviest = max(micro_batches, key=lambda numbers: key[numbers].sum())
-        return [int(i) for pack in heaviest for i in packs[pack]]
+        examples, split = self._examples, self._split
+        lengths = examples.lengths.astype(np.int64)
+        found = heaviest_rows(
+            self._order,
+            split,
+            keys=(memory or RowMemory()).keys(lengths, examples.supervised),
+            ties=(lengths**2, examples.supervised),
+            packs=min(steps * split.batch_size, SCANNED_PACKS),
+        )
+        adds_up = -(-split.batch_size // split.world) > split.micro_batch_size
+        once = dict.fromkeys(map(tuple, found))
+        return [[self._collate(samples)] * (2 if adds_up else 1) for samples in once]
 
     def _assigned(self, packs: Sequence[Ints]) -> Iterator[Batch]:
-        shares = self._shares(packs)
-        mine = self._cut(shares[self._rank])
-        most = len(self._cut(max(shares, key=len)))
+        shares = self._split.shares(packs)
+        mine = self._split.cut(shares[self._rank])
+        most = len(self._split.cut(max(shares, key=len)))
         for numbers in mine:
             yield self._collate([int(i) for pack in numbers for i in packs[pack]])
         for _ in range(most - len(mine)):
             yield filler(self._objective)
-
-    def _shares(self, packs: Sequence[Ints]) -> list[list[int]]:
-        """Numbers of the packs of each rank."""
-        costs = np.array([self._costs[pack].sum() for pack in packs])
-        return assign_packs(costs, self._world)
-
-    def _cut(self, share: list[int]) -> list[list[int]]:
-        """The packs of a rank in micro-batches."""
-        size = self._micro_batch_size
-        return [share[start : start + size] for start in range(0, len(share), size)]
 
     def _collate(self, samples: Sequence[int]) -> Batch:
         return collate([self._examples[i] for i in samples], self._vocab_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 from posttrain_dist.engine import Single
@@ -29,6 +30,7 @@ from posttrain_dist.planner.memory.layers.parts import norm
 from posttrain_dist.planner.memory.layers.repeated import run_layers
 from posttrain_dist.planner.memory.ledger import Ledger
 from posttrain_dist.planner.memory.operations import WIDE, dropout, scale, take_rows
+from posttrain_dist.planner.memory.packed_rows import PackedRow
 from posttrain_dist.planner.memory.parameters import stored_parameters
 from posttrain_dist.planner.memory.startup import check_parity
 from posttrain_dist.planner.plan import Item, Phase, PhaseName
@@ -40,23 +42,38 @@ _UPDATES = (1, 2)
 
 @lru_cache(maxsize=8)
 def device_phases(job: Job) -> tuple[Phase, ...]:
-    """The fullest moment of each phase, in the order of a run."""
-    job = extended(job)
+    """The fullest moment of each phase, in the order of a run, with the row that takes most."""
+    jobs = [_with_found(job, row) for row in job.found_rows] or [job]
+    return max((_phases_of_row(each, heldout=job) for each in jobs), key=_peak)
+
+
+def _with_found(job: Job, row: PackedRow) -> Job:
+    share = min(1.0, row.supervised / sum(row.lengths))
+    return replace(job.with_row(row.lengths), supervised_share=share)
+
+
+def _peak(phases: tuple[Phase, ...]) -> int:
+    return max(phase.allocated_bytes for phase in phases)
+
+
+def _phases_of_row(job: Job, heldout: Job) -> tuple[Phase, ...]:
+    """Of a run on the row of `job`; held-out samples may be longer than any of it."""
+    job, heldout = extended(job), extended(heldout)
     ledger = Ledger(room_bytes(job))
     engine = make_engine_memory(job, ledger)
     trained = frozenset(each.name for each in stored_parameters(job) if each.trained)
-    run = _Run(job, ledger, engine, trained)
+    run, evaluation = (_Run(each, ledger, engine, trained) for each in (job, heldout))
     with ledger.phase(PhaseName.load):
         engine.load()
         ledger.allocate(Item.weights, causal_buffer_bytes(job))
         ledger.allocate(Item.workspace, _cublas_bytes(job))
         run.check()
     if job.evaluates:
-        run.evaluate()
+        evaluation.evaluate()
     for most in _UPDATES:
         run.update(min(most, job.accumulation))
     if job.evaluates:
-        run.evaluate()
+        evaluation.evaluate()
     with ledger.phase(PhaseName.save):
         engine.save()
     with ledger.phase(PhaseName.export):

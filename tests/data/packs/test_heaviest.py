@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from posttrain_dist.data import MixBy
+from posttrain_dist.data.packs.heaviest import RowMemory
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.data.packs.mixing import Mixture, SourceSpec
 from posttrain_dist.data.prepared.arrays import Examples, SplitWriter, flatten
@@ -59,12 +60,13 @@ def test_no_micro_batch_of_the_run_is_heavier(examples, world, micro, epochs):
     for each in ranks:
         steps = each.total_steps(epochs=epochs)
     run = [b for each in ranks for k in range(1, steps + 1) for b in each.step(k)]
-    updates = ranks[0].heaviest(steps, pairs=True)
+    updates = ranks[0].heaviest(steps, RowMemory(pairs=True))
     found = [update[0] for update in updates]
     assert max(b.num_tokens for b in found) == max(b.num_tokens for b in run)
     assert max(map(squares, found)) == max(map(squares, run))
     fullest = [b for b in run if b.num_tokens == max(b.num_tokens for b in run)]
-    (most,) = ranks[-1].heaviest(steps)
+    assert max(b.num_targets for b in found) == max(b.num_targets for b in run)
+    most, *_ = ranks[-1].heaviest(steps)
     assert most[0].num_tokens == fullest[0].num_tokens
     assert most[0].sample_id_S in [b.sample_id_S for b in fullest], "it is one of the run"
     if micro == 1:

@@ -114,7 +114,7 @@ def _facts(config: RunConfig) -> DataFacts | None:
             "`posttrain prepare` with the same words counts them",
             file=sys.stderr,
         )
-    return None if found is None else DataFacts.of(found)
+    return None if found is None else DataFacts.read(found)
 
 
 def _check_length(config: RunConfig, facts: DataFacts | None) -> None:

@@ -23,25 +23,14 @@ from posttrain_dist.tuning.prompt_tuning import Prompt, PTuning
 _ID_BYTES = 8
 
 
-def extra_tokens(job: Job) -> int:
-    """Virtual tokens of one copy of the row: before each of its samples."""
-    if not isinstance(job.tuning, Prompt | PTuning):
-        return 0  # those of a prefix are in the keys and values alone
-    return job.tuning.tokens * -(-job.row_tokens // max(1, job.sample_tokens))
-
-
 def extended(job: Job) -> Job:
     """The job with its rows as the model sees them; the supervised tokens are the same, E times."""
-    copies = job.tuning.copies
-    if not extra_tokens(job) and copies == 1:
+    extra, copies = job.tuning.inserted_tokens, job.tuning.copies
+    if not extra and copies == 1:
         return job
-    row = (job.row_tokens + extra_tokens(job)) * copies
-    return replace(
-        job,
-        row_tokens=row,
-        sample_tokens=job.sample_tokens + job.tuning.virtual_tokens,
-        supervised_share=job.supervised_share * job.row_tokens * copies / row,
-    )
+    longer = job.with_row([length + extra for length in job.row_lengths] * copies)
+    share = job.supervised_share * job.row_tokens * copies / longer.row_tokens
+    return replace(longer, supervised_share=share)
 
 
 def embedded_row(graph: Graph, job: Job, words: Value) -> Value:
@@ -70,13 +59,18 @@ def _with_vectors(graph: Graph, job: Job, words: Value) -> Value:
     graph.item, before = Item.virtual_tokens, graph.item
     vectors = _vectors(graph, job)
     wide = cast(graph, vectors, WIDE)
-    tuning = job.tuning
-    samples = -(-job.row_tokens // max(1, job.sample_tokens))
-    num_bytes = samples * tuning.virtual_tokens * (words.size // job.row_tokens) * WIDE
-    taken = graph.op((wide,), num_bytes, saves_bytes=_ID_BYTES * samples, width=WIDE)
+    virtual = len(job.row_lengths) * job.tuning.inserted_tokens
+    num_bytes = virtual * (words.size // job.row_tokens) * WIDE
+    taken = graph.op((wide,), num_bytes, saves_bytes=_ID_BYTES * virtual, width=WIDE)
     taken = cast(graph, taken, words.width)
     graph.item = before
-    return graph.op((words, taken), words.num_bytes, grad_bytes=(words.num_bytes, taken.num_bytes))
+    return graph.op(
+        (words, taken),
+        words.num_bytes,
+        saves=(taken,),
+        saves_bytes=_ID_BYTES * virtual,
+        grad_bytes=(words.num_bytes, taken.num_bytes),
+    )
 
 
 def _prefix(graph: Graph, job: Job) -> Value:

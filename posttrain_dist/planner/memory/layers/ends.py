@@ -21,8 +21,8 @@ _INDEX_BYTES = 8
 
 def num_targets(job: Job) -> int:
     """Supervised tokens of the row, padded as `collate` pads them; a sample's first is none."""
-    samples = -(-job.row_tokens // max(1, job.sample_tokens))
-    found = min(math.ceil(job.row_tokens * job.supervised_share), job.row_tokens - samples)
+    most = job.row_tokens - len(job.row_lengths)
+    found = min(math.ceil(job.row_tokens * job.supervised_share), most)
     return max(1, -(-found // TARGET_MULTIPLE)) * TARGET_MULTIPLE
 
 

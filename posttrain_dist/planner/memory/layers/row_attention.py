@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.autograd import Graph, Value
@@ -18,7 +18,8 @@ from posttrain_dist.planner.memory.operations import (
 )
 from posttrain_dist.planner.plan import Item
 
-# Rows of more samples than this are planned as so many groups: what it changes is below 1 %.
+# Samples whose pairs of tokens together are fewer than this part of a row's, or than those of its
+# longest sample, are planned as one.
 _MOST_GROUPS = 8
 _FLASH_PADDING_TOKENS = 128  # of each sample, in the float32 sum of its backward
 
@@ -41,39 +42,73 @@ class Heads:
     prefix_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Samples of a row that are planned as one: attention stays inside of each.
+
+    Attributes:
+        lengths: tokens of each.
+        prefix_tokens: keys that stand before those of each.
+    """
+
+    lengths: tuple[int, ...]
+    prefix_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all samples."""
+        return sum(self.lengths)
+
+    @property
+    def num_pairs(self) -> int:
+        """Of a token and a key of its sample, later ones included."""
+        return sum(length * (length + self.prefix_tokens) for length in self.lengths)
+
+    def masked_pairs(self, window: int | None) -> int:
+        """Of the samples that a mask is made for."""
+        cut = [n for n in self.lengths if self.prefix_tokens or (window is not None and n > window)]
+        return Samples(tuple(cut), self.prefix_tokens).num_pairs
+
+
 def attend(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Value) -> Value:
     """softmax(q k^T) v of each sample of the row: [T, heads * value_width]."""
     if job.attention in ("varlen", "flash"):
         return _whole_row(graph, job, heads, q, k, v)
-    num_tokens = q.size // (heads.num * heads.width)
-    lengths = sample_lengths(num_tokens, job.sample_tokens)
+    groups = [Samples(each, heads.prefix_tokens) for each in groups_of(job.row_lengths)]
     parts = [
-        graph.split(x, [x.num_bytes // num_tokens * length for length in lengths])
+        graph.split(x, [x.num_bytes // job.row_tokens * each.num_tokens for each in groups])
         for x in (q, k, v)
     ]
     if heads.prefix_tokens:
         for own in parts[1:]:
-            own[:] = [_after_prefix(graph, heads, x) for x in own]
-    outputs = [
-        (_eager if job.attention == "eager" else _sdpa)(graph, job, heads, *sample)
-        for sample in zip(*parts, strict=True)
-    ]
+            own[:] = [
+                _after_prefix(graph, heads, x, len(each.lengths))
+                for x, each in zip(own, groups, strict=True)
+            ]
+    run = _eager if job.attention == "eager" else _sdpa
+    outputs = [run(graph, job, heads, *each) for each in zip(groups, *parts, strict=True)]
     return graph.join(outputs)
 
 
-def sample_lengths(num_tokens: int, longest: int) -> list[int]:
-    """A row of samples as long as they may be; of many, so many groups."""
-    num = max(1, -(-num_tokens // max(1, longest)))
-    if num > _MOST_GROUPS:
-        longest = -(-num // _MOST_GROUPS) * longest
-    full, rest = divmod(num_tokens, longest)
-    return [longest] * full + ([rest] if rest else [])
+def groups_of(lengths: Sequence[int]) -> list[tuple[int, ...]]:
+    """The samples of a row, in few groups: none has more pairs than it may."""
+    pairs = [length**2 for length in lengths]
+    most = max(max(pairs), sum(pairs) // _MOST_GROUPS)
+    groups: list[tuple[int, ...]] = []
+    room = 0
+    for length, own in zip(lengths, pairs, strict=True):
+        if own > room:
+            groups.append(())
+            room = most
+        groups[-1] += (length,)
+        room -= own
+    return groups
 
 
-def _after_prefix(graph: Graph, heads: Heads, x: Value) -> Value:
-    """Keys or values of a sample behind those of the prefix, which are cast for each."""
+def _after_prefix(graph: Graph, heads: Heads, x: Value, num_samples: int) -> Value:
+    """Keys or values of samples behind those of the prefix, which are cast for each."""
     assert graph.prefix is not None
-    size = heads.prefix_tokens * heads.num_kv * heads.width
+    size = num_samples * heads.prefix_tokens * heads.num_kv * heads.width
     kind = Item.virtual_tokens
     before = graph.op((graph.prefix,), size * x.width, grad_bytes=(size * WIDE,), item=kind)
     return graph.join([before, x])
@@ -83,10 +118,9 @@ def _whole_row(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Valu
     """One flash kernel; each input is row 0 of [1, H, T, d], so that its gradient is filled in."""
     q, k, v = (graph.part(x, x.num_bytes) for x in (q, k, v))
     num_tokens = q.size // (heads.num * heads.width)
-    num_samples = -(-num_tokens // max(1, job.sample_tokens))
+    num_samples = len(job.row_lengths)
     if heads.prefix_tokens:
-        whole = replace(heads, prefix_tokens=heads.prefix_tokens * num_samples)
-        joined = [_after_prefix(graph, whole, x) for x in (k, v)]
+        joined = [_after_prefix(graph, heads, x, num_samples) for x in (k, v)]
         k, v = (take_rows(graph, x, x.num_bytes) for x in joined)  # sample by sample
         del joined
     rows = num_tokens + _FLASH_PADDING_TOKENS * num_samples
@@ -104,66 +138,63 @@ def _whole_row(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Valu
     )
 
 
-def _sdpa(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Value) -> Value:
+def _sdpa(
+    graph: Graph, job: Job, heads: Heads, samples: Samples, q: Value, k: Value, v: Value
+) -> Value:
     """torch's own, sample by sample; on a GPU shared heads are repeated before it."""
-    length = q.size // (heads.num * heads.width)
+    num_tokens = samples.num_tokens
     drops = graph.training and bool(job.network.shape.attention_dropout)
     if job.on_gpu:
         k, v = (_repeated(graph, heads, x) for x in (k, v))
     elif heads.width != heads.value_width or drops:
-        return _written_out(graph, heads, q, k, v, drops=drops)
-    saves_bytes = length * heads.num * WIDE
-    temporary = 0
-    masked = heads.window is not None and length > heads.window
-    if masked or heads.prefix_tokens:
-        length_k = length + heads.prefix_tokens
-        saves_bytes += length * length_k * q.width  # booleans become numbers
-        temporary = length * length_k
+        return _written_out(graph, heads, samples, q, k, v, drops=drops)
+    masked = samples.masked_pairs(heads.window)
     return graph.op(
         (q, k, v),
-        length * heads.num * heads.value_width * q.width,
+        num_tokens * heads.num * heads.value_width * q.width,
         saves=(q, k, v),
         saves_output=True,
-        saves_bytes=saves_bytes,
-        temporary=temporary,
+        saves_bytes=num_tokens * heads.num * WIDE + masked * q.width,  # booleans become numbers
+        temporary=masked,
         width=q.width,
     )
 
 
-def _written_out(graph: Graph, heads: Heads, q: Value, k: Value, v: Value, *, drops: bool) -> Value:
+def _written_out(
+    graph: Graph, heads: Heads, samples: Samples, q: Value, k: Value, v: Value, *, drops: bool
+) -> Value:
     """What sdpa falls back to on a CPU: to drop weights out, or for values of another width."""
-    length = q.size // (heads.num * heads.width)
     k, v = (_repeated(graph, heads, x) for x in (k, v))
     q, k = scale(graph, q), scale(graph, k)
-    pairs = heads.num * length * length * q.width
+    pairs = heads.num * samples.num_pairs * q.width
     scores = graph.op((q, k), pairs, saves=(q, k), width=q.width)
     weights = graph.op((scores,), pairs, saves_output=True, width=q.width)
     del scores
     if drops:
         weights = dropout(graph, weights, on_gpu=False)
-    size = length * heads.num * heads.value_width * q.width
+    size = samples.num_tokens * heads.num * heads.value_width * q.width
     return graph.op((weights, v), size, saves=(weights, v), width=q.width)
 
 
-def _eager(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Value) -> Value:
+def _eager(
+    graph: Graph, job: Job, heads: Heads, samples: Samples, q: Value, k: Value, v: Value
+) -> Value:
     """Scores of every pair of tokens, one operation after the other."""
-    length = q.size // (heads.num * heads.width)
     k, v = (_repeated(graph, heads, x) for x in (k, v))
-    length_k = length + heads.prefix_tokens
-    pairs = heads.num * length * length_k
+    pairs = heads.num * samples.num_pairs
     scores = graph.op((q, k), pairs * q.width, saves=(q, k), width=q.width)
     scores = scale(graph, scores)
     if heads.softcap:
         scores = activation(graph, scale(graph, scores), "tanh")
         scores = scale(graph, scores)
-    mask = graph.tensor(length * length_k, width=1)
+    mask = graph.tensor(samples.num_pairs, width=1)
     scores = graph.op((scores,), scores.num_bytes, saves=(mask,), width=q.width)
     weights = cast(graph, scores, WIDE) if q.width != WIDE else scores
     weights = graph.op((scores,), pairs * WIDE, saves_output=True, width=WIDE)
     weights = cast(graph, weights, q.width)
     return graph.op(
         (weights, v),
-        length * heads.num * heads.value_width * q.width,
+        samples.num_tokens * heads.num * heads.value_width * q.width,
         saves=(weights, v),
         width=q.width,
     )

@@ -1,0 +1,114 @@
+"""Which micro-batches of a run take the most memory, by the lengths of their samples alone.
+
+    MicroBatches     the packs of a step, over ranks and micro-batches
+    heaviest_rows    those whose row is the heaviest, in what a model keeps of a row
+
+The rehearsal runs what is found here, and the planner counts it before anything starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from posttrain_dist.data.packs.balance import assign_packs
+from posttrain_dist.data.packs.order import Order
+from posttrain_dist.data.packs.packing import Ints
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MicroBatches:
+    """How the packs of a step are split.
+
+    Attributes:
+        costs: work of each sample.
+        batch_size: packs of a step, over all ranks.
+        micro_batch_size: packs of one forward on one rank.
+        world: number of ranks.
+    """
+
+    costs: npt.NDArray[np.float64]
+    batch_size: int
+    micro_batch_size: int
+    world: int
+
+    def shares(self, packs: Sequence[Ints]) -> list[list[int]]:
+        """Numbers of the packs of each rank."""
+        costs = np.array([self.costs[pack].sum() for pack in packs])
+        return assign_packs(costs, self.world)
+
+    def cut(self, share: list[int]) -> list[list[int]]:
+        """The packs of a rank in micro-batches."""
+        size = self.micro_batch_size
+        return [share[start : start + size] for start in range(0, len(share), size)]
+
+
+@dataclass(frozen=True, slots=True)
+class RowMemory:
+    """What a model keeps of a row beside something of each token, supervised or not.
+
+    Attributes:
+        pairs: attention keeps something of each pair of tokens of a sample.
+        inserted: virtual tokens that are put before each sample (prompts).
+        prefix: virtual tokens that stand before the keys of each sample alone.
+    """
+
+    pairs: bool = False
+    inserted: int = 0
+    prefix: int = 0
+
+    def keys(self, lengths: Ints, supervised: Ints) -> list[Ints]:
+        """Of each sample what adds up to the memory of a row, the tokens of the model first."""
+        seen = lengths.astype(np.int64) + self.inserted
+        found = [seen, supervised]  # head and last MLP run on the latter alone
+        if self.pairs:
+            found.append(seen * (seen + self.prefix))
+        if self.prefix:
+            found.append(seen + self.prefix)
+        return found
+
+
+def heaviest_rows(
+    order: Order, split: MicroBatches, keys: Sequence[Ints], ties: Sequence[Ints], packs: int
+) -> list[list[int]]:
+    """Samples of the micro-batch with the largest sum of each key.
+
+    Args:
+        order: of the run.
+        keys: each a number for every sample.
+        ties: as keys; of micro-batches that are equal in one, that which is heavier in these is
+            taken. They count for less than 1 of a key.
+        packs: of the run, from its first, in which they are looked for.
+    """
+    sums = order.sums((*keys, *ties), packs)
+    largest = np.maximum(sums.max(axis=1, keepdims=True), 1).astype(float)
+    shares = sums / largest
+    tie = shares[len(keys) :].sum(axis=0) / (2 * max(1, len(ties)) * split.micro_batch_size)
+    return [
+        _heaviest_of(order, split, key + tie / most)
+        for key, most in zip(shares[: len(keys)], largest[:, 0], strict=False)
+    ]
+
+
+def _heaviest_of(order: Order, split: MicroBatches, key_P: npt.NDArray[np.float64]) -> list[int]:
+    """Samples of the micro-batch with the largest sum of `key_P`, one number per pack.
+
+    Looked for in the step whose largest packs weigh most: each `world` of them go to as many
+    ranks, so that a micro-batch has one of each such group.
+    """
+    size, world = split.batch_size, split.world
+    steps = -(-len(key_P) // size)
+    by_step = np.zeros(steps * size)
+    by_step[: len(key_P)] = key_P
+    by_step = -np.sort(-by_step.reshape(steps, size), axis=1)
+    bound = by_step[:, : split.micro_batch_size * world : world].sum(axis=1)
+    step = int(bound.argmax())
+    packs, key = order.packs(step + 1), key_P[step * size : (step + 1) * size]
+    # Where the last pack that is looked at stands inside of a step, those after it weigh nothing.
+    key = np.pad(key, (0, len(packs) - len(key)))
+    micro_batches = [m for share in split.shares(packs) for m in split.cut(share)]
+    heaviest = max(micro_batches, key=lambda numbers: key[numbers].sum())
+    return [int(i) for pack in heaviest for i in packs[pack]]
