@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import wraps
+from operator import attrgetter
+from typing import Concatenate, ParamSpec, TypeVar
 
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.prepared.summary import Summary
@@ -10,6 +14,10 @@ from posttrain_dist.engine import AdamW, Engine
 from posttrain_dist.models import ModelConfig
 from posttrain_dist.models.network.tensors import Network
 from posttrain_dist.tuning.base import Tuning
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_MOST_SHARED = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +85,7 @@ class Job:
         workers: ranks of the whole run; local_workers: of one node.
         accumulation: micro-batches of an update, of the rank that has most.
         tokens: of the whole run; None: not known.
+        parameters_key: equal for jobs that hold the same parameters and train the same of them.
     """
 
     network: Network
@@ -99,6 +108,11 @@ class Job:
     num_channels: int
     tokens: int | None
     config: RunConfig  # what it was made of, for what is shown
+    parameters_key: Hashable = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        key = (self.network, repr(self.tuning), self.value_bytes, len(self.model.add_tokens))
+        object.__setattr__(self, "parameters_key", key)
 
     @property
     def on_gpu(self) -> bool:
@@ -114,3 +128,31 @@ class Job:
         if mode is Checkpointing.selective:
             return min(self.model.checkpoint_layers or 0, len(self.network.layers))
         return len(self.network.layers) if mode is Checkpointing.full else 0
+
+
+def shared_by(
+    *attributes: str,
+) -> Callable[[Callable[Concatenate[Job, P], T]], Callable[Concatenate[Job, P], T]]:
+    """Cache a function of a job by those attributes of it that the function reads.
+
+    The many plans of a search differ in little: what does not follow from that is found once.
+    """
+    read = attrgetter(*attributes)
+
+    def decorate(
+        function: Callable[Concatenate[Job, P], T],
+    ) -> Callable[Concatenate[Job, P], T]:
+        known: dict[Hashable, T] = {}
+
+        @wraps(function)
+        def found(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            key = (read(job), *args, *kwargs.items())
+            if key not in known:
+                if len(known) == _MOST_SHARED:
+                    del known[next(iter(known))]
+                known[key] = function(job, *args, **kwargs)
+            return known[key]
+
+        return found
+
+    return decorate

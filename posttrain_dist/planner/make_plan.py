@@ -14,7 +14,7 @@ from posttrain_dist.planner.memory.host import (
     host_phases,
     resuming_bytes,
 )
-from posttrain_dist.planner.memory.parameters import stored_parameters
+from posttrain_dist.planner.memory.parameters import trained_parameters
 from posttrain_dist.planner.memory.phases import device_phases
 from posttrain_dist.planner.plan import Memory, Plan
 from posttrain_dist.planner.speed.step_time import speed_of
@@ -35,13 +35,12 @@ def make_plan(job: Job, overrides: tuple[str, ...] = ()) -> Plan:
     capacity = machine.gpu_memory_bytes
     if not job.on_gpu:  # ranks of a node share its memory
         capacity = machine.host_memory_bytes // job.local_workers
-    stored = stored_parameters(job)
     return Plan(
         settings=settings_of(job),
         overrides=overrides,
         hardware=hardware_of(job),
         parameters=job.network.num_parameters,
-        trained=sum(math.prod(each.shape) for each in stored if each.trained),
+        trained=sum(each.size for each in trained_parameters(job)),
         workers=job.workers,
         nodes=math.ceil(job.workers / job.local_workers),
         device=device,

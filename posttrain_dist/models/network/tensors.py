@@ -75,9 +75,9 @@ class Layer:
         return sum(tensor.size for tensor in self.tensors)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Network:
-    """A dense causal LM.
+    """A dense causal LM. Equal to itself alone, so that it is a key.
 
     Attributes:
         config: of config.json, with the vocabulary that added tokens make of it.

@@ -29,7 +29,7 @@ from posttrain_dist.planner.memory.layers.parts import norm
 from posttrain_dist.planner.memory.layers.repeated import run_layers
 from posttrain_dist.planner.memory.ledger import Ledger
 from posttrain_dist.planner.memory.operations import WIDE, dropout, scale, take_rows
-from posttrain_dist.planner.memory.parameters import stored_parameters
+from posttrain_dist.planner.memory.parameters import trained_parameters
 from posttrain_dist.planner.memory.startup import check_parity
 from posttrain_dist.planner.plan import Item, Phase, PhaseName
 
@@ -44,7 +44,7 @@ def device_phases(job: Job) -> tuple[Phase, ...]:
     job = extended(job)
     ledger = Ledger(room_bytes(job))
     engine = make_engine_memory(job, ledger)
-    trained = frozenset(each.name for each in stored_parameters(job) if each.trained)
+    trained = frozenset(each.name for each in trained_parameters(job))
     run = _Run(job, ledger, engine, trained)
     with ledger.phase(PhaseName.load):
         engine.load()

@@ -2,9 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
-from posttrain_dist.planner.memory.autograd import Shards
+from posttrain_dist.planner.memory.ledger import Block
+
+
+class Call(NamedTuple):
+    """An operation that reads parameters: their names, and those trained with bytes of gradient."""
+
+    gathers: Sequence[str]
+    parameters: Sequence[tuple[str, int]]
+
+
+class Shards(Protocol):
+    """What an engine does around operations; the memory side of `engine/`.
+
+    Attributes:
+        gathers: `gather` and `release` do something.
+    """
+
+    gathers: bool
+
+    def gather(self, parameters: Sequence[str], *, backward: bool) -> None:
+        """Before a module runs: its parameters become whole (ZeRO-3)."""
+
+    def release(self, parameters: Sequence[str], *, backward: bool) -> None:
+        """After it ran."""
+
+    def gradient(self, parameter: str, block: Block) -> None:
+        """A gradient of the whole parameter was made; the engine is its holder from here on."""
+
+    def run_forward(self, prefix: str, calls: Sequence[Call], taken: Sequence[int]) -> None:
+        """Gather and release for the calls of a layer, of which only the fullest moment counts.
+
+        Args:
+            prefix: of the names of its parameters.
+            taken: bytes that the layer takes for a moment: before the first call, while it runs,
+                before the second, ...
+        """
 
 
 class EngineMemory(Shards, Protocol):

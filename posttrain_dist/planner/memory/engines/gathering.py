@@ -132,6 +132,15 @@ def held_elements(
     return found
 
 
+def own_elements(calls: Sequence[Call], sizes: Mapping[str, int]) -> list[Held]:
+    """The same while the order is not known: every module fetches and releases its own."""
+    found = []
+    for call in calls:
+        own = [sizes[name] for name in call.parameters if name in sizes]
+        found.append(Held(sum(own) * min(len(own), 2), sum(own), 0))
+    return found
+
+
 def _fetch(call: Call, sizes: Mapping[str, int], state: _State) -> int:
     """Make a module's parameters whole; the most elements on the way."""
     missing = [name for name in call.parameters if not state.has(name)]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from posttrain_dist.planner.job import Job
+from posttrain_dist.planner.memory.engines.base import Call
+from posttrain_dist.planner.memory.engines.whole_tensors import touch_most
 from posttrain_dist.planner.memory.ledger import Block, Ledger
 from posttrain_dist.planner.memory.moments import device_moments
-from posttrain_dist.planner.memory.parameters import stored_parameters
+from posttrain_dist.planner.memory.parameters import stored_parameters, trained_parameters
 from posttrain_dist.planner.memory.stored import Stored
 from posttrain_dist.planner.plan import Item
 
@@ -18,9 +20,11 @@ BUCKET_ELEMENTS = 1 << 26  # engine/master.py
 class SingleMemory:
     """Parameters, float32 masters of 16-bit ones, moments of AdamW, gradients."""
 
+    gathers = False
+
     def __init__(self, job: Job, ledger: Ledger) -> None:
         self._job, self._ledger = job, ledger
-        self._trained = [each for each in stored_parameters(job) if each.trained]
+        self._trained = trained_parameters(job)
         self._gradients: dict[str, Block] = {}
         self._has_moments = False
 
@@ -36,6 +40,10 @@ class SingleMemory:
 
     def release(self, parameters: Sequence[str], *, backward: bool) -> None:
         """Nothing."""
+
+    def run_forward(self, prefix: str, calls: Sequence[Call], taken: Sequence[int]) -> None:
+        """Every parameter is whole all the time."""
+        touch_most(self._ledger, taken)
 
     def gradient(self, parameter: str, block: Block) -> None:
         if parameter in self._gradients:  # of another micro-batch: added in place
@@ -78,7 +86,7 @@ class SingleMemory:
         return wide
 
 
-def _buckets(trained: list[Stored], *, whole: bool) -> list[list[Stored]]:
+def _buckets(trained: Sequence[Stored], *, whole: bool) -> Sequence[Sequence[Stored]]:
     """Updated together: all where they are float32, else up to BUCKET_ELEMENTS."""
     if whole:
         return [trained] if trained else []

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from posttrain_dist.planner.job import Job
+from posttrain_dist.planner.memory.engines.base import Call
 from posttrain_dist.planner.memory.engines.ds_settings import elements, layer_of, zero_settings
 from posttrain_dist.planner.memory.engines.gathered import Gathered
 from posttrain_dist.planner.memory.engines.partitions import shard, sub_groups
@@ -32,6 +33,8 @@ _NORM_BYTES = 8  # an element of a gradient while its norm is taken, in float64
 class ShardedMemory:
     """What a rank of stage 3 holds, on a ledger of its device."""
 
+    gathers = True
+
     def __init__(self, job: Job, ledger: Ledger) -> None:
         self._job, self._ledger, self._settings = job, ledger, zero_settings(job)
         self._stored = {s.name: s for s in stored_parameters(job) if s.parameter}
@@ -44,7 +47,7 @@ class ShardedMemory:
         self._hooked: str | None = None  # the leaf whose backward is under way
         self._of_output: list[Block] = []
         self._arrivals = Arrivals(job, ledger)
-        self._gathered = Gathered(job, ledger, self._settings, self._stored)
+        self._gathered = Gathered(job, ledger, self._settings)
 
     # ------------------------------------------------------------------------------------ attach
 
@@ -135,6 +138,10 @@ class ShardedMemory:
     def release(self, parameters: Sequence[str], *, backward: bool) -> None:
         """It ran: its parameters go, unless they are needed soon."""
         self._gathered.after()
+
+    def run_forward(self, prefix: str, calls: Sequence[Call], taken: Sequence[int]) -> None:
+        """Module after module becomes whole, and goes."""
+        self._gathered.run_forward(prefix, calls, taken)
 
     def _hold_gradient(self, layer: str | None) -> None:
         """The hook of a leaf has the gradient of its output until that of its input is there."""

@@ -9,10 +9,11 @@ of the counted ones: a bucket may be fullest in the middle of the stretch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-from posttrain_dist.planner.memory.autograd import Call, Graph, Value
+from posttrain_dist.planner.memory.autograd import Graph, Value
+from posttrain_dist.planner.memory.engines.base import Call
 from posttrain_dist.planner.memory.ledger import Block
 from posttrain_dist.planner.plan import Item
 
@@ -76,6 +77,7 @@ class _Watch:
 
     def __init__(self, graph: Graph) -> None:
         self._graph, self._ledger, self._shards = graph, graph.ledger, graph.shards
+        self.gathers = self._shards.gathers
         self.taken: list[int] = []
         self._first = self._held = 0
 
@@ -107,8 +109,12 @@ class _Watch:
         self._shards.gradient(parameter, block)
         self._after()
 
+    def run_forward(self, prefix: str, calls: Sequence[Call], taken: Sequence[int]) -> None:
+        """Never: a layer that is watched is replayed."""
+        raise AssertionError(prefix)
+
     def _before(self) -> None:
-        self.taken.append(self._ledger.highest_since() - self._held - self._first)
+        self.taken.append(max(0, self._ledger.highest_since() - self._held - self._first))
 
     def _after(self) -> None:
         self._ledger.highest_since()
@@ -138,9 +144,7 @@ class _Stretch:
         """Their forward, with a backward if there is one."""
         ledger, kept = graph.ledger, []
         for prefix in self.prefixes:
-            taken = iter(self.forward)
-            self._forward(graph, prefix, taken)
-            _take(graph, taken)
+            graph.shards.run_forward(prefix, self.calls, self.forward)
             if x.edge is not None:
                 kept.append([ledger.allocate(item, n) for item, n in self.growth if n > 0])
         if x.edge is None:  # nothing of them is kept
@@ -151,7 +155,7 @@ class _Stretch:
             assert self.backward is not None
             self.backward.__exit__()
             for prefix in reversed(self.prefixes):
-                self._backward(graph, prefix, iter(self.backward.taken))
+                self._backward(graph, prefix, self.backward.taken)
                 for block in kept.pop():
                     ledger.release(block)
             graph.give(edge, ledger.hold(gradient))
@@ -170,35 +174,34 @@ class _Stretch:
 
         return graph.through(x, back)
 
-    def _forward(self, graph: Graph, prefix: str, taken: Iterator[int]) -> None:
-        for call in self.calls:
-            names = [prefix + name for name in call.gathers]
-            _take(graph, taken)
-            graph.shards.gather(names, backward=False)
-            _take(graph, taken)
-            graph.shards.release(names, backward=False)
-
-    def _backward(self, graph: Graph, prefix: str, taken: Iterator[int]) -> None:
-        if self.recomputed:
-            self._forward(graph, prefix, taken)
+    def _backward(self, graph: Graph, prefix: str, all_taken: Sequence[int]) -> None:
+        again = 2 * len(self.calls) if self.recomputed else 0
+        if again:
+            graph.shards.run_forward(prefix, self.calls, all_taken[:again])
+        shards, taken = graph.shards, iter(all_taken[again:])
+        most = 0  # that is taken until the next call that changes something
         for call in reversed(self.calls):
-            names = [prefix + name for name in call.gathers]
-            _take(graph, taken)
-            graph.shards.gather(names, backward=True)
+            most = max(most, next(taken, 0))
+            if shards.gathers:
+                names = [prefix + name for name in call.gathers]
+                most = _take(graph, most)
+                shards.gather(names, backward=True)
             for name, num_bytes in call.parameters:
-                _take(graph, taken)
+                most = _take(graph, max(most, next(taken, 0)))
                 block = graph.ledger.allocate(Item.gradients, num_bytes)
-                graph.shards.gradient(prefix + name, block)
-            _take(graph, taken)
-            graph.shards.release(names, backward=True)
-        _take(graph, taken)
+                shards.gradient(prefix + name, block)
+            most = max(most, next(taken, 0))
+            if shards.gathers:
+                most = _take(graph, most)
+                shards.release(names, backward=True)
+        _take(graph, max(most, next(taken, 0)))
 
 
-def _take(graph: Graph, taken: Iterator[int]) -> None:
-    """What a layer takes until its next call to the engine, for a moment."""
-    most = next(taken, 0)
-    if most > 0:
+def _take(graph: Graph, most: int) -> int:
+    """What a layer takes until its next call to the engine, for a moment; nothing is left."""
+    if most:
         graph.ledger.touch(Item.activations, most)
+    return 0
 
 
 def _renamed(call: Call, prefix: str) -> Call:
