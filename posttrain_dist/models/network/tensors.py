@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from posttrain_dist.models.shape import ModelShape
@@ -120,5 +121,10 @@ class Network:
     @property
     def num_parameters(self) -> int:
         """All parameters, a shared one once."""
-        outside = sum(tensor.size for tensor in (*self.before, *self.after, *self.head))
-        return outside + sum(layer.size for layer in self.layers)
+        return _count_parameters(self)
+
+
+@lru_cache(maxsize=1)
+def _count_parameters(network: Network) -> int:
+    outside = sum(tensor.size for tensor in (*network.before, *network.after, *network.head))
+    return outside + sum(layer.size for layer in network.layers)

@@ -8,6 +8,8 @@ the tuning keeps.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.engines.ds_settings import elements, zero_settings
@@ -24,6 +26,7 @@ _STATE_BYTES = 12  # master and two moments in float32
 _STEP_BYTES = 4
 
 
+@lru_cache(maxsize=8)
 def checkpoint_bytes(job: Job) -> int:
     """Of one checkpoint, all ranks together; without headers and small files."""
     if not job.tuning.whole_model:

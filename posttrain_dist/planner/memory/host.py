@@ -76,6 +76,12 @@ def host_phases(job: Job) -> tuple[Phase, ...]:
     )
 
 
+def resident_bytes(job: Job) -> int:
+    """What is there from start to end, the programs too; on CPUs not what ranks allocate."""
+    resident = sum(_resident(job).values()) if job.on_gpu else 0
+    return resident + host_context_bytes(job)
+
+
 def resuming_bytes(job: Job) -> int:
     """What a host holds of a checkpoint while its ranks go on from it; 0: nothing to speak of.
 
@@ -90,8 +96,7 @@ def resuming_bytes(job: Job) -> int:
     weights = 0 if _is_sharded(job) else sum(each.num_bytes for each in stored)
     state = sum(each.size for each in trained_parameters(job)) * 12
     each = max(weights, state // job.workers) if engine.stage else weights + state
-    resident = sum(_resident(job).values()) if job.on_gpu else 0
-    return resident + each * job.local_workers + host_context_bytes(job)
+    return resident_bytes(job) + each * job.local_workers
 
 
 def pinned(num_bytes: int) -> int:

@@ -64,6 +64,20 @@ def device_phases(job: Job) -> tuple[Phase, ...]:
     return ledger.phases()
 
 
+def state_bytes(job: Job) -> int:
+    """What a run takes of its device at least, however short its rows: weights, optimizer state.
+
+    The same replay, of loading and of an update without a batch before it.
+    """
+    ledger = Ledger(room_bytes(job))
+    engine = make_engine_memory(job, ledger)
+    with ledger.phase(PhaseName.load):
+        engine.load()
+    with ledger.phase(PhaseName.update):
+        engine.update()
+    return max(phase.allocated_bytes for phase in ledger.phases())
+
+
 def make_engine_memory(job: Job, ledger: Ledger) -> EngineMemory:
     """The memory of the engine of a job."""
     if isinstance(job.engine, Single):

@@ -43,7 +43,8 @@ class Gathered:
         self._held: Held | None = None
         self._order = _order(job, leaf=settings.leaf)
         self._sizes = _sizes(job, settings.param_persistence_threshold)
-        self._elements = _elements(self._order, self._sizes, None)
+        self._known = False
+        self._elements: Sequence[Held] = ()  # looked up when the first module runs
 
     def before(self, parameters: Sequence[str], *, backward: bool) -> None:
         """A module with these parameters is to run."""
@@ -83,7 +84,7 @@ class Gathered:
 
     def know_order(self) -> None:
         """A whole step was seen: from now on DeepSpeed looks ahead."""
-        self._elements = _elements(self._order, self._sizes, self._settings)
+        self._known, self._elements = True, ()
 
     def _move_to(self, parameters: Sequence[str], *, backward: bool) -> Held | None:
         """Go on in the step to the next module that has one of the parameters, if any has.
@@ -100,6 +101,9 @@ class Gathered:
                 found.append(places[next_one % len(places)])
         if not found:
             return None
+        if not self._elements:
+            settings = self._settings if self._known else None
+            self._elements = _elements(self._order, self._sizes, settings)
         self._place = min(found)
         self._held = self._elements[self._place]
         return self._held
