@@ -30,7 +30,8 @@ def type_problems(config: Any, key: str = "") -> list[ConfigError]:
         key: that it stands below.
     """
     try:
-        hints = _hints(type(config))
+        kind: type = type(config)
+        hints = _hints(kind)
     except NameError:  # of a class whose module cannot be found by its name: nothing is known
         return []
     found = []

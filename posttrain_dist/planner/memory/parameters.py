@@ -30,6 +30,15 @@ def stored_parameters(job: Job) -> tuple[Stored, ...]:
 
 
 @shared_by("parameters_key")
+def stored_bytes(job: Job) -> dict[Item, int]:
+    """Of all of them, by what they are for."""
+    found: dict[Item, int] = {}
+    for each in stored_parameters(job):
+        found[each.item] = found.get(each.item, 0) + each.num_bytes
+    return found
+
+
+@shared_by("parameters_key")
 def trained_parameters(job: Job) -> tuple[Stored, ...]:
     """Those that have a gradient and moments."""
     return tuple(each for each in stored_parameters(job) if each.trained)

@@ -16,13 +16,7 @@ class Call(NamedTuple):
 
 
 class Shards(Protocol):
-    """What an engine does around operations; the memory side of `engine/`.
-
-    Attributes:
-        gathers: `gather` and `release` do something.
-    """
-
-    gathers: bool
+    """What an engine does around operations; the memory side of `engine/`."""
 
     def gather(self, parameters: Sequence[str], *, backward: bool) -> None:
         """Before a module runs: its parameters become whole (ZeRO-3)."""
@@ -33,12 +27,14 @@ class Shards(Protocol):
     def gradient(self, parameter: str, block: Block) -> None:
         """A gradient of the whole parameter was made; the engine is its holder from here on."""
 
-    def run_forward(self, prefix: str, calls: Sequence[Call], taken: Sequence[int]) -> None:
-        """Gather and release for the calls of a layer, of which only the fullest moment counts.
+    def run(
+        self, prefix: str, calls: Sequence[Call], taken: Sequence[int], *, backward: bool
+    ) -> None:
+        """Gather and release for calls that make no gradients: only the fullest moment counts.
 
         Args:
-            prefix: of the names of its parameters.
-            taken: bytes that the layer takes for a moment: before the first call, while it runs,
+            prefix: of the names of their parameters.
+            taken: bytes that their layer takes for a moment: before the first call, while it runs,
                 before the second, ...
         """
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import add
 
 from posttrain_dist.planner.job import Job, shared_by
 from posttrain_dist.planner.memory.engines import base
@@ -21,6 +22,7 @@ from posttrain_dist.planner.memory.engines.gathering import (
     own_elements,
 )
 from posttrain_dist.planner.memory.engines.partitions import shard
+from posttrain_dist.planner.memory.engines.whole_tensors import touch_most
 from posttrain_dist.planner.memory.ledger import Block, Ledger
 from posttrain_dist.planner.memory.parameters import stored_parameters
 from posttrain_dist.planner.plan import Item
@@ -44,7 +46,7 @@ class Gathered:
         self._order = _order(job, leaf=settings.leaf)
         self._sizes = _sizes(job, settings.param_persistence_threshold)
         self._known = False
-        self._elements: Sequence[Held] = ()  # looked up when the first module runs
+        self._found: _Found | None = None  # looked up when the first module runs
 
     def before(self, parameters: Sequence[str], *, backward: bool) -> None:
         """A module with these parameters is to run."""
@@ -58,24 +60,45 @@ class Gathered:
         if self._held is not None:
             self._set(self._held.after * self._value_bytes)
 
-    def run_forward(self, prefix: str, calls: Sequence[base.Call], taken: Sequence[int]) -> None:
+    def run(
+        self, prefix: str, calls: Sequence[base.Call], taken: Sequence[int], *, backward: bool
+    ) -> None:
         """Modules run one after the other; of all moments the fullest is enough."""
-        beside, now = iter(taken), self._block.num_bytes if self._block else 0
-        moments = []  # what is whole, and what is taken beside it
-        for call in calls:
-            moments.append((now, next(beside, 0)))
-            held = self._move_to([prefix + name for name in call.gathers], backward=False)
-            if held is not None:
-                moments.append((held.fetching * self._value_bytes, 0))
-                now = held.running * self._value_bytes
-            moments.append((now, next(beside, 0)))
-            if held is not None:
-                now = held.after * self._value_bytes
-        moments.append((now, next(beside, 0)))
-        whole, most = max(moments, key=sum)
-        self._set(whole)
-        self._ledger.touch(Item.activations, most)
-        self._set(now)
+        if self._alone:
+            touch_most(self._ledger, taken)
+            return
+        whole = self._pass(prefix, calls, backward=backward)
+        beside = [0] * len(whole)
+        before, during = taken[::2], taken[1::2]
+        beside[: 3 * len(before) : 3], beside[2 : 3 * len(during) + 2 : 3] = before, during
+        totals = [*map(add, whole, beside)]
+        fullest = totals.index(max(totals))
+        self._set(whole[fullest])
+        self._ledger.touch(Item.activations, beside[fullest])
+        self._set(whole[-1])
+
+    def _pass(self, prefix: str, calls: Sequence[base.Call], *, backward: bool) -> list[int]:
+        """Bytes that are whole before each call, as it is fetched and as it runs; after the last.
+
+        The same calls at the same place of the step are looked up once.
+        """
+        now = self._block.num_bytes if self._block is not None else 0
+        key = (prefix, calls, backward, self._place, now)
+        passes = self._step().passes
+        if key not in passes:
+            found = []
+            for call in calls:
+                names = [prefix + name for name in call.gathers]
+                held = self._move_to(names, backward=backward)
+                found.append(now)
+                if held is None:
+                    found += [now, now]
+                else:
+                    found += [held.fetching * self._value_bytes, held.running * self._value_bytes]
+                    now = held.after * self._value_bytes
+            passes[key] = ([*found, now], self._place, self._held)
+        whole, self._place, self._held = passes[key]
+        return whole
 
     def end(self) -> None:
         """All modules ran: nothing is needed soon."""
@@ -84,7 +107,7 @@ class Gathered:
 
     def know_order(self) -> None:
         """A whole step was seen: from now on DeepSpeed looks ahead."""
-        self._known, self._elements = True, ()
+        self._known, self._found = True, None
 
     def _move_to(self, parameters: Sequence[str], *, backward: bool) -> Held | None:
         """Go on in the step to the next module that has one of the parameters, if any has.
@@ -101,12 +124,15 @@ class Gathered:
                 found.append(places[next_one % len(places)])
         if not found:
             return None
-        if not self._elements:
-            settings = self._settings if self._known else None
-            self._elements = _elements(self._order, self._sizes, settings)
         self._place = min(found)
-        self._held = self._elements[self._place]
+        self._held = self._step().held[self._place]
         return self._held
+
+    def _step(self) -> _Found:
+        if self._found is None:
+            settings = self._settings if self._known else None
+            self._found = _find(self._order, self._sizes, settings)
+        return self._found
 
     def _set(self, num_bytes: int) -> None:
         if self._block is not None:
@@ -156,18 +182,30 @@ def _sizes(job: Job, threshold: int) -> tuple[tuple[str, int], ...]:
     return tuple(found)
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What is whole around each module of a step.
+
+    Attributes:
+        passes: what was looked up of it by `Gathered.run`.
+    """
+
+    held: Sequence[Held]
+    passes: dict[Hashable, tuple[list[int], int, Held | None]] = field(default_factory=dict)
+
+
 @lru_cache(maxsize=16)
-def _elements(
+def _find(
     order: _Order, sizes: tuple[tuple[str, int], ...], settings: ZeroSettings | None
-) -> list[Held]:
-    """What is whole around each module.
+) -> _Found:
+    """The same for all plans of a search with this order.
 
     Args:
         settings: None: the order is not known.
     """
     if settings is None:
-        return own_elements(order.calls, dict(sizes))
-    return held_elements(order.calls, dict(sizes), settings)
+        return _Found(own_elements(order.calls, dict(sizes)))
+    return _Found(held_elements(order.calls, dict(sizes), settings))
 
 
 @shared_by("parameters_key")

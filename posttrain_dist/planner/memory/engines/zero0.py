@@ -16,7 +16,7 @@ from posttrain_dist.planner.memory.engines.whole_tensors import (
     touch_whole_state,
 )
 from posttrain_dist.planner.memory.ledger import Block, Ledger
-from posttrain_dist.planner.memory.parameters import stored_parameters, trained_parameters
+from posttrain_dist.planner.memory.parameters import stored_bytes, trained_parameters
 from posttrain_dist.planner.plan import Item
 
 _REDUCED_ELEMENTS = 500_000_000  # that engine.py reduces at a time
@@ -24,8 +24,6 @@ _REDUCED_ELEMENTS = 500_000_000  # that engine.py reduces at a time
 
 class ReplicatedMemory:
     """What a rank of stage 0 holds, on a ledger of its device."""
-
-    gathers = False
 
     def __init__(self, job: Job, ledger: Ledger) -> None:
         self._job, self._ledger = job, ledger
@@ -36,8 +34,8 @@ class ReplicatedMemory:
     def load(self) -> None:
         """Weights, masters; in bfloat16 also an update with zeros, whose moments go again."""
         job, ledger = self._job, self._ledger
-        for each in stored_parameters(job):
-            ledger.allocate(each.item, each.num_bytes)
+        for item, num_bytes in stored_bytes(job).items():
+            ledger.allocate(item, num_bytes)
         if job.value_bytes == 4:
             return
         count = self._count()
@@ -52,7 +50,9 @@ class ReplicatedMemory:
     def release(self, parameters: Sequence[str], *, backward: bool) -> None:
         """Every parameter stays whole."""
 
-    def run_forward(self, prefix: str, calls: Sequence[Call], taken: Sequence[int]) -> None:
+    def run(
+        self, prefix: str, calls: Sequence[Call], taken: Sequence[int], *, backward: bool
+    ) -> None:
         """Every parameter is whole all the time."""
         touch_most(self._ledger, taken)
 

@@ -39,8 +39,6 @@ _NORM_BYTES = 8  # an element of a gradient while its norm is taken, in float64
 class FlatMemory:
     """What a rank of stage 1 or 2 holds, on a ledger of its device."""
 
-    gathers = False
-
     def __init__(self, job: Job, ledger: Ledger, rank: int | None = None) -> None:
         self._job, self._ledger, self._settings = job, ledger, zero_settings(job)
         self._groups = flat_groups(job)
@@ -108,7 +106,9 @@ class FlatMemory:
     def release(self, parameters: Sequence[str], *, backward: bool) -> None:
         """Every parameter stays whole."""
 
-    def run_forward(self, prefix: str, calls: Sequence[Call], taken: Sequence[int]) -> None:
+    def run(
+        self, prefix: str, calls: Sequence[Call], taken: Sequence[int], *, backward: bool
+    ) -> None:
         """Every parameter is whole all the time."""
         touch_most(self._ledger, taken)
 

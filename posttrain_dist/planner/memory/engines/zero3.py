@@ -33,8 +33,6 @@ _NORM_BYTES = 8  # an element of a gradient while its norm is taken, in float64
 class ShardedMemory:
     """What a rank of stage 3 holds, on a ledger of its device."""
 
-    gathers = True
-
     def __init__(self, job: Job, ledger: Ledger) -> None:
         self._job, self._ledger, self._settings = job, ledger, zero_settings(job)
         self._stored = {s.name: s for s in stored_parameters(job) if s.parameter}
@@ -139,9 +137,13 @@ class ShardedMemory:
         """It ran: its parameters go, unless they are needed soon."""
         self._gathered.after()
 
-    def run_forward(self, prefix: str, calls: Sequence[Call], taken: Sequence[int]) -> None:
+    def run(
+        self, prefix: str, calls: Sequence[Call], taken: Sequence[int], *, backward: bool
+    ) -> None:
         """Module after module becomes whole, and goes."""
-        self._gathered.run_forward(prefix, calls, taken)
+        if backward and self._settings.leaf:
+            self._hold_gradient(layer_of(self._job, prefix))
+        self._gathered.run(prefix, calls, taken, backward=backward)
 
     def _hold_gradient(self, layer: str | None) -> None:
         """The hook of a leaf has the gradient of its output until that of its input is there."""
