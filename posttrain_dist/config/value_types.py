@@ -7,6 +7,7 @@ import types
 import typing
 from collections.abc import Iterator
 from enum import Enum
+from functools import cache
 from typing import Any
 
 from posttrain_dist.errors import ConfigError, short
@@ -29,7 +30,8 @@ def type_problems(config: Any, key: str = "") -> list[ConfigError]:
         key: that it stands below.
     """
     try:
-        hints = typing.get_type_hints(type(config))
+        kind: type = type(config)
+        hints = _hints(kind)
     except NameError:  # of a class whose module cannot be found by its name: nothing is known
         return []
     found = []
@@ -37,6 +39,11 @@ def type_problems(config: Any, key: str = "") -> list[ConfigError]:
         name = f"{key}.{field.name}" if key else field.name
         found += list(_problems(getattr(config, field.name), hints[field.name], name))
     return found
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def type_name(hint: Any) -> str:

@@ -105,6 +105,15 @@ def read_network(path: str, add_tokens: Sequence[str] = ()) -> Network:
         ConfigError: the tokenizer has one of the tokens.
     """
     folder = resolve(path)
+    check_folder(folder, need_weights=False)
+    return _build_network(folder, _state(folder), tuple(add_tokens))
+
+
+@lru_cache(maxsize=1)
+def _build_network(
+    folder: Path, state: tuple[tuple[str, int, int], ...], add_tokens: tuple[str, ...]
+) -> Network:
+    """Of a folder that was checked: once, for who plans reads it many times."""
     config, where = check_folder(folder, need_weights=False), str(folder / "config.json")
     if has_tokenizer(folder):
         config = grown_config(folder, config, add_tokens)

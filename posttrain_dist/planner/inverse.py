@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cache
 
 from posttrain_dist.config import RunConfig, Slurm
 from posttrain_dist.errors import ConfigError
@@ -81,6 +82,7 @@ def largest(
     step, most = STEPS[key], _most(config, machine, key)
     search = Search(config, machine, None if key == LENGTH else facts, {*typed, key})
 
+    @cache
     def at(count: int) -> Search:
         return search.with_words((f"{key}={min(most, count * step)}",))
 
@@ -89,7 +91,7 @@ def largest(
     for method in methods(config, machine):
         if key == RANK and not _has_rank(search, method):
             continue
-        count = _last(lambda count, m=method: _fits(at(count).leanest(m)), counts)  # type: ignore[misc]
+        count = _last(lambda count, m=method: at(count).fits(m), counts)  # type: ignore[misc]
         tried = at(count or 1).fastest(method)
         value = min(most, count * step) if count else None
         found.append(_answer(tried, value, (f"{key}={value}",), bounded=count == counts))
@@ -122,6 +124,7 @@ def fewest(
     sizes = [*range(1, per_node), *(per_node * number for number in range(1, nodes + 1))]
     search = Search(config, machine, facts, typed)
 
+    @cache
     def at(size: int) -> Search:
         return search.with_words(gpu_words(config, machine, size))
 
@@ -129,7 +132,7 @@ def fewest(
     found = []
     for method in methods(whole, machine):
         fails = _last(
-            lambda count, m=method: not _fits(at(sizes[count - 1]).leanest(m)),  # type: ignore[misc]
+            lambda count, m=method: not at(sizes[count - 1]).fits(m),  # type: ignore[misc]
             len(sizes),
         )
         size = sizes[fails] if fails < len(sizes) else None
@@ -156,10 +159,6 @@ def _answer(
     if plan is not None and value is not None:
         plan = dataclasses.replace(plan, overrides=(*words, *plan.overrides))
     return Answer(tried.name, value, plan, bounded, tried.refused)
-
-
-def _fits(tried: Tried) -> bool:
-    return tried.plan is not None and tried.plan.fits
 
 
 def _last(holds: Callable[[int], bool], most: int) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import wraps
+from operator import attrgetter
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.prepared.arrays import Examples
@@ -14,6 +17,10 @@ from posttrain_dist.models import ModelConfig
 from posttrain_dist.models.network.tensors import Network
 from posttrain_dist.planner.memory.packed_rows import PackedRow, PackedRows
 from posttrain_dist.tuning.base import Tuning
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_MOST_SHARED = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +99,7 @@ class Job:
         workers: ranks of the whole run; local_workers: of one node.
         accumulation: micro-batches of an update, of the rank that has most.
         tokens: of the whole run; None: not known.
+        parameters_key: equal for jobs that hold the same parameters and train the same of them.
     """
 
     network: Network
@@ -116,6 +124,11 @@ class Job:
     num_channels: int
     tokens: int | None
     config: RunConfig  # what it was made of, for what is shown
+    parameters_key: Hashable = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        key = (self.network, repr(self.tuning), self.value_bytes, len(self.model.add_tokens))
+        object.__setattr__(self, "parameters_key", key)
 
     @property
     def on_gpu(self) -> bool:
@@ -147,3 +160,31 @@ def fullest_row(row_tokens: int, longest: int) -> tuple[int, ...]:
     """Lengths of the samples of a row that are as long as they may be."""
     full, rest = divmod(row_tokens, longest)
     return (longest,) * full + ((rest,) if rest else ())
+
+
+def shared_by(
+    *attributes: str,
+) -> Callable[[Callable[Concatenate[Job, P], T]], Callable[Concatenate[Job, P], T]]:
+    """Cache a function of a job by those attributes of it that the function reads.
+
+    The many plans of a search differ in little: what does not follow from that is found once.
+    """
+    read = attrgetter(*attributes)
+
+    def decorate(
+        function: Callable[Concatenate[Job, P], T],
+    ) -> Callable[Concatenate[Job, P], T]:
+        known: dict[Hashable, T] = {}
+
+        @wraps(function)
+        def found(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            key = (read(job), *args, *kwargs.items())
+            if key not in known:
+                if len(known) == _MOST_SHARED:
+                    del known[next(iter(known))]
+                known[key] = function(job, *args, **kwargs)
+            return known[key]
+
+        return found
+
+    return decorate

@@ -12,10 +12,11 @@ from posttrain_dist.planner.memory.disk import checkpoint_bytes, export_bytes
 from posttrain_dist.planner.memory.host import (
     host_context_bytes,
     host_phases,
+    resident_bytes,
     resuming_bytes,
 )
-from posttrain_dist.planner.memory.parameters import stored_parameters
-from posttrain_dist.planner.memory.phases import device_phases
+from posttrain_dist.planner.memory.parameters import trained_parameters
+from posttrain_dist.planner.memory.phases import device_phases, state_bytes
 from posttrain_dist.planner.methods import engine_name, tuning_name
 from posttrain_dist.planner.plan import Memory, Plan
 from posttrain_dist.planner.speed.step_time import speed_of
@@ -32,30 +33,45 @@ def make_plan(job: Job, overrides: tuple[str, ...] = ()) -> Plan:
     phases = device_phases(job)
     device = Memory(phases, slack_bytes(job, phases), context_bytes(job))
     host = Memory(host_phases(job), context_bytes=host_context_bytes(job))
-    machine = job.machine
-    capacity = machine.gpu_memory_bytes
-    if not job.on_gpu:  # ranks of a node share its memory
-        capacity = machine.host_memory_bytes // job.local_workers
-    stored = stored_parameters(job)
     return Plan(
         settings=settings_of(job),
         overrides=overrides,
         hardware=hardware_of(job),
         parameters=job.network.num_parameters,
-        trained=sum(math.prod(each.shape) for each in stored if each.trained),
+        trained=sum(each.size for each in trained_parameters(job)),
         workers=job.workers,
         nodes=math.ceil(job.workers / job.local_workers),
         device=device,
         host=host,
-        capacity_bytes=capacity,
-        margin_bytes=math.ceil(capacity * machine.margin) if job.on_gpu else 0,
-        host_capacity_bytes=machine.host_memory_bytes,
+        capacity_bytes=_capacity_bytes(job),
+        margin_bytes=_margin_bytes(job),
+        host_capacity_bytes=job.machine.host_memory_bytes,
         checkpoint_bytes=checkpoint_bytes(job),
         export_bytes=export_bytes(job),
         speed=speed_of(job),
         on_gpu=job.on_gpu,
         warnings=warnings_of(job),
     )
+
+
+def may_fit(job: Job) -> bool:
+    """Whether what a run takes in any case has room. If not, its plan does not fit; else it may."""
+    if resident_bytes(job) > job.machine.host_memory_bytes:
+        return False
+    least = state_bytes(job) + context_bytes(job)
+    return least <= _capacity_bytes(job) - _margin_bytes(job)
+
+
+def _capacity_bytes(job: Job) -> int:
+    """Of a GPU; ranks without one share the memory of their node."""
+    machine = job.machine
+    if job.on_gpu:
+        return machine.gpu_memory_bytes
+    return machine.host_memory_bytes // job.local_workers
+
+
+def _margin_bytes(job: Job) -> int:
+    return math.ceil(job.machine.gpu_memory_bytes * job.machine.margin) if job.on_gpu else 0
 
 
 def warnings_of(job: Job) -> tuple[str, ...]:

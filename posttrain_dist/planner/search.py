@@ -6,15 +6,16 @@ enough are found on a straight line: between none and all, then between none and
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from posttrain_dist.config import RunConfig, complete
 from posttrain_dist.errors import PosttrainError, SeveralErrors
-from posttrain_dist.planner.job import DataFacts, Machine
+from posttrain_dist.planner.job import DataFacts, Job, Machine
 from posttrain_dist.planner.make_job import count_workers, make_job, read_network
-from posttrain_dist.planner.make_plan import make_plan
+from posttrain_dist.planner.make_plan import make_plan, may_fit
 from posttrain_dist.planner.methods import (
     MICRO_BATCH,
     Method,
@@ -58,8 +59,7 @@ class Search:
             PosttrainError: what is wrong with such a config, or with the model.
         """
         if words not in self._made:
-            config = complete(with_words(self.config, words))
-            self._made[words] = make_plan(make_job(config, self.machine, self.facts), words)
+            self._made[words] = make_plan(self._job(words), words)
         return self._made[words]
 
     def fastest(self, method: Method) -> Tried:
@@ -70,24 +70,59 @@ class Search:
         """The plan of a method that takes least memory."""
         return self._of_ways(method, self._leanest)
 
+    def fits(self, method: Method) -> bool:
+        """Whether a method fits with what takes least memory."""
+        for words in self._possible(method):
+            with contextlib.suppress(PosttrainError):
+                if self._leanest(words).fits:
+                    return True
+        return False
+
+    def _job(self, words: tuple[str, ...]) -> Job:
+        config = complete(with_words(self.config, words))
+        return make_job(config, self.machine, self.facts)
+
+    def _possible(self, method: Method) -> tuple[tuple[str, ...], ...]:
+        """The ways of a method but those that cannot fit, which is seen without a plan."""
+        found = []
+        for words in method.ways:
+            with contextlib.suppress(PosttrainError):
+                if may_fit(self._job(self._leanest_words(words))):
+                    found.append(words)
+        return tuple(found)
+
     def _of_ways(self, method: Method, planned: Callable[[tuple[str, ...]], Plan]) -> Tried:
+        found = self._best(method.name, self._possible(method), planned)
+        if found.plan is not None and found.plan.fits:
+            return found
+        return self._best(method.name, method.ways, planned)
+
+    def _best(
+        self,
+        name: str,
+        ways: tuple[tuple[str, ...], ...],
+        planned: Callable[[tuple[str, ...]], Plan],
+    ) -> Tried:
         best: Tried | None = None
         refused = ""
-        for words in method.ways:
+        for words in ways:
             try:
                 plan, leanest = planned(words), self._leanest(words)
             except PosttrainError as error:
                 refused = _why(error)
                 continue
             if best is None or best.plan is None or _is_better(plan, best.plan):
-                best = Tried(method.name, plan, leanest=leanest)
+                best = Tried(name, plan, leanest=leanest)
             if plan.fits and set(NONE) <= set(plan.overrides):
                 break  # to shard more would only send more
-        return best or Tried(method.name, None, refused)
+        return best or Tried(name, None, refused)
 
     def _leanest(self, words: tuple[str, ...]) -> Plan:
+        return self.plan(self._leanest_words(words))
+
+    def _leanest_words(self, words: tuple[str, ...]) -> tuple[str, ...]:
         size = self._micro_batches(words)[0]
-        return self.plan((*words, *size, *(ALL if self._chooses_layers else ())))
+        return (*words, *size, *(ALL if self._chooses_layers else ()))
 
     def _fastest(self, words: tuple[str, ...]) -> Plan:
         """Of rows that get longer as long as that helps, each with the fewest layers."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from posttrain_dist.models.shape import ModelShape
@@ -75,9 +76,9 @@ class Layer:
         return sum(tensor.size for tensor in self.tensors)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Network:
-    """A dense causal LM.
+    """A dense causal LM. Equal to itself alone, so that it is a key.
 
     Attributes:
         config: of config.json, with the vocabulary that added tokens make of it.
@@ -120,5 +121,10 @@ class Network:
     @property
     def num_parameters(self) -> int:
         """All parameters, a shared one once."""
-        outside = sum(tensor.size for tensor in (*self.before, *self.after, *self.head))
-        return outside + sum(layer.size for layer in self.layers)
+        return _count_parameters(self)
+
+
+@lru_cache(maxsize=1)
+def _count_parameters(network: Network) -> int:
+    outside = sum(tensor.size for tensor in (*network.before, *network.after, *network.head))
+    return outside + sum(layer.size for layer in network.layers)

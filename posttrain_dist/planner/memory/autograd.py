@@ -16,23 +16,10 @@ gradients are made. `Graph.backward` walks the operations from last to first as 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import NamedTuple, Protocol
 
+from posttrain_dist.planner.memory.engines.base import Call, Shards
 from posttrain_dist.planner.memory.ledger import Block, Ledger
 from posttrain_dist.planner.plan import Item
-
-
-class Shards(Protocol):
-    """What an engine does around operations; the memory side of `engine/`."""
-
-    def gather(self, parameters: Sequence[str], *, backward: bool) -> None:
-        """Before a module runs: its parameters become whole (ZeRO-3)."""
-
-    def release(self, parameters: Sequence[str], *, backward: bool) -> None:
-        """After it ran."""
-
-    def gradient(self, parameter: str, block: Block) -> None:
-        """A gradient of the whole parameter was made; the engine is its holder from here on."""
 
 
 class Edge:
@@ -77,13 +64,6 @@ class Value:
             self._ledger = None
 
     __del__ = end
-
-
-class Call(NamedTuple):
-    """An operation that reads parameters: their names, and those trained with bytes of gradient."""
-
-    gathers: Sequence[str]
-    parameters: Sequence[tuple[str, int]]
 
 
 class _Node:

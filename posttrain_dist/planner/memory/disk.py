@@ -8,17 +8,25 @@ the tuning keeps.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.engines.ds_settings import elements, zero_settings
 from posttrain_dist.planner.memory.engines.partitions import flat_groups, shard, sub_groups
 from posttrain_dist.planner.memory.moments import device_moments, host_moments
-from posttrain_dist.planner.memory.parameters import Stored, stored_parameters
+from posttrain_dist.planner.memory.parameters import (
+    Stored,
+    kept_as_they_are,
+    stored_parameters,
+    trained_parameters,
+)
 
 _STATE_BYTES = 12  # master and two moments in float32
 _STEP_BYTES = 4
 
 
+@lru_cache(maxsize=8)
 def checkpoint_bytes(job: Job) -> int:
     """Of one checkpoint, all ranks together; without headers and small files."""
     if not job.tuning.whole_model:
@@ -45,13 +53,8 @@ def export_bytes(job: Job) -> int:
 
 
 def _kept_bytes(job: Job) -> int:
-    total = 0
-    for each in stored_parameters(job):
-        if each.trained:
-            total += each.size * 4 + _moment_bytes(job, each.size) + _STEP_BYTES
-        elif job.tuning.kept(each.name):
-            total += each.num_bytes
-    return total
+    state = (each.size * 4 + _moment_bytes(job, each.size) for each in trained_parameters(job))
+    return kept_as_they_are(job) + sum(each + _STEP_BYTES for each in state)
 
 
 def _moment_bytes(job: Job, size: int) -> int:

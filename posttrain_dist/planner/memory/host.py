@@ -26,7 +26,12 @@ from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.engines.ds_settings import elements, zero_settings
 from posttrain_dist.planner.memory.engines.partitions import flat_groups, shard, sub_groups
 from posttrain_dist.planner.memory.moments import host_moments
-from posttrain_dist.planner.memory.parameters import Stored, stored_parameters
+from posttrain_dist.planner.memory.parameters import (
+    Stored,
+    kept_as_they_are,
+    stored_parameters,
+    trained_parameters,
+)
 from posttrain_dist.planner.plan import Item, Phase, PhaseName
 
 _EXPORT_FILE_BYTES = 4 << 30  # as checkpoint/hf_folder.py
@@ -71,6 +76,12 @@ def host_phases(job: Job) -> tuple[Phase, ...]:
     )
 
 
+def resident_bytes(job: Job) -> int:
+    """What is there from start to end, the programs too; on CPUs not what ranks allocate."""
+    resident = sum(_resident(job).values()) if job.on_gpu else 0
+    return resident + host_context_bytes(job)
+
+
 def resuming_bytes(job: Job) -> int:
     """What a host holds of a checkpoint while its ranks go on from it; 0: nothing to speak of.
 
@@ -83,10 +94,9 @@ def resuming_bytes(job: Job) -> int:
         return 0
     stored = stored_parameters(job)
     weights = 0 if _is_sharded(job) else sum(each.num_bytes for each in stored)
-    state = sum(each.size for each in stored if each.trained) * 12
+    state = sum(each.size for each in trained_parameters(job)) * 12
     each = max(weights, state // job.workers) if engine.stage else weights + state
-    resident = sum(_resident(job).values()) if job.on_gpu else 0
-    return resident + each * job.local_workers + host_context_bytes(job)
+    return resident_bytes(job) + each * job.local_workers
 
 
 def pinned(num_bytes: int) -> int:
@@ -101,8 +111,7 @@ def pinned(num_bytes: int) -> int:
 def _resident(job: Job) -> dict[Item, int]:
     """What the ranks of one host hold from the start to the end."""
     engine, found = job.engine, Counter[Item]()
-    trained = [each for each in stored_parameters(job) if each.trained]
-    found[Item.offloaded] += sum(host_moments(job, each.size) for each in trained)
+    found[Item.offloaded] += sum(host_moments(job, s.size) for s in trained_parameters(job))
     if isinstance(engine, DeepSpeed) and engine.offload:
         found.update(_offloaded_flat(job) if engine.stage < 3 else _offloaded_shards(job))
     return {item: n * job.local_workers for item, n in found.items() if n}
@@ -114,7 +123,7 @@ def _offloaded_flat(job: Job) -> dict[Item, int]:
     total = sum(
         pinned(g.part * 4) * 2 + g.part * 8 + pinned(g.part * value) for g in flat_groups(job)
     )
-    largest = max(each.size for each in stored_parameters(job) if each.trained)
+    largest = max(each.size for each in trained_parameters(job))
     total += pinned(largest * value)
     if job.accumulation > 1:  # `accumulated_grads_in_cpu`: whole gradients of own parameters
         total += sum(pinned(s.size * value) for g in flat_groups(job) for s, _ in g.pieces(0))
@@ -168,8 +177,7 @@ def _moved(job: Job) -> int:
     moved = max(phase.on_host for phase in device_phases(job))
     if not _is_sharded(job) or zero_settings(job).offload_param:
         return moved
-    trained = [each for each in stored_parameters(job) if each.trained]
-    return max(moved, sum(_shard_bytes(job, each) for each in trained))
+    return max(moved, sum(_shard_bytes(job, each) for each in trained_parameters(job)))
 
 
 def _is_sharded(job: Job) -> bool:
@@ -187,8 +195,7 @@ def _saving(job: Job) -> int:
     """The largest tensor of each rank on its way to a file; all of a small tuning on rank 0."""
     stored = stored_parameters(job)
     if not job.tuning.whole_model:
-        kept = sum(s.num_bytes for s in stored if not s.trained and job.tuning.kept(s.name))
-        return kept + sum(each.size * 12 for each in stored if each.trained)
+        return kept_as_they_are(job) + sum(each.size * 12 for each in trained_parameters(job))
     engine = job.engine
     if not isinstance(engine, DeepSpeed) or engine.stage == 0:
         writers = job.local_workers if isinstance(engine, DeepSpeed) else 1

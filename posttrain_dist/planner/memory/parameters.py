@@ -7,11 +7,10 @@ has the dtype of the model; float32 masters are of the optimizer (`moments.py`).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 from posttrain_dist.models.network.tensors import Tensor
 from posttrain_dist.models.quantized import nf4_tensor_bytes
-from posttrain_dist.planner.job import Job
+from posttrain_dist.planner.job import Job, shared_by
 from posttrain_dist.planner.memory.adapters.inserted import inserted
 from posttrain_dist.planner.memory.adapters.placed import on_nf4, wrapped
 from posttrain_dist.planner.memory.stored import Stored as Stored
@@ -20,7 +19,7 @@ from posttrain_dist.planner.plan import Item
 CONSTANTS = ".quant_state"  # ends the name of what a packed weight is read with
 
 
-@lru_cache(maxsize=8)
+@shared_by("parameters_key")
 def stored_parameters(job: Job) -> tuple[Stored, ...]:
     """Base weights in the order of the network, packed ones with their constants, then adapters.
 
@@ -28,6 +27,28 @@ def stored_parameters(job: Job) -> tuple[Stored, ...]:
         ConfigError: the tuning names layers that the network has not.
     """
     return (*_base(job), *inserted(job))
+
+
+@shared_by("parameters_key")
+def stored_bytes(job: Job) -> dict[Item, int]:
+    """Of all of them, by what they are for."""
+    found: dict[Item, int] = {}
+    for each in stored_parameters(job):
+        found[each.item] = found.get(each.item, 0) + each.num_bytes
+    return found
+
+
+@shared_by("parameters_key")
+def trained_parameters(job: Job) -> tuple[Stored, ...]:
+    """Those that have a gradient and moments."""
+    return tuple(each for each in stored_parameters(job) if each.trained)
+
+
+@shared_by("parameters_key")
+def kept_as_they_are(job: Job) -> int:
+    """Bytes of what is not trained and belongs to the checkpoints of a small tuning."""
+    stored = stored_parameters(job)
+    return sum(s.num_bytes for s in stored if not s.trained and job.tuning.kept(s.name))
 
 
 def _base(job: Job) -> Iterator[Stored]:

@@ -31,7 +31,7 @@ from posttrain_dist.planner.memory.layers.repeated import run_layers
 from posttrain_dist.planner.memory.ledger import Ledger
 from posttrain_dist.planner.memory.operations import WIDE, dropout, scale, take_rows
 from posttrain_dist.planner.memory.packed_rows import PackedRow
-from posttrain_dist.planner.memory.parameters import stored_parameters
+from posttrain_dist.planner.memory.parameters import trained_parameters
 from posttrain_dist.planner.memory.startup import check_parity
 from posttrain_dist.planner.plan import Item, Phase, PhaseName
 
@@ -61,7 +61,7 @@ def _phases_of_row(job: Job, heldout: Job) -> tuple[Phase, ...]:
     job, heldout = extended(job), extended(heldout)
     ledger = Ledger(room_bytes(job))
     engine = make_engine_memory(job, ledger)
-    trained = frozenset(each.name for each in stored_parameters(job) if each.trained)
+    trained = frozenset(each.name for each in trained_parameters(job))
     run, evaluation = (_Run(each, ledger, engine, trained) for each in (job, heldout))
     with ledger.phase(PhaseName.load):
         engine.load()
@@ -79,6 +79,20 @@ def _phases_of_row(job: Job, heldout: Job) -> tuple[Phase, ...]:
     with ledger.phase(PhaseName.export):
         engine.export()
     return ledger.phases()
+
+
+def state_bytes(job: Job) -> int:
+    """What a run takes of its device at least, however short its rows: weights, optimizer state.
+
+    The same replay, of loading and of an update without a batch before it.
+    """
+    ledger = Ledger(room_bytes(job))
+    engine = make_engine_memory(job, ledger)
+    with ledger.phase(PhaseName.load):
+        engine.load()
+    with ledger.phase(PhaseName.update):
+        engine.update()
+    return max(phase.allocated_bytes for phase in ledger.phases())
 
 
 def make_engine_memory(job: Job, ledger: Ledger) -> EngineMemory:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from posttrain_dist.planner.plan import Item
 
@@ -18,6 +18,7 @@ class Stored:
         shape: as it is computed with; a packed weight is held as fewer elements.
         trained: it has a gradient and moments.
         parameter: ZeRO-3 shards it; else a buffer or constants, whole on every rank.
+        size: number of elements, as it is computed with.
     """
 
     name: str
@@ -26,8 +27,7 @@ class Stored:
     item: Item
     trained: bool
     parameter: bool = True
+    size: int = field(init=False)
 
-    @property
-    def size(self) -> int:
-        """Number of elements, as it is computed with."""
-        return math.prod(self.shape)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", math.prod(self.shape))

@@ -8,10 +8,10 @@ through n nodes, the GPU at the edge of a node sends all of it over the network.
 from __future__ import annotations
 
 from posttrain_dist.engine import DeepSpeed
-from posttrain_dist.planner.job import Job
+from posttrain_dist.planner.job import Job, shared_by
 from posttrain_dist.planner.memory.engines.ds_settings import elements, zero_settings
 from posttrain_dist.planner.memory.engines.partitions import shard
-from posttrain_dist.planner.memory.parameters import Stored, stored_parameters
+from posttrain_dist.planner.memory.parameters import stored_parameters, trained_parameters
 
 GATHER_FORWARD = "gather, forward"
 GATHER_BACKWARD = "gather, backward"
@@ -27,7 +27,7 @@ def traffic_bytes(job: Job) -> dict[str, int]:
         return {}
     stage, workers = job.engine.stage, job.workers
     ring = (workers - 1) / workers
-    trained = sum(each.size for each in stored_parameters(job) if each.trained)
+    trained = sum(each.size for each in trained_parameters(job))
     gradients = trained * job.value_bytes
     found: dict[str, int] = {}
     if workers > 1:
@@ -43,17 +43,12 @@ def _between_ranks(job: Job, stage: int, ring: float, gradients: int) -> dict[st
         often = job.accumulation if stage == 2 else 1
         found = {REDUCE: round(2 * ring * gradients * often)}
         return found | ({GATHER_WEIGHTS: round(ring * gradients)} if stage else {})
-    stored = stored_parameters(job)
-    gathered = sum(_gathered_bytes(job, each) for each in stored)
-    # Frozen embeddings have no backward.
-    first = {each.name for each in job.network.before}
-    skipped = sum(
-        _gathered_bytes(job, each) for each in stored if each.name in first and not each.trained
-    )
-    scattered = 1 if zero_settings(job).reduce_scatter else 2
+    settings = zero_settings(job)
+    gathered, again = _gathered_bytes(job, settings.param_persistence_threshold)
+    scattered = 1 if settings.reduce_scatter else 2
     return {
         GATHER_FORWARD: round(ring * gathered * job.accumulation),
-        GATHER_BACKWARD: round(ring * (gathered - skipped) * job.accumulation),
+        GATHER_BACKWARD: round(ring * again * job.accumulation),
         REDUCE: round(scattered * ring * gradients * job.accumulation),
     }
 
@@ -62,17 +57,27 @@ def _over_host_link(job: Job, stage: int, gradients: int) -> dict[str, int]:
     part = gradients // job.workers
     if stage < 3:
         return {TO_HOST: part * (2 * job.accumulation - 1), FROM_HOST: part}
-    whole = sum(_gathered_bytes(job, each) for each in stored_parameters(job)) // job.workers
+    gathered, _ = _gathered_bytes(job, zero_settings(job).param_persistence_threshold)
+    whole = gathered // job.workers
     return {
         TO_HOST: part * (2 * job.accumulation - 1),
         FROM_HOST: 2 * whole * job.accumulation,
     }
 
 
-def _gathered_bytes(job: Job, stored: Stored) -> int:
-    """Of a parameter that stage 3 shards: with its padding; what stays whole costs nothing."""
-    count = elements(stored, job.value_bytes)
-    settings = zero_settings(job)
-    if not stored.parameter or count <= settings.param_persistence_threshold:
-        return 0
-    return shard(count, job.workers) * job.workers * (stored.num_bytes // count)
+@shared_by("parameters_key", "workers")
+def _gathered_bytes(job: Job, threshold: int) -> tuple[int, int]:
+    """Of what stage 3 shards, with its padding; what is no larger than a threshold stays whole.
+
+    Returns:
+        Those of a forward and of a backward: frozen embeddings have none.
+    """
+    first = {each.name for each in job.network.before}
+    total = again = 0
+    for each in stored_parameters(job):
+        count = elements(each, job.value_bytes)
+        if each.parameter and count > threshold:
+            padded = shard(count, job.workers) * job.workers * (each.num_bytes // count)
+            total += padded
+            again += padded if each.trained or each.name not in first else 0
+    return total, again

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.planner.job import Job
-from posttrain_dist.planner.memory.parameters import stored_parameters
+from posttrain_dist.planner.memory.parameters import trained_parameters
 from posttrain_dist.planner.speed.traffic import (
     FROM_HOST,
     GATHER_BACKWARD,
@@ -51,7 +51,7 @@ def transfers(job: Job) -> Transfers:
     batches = job.accumulation
     gathered = sent.get(GATHER_BACKWARD, 0) / batches
     reduced = sent.get(REDUCE, 0)
-    trained = sum(each.size for each in stored_parameters(job) if each.trained)
+    trained = sum(each.size for each in trained_parameters(job))
     from_host, to_host = sent.get(FROM_HOST, 0), sent.get(TO_HOST, 0)
     kept = _checkpoints(job) * batches
     return Transfers(

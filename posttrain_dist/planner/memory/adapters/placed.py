@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from posttrain_dist.models.network.tensors import Linear, Network, Tensor
 from posttrain_dist.models.quantized import holds_nf4
-from posttrain_dist.planner.job import Job
+from posttrain_dist.planner.job import Job, shared_by
 from posttrain_dist.tuning.base import AdapterTuning, Quantize
 from posttrain_dist.tuning.ia3 import Ia3
 from posttrain_dist.tuning.injection.targets import matching
@@ -31,7 +29,7 @@ def on_nf4(job: Job) -> bool:
     return asked or holds_nf4(job.network.config)
 
 
-@lru_cache(maxsize=8)
+@shared_by("parameters_key")
 def lora_targets(job: Job) -> dict[str, Linear]:
     """The layers that have A and B, by name; none for other tunings."""
     if not isinstance(job.tuning, Lora):
@@ -39,7 +37,7 @@ def lora_targets(job: Job) -> dict[str, Linear]:
     return {one.name: one for one in matching(list(job.network.linears()), job.tuning.targets)}
 
 
-@lru_cache(maxsize=8)
+@shared_by("parameters_key")
 def ia3_targets(job: Job) -> tuple[dict[str, Linear], dict[str, Linear]]:
     """The layers whose output a vector scales, and those whose input; none for other tunings."""
     if not isinstance(job.tuning, Ia3):

@@ -2,9 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
-from posttrain_dist.planner.memory.autograd import Shards
+from posttrain_dist.planner.memory.ledger import Block
+
+
+class Call(NamedTuple):
+    """An operation that reads parameters: their names, and those trained with bytes of gradient."""
+
+    gathers: Sequence[str]
+    parameters: Sequence[tuple[str, int]]
+
+
+class Shards(Protocol):
+    """What an engine does around operations; the memory side of `engine/`."""
+
+    def gather(self, parameters: Sequence[str], *, backward: bool) -> None:
+        """Before a module runs: its parameters become whole (ZeRO-3)."""
+
+    def release(self, parameters: Sequence[str], *, backward: bool) -> None:
+        """After it ran."""
+
+    def gradient(self, parameter: str, block: Block) -> None:
+        """A gradient of the whole parameter was made; the engine is its holder from here on."""
+
+    def run(
+        self, prefix: str, calls: Sequence[Call], taken: Sequence[int], *, backward: bool
+    ) -> None:
+        """Gather and release for calls that make no gradients: only the fullest moment counts.
+
+        Args:
+            prefix: of the names of their parameters.
+            taken: bytes that their layer takes for a moment: before the first call, while it runs,
+                before the second, ...
+        """
 
 
 class EngineMemory(Shards, Protocol):

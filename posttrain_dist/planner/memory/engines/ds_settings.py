@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -10,8 +9,12 @@ from typing import Any
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.engine.ds_config import deepspeed_config
 from posttrain_dist.engine.ds_tuning import Sizes, loading_zero, tuned_zero
-from posttrain_dist.planner.job import Job
-from posttrain_dist.planner.memory.parameters import Stored, stored_parameters
+from posttrain_dist.planner.job import Job, shared_by
+from posttrain_dist.planner.memory.parameters import (
+    Stored,
+    stored_parameters,
+    trained_parameters,
+)
 
 # deepspeed 0.19.8, runtime/zero/config.py
 _DEFAULTS: dict[str, Any] = {
@@ -106,6 +109,7 @@ def elements(stored: Stored, value_bytes: int) -> int:
     return stored.size if stored.num_bytes == stored.size * value_bytes else stored.num_bytes
 
 
+@shared_by("parameters_key")
 def _sizes(job: Job) -> Sizes:
     """As `Sizes.of` measures the policy."""
     layers: dict[str, int] = {}
@@ -120,9 +124,8 @@ def _sizes(job: Job) -> Sizes:
             count = elements(each, job.value_bytes)
             layers[layer] = layers.get(layer, 0) + count
             tensor = max(tensor, count)
-    trained = sum(math.prod(s.shape) for s in stored_parameters(job) if s.trained)
     return Sizes(
-        parameters=trained,
+        parameters=sum(each.size for each in trained_parameters(job)),
         layer=max(layers.values()),
         tensor=tensor,
         layer_classes=("layer",),

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from bisect import bisect_left
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import add
 
-from posttrain_dist.planner.job import Job
+from posttrain_dist.planner.job import Job, shared_by
+from posttrain_dist.planner.memory.engines import base
 from posttrain_dist.planner.memory.engines.ds_settings import (
     ZeroSettings,
     elements,
     layer_of,
-    zero_settings,
 )
-from posttrain_dist.planner.memory.engines.gathering import Call, Held, held_elements
+from posttrain_dist.planner.memory.engines.gathering import (
+    Call,
+    Held,
+    held_elements,
+    own_elements,
+)
 from posttrain_dist.planner.memory.engines.partitions import shard
+from posttrain_dist.planner.memory.engines.whole_tensors import touch_most
 from posttrain_dist.planner.memory.ledger import Block, Ledger
-from posttrain_dist.planner.memory.parameters import Stored, stored_parameters
+from posttrain_dist.planner.memory.parameters import stored_parameters
 from posttrain_dist.planner.plan import Item
 
 _OUTER_MODULES, _MODULES_OF_A_LAYER = 3, 4  # without parameters of their own
@@ -29,35 +37,68 @@ class Gathered:
     it has seen one; a program may leave out layers that are like those before.
     """
 
-    def __init__(
-        self, job: Job, ledger: Ledger, settings: ZeroSettings, stored: Mapping[str, Stored]
-    ) -> None:
-        self._job, self._ledger, self._settings = job, ledger, settings
+    def __init__(self, job: Job, ledger: Ledger, settings: ZeroSettings) -> None:
+        self._ledger, self._settings, self._value_bytes = ledger, settings, job.value_bytes
         self._alone = job.workers == 1 and not settings.offload_param  # shards are whole
         self._block: Block | None = None
         self._place = -1
         self._held: Held | None = None
-        self._calls, self._elements = _step(job, known=False)
-        self._places: dict[tuple[str, bool], list[int]] = {}
-        for i, call in enumerate(self._calls):
-            for name in call.parameters:
-                self._places.setdefault((name, call.backward), []).append(i)
+        self._order = _order(job, leaf=settings.leaf)
+        self._sizes = _sizes(job, settings.param_persistence_threshold)
+        self._known = False
+        self._found: _Found | None = None  # looked up when the first module runs
 
     def before(self, parameters: Sequence[str], *, backward: bool) -> None:
         """A module with these parameters is to run."""
-        found = [self._next(name, backward) for name in parameters]
-        places = [place for place in found if place is not None]
-        if self._alone or not places:
-            return
-        self._place = min(places)
-        self._held = self._elements[self._place]
-        self._set(self._held.fetching)
-        self._set(self._held.running)
+        held = self._move_to(parameters, backward=backward)
+        if held is not None:
+            self._set(held.fetching * self._value_bytes)
+            self._set(held.running * self._value_bytes)
 
     def after(self) -> None:
         """It ran."""
         if self._held is not None:
-            self._set(self._held.after)
+            self._set(self._held.after * self._value_bytes)
+
+    def run(
+        self, prefix: str, calls: Sequence[base.Call], taken: Sequence[int], *, backward: bool
+    ) -> None:
+        """Modules run one after the other; of all moments the fullest is enough."""
+        if self._alone:
+            touch_most(self._ledger, taken)
+            return
+        whole = self._pass(prefix, calls, backward=backward)
+        beside = [0] * len(whole)
+        before, during = taken[::2], taken[1::2]
+        beside[: 3 * len(before) : 3], beside[2 : 3 * len(during) + 2 : 3] = before, during
+        totals = [*map(add, whole, beside)]
+        fullest = totals.index(max(totals))
+        self._set(whole[fullest])
+        self._ledger.touch(Item.activations, beside[fullest])
+        self._set(whole[-1])
+
+    def _pass(self, prefix: str, calls: Sequence[base.Call], *, backward: bool) -> list[int]:
+        """Bytes that are whole before each call, as it is fetched and as it runs; after the last.
+
+        The same calls at the same place of the step are looked up once.
+        """
+        now = self._block.num_bytes if self._block is not None else 0
+        key = (prefix, calls, backward, self._place, now)
+        passes = self._step().passes
+        if key not in passes:
+            found = []
+            for call in calls:
+                names = [prefix + name for name in call.gathers]
+                held = self._move_to(names, backward=backward)
+                found.append(now)
+                if held is None:
+                    found += [now, now]
+                else:
+                    found += [held.fetching * self._value_bytes, held.running * self._value_bytes]
+                    now = held.after * self._value_bytes
+            passes[key] = ([*found, now], self._place, self._held)
+        whole, self._place, self._held = passes[key]
+        return whole
 
     def end(self) -> None:
         """All modules ran: nothing is needed soon."""
@@ -66,49 +107,109 @@ class Gathered:
 
     def know_order(self) -> None:
         """A whole step was seen: from now on DeepSpeed looks ahead."""
-        self._elements = _step(self._job, known=True)[1]
+        self._known, self._found = True, None
 
-    def _next(self, name: str, backward: bool) -> int | None:
-        """The call of `name` that is next in the step, or the first where a step begins anew."""
-        places = self._places.get((name, backward)) or self._places.get((name, not backward))
-        if not places:
+    def _move_to(self, parameters: Sequence[str], *, backward: bool) -> Held | None:
+        """Go on in the step to the next module that has one of the parameters, if any has.
+
+        Behind the last one a step begins again.
+        """
+        if self._alone:
             return None
-        later = [place for place in places if place >= self._place]
-        return later[0] if later else places[0]
+        found = []
+        for name in parameters:
+            places = self._order.places[backward].get(name)
+            if places is not None:
+                next_one = bisect_left(places, self._place)
+                found.append(places[next_one % len(places)])
+        if not found:
+            return None
+        self._place = min(found)
+        self._held = self._step().held[self._place]
+        return self._held
 
-    def _set(self, count: int) -> None:
-        num_bytes = count * self._job.value_bytes
-        if self._block is None:
-            self._block = self._ledger.allocate(Item.gathered, num_bytes)
-        elif self._block.num_bytes != num_bytes:
+    def _step(self) -> _Found:
+        if self._found is None:
+            settings = self._settings if self._known else None
+            self._found = _find(self._order, self._sizes, settings)
+        return self._found
+
+    def _set(self, num_bytes: int) -> None:
+        if self._block is not None:
             self._ledger.resize(self._block, num_bytes)
+        elif num_bytes:
+            self._block = self._ledger.allocate(Item.gathered, num_bytes)
 
 
-@lru_cache(maxsize=8)
-def _step(job: Job, *, known: bool) -> tuple[list[Call], list[Held]]:
-    """The modules of a step in their order, and what is whole around each.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Order:
+    """The modules of a step in their order.
 
-    Args:
-        known: that order is known; else every module fetches and releases what is its own.
+    Attributes:
+        places: of each parameter those of the modules that have it, in forward and in backward;
+            if there are none, those in the other.
     """
-    settings = zero_settings(job)
-    if not known:
-        settings = replace(settings, prefetch_bucket_size=0, max_reuse_distance=0)
-    sizes = {}
+
+    calls: Sequence[Call]
+    places: tuple[Mapping[str, Sequence[int]], Mapping[str, Sequence[int]]]
+
+
+@shared_by("parameters_key", "recomputed_layers")
+def _order(job: Job, *, leaf: bool) -> _Order:
+    modules = _modules(job, leaf=leaf)
+    calls = [Call(names, backward=False) for _, names in modules]
+    calls += _backward(job, modules)
+    found: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
+    for i, call in enumerate(calls):
+        for name in call.parameters:
+            found[call.backward].setdefault(name, []).append(i)
+    forward, backward = found
+    return _Order(calls, (backward | forward, forward | backward))
+
+
+@shared_by("parameters_key", "workers")
+def _sizes(job: Job, threshold: int) -> tuple[tuple[str, int], ...]:
+    """Elements of each parameter that is gathered: those above a threshold.
+
+    Packed weights are counted in elements of the model's dtype, as the block is.
+    """
+    found = []
     for each in stored_parameters(job):
         count = elements(each, job.value_bytes)
-        if each.parameter and count > settings.param_persistence_threshold:
-            # Packed weights are counted in elements of the model's dtype, as the block is.
+        if each.parameter and count > threshold:
             padded = shard(count, job.workers) * job.workers
-            sizes[each.name] = padded * each.num_bytes // (count * job.value_bytes)
-    modules = _modules(job, settings)
-    forward = [Call(names, backward=False) for _, names in modules]
-    backward = _backward(job, modules)
-    calls = [*forward, *backward]
-    return calls, held_elements(calls, sizes, settings)
+            found.append((each.name, padded * each.num_bytes // (count * job.value_bytes)))
+    return tuple(found)
 
 
-def _modules(job: Job, settings: ZeroSettings) -> list[tuple[str | None, tuple[str, ...]]]:
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What is whole around each module of a step.
+
+    Attributes:
+        passes: what was looked up of it by `Gathered.run`.
+    """
+
+    held: Sequence[Held]
+    passes: dict[Hashable, tuple[list[int], int, Held | None]] = field(default_factory=dict)
+
+
+@lru_cache(maxsize=16)
+def _find(
+    order: _Order, sizes: tuple[tuple[str, int], ...], settings: ZeroSettings | None
+) -> _Found:
+    """The same for all plans of a search with this order.
+
+    Args:
+        settings: None: the order is not known.
+    """
+    if settings is None:
+        return _Found(own_elements(order.calls, dict(sizes)))
+    return _Found(held_elements(order.calls, dict(sizes), settings))
+
+
+@shared_by("parameters_key")
+def _modules(job: Job, *, leaf: bool) -> list[tuple[str | None, tuple[str, ...]]]:
     """(layer, parameters) of every module in the order of the forward.
 
     Modules without parameters look ahead, too: the model itself and its backbone before anything
@@ -120,14 +221,14 @@ def _modules(job: Job, settings: ZeroSettings) -> list[tuple[str | None, tuple[s
     for name in _in_forward_order(job):
         layer = layer_of(job, name)
         module = name.rpartition(".")[0]
-        if settings.leaf and layer is not None:
+        if leaf and layer is not None:
             module = f"layer {layer}"
         groups.setdefault(module, []).append(name)
         layers[module] = layer
     found: list[tuple[str | None, tuple[str, ...]]] = [(None, ())] * _OUTER_MODULES
     for module, names in groups.items():
         layer = layers[module]
-        if not settings.leaf and layer is not None and found[-1][0] != layer:
+        if not leaf and layer is not None and found[-1][0] != layer:
             found += [(layer, ())] * _MODULES_OF_A_LAYER
         found.append((layer, tuple(names)))
     return found

@@ -102,28 +102,28 @@ def held_elements(
     Args:
         sizes: elements of each parameter that is gathered; those that always stay are left out.
     """
-    calls = [Call(tuple(n for n in call.parameters if n in sizes), call.backward) for call in calls]
-    uses = [(name, i) for i, call in enumerate(calls) for name in call.parameters]
+    modules = [[name for name in call.parameters if name in sizes] for call in calls]
+    uses = [(name, i) for i, names in enumerate(modules) for name in names]
     before = [0]  # elements of the modules that ran before
-    for call in calls:
-        before.append(before[-1] + sum(sizes[name] for name in call.parameters))
+    for names in modules:
+        before.append(before[-1] + sum([sizes[name] for name in names]))
     later: dict[str, list[int]] = {}
     for name, i in reversed(uses):
         later.setdefault(name, []).append(i)  # the next one is last
     state, queued, fetched_for = _State(), 0, dict.fromkeys(sizes, -1)
     found = []
-    for i, call in enumerate(calls):
-        for name in call.parameters:
+    for i, names in enumerate(modules):
+        for name in names:
             later[name].pop()
-        fetching = _fetch(call, sizes, state)
-        for name in call.parameters:
+        fetching = _fetch(names, sizes, state) if names else state.elements
+        for name in names:
             if fetched_for[name] < i:
                 popped, step = uses[queued]
                 fetched_for[popped] = step
                 queued += 1
         queued = _prefetch(uses, queued, fetched_for, sizes, state, settings)
         running = state.elements
-        for name in call.parameters:
+        for name in names:
             again = later[name][-1] if later[name] else None
             near = again is not None and before[again] - before[i + 1] < settings.max_reuse_distance
             if not near and fetched_for[name] <= i + 1:
@@ -132,12 +132,21 @@ def held_elements(
     return found
 
 
-def _fetch(call: Call, sizes: Mapping[str, int], state: _State) -> int:
+def own_elements(calls: Sequence[Call], sizes: Mapping[str, int]) -> list[Held]:
+    """The same while the order is not known: every module fetches and releases its own."""
+    found = []
+    for call in calls:
+        own = [sizes[name] for name in call.parameters if name in sizes]
+        found.append(Held(sum(own) * min(len(own), 2), sum(own), 0))
+    return found
+
+
+def _fetch(names: Sequence[str], sizes: Mapping[str, int], state: _State) -> int:
     """Make a module's parameters whole; the most elements on the way."""
-    missing = [name for name in call.parameters if not state.has(name)]
+    missing = [name for name in names if not state.has(name)]
     if missing:
         state.gather(missing, sizes)
-    return max([state.elements, *(state.wait(name, sizes) for name in call.parameters)])
+    return max([state.elements, *[state.wait(name, sizes) for name in names]])
 
 
 def _prefetch(

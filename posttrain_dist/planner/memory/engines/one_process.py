@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from posttrain_dist.planner.job import Job
+from posttrain_dist.planner.memory.engines.base import Call
+from posttrain_dist.planner.memory.engines.whole_tensors import touch_most
 from posttrain_dist.planner.memory.ledger import Block, Ledger
 from posttrain_dist.planner.memory.moments import device_moments
-from posttrain_dist.planner.memory.parameters import stored_parameters
+from posttrain_dist.planner.memory.parameters import stored_bytes, trained_parameters
 from posttrain_dist.planner.memory.stored import Stored
 from posttrain_dist.planner.plan import Item
 
@@ -20,22 +22,27 @@ class SingleMemory:
 
     def __init__(self, job: Job, ledger: Ledger) -> None:
         self._job, self._ledger = job, ledger
-        self._trained = [each for each in stored_parameters(job) if each.trained]
+        self._trained = trained_parameters(job)
         self._gradients: dict[str, Block] = {}
         self._has_moments = False
 
     def load(self) -> None:
-        for each in stored_parameters(self._job):
-            self._ledger.allocate(each.item, each.num_bytes)
+        for item, num_bytes in stored_bytes(self._job).items():
+            self._ledger.allocate(item, num_bytes)
         if self._job.value_bytes < WIDE:
-            for each in self._trained:
-                self._ledger.allocate(Item.master, each.size * WIDE)
+            self._ledger.allocate(Item.master, WIDE * sum(each.size for each in self._trained))
 
     def gather(self, parameters: Sequence[str], *, backward: bool) -> None:
         """Nothing: they are here."""
 
     def release(self, parameters: Sequence[str], *, backward: bool) -> None:
         """Nothing."""
+
+    def run(
+        self, prefix: str, calls: Sequence[Call], taken: Sequence[int], *, backward: bool
+    ) -> None:
+        """Every parameter is whole all the time."""
+        touch_most(self._ledger, taken)
 
     def gradient(self, parameter: str, block: Block) -> None:
         if parameter in self._gradients:  # of another micro-batch: added in place
@@ -53,8 +60,8 @@ class SingleMemory:
         for bucket in _buckets(self._trained, whole=self._job.value_bytes == WIDE):
             wide = [self._widened(each) for each in bucket]
             if not self._has_moments:
-                for each in bucket:
-                    self._ledger.allocate(Item.moments, device_moments(self._job, each.size))
+                moments = sum(device_moments(self._job, each.size) for each in bucket)
+                self._ledger.allocate(Item.moments, moments)
             for block in wide:
                 if block is not None:
                     self._ledger.release(block)
@@ -78,7 +85,7 @@ class SingleMemory:
         return wide
 
 
-def _buckets(trained: list[Stored], *, whole: bool) -> list[list[Stored]]:
+def _buckets(trained: Sequence[Stored], *, whole: bool) -> Sequence[Sequence[Stored]]:
     """Updated together: all where they are float32, else up to BUCKET_ELEMENTS."""
     if whole:
         return [trained] if trained else []

@@ -11,11 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 
-from posttrain_dist.planner.job import Job
-from posttrain_dist.planner.memory.parameters import Stored, stored_parameters
+from posttrain_dist.planner.job import Job, shared_by
+from posttrain_dist.planner.memory.parameters import Stored, trained_parameters
 
 _ALIGNMENT = 2  # elements: NCCL wants 4 bytes, DeepSpeed reckons with 16-bit values
 
@@ -56,19 +55,18 @@ class FlatGroup:
             yield each, range((end - each.size) // self.part, (end - 1) // self.part + 1)
 
 
-@lru_cache(maxsize=8)
+@shared_by("parameters_key")
 def optimizer_groups(job: Job) -> tuple[tuple[Stored, ...], ...]:
     """Trained parameters as `engine/optimizers.py` groups them: by weight decay and rate."""
     groups: dict[tuple[bool, float], list[Stored]] = {}
-    for each in stored_parameters(job):
-        if each.trained:
-            decays = job.tuning.decays(each.name, each.shape)
-            key = (not decays, job.tuning.lr_ratio(each.name))
-            groups.setdefault(key, []).append(each)
+    for each in trained_parameters(job):
+        decays = job.tuning.decays(each.name, each.shape)
+        key = (not decays, job.tuning.lr_ratio(each.name))
+        groups.setdefault(key, []).append(each)
     return tuple(tuple(groups[key]) for key in sorted(groups))
 
 
-@lru_cache(maxsize=8)
+@shared_by("parameters_key", "workers")
 def flat_groups(job: Job) -> tuple[FlatGroup, ...]:
     """The groups of stages 1 and 2."""
     unit = _ALIGNMENT * job.workers
@@ -98,6 +96,7 @@ def shard(numel: int, workers: int) -> int:
     return math.ceil(numel / workers)
 
 
+@shared_by("parameters_key", "workers")
 def sub_groups(job: Job, size: int) -> tuple[tuple[Stored, ...], ...]:
     """The sub-groups of stage 3, which are updated one after the other.
 

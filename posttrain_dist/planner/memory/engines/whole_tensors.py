@@ -1,12 +1,12 @@
-"""What every DeepSpeed stage does with whole tensors: gradients as they come, and in saving."""
+"""What engines do with whole tensors: in a forward, gradients as they come, and in saving."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.ledger import Block, Ledger
-from posttrain_dist.planner.memory.parameters import stored_parameters
+from posttrain_dist.planner.memory.parameters import kept_as_they_are, trained_parameters
 from posttrain_dist.planner.plan import Item
 
 _STATE_TENSORS = 3  # master and two moments
@@ -16,6 +16,13 @@ def release_all(ledger: Ledger, blocks: Iterable[Block]) -> None:
     """One holder less of each."""
     for block in list(blocks):
         ledger.release(block)
+
+
+def touch_most(ledger: Ledger, taken: Sequence[int]) -> None:
+    """What a layer takes in a forward where nothing is gathered: the fullest moment is enough."""
+    most = max(taken, default=0)
+    if most > 0:
+        ledger.touch(Item.activations, most)
 
 
 class Arrivals:
@@ -46,14 +53,9 @@ def touch_whole_state(job: Job, ledger: Ledger) -> None:
     """
     if job.tuning.whole_model:
         return
-    trained = [each for each in stored_parameters(job) if each.trained]
+    trained = trained_parameters(job)
     largest = max(each.size for each in trained) * 4 * _STATE_TENSORS
     kept = 0
     if not job.on_gpu:
-        kept = sum(each.size for each in trained) * 4 * _STATE_TENSORS
-        kept += sum(
-            each.num_bytes
-            for each in stored_parameters(job)
-            if not each.trained and job.tuning.kept(each.name)
-        )
+        kept = sum(each.size for each in trained) * 4 * _STATE_TENSORS + kept_as_they_are(job)
     ledger.touch(Item.saving, largest + kept)

@@ -9,9 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from posttrain_dist.planner.job import Job
-from posttrain_dist.planner.memory.engines.whole_tensors import release_all, touch_whole_state
+from posttrain_dist.planner.memory.engines.base import Call
+from posttrain_dist.planner.memory.engines.whole_tensors import (
+    release_all,
+    touch_most,
+    touch_whole_state,
+)
 from posttrain_dist.planner.memory.ledger import Block, Ledger
-from posttrain_dist.planner.memory.parameters import stored_parameters
+from posttrain_dist.planner.memory.parameters import stored_bytes, trained_parameters
 from posttrain_dist.planner.plan import Item
 
 _REDUCED_ELEMENTS = 500_000_000  # that engine.py reduces at a time
@@ -22,15 +27,15 @@ class ReplicatedMemory:
 
     def __init__(self, job: Job, ledger: Ledger) -> None:
         self._job, self._ledger = job, ledger
-        self._trained = {s.name: s for s in stored_parameters(job) if s.trained}
+        self._trained = {s.name: s for s in trained_parameters(job)}
         self._gradients: dict[str, Block] = {}
         self._has_moments = False
 
     def load(self) -> None:
         """Weights, masters; in bfloat16 also an update with zeros, whose moments go again."""
         job, ledger = self._job, self._ledger
-        for each in stored_parameters(job):
-            ledger.allocate(each.item, each.num_bytes)
+        for item, num_bytes in stored_bytes(job).items():
+            ledger.allocate(item, num_bytes)
         if job.value_bytes == 4:
             return
         count = self._count()
@@ -44,6 +49,12 @@ class ReplicatedMemory:
 
     def release(self, parameters: Sequence[str], *, backward: bool) -> None:
         """Every parameter stays whole."""
+
+    def run(
+        self, prefix: str, calls: Sequence[Call], taken: Sequence[int], *, backward: bool
+    ) -> None:
+        """Every parameter is whole all the time."""
+        touch_most(self._ledger, taken)
 
     def before_backward(self, *, last: bool) -> None:
         """Gradients are added up where they are."""

@@ -16,15 +16,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from posttrain_dist.planner.job import Job
+from posttrain_dist.planner.memory.engines.base import Call
 from posttrain_dist.planner.memory.engines.ds_settings import zero_settings
 from posttrain_dist.planner.memory.engines.partitions import FlatGroup, flat_groups, fullest_rank
 from posttrain_dist.planner.memory.engines.whole_tensors import (
     Arrivals,
     release_all,
+    touch_most,
     touch_whole_state,
 )
 from posttrain_dist.planner.memory.ledger import Block, Ledger
-from posttrain_dist.planner.memory.parameters import Stored, stored_parameters
+from posttrain_dist.planner.memory.parameters import (
+    Stored,
+    stored_parameters,
+    trained_parameters,
+)
 from posttrain_dist.planner.plan import Item
 
 _NORM_BYTES = 8  # an element of a gradient while its norm is taken, in float64
@@ -43,7 +49,7 @@ class FlatMemory:
         self._parts = {each.name: size for pieces in self._pieces for each, size in pieces}
         self._ranks = {each.name: ranks for group in self._groups for each, ranks in group.ranks()}
         self._arrivals = Arrivals(job, ledger)
-        self._sizes = {s.name: s.size for s in stored_parameters(job) if s.trained}
+        self._sizes = {s.name: s.size for s in trained_parameters(job)}
         self._last = True
         self._made: dict[str, Block] = {}  # `param.grad` with a storage of its own
         self._kept: dict[str, Block] = {}  # of own parameters, over micro-batches; "" a common one
@@ -99,6 +105,12 @@ class FlatMemory:
 
     def release(self, parameters: Sequence[str], *, backward: bool) -> None:
         """Every parameter stays whole."""
+
+    def run(
+        self, prefix: str, calls: Sequence[Call], taken: Sequence[int], *, backward: bool
+    ) -> None:
+        """Every parameter is whole all the time."""
+        touch_most(self._ledger, taken)
 
     def before_backward(self, *, last: bool) -> None:
         """A micro-batch's backward begins; `last` of the update."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from posttrain_dist.planner.job import Job
+from posttrain_dist.planner.memory.engines.base import Call
 from posttrain_dist.planner.memory.engines.ds_settings import elements, layer_of, zero_settings
 from posttrain_dist.planner.memory.engines.gathered import Gathered
 from posttrain_dist.planner.memory.engines.partitions import shard, sub_groups
@@ -44,7 +45,7 @@ class ShardedMemory:
         self._hooked: str | None = None  # the leaf whose backward is under way
         self._of_output: list[Block] = []
         self._arrivals = Arrivals(job, ledger)
-        self._gathered = Gathered(job, ledger, self._settings, self._stored)
+        self._gathered = Gathered(job, ledger, self._settings)
 
     # ------------------------------------------------------------------------------------ attach
 
@@ -135,6 +136,14 @@ class ShardedMemory:
     def release(self, parameters: Sequence[str], *, backward: bool) -> None:
         """It ran: its parameters go, unless they are needed soon."""
         self._gathered.after()
+
+    def run(
+        self, prefix: str, calls: Sequence[Call], taken: Sequence[int], *, backward: bool
+    ) -> None:
+        """Module after module becomes whole, and goes."""
+        if backward and self._settings.leaf:
+            self._hold_gradient(layer_of(self._job, prefix))
+        self._gathered.run(prefix, calls, taken, backward=backward)
 
     def _hold_gradient(self, layer: str | None) -> None:
         """The hook of a leaf has the gradient of its output until that of its input is there."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
-from posttrain_dist.planner.job import Job
+from posttrain_dist.planner.job import Job, shared_by
 
 RMS, RMS_PLUS_ONE, RMS_LATE = "rms", "rms plus one", "rms late"
 LAYER, COHERE = "layer", "cohere"
@@ -65,7 +64,7 @@ _WIDE_ROTARY = frozenset({"cohere", "cohere2", "ernie4_5", "olmo", "olmo2", "olm
 _PARALLEL = frozenset({"cohere", "cohere2", "phi"})
 
 
-@lru_cache(maxsize=8)
+@shared_by("network")
 def features_of(job: Job) -> Features:
     """Of the architecture of a job."""
     config, kind = job.network.config, job.network.shape.model_type

@@ -9,10 +9,12 @@ of the counted ones: a bucket may be fullest in the middle of the stretch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from posttrain_dist.planner.memory.autograd import Call, Graph, Value
+from posttrain_dist.planner.memory.autograd import Graph, Value
+from posttrain_dist.planner.memory.engines.base import Call
 from posttrain_dist.planner.memory.ledger import Block
 from posttrain_dist.planner.plan import Item
 
@@ -56,7 +58,7 @@ def run_layers(
             growth=[
                 (item, after[item] - before[item]) for item in after if item not in _OF_ENGINES
             ],
-            calls=[_renamed(call, f"{name}.{index}.") for call in graph.calls[start:]],
+            calls=tuple(_renamed(call, f"{name}.{index}.") for call in graph.calls[start:]),
             recomputed=recomputed[index],
             forward=forward.taken,
         )
@@ -107,8 +109,14 @@ class _Watch:
         self._shards.gradient(parameter, block)
         self._after()
 
+    def run(
+        self, prefix: str, calls: Sequence[Call], taken: Sequence[int], *, backward: bool
+    ) -> None:
+        """Never: a layer that is watched is replayed."""
+        raise AssertionError(prefix)
+
     def _before(self) -> None:
-        self.taken.append(self._ledger.highest_since() - self._held - self._first)
+        self.taken.append(max(0, self._ledger.highest_since() - self._held - self._first))
 
     def _after(self) -> None:
         self._ledger.highest_since()
@@ -138,9 +146,7 @@ class _Stretch:
         """Their forward, with a backward if there is one."""
         ledger, kept = graph.ledger, []
         for prefix in self.prefixes:
-            taken = iter(self.forward)
-            self._forward(graph, prefix, taken)
-            _take(graph, taken)
+            graph.shards.run(prefix, self.calls, self.forward, backward=False)
             if x.edge is not None:
                 kept.append([ledger.allocate(item, n) for item, n in self.growth if n > 0])
         if x.edge is None:  # nothing of them is kept
@@ -150,8 +156,9 @@ class _Stretch:
         def back(gradient: Block) -> None:
             assert self.backward is not None
             self.backward.__exit__()
+            steps = _steps(self.calls, self.backward.taken, recomputed=self.recomputed)
             for prefix in reversed(self.prefixes):
-                self._backward(graph, prefix, iter(self.backward.taken))
+                self._backward(graph, prefix, steps)
                 for block in kept.pop():
                     ledger.release(block)
             graph.give(edge, ledger.hold(gradient))
@@ -170,35 +177,57 @@ class _Stretch:
 
         return graph.through(x, back)
 
-    def _forward(self, graph: Graph, prefix: str, taken: Iterator[int]) -> None:
-        for call in self.calls:
-            names = [prefix + name for name in call.gathers]
-            _take(graph, taken)
-            graph.shards.gather(names, backward=False)
-            _take(graph, taken)
-            graph.shards.release(names, backward=False)
-
-    def _backward(self, graph: Graph, prefix: str, taken: Iterator[int]) -> None:
-        if self.recomputed:
-            self._forward(graph, prefix, taken)
-        for call in reversed(self.calls):
-            names = [prefix + name for name in call.gathers]
-            _take(graph, taken)
-            graph.shards.gather(names, backward=True)
-            for name, num_bytes in call.parameters:
-                _take(graph, taken)
-                block = graph.ledger.allocate(Item.gradients, num_bytes)
-                graph.shards.gradient(prefix + name, block)
-            _take(graph, taken)
-            graph.shards.release(names, backward=True)
-        _take(graph, taken)
+    def _backward(self, graph: Graph, prefix: str, steps: Sequence[_Step]) -> None:
+        ledger, shards = graph.ledger, graph.shards
+        for step in steps:
+            shards.run(prefix, step.frozen, step.taken, backward=not step.again)
+            if step.call is None:
+                continue
+            names = [prefix + name for name in step.call.gathers]
+            shards.gather(names, backward=True)
+            for (name, num_bytes), most in zip(step.call.parameters, step.beside, strict=False):
+                ledger.touch(Item.activations, most)
+                shards.gradient(prefix + name, ledger.allocate(Item.gradients, num_bytes))
+            ledger.touch(Item.activations, step.beside[-1])
+            shards.release(names, backward=True)
 
 
-def _take(graph: Graph, taken: Iterator[int]) -> None:
-    """What a layer takes until its next call to the engine, for a moment."""
-    most = next(taken, 0)
-    if most > 0:
-        graph.ledger.touch(Item.activations, most)
+class _Step(NamedTuple):
+    """Of the backward of a layer: calls without gradients, and one that has some.
+
+    Attributes:
+        taken: beside the frozen calls, and until the other one; see `Shards.run`.
+        call: None: there is none behind them.
+        beside: what is taken before each of its gradients, and after the last.
+        again: the layer's forward is run again.
+    """
+
+    frozen: Sequence[Call]
+    taken: Sequence[int]
+    call: Call | None = None
+    beside: Sequence[int] = ()
+    again: bool = False
+
+
+def _steps(calls: Sequence[Call], taken: Sequence[int], *, recomputed: bool) -> list[_Step]:
+    """The backward of a layer, of which `taken` is noted from call to call."""
+    found: list[_Step] = []
+    frozen: list[Call] = []
+    between: list[int] = []
+    again = 2 * len(calls) if recomputed else 0
+    if again:
+        found.append(_Step(calls, taken[:again], again=True))
+    left = iter(taken[again:])
+    for call in reversed(calls):
+        between.append(next(left, 0))
+        if call.parameters:
+            beside = [next(left, 0) for _ in range(len(call.parameters) + 1)]
+            found.append(_Step(tuple(frozen), between, call, beside))
+            frozen, between = [], []
+        else:
+            frozen.append(call)
+            between.append(next(left, 0))
+    return [*found, _Step(tuple(frozen), [*between, next(left, 0)])]
 
 
 def _renamed(call: Call, prefix: str) -> Call:
