@@ -86,7 +86,7 @@ def test_a_sharded_base_is_gathered_for_a_small_adapter_too():
     gathered = sum(size for name, size in sent.items() if name.startswith("gather"))
     embedding = 128_256 * 4096  # has no backward
     twice = 2 * job.network.num_parameters - embedding
-    assert gathered == pytest.approx(7 / 8 * 2 * twice, rel=0.001)
+    assert gathered == pytest.approx(7 / 8 * 2 * twice, rel=0.005)
     assert gathered > 100 * sent["reduce gradients"]
     many = replace(job, accumulation=4)
     assert sum(traffic_bytes(many).values()) == pytest.approx(4 * sum(sent.values()), rel=1e-6)
