@@ -48,6 +48,7 @@ order              packs/order.py            (seed, epoch) -> packs of each step
                    packs/packing.py          ... lengths -> packs, by best fit
                    packs/balance.py          ... packs -> ranks, by cost
 batch              packs/collate.py          Examples of a pack -> Batch
+                   packs/heaviest.py         ... the micro-batches that take the most memory
                    packs/loader.py           step k -> the Batches of this rank
                    packs/prefetch.py         ... made in a thread, ahead of the step
 -----------------  ------------------------  --------------------------------------------------

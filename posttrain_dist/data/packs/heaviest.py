@@ -71,26 +71,18 @@ class RowMemory:
         return found
 
 
-def heaviest_rows(
-    order: Order, split: MicroBatches, keys: Sequence[Ints], ties: Sequence[Ints], packs: int
-) -> list[list[int]]:
-    """Samples of the micro-batch with the largest sum of each key.
+def heaviest_rows(order: Order, split: MicroBatches, keys: Ints, ties: Ints) -> list[list[int]]:
+    """Samples of the micro-batch with the largest sum of each key, among the first packs of a run.
 
     Args:
-        order: of the run.
-        keys: each a number for every sample.
-        ties: as keys; of micro-batches that are equal in one, that which is heavier in these is
-            taken. They count for less than 1 of a key.
-        packs: of the run, from its first, in which they are looked for.
+        keys: [keys, packs], by `order.sums`.
+        ties: [ties, packs]; of micro-batches that are equal in a key, that which is heavier in
+            these is taken. Together they count for less than 1 of a key.
     """
-    sums = order.sums((*keys, *ties), packs)
-    largest = np.maximum(sums.max(axis=1, keepdims=True), 1).astype(float)
-    shares = sums / largest
-    tie = shares[len(keys) :].sum(axis=0) / (2 * max(1, len(ties)) * split.micro_batch_size)
-    return [
-        _heaviest_of(order, split, key + tie / most)
-        for key, most in zip(shares[: len(keys)], largest[:, 0], strict=False)
-    ]
+    largest = np.maximum(keys.max(axis=1, keepdims=True), 1).astype(float)
+    shares = ties / np.maximum(ties.max(axis=1, keepdims=True), 1)
+    tie = shares.sum(axis=0) / (2 * len(ties) * split.micro_batch_size)
+    return [_heaviest_of(order, split, key) for key in (keys + tie) / largest]
 
 
 def _heaviest_of(order: Order, split: MicroBatches, key_P: npt.NDArray[np.float64]) -> list[int]:

@@ -141,13 +141,10 @@ class PackedSource:
         """
         examples, split = self._examples, self._split
         lengths = examples.lengths.astype(np.int64)
-        found = heaviest_rows(
-            self._order,
-            split,
-            keys=(memory or RowMemory()).keys(lengths, examples.supervised),
-            ties=(lengths**2, examples.supervised),
-            packs=min(steps * split.batch_size, SCANNED_PACKS),
-        )
+        packs = min(steps * split.batch_size, SCANNED_PACKS)
+        keys = (memory or RowMemory()).keys(lengths, examples.supervised)
+        sums = self._order.sums((*keys, lengths**2, examples.supervised), packs)
+        found = heaviest_rows(self._order, split, sums[: len(keys)], sums[len(keys) :])
         adds_up = -(-split.batch_size // split.world) > split.micro_batch_size
         once = dict.fromkeys(map(tuple, found))
         return [[self._collate(samples)] * (2 if adds_up else 1) for samples in once]

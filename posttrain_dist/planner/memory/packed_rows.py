@@ -17,13 +17,13 @@ from posttrain_dist.data.packs.balance import Cost
 from posttrain_dist.data.packs.heaviest import MicroBatches, RowMemory, heaviest_rows
 from posttrain_dist.data.packs.mixing import make_mixture
 from posttrain_dist.data.packs.order import Order
+from posttrain_dist.data.packs.packing import Ints
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.models.shape import ModelShape
 
 # Of a run, from its first: the heaviest of as many packs is hardly below that of more.
-SCANNED_PACKS, SCANNED_EPOCHS = 1 << 16, 256
-
-_WHOLE = 1 << 48  # of all keys of a split together, in whole numbers
+SCANNED_PACKS, SCANNED_EPOCHS = 1 << 16, 64
+_NUM_TIES = 2
 
 
 class PackedRow(NamedTuple):
@@ -47,7 +47,7 @@ class PackedRows:
     """
 
     examples: Examples
-    _orders: dict[object, Order] = field(default_factory=dict)
+    _packs: dict[object, tuple[Order, Ints]] = field(default_factory=dict)
     _found: dict[object, tuple[PackedRow, ...]] = field(default_factory=dict)
 
     def heaviest(
@@ -62,62 +62,46 @@ class PackedRows:
         """
         data, train = config.data, config.train
         end = (train.steps, train.epochs, train.tokens)
-        run = (config.seed, data.max_length, data.pack_window, train.batch_size, end)
-        key = (run, train.micro_batch_size, world, memory)
+        run = (config.seed, data.max_length, data.pack_window, train.batch_size, end, memory)
+        if run not in self._packs:
+            self._packs[run] = self._sums(config, memory)
+        key = (run, train.micro_batch_size, world)
         if key not in self._found:
-            if run not in self._orders:
-                self._orders[run] = self._order(config)
-            self._found[key] = self._find(config, shape, world, memory, self._orders[run])
+            lengths, supervised = self.examples.lengths, self.examples.supervised
+            cost = Cost.of_model(shape.hidden_size, shape.num_layers, shape.vocab_size)
+            costs = cost.of(lengths, supervised)
+            split = MicroBatches(costs, train.batch_size, train.micro_batch_size, world)
+            order, sums = self._packs[run]
+            found = heaviest_rows(order, split, sums[:-_NUM_TIES], sums[-_NUM_TIES:])
+            rows = (
+                PackedRow(tuple(lengths[samples].tolist()), int(supervised[samples].sum()))
+                for samples in found
+            )
+            self._found[key] = tuple(dict.fromkeys(rows))
         return self._found[key]
 
-    def _find(
-        self, config: RunConfig, shape: ModelShape, world: int, memory: RowMemory, order: Order
-    ) -> tuple[PackedRow, ...]:
-        train, supervised = config.train, self.examples.supervised
-        lengths = self.examples.lengths.astype(np.int64)
-        cost = Cost.of_model(shape.hidden_size, shape.num_layers, shape.vocab_size)
-        costs = cost.of(lengths, supervised)
-        keys = memory.keys(lengths, supervised)
-        # A row with much of each may take more than one that has most of a single key.
-        together = _WHOLE * np.mean([key / max(1, int(key.sum())) for key in keys], axis=0)
-        packs = self._scanned(config)
-        if train.steps is not None:
-            packs = min(packs, train.steps * train.batch_size)
-        found = heaviest_rows(
-            order,
-            MicroBatches(costs, train.batch_size, train.micro_batch_size, world),
-            keys=(*keys, together.astype(np.int64)),
-            ties=(lengths**2, supervised),
-            packs=packs,
-        )
-        rows = (
-            PackedRow(tuple(lengths[samples].tolist()), int(supervised[samples].sum()))
-            for samples in found
-        )
-        return tuple(dict.fromkeys(rows))
-
-    def _order(self, config: RunConfig) -> Order:
-        data, train = config.data, config.train
+    def _sums(self, config: RunConfig, memory: RowMemory) -> tuple[Order, Ints]:
+        """The packs of a run, and of each the keys of `memory` and what decides among equals."""
+        data, train, examples = config.data, config.train, self.examples
         order = Order(
-            self.examples.lengths,
+            examples.lengths,
             max_length=data.max_length,
             window=data.pack_window,
             seed=config.seed,
             batch_size=train.batch_size,
-            mixture=make_mixture(data, config.seed, self.examples),
+            mixture=make_mixture(data, config.seed, examples),
         )
-        packs = self._least_packs(train.epochs or 1.0, train.tokens, data.max_length)
-        if train.steps is None and packs <= self._scanned(config):
+        most = min(SCANNED_PACKS, SCANNED_EPOCHS * self._least_packs(config, 1.0))
+        if train.steps is not None:
+            most = min(most, train.steps * train.batch_size)
+        elif self._least_packs(config, train.epochs or 1.0, train.tokens) <= most:
             order.settle(None, train.epochs, train.tokens)  # else the end is beyond what is seen
-        return order
+        lengths = examples.lengths.astype(np.int64)
+        keys = memory.keys(lengths, examples.supervised)
+        return order, order.sums((*keys, lengths**2, examples.supervised), most)
 
-    def _scanned(self, config: RunConfig) -> int:
-        """Packs that are looked at."""
-        epoch = self._least_packs(1.0, None, config.data.max_length)
-        return min(SCANNED_PACKS, SCANNED_EPOCHS * epoch)
-
-    def _least_packs(self, epochs: float, tokens: int | None, max_length: int) -> int:
+    def _least_packs(self, config: RunConfig, epochs: float, tokens: int | None = None) -> int:
         """Of so many epochs or tokens, if each were full."""
         if tokens is None:
             tokens = math.ceil(epochs * int(self.examples.lengths.sum(dtype=int)))
-        return math.ceil(tokens / max_length)
+        return math.ceil(tokens / config.data.max_length)
