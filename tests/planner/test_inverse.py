@@ -7,7 +7,10 @@ from planned_runs import planned
 
 from posttrain_dist.config import DataConfig, DeepSpeed, Full, Lora, Single, TrainConfig
 from posttrain_dist.errors import ConfigError
-from posttrain_dist.planner.inverse import STEPS, fewest, gpu_words, largest
+from posttrain_dist.planner import make_plan
+from posttrain_dist.planner.inverse import MOST_GPUS, STEPS, fewest, gpu_words, largest
+from posttrain_dist.planner.memory.phases import device_phases
+from posttrain_dist.planner.methods import Method
 from posttrain_dist.planner.search import Search
 
 LEAST = ("model.activation_checkpointing=full",)
@@ -80,3 +83,33 @@ def test_several_nodes_are_counted_whole():
 def test_only_what_can_be_asked_for_is_answered():
     with pytest.raises(ConfigError, match=r"use one of data\.max_length"):
         largest(*planned(), "optimizer.lr")
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """Workers of each run that is replayed."""
+    found = []
+
+    def noted(job):
+        found.append(job.workers)
+        return device_phases(job)
+
+    monkeypatch.setattr(make_plan, "device_phases", noted)
+    return found
+
+
+def test_what_has_no_room_for_its_own_weights_is_replayed_only_to_say_what_it_lacks(replayed):
+    config, machine = planned(1.5, gpus=8, tuning=Full(), engine=DeepSpeed(stage=1))
+    (answer,) = fewest(config, machine)
+    assert answer.value is None and not answer.plan.fits
+    assert replayed == [MOST_GPUS]
+
+
+def test_a_way_that_cannot_fit_is_not_replayed_beside_one_that_does(replayed):
+    slots = {"tuning": Lora(), "data": DataConfig(max_length=256)}
+    config, machine = planned(14.0, gpus=8, shape="shape:llama3-8b", **slots)
+    search = Search(config, machine)
+    ways = (("engine=zero1",), ("engine=zero2",), ("engine=zero3",))
+    found = search.leanest(Method("LoRA", ways))
+    assert found.plan.fits and "engine=zero3" in found.plan.overrides
+    assert len(replayed) == 1

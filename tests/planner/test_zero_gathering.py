@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,11 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from zero_plan import plan_job, zero_config, zero_job
 
 from posttrain_dist.config import DeepSpeed, Full, Lora
+from posttrain_dist.planner.memory.engines import base
 from posttrain_dist.planner.memory.engines.ds_settings import zero_settings
-from posttrain_dist.planner.memory.engines.gathering import Call, held_elements
+from posttrain_dist.planner.memory.engines.gathered import Gathered
+from posttrain_dist.planner.memory.engines.gathering import Call, held_elements, own_elements
+from posttrain_dist.planner.memory.ledger import Ledger
 from posttrain_dist.planner.memory.phases import device_phases
 from posttrain_dist.planner.plan import Item, PhaseName
 
@@ -59,6 +63,47 @@ def test_what_is_gathered_together_is_copied_out_of_one_tensor(settings):
     layer = [Call(("a", "b"), backward=False), Call(("a", "b"), backward=True)]
     held = held_elements(layer, {"a": 10, "b": 20}, alone)
     assert [(each.fetching, each.running, each.after) for each in held] == [(60, 30, 0)] * 2
+
+
+def test_while_the_order_is_not_known_it_is_as_without_looking_ahead(settings):
+    alone = replace(settings, prefetch_bucket_size=0, max_reuse_distance=0)
+    steps = [*STEP, Call((), backward=True), Call(("a", "small", "c"), backward=True)]
+    assert own_elements(steps, SIZES) == held_elements(steps, SIZES, alone)
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_modules_of_a_layer_at_once_take_what_they_take_one_by_one(known, backward):
+    job = plan_job("llama3-70b", DeepSpeed(stage=3), Lora(rank=8), gpus=8)
+    names = ["self_attn.q_proj", "self_attn.o_proj", "input_layernorm", "mlp.up_proj"]
+    ends = [f"{name}.weight" if "norm" in name else f"{name}.base_layer.weight" for name in names]
+    calls = tuple(base.Call((end,), ()) for end in (ends[::-1] if backward else ends))
+    layers = [f"model.layers.{i}." for i in (5, 6, 7)]
+    rng, phases = random.Random(7), []
+    for _ in range(20):
+        taken = [rng.choice((0, rng.randrange(10**9))) for _ in range(2 * len(calls) + 1)]
+        for at_once in (False, True):
+            ledger = Ledger()
+            gathered = Gathered(job, ledger, zero_settings(job))
+            if known:
+                gathered.know_order()
+            gathered.before(("model.embed_tokens.weight",), backward=False)
+            gathered.after()
+            with ledger.phase(PhaseName.backward if backward else PhaseName.forward):
+                for prefix in reversed(layers) if backward else layers:
+                    if at_once:
+                        gathered.run(prefix, calls, taken, backward=backward)
+                        continue
+                    beside = iter(taken)
+                    for call in calls:
+                        ledger.touch(Item.activations, next(beside))
+                        gathered.before([prefix + n for n in call.gathers], backward=backward)
+                        ledger.touch(Item.activations, next(beside))
+                        gathered.after()
+                    ledger.touch(Item.activations, next(beside))
+            phases.append((ledger.phases(), ledger.total_bytes))
+    assert phases[::2] == phases[1::2]
+    assert any(found[0].items.get(Item.activations) for (found, _) in phases)
 
 
 def test_settings_are_those_that_deepspeed_parses(tmp_path, settings):

@@ -38,15 +38,14 @@ class Gathered:
     """
 
     def __init__(self, job: Job, ledger: Ledger, settings: ZeroSettings) -> None:
-        self._ledger, self._settings, self._value_bytes = ledger, settings, job.value_bytes
+        self._job, self._ledger, self._settings = job, ledger, settings
+        self._value_bytes = job.value_bytes
         self._alone = job.workers == 1 and not settings.offload_param  # shards are whole
         self._block: Block | None = None
         self._place = -1
         self._held: Held | None = None
-        self._order = _order(job, leaf=settings.leaf)
-        self._sizes = _sizes(job, settings.param_persistence_threshold)
         self._known = False
-        self._found: _Found | None = None  # looked up when the first module runs
+        self._step: _Step | None = None
 
     def before(self, parameters: Sequence[str], *, backward: bool) -> None:
         """A module with these parameters is to run."""
@@ -84,7 +83,7 @@ class Gathered:
         """
         now = self._block.num_bytes if self._block is not None else 0
         key = (prefix, calls, backward, self._place, now)
-        passes = self._step().passes
+        passes = self._find_step().passes
         if key not in passes:
             found = []
             for call in calls:
@@ -107,7 +106,7 @@ class Gathered:
 
     def know_order(self) -> None:
         """A whole step was seen: from now on DeepSpeed looks ahead."""
-        self._known, self._found = True, None
+        self._known, self._step = True, None
 
     def _move_to(self, parameters: Sequence[str], *, backward: bool) -> Held | None:
         """Go on in the step to the next module that has one of the parameters, if any has.
@@ -116,23 +115,26 @@ class Gathered:
         """
         if self._alone:
             return None
-        found = []
+        step, found = self._find_step(), []
         for name in parameters:
-            places = self._order.places[backward].get(name)
+            places = step.order.places[backward].get(name)
             if places is not None:
                 next_one = bisect_left(places, self._place)
                 found.append(places[next_one % len(places)])
         if not found:
             return None
         self._place = min(found)
-        self._held = self._step().held[self._place]
+        self._held = step.held[self._place]
         return self._held
 
-    def _step(self) -> _Found:
-        if self._found is None:
-            settings = self._settings if self._known else None
-            self._found = _find(self._order, self._sizes, settings)
-        return self._found
+    def _find_step(self) -> _Step:
+        """When the first module runs, for nothing else needs it."""
+        if self._step is None:
+            settings = self._settings
+            order = _order(self._job, leaf=settings.leaf)
+            sizes = _sizes(self._job, settings.param_persistence_threshold)
+            self._step = _find_step(order, sizes, settings if self._known else None)
+        return self._step
 
     def _set(self, num_bytes: int) -> None:
         if self._block is not None:
@@ -183,29 +185,30 @@ def _sizes(job: Job, threshold: int) -> tuple[tuple[str, int], ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _Step:
     """What is whole around each module of a step.
 
     Attributes:
         passes: what was looked up of it by `Gathered.run`.
     """
 
+    order: _Order
     held: Sequence[Held]
     passes: dict[Hashable, tuple[list[int], int, Held | None]] = field(default_factory=dict)
 
 
 @lru_cache(maxsize=16)
-def _find(
+def _find_step(
     order: _Order, sizes: tuple[tuple[str, int], ...], settings: ZeroSettings | None
-) -> _Found:
+) -> _Step:
     """The same for all plans of a search with this order.
 
     Args:
         settings: None: the order is not known.
     """
     if settings is None:
-        return _Found(own_elements(order.calls, dict(sizes)))
-    return _Found(held_elements(order.calls, dict(sizes), settings))
+        return _Step(order, own_elements(order.calls, dict(sizes)))
+    return _Step(order, held_elements(order.calls, dict(sizes), settings))
 
 
 @shared_by("parameters_key")
