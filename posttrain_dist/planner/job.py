@@ -7,16 +7,17 @@ from dataclasses import dataclass, field, replace
 from functools import wraps
 from operator import attrgetter
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from posttrain_dist.config import RunConfig
-from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.engine import AdamW, Engine
 from posttrain_dist.models import ModelConfig
 from posttrain_dist.models.network.tensors import Network
-from posttrain_dist.planner.memory.packed_rows import PackedRow, PackedRows
 from posttrain_dist.tuning.base import Tuning
+
+if TYPE_CHECKING:
+    from posttrain_dist.planner.memory.packed_rows import PackedRow, PackedRows
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -71,6 +72,10 @@ class DataFacts:
         Raises:
             DataError: the folder was not prepared, or by another version.
         """
+        # numpy, which a plan without data does not need, takes a tenth of a second.
+        from posttrain_dist.data.prepared.arrays import Examples
+        from posttrain_dist.planner.memory.packed_rows import PackedRows
+
         summary = Summary.read(folder)
         examples = Examples.open(folder, "train", summary.channels)
         train, heldout = (summary.splits.get(split, {}).values() for split in ("train", "eval"))

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from posttrain_dist.config import (
     AdamW,
@@ -21,7 +21,6 @@ from posttrain_dist.config import (
     Slurm,
 )
 from posttrain_dist.config.devices import DEVICES
-from posttrain_dist.data.packs.heaviest import RowMemory
 from posttrain_dist.errors import ConfigError
 from posttrain_dist.models import Attention, Weights
 from posttrain_dist.models.folder import read_network as network_of_folder
@@ -30,6 +29,9 @@ from posttrain_dist.models.network.tensors import Network
 from posttrain_dist.models.quantized import check_base
 from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.planner.job import DataFacts, Job, Machine, fullest_row
+
+if TYPE_CHECKING:
+    from posttrain_dist.data.packs.heaviest import RowMemory
 
 # Of the kernels for packed rows, as in models/varlen.py.
 MAX_HEAD_DIM, CAPABILITY = 256, 8.0
@@ -98,6 +100,8 @@ def make_job(config: RunConfig, machine: Machine, facts: DataFacts | None = None
 
 def row_memory(job: Job) -> RowMemory:
     """What the model of a job keeps of a row beside something of each token."""
+    from posttrain_dist.data.packs.heaviest import RowMemory
+
     inserted = job.tuning.inserted_tokens
     prefix = job.tuning.virtual_tokens - inserted
     kept = prefix > 0 or job.network.shape.keeps_pairs(job.sample_tokens)

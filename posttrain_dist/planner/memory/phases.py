@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from posttrain_dist.engine import Single
 from posttrain_dist.models.architectures.known import KEEPS_ROWS
@@ -30,10 +31,12 @@ from posttrain_dist.planner.memory.layers.parts import norm
 from posttrain_dist.planner.memory.layers.repeated import run_layers
 from posttrain_dist.planner.memory.ledger import Ledger
 from posttrain_dist.planner.memory.operations import WIDE, dropout, scale, take_rows
-from posttrain_dist.planner.memory.packed_rows import PackedRow
 from posttrain_dist.planner.memory.parameters import trained_parameters
 from posttrain_dist.planner.memory.startup import check_parity
 from posttrain_dist.planner.plan import Item, Phase, PhaseName
+
+if TYPE_CHECKING:
+    from posttrain_dist.planner.memory.packed_rows import PackedRow
 
 # Micro-batches of the updates that are replayed. The first update makes the moments; in the second
 # they are there before the forward, and from its second micro-batch on gradients are, too.
