@@ -42,12 +42,12 @@ END = {"epochs": 1.0}
 
 @pytest.fixture(scope="module")
 def prepared(tiny_llama, builders, tmp_path_factory):
-    """One long answer among many short ones: (config, folder, facts)."""
+    """A long prompt, long answers, many short rows: (config, folder, facts)."""
     draw, folder = random.Random(5), tmp_path_factory.mktemp("packed")
-    sizes = [120, *(draw.choice([2, 30]) + draw.randint(0, 5) for _ in range(239))]
+    sizes = [(120, 2), *[(4, 46)] * 4, *[(45, 5)] * 40, *[(4, 3)] * 120]  # of question and answer
     rows = [
-        builders.chat(f"say {i % 10}", "".join(draw.choices("abcdefgh", k=size)), "say")
-        for i, size in enumerate(sizes)
+        builders.chat(*("".join(draw.choices("abcdefgh", k=n)) for n in (size, answer)), "say")
+        for size, answer in sizes
     ]
     data = DataConfig(train=str(builders.write(folder / "rows.jsonl", rows)), max_length=LENGTH)
     config = RunConfig(model=ModelConfig(path=str(tiny_llama)), data=data)

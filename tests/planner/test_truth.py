@@ -34,7 +34,9 @@ def in_this_process(plan_truth, name, folder):
     return plan_truth.row_of(predicted, plan_truth.measure_here(arm, folder))
 
 
-@pytest.mark.parametrize("name", ["llama", "llama checkpoint 2", "lora rank 16", "gemma2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama checkpoint 2", "lora rank 16", "gemma2 prompt uneven"]
+)
 def test_the_peak_is_predicted(plan_truth, tmp_path, name):
     row = in_this_process(plan_truth, name, tmp_path)
     assert LOWEST <= row["error"] <= HIGHEST, row["phases"]

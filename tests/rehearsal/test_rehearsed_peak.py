@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 
@@ -15,12 +16,18 @@ from posttrain_dist.config import (
     Full,
     Lora,
     ModelConfig,
+    Prefix,
+    Prompt,
     RunConfig,
     TrainConfig,
     complete,
 )
 from posttrain_dist.engine import AdamW
 from posttrain_dist.metrics import LoggingConfig, WandbMode
+from posttrain_dist.planner.job import DataFacts
+from posttrain_dist.planner.machine import find_machine
+from posttrain_dist.planner.make_job import make_job
+from posttrain_dist.planner.memory.phases import device_phases
 from posttrain_dist.prepare import prepare
 from posttrain_dist.rehearsal.rehearse import Rehearsal
 
@@ -80,3 +87,50 @@ def test_no_step_takes_more_than_the_rehearsal(
     # The loop makes the next batch meanwhile: some bytes for each token.
     assert stepped <= 1.01 * rehearsed
     assert rehearsed <= 1.1 * stepped, "and is not far above it"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "tuning", "micro_batch_size"),
+    [
+        ("Gemma2", Full(), 2),
+        ("Llama", Prompt(tokens=32), 1),
+        ("Llama", Prefix(tokens=32), 2),
+        ("Llama", Lora(), 4),
+    ],
+)
+def test_a_plan_of_prepared_data_is_what_the_run_takes(
+    architecture, tuning, micro_batch_size, counter, builders, tmp_path
+):
+    """A few long samples among many short ones: no row is like the mean, or like the longest."""
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "head_dim": 32}
+    model = tmp_path / "model"
+    model.mkdir()
+    builders.model(model, architecture, max_position_embeddings=1024, **sizes)
+    draw, rows = random.Random(1), []
+    for i in range(400):
+        size = draw.randint(150, 400) if draw.random() < 0.05 else draw.randint(3, 30)
+        rows.append(builders.chat(f"copy {i}", "".join(draw.choices("abcdefgh", k=size)), "copy"))
+    data = DataConfig(train=str(builders.write(tmp_path / "rows.jsonl", rows)), max_length=512)
+    config = complete(
+        RunConfig(
+            model=ModelConfig(path=str(model)),
+            data=data,
+            tuning=tuning,
+            optimizer=AdamW(lr=1e-3),
+            train=TrainConfig(
+                batch_size=4, micro_batch_size=micro_batch_size, dtype=Dtype.float32, rehearse=True
+            ),
+            checkpoint=CheckpointConfig(export=False),
+            logging=LoggingConfig(wandb=WandbMode.off),
+        )
+    )
+    prepare(config, tmp_path / "prepared")
+    with counter:
+        training.train(config, tmp_path)
+    rehearsed, stepped = counter.peaks["rehearsal"], counter.peaks["steps"]
+    assert stepped <= 1.01 * rehearsed
+    facts = DataFacts.read(tmp_path / "prepared")
+    job = make_job(config, find_machine(config, plans_only=False), facts)
+    planned = max(phase.allocated_bytes for phase in device_phases(job))
+    assert -0.01 <= planned / stepped - 1 <= 0.05
