@@ -137,10 +137,10 @@ class Gathered:
         return self._step
 
     def _set(self, num_bytes: int) -> None:
-        if self._block is not None:
-            self._ledger.resize(self._block, num_bytes)
-        elif num_bytes:
+        if self._block is None:
             self._block = self._ledger.allocate(Item.gathered, num_bytes)
+        else:
+            self._ledger.resize(self._block, num_bytes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
