@@ -1,7 +1,7 @@
 """The rows that a run will train on, of data that is prepared: the lengths of their samples.
 
 They are found as the rehearsal finds what it tries (`data/packs/heaviest.py`), in the run's own
-packs, and no token is read: half a second for a million samples.
+packs, and no token is read: about a second for a million samples.
 """
 
 from __future__ import annotations
