@@ -92,9 +92,10 @@ class Search:
         return tuple(found)
 
     def _of_ways(self, method: Method, planned: Callable[[tuple[str, ...]], Plan]) -> Tried:
-        found = self._best(method.name, self._possible(method), planned)
-        if found.plan is not None and found.plan.fits:
-            return found
+        if len(method.ways) > 1:
+            found = self._best(method.name, self._possible(method), planned)
+            if found.plan is not None and found.plan.fits:
+                return found
         return self._best(method.name, method.ways, planned)
 
     def _best(

@@ -111,7 +111,6 @@ def _single(override: Override, text: str) -> list[str]:
 
 def _holds_loose_flag(composer: Composer, overrides: list[str], composed: Composed) -> bool:
     """Whether a number was given for true or false: OmegaConf makes true of -1."""
-    config = OmegaConf.structured(composed.config)
     given: list[tuple[str, Any]] = []
     for _, override in _parse(overrides, []):
         if not override.is_sweep_override():
@@ -120,7 +119,11 @@ def _holds_loose_flag(composer: Composer, overrides: list[str], composed: Compos
     file = composer.file_of("experiment", experiment) if experiment else None
     if file is not None:
         given += [(key, value) for key, _, value in leaves_of(file)]
-    return any(is_number(value) and is_flag(config, key) for key, value in given)
+    numbers = [key for key, value in given if is_number(value)]
+    if not numbers:
+        return False
+    config = OmegaConf.structured(composed.config)
+    return any(is_flag(config, key) for key in numbers)
 
 
 def _compose(composer: Composer, overrides: list[str]) -> Composed:

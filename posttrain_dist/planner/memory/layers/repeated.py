@@ -180,7 +180,10 @@ class _Stretch:
     def _backward(self, graph: Graph, prefix: str, steps: Sequence[_Step]) -> None:
         ledger, shards = graph.ledger, graph.shards
         for step in steps:
-            shards.run(prefix, step.frozen, step.taken, backward=not step.again)
+            if step.frozen:
+                shards.run(prefix, step.frozen, step.taken, backward=not step.again)
+            else:
+                ledger.touch(Item.activations, step.taken[0])
             if step.call is None:
                 continue
             names = [prefix + name for name in step.call.gathers]
