@@ -1,10 +1,11 @@
 """Layers that are alike: the first and the last of them are replayed, those between are counted.
 
 Each layer adds the same to what is alive after its forward, and takes the same while it runs. Of
-the layers between, what one keeps is one allocation; their parameters are gathered and their
-gradients handed to the engine one by one, because engines look ahead and fill buckets. From one
-such call to the next the most that a replayed layer took is noted, and taken for a moment in each
-of the counted ones: a bucket may be fullest in the middle of the stretch.
+the layers between, what one keeps is one allocation; their gradients are handed to the engine one
+by one, because engines fill buckets, and the calls between two gradients together, of which only
+the fullest moment counts. From one call to the next the most that a replayed layer took is noted,
+and taken for a moment in each of the counted ones: a bucket may be fullest in the middle of the
+stretch.
 """
 
 from __future__ import annotations
