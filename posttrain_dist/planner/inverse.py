@@ -1,7 +1,8 @@
 """The questions the other way round: the largest value that fits, the fewest GPUs that do.
 
 What fits with a value fits with every smaller one, and what fits on GPUs fits on more of them: the
-answer is found by doubling, then by halving. Each fallback has an answer of its own.
+answer is found by doubling, then by halving. Only all packs of a rank at once may fit where fewer
+do not, for they add up no gradients. Each fallback has an answer of its own.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ def largest(
     for method in methods(config, machine):
         if key == RANK and not _has_rank(search, method):
             continue
-        count = _last(lambda count, m=method: at(count).fits(m), counts)  # type: ignore[misc]
+        count = counts
+        if key != MICRO_BATCH or not at(counts).fits(method):
+            count = _last(lambda count, m=method: at(count).fits(m), counts)  # type: ignore[misc]
         tried = at(count or 1).fastest(method)
         value = min(most, count * step) if count else None
         found.append(_answer(tried, value, (f"{key}={value}",), bounded=count == counts))

@@ -67,7 +67,7 @@ class Search:
         return self._of_ways(method, self._fastest)
 
     def leanest(self, method: Method) -> Tried:
-        """The plan of a method that takes least memory."""
+        """A plan of a method that takes little memory: if any of its plans fits, this one does."""
         return self._of_ways(method, self._leanest)
 
     def fits(self, method: Method) -> bool:
@@ -119,10 +119,20 @@ class Search:
         return best or Tried(name, None, refused)
 
     def _leanest(self, words: tuple[str, ...]) -> Plan:
-        return self.plan(self._leanest_words(words))
+        """Of the shortest rows; where these do not fit, also of all packs at once.
 
-    def _leanest_words(self, words: tuple[str, ...]) -> tuple[str, ...]:
-        size = self._micro_batches(words)[0]
+        Those add up no gradients, which so are never there beside all activations.
+        """
+        short, whole = (self._leanest_words(words, which) for which in (0, -1))
+        plan = self.plan(short)
+        if plan.fits or whole == short or not may_fit(self._job(whole)):
+            return plan
+        at_once = self.plan(whole)
+        return at_once if _is_better(at_once, plan) else plan
+
+    def _leanest_words(self, words: tuple[str, ...], which: int = 0) -> tuple[str, ...]:
+        """Args: which: of the micro-batches that are tried."""
+        size = self._micro_batches(words)[which]
         return (*words, *size, *(ALL if self._chooses_layers else ()))
 
     def _fastest(self, words: tuple[str, ...]) -> Plan:
@@ -130,10 +140,15 @@ class Search:
         best = leanest = self._leanest(words)
         if not leanest.fits:
             return leanest
-        for number, size in enumerate(self._micro_batches(words)):
+        sizes = self._micro_batches(words)
+        if not set(sizes[0]) <= set(leanest.overrides):
+            sizes = sizes[-1:]
+        for number, size in enumerate(sizes):
             sized = (*words, *size)
             found = self._fewest_layers(sized) if self._chooses_layers else self.plan(sized)
             faster = found.speed.tokens_per_s / best.speed.tokens_per_s
+            if not found.fits and number == len(sizes) - 2:
+                continue  # all packs at once may fit
             if not found.fits or (number and faster <= FASTER):
                 break
             best = found if faster > FASTER else best

@@ -10,7 +10,7 @@ from posttrain_dist.errors import ConfigError
 from posttrain_dist.planner import make_plan
 from posttrain_dist.planner.inverse import MOST_GPUS, STEPS, fewest, gpu_words, largest
 from posttrain_dist.planner.memory.phases import device_phases
-from posttrain_dist.planner.methods import Method
+from posttrain_dist.planner.methods import Method, methods
 from posttrain_dist.planner.search import Search
 
 LEAST = ("model.activation_checkpointing=full",)
@@ -70,6 +70,27 @@ def test_the_fewest_gpus_fit_and_one_less_does_not():
     assert search.plan((*gpu_words(config, machine, answer.value), *least)).fits
     fewer = answer.value - 1 if answer.value <= 8 else answer.value - 8
     assert not search.plan((*gpu_words(config, machine, fewer), *least)).fits
+
+
+def test_all_packs_at_once_may_fit_where_one_after_the_other_does_not():
+    """They add up no gradients: a quarter of the state is never there beside the activations."""
+    slots = {"tuning": Full(), "engine": Single(), "train": TrainConfig(batch_size=2)}
+    slots["data"] = DataConfig(max_length=512)
+    typed = ["model.activation_checkpointing"]
+    config, machine = planned(80.0, gpus=1, **slots)
+    search = Search(config, machine, typed=typed)
+    one, both = (search.plan((f"train.micro_batch_size={size}",)) for size in (1, 2))
+    between = (one.device.total_bytes + both.device.total_bytes) / 2 / 0.96
+    assert both.device.total_bytes < one.device.total_bytes
+    config, machine = planned(between / 2**30, gpus=1, **slots)
+    search = Search(config, machine, typed=typed)
+    assert not search.plan(("train.micro_batch_size=1",)).fits
+    (answer,) = largest(config, machine, "train.micro_batch_size", typed=typed)
+    assert (answer.value, answer.plan.fits) == (2, True)
+    (method,) = methods(config, machine)
+    fastest = search.fastest(method).plan
+    assert fastest.fits and "train.micro_batch_size=2" in fastest.overrides
+    assert search.fits(method)
 
 
 def test_several_nodes_are_counted_whole():

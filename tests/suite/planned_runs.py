@@ -21,7 +21,8 @@ from posttrain_dist.config import (
 )
 from posttrain_dist.planner.job import Machine
 from posttrain_dist.planner.machine import find_machine
-from posttrain_dist.planner.methods import methods
+from posttrain_dist.planner.methods import Method, methods
+from posttrain_dist.planner.plan import Plan
 from posttrain_dist.planner.search import Search
 
 # As wide as an 8B model, with few layers: 0.9B parameters whose plans take no time.
@@ -49,6 +50,7 @@ LADDER = [
     "QLoRA + paged optimizer on one GPU",
 ]
 OFFLOAD = LADDER[3]
+RECOMPUTED = "model.activation_checkpointing=full"
 
 
 @cache
@@ -93,8 +95,21 @@ def needs() -> dict[str, float]:
     """GiB of a GPU, with the margin, that each takes with its smallest settings."""
     config, machine = planned()
     search = Search(config, machine)
-    plans = {method.name: search.leanest(method).plan for method in methods(config, machine)}
-    return {name: plan.device.total_bytes / 0.96 / 2**30 for name, plan in plans.items()}
+    plans = {each.name: smallest(search, each) for each in methods(config, machine)}
+    return {
+        name: min(plan.device.total_bytes for plan in found) / 0.96 / 2**30
+        for name, found in plans.items()
+    }
+
+
+def smallest(search: Search, method: Method) -> list[Plan]:
+    """Plans of a method with one pack after the other, and with all of them at once."""
+    packs = search.config.train.batch_size
+    return [
+        search.plan((*words, f"train.micro_batch_size={size}", RECOMPUTED))
+        for words in method.ways
+        for size in (1, packs)
+    ]
 
 
 def room(name: str) -> dict[str, Any]:
