@@ -181,6 +181,9 @@ def _qlora(rank: int) -> Lora:
     return Lora(rank=rank, quantize=Quantize.nf4)
 
 
+_TIED = ZERO | {"vocab_size": 32_768, "tie_word_embeddings": True}
+_DEEP = LLAMA | {"num_hidden_layers": 10}
+_SOME_LAYERS = Full(train="model[.]layers[.][45][.].*")
 _EVERY_LAYER = {"checkpoint_layers": 4, "sample_tokens": (1024,), "accumulation": 2}
 _ZERO: dict[str, Arm] = {
     # Stages and workers.
@@ -196,6 +199,8 @@ _ZERO: dict[str, Arm] = {
     "zero-3 lora bf16": _zero(3, tuning=Lora(rank=8), dtype=_BF16),
     "zero-3 small ones stay": _zero(3, persistent=100_000),
     "zero-3 4096": _zero(3, model=_NARROW, sample_tokens=(4096,)),
+    **{f"zero-{s} tied": _zero(s, model=_TIED, accumulation=2) for s in range(4)},
+    "zero-3 layers 4 and 5": _zero(3, model=_DEEP, tuning=_SOME_LAYERS),
 }
 CPU: dict[str, Arm] = {
     # Lengths.
@@ -220,6 +225,12 @@ CPU: dict[str, Arm] = {
     "llama bf16 512": Arm(dtype=_BF16),
     "llama bf16 checkpoint 3": Arm(dtype=_BF16, checkpoint_layers=3),
     "llama bf16 tied": Arm(dtype=_BF16, model=_llama(tie_word_embeddings=True)),
+    # Some of the parameters.
+    "layers 4 and 5": Arm(model=_DEEP, tuning=_SOME_LAYERS),
+    "last 3 layers and head": Arm(model=_DEEP, tuning=Full(train="model.layers.[789].*|lm_head.*")),
+    "norms": Arm(tuning=Full(train=".*norm.*")),
+    "every other layer": Arm(model=_DEEP, tuning=Full(train="model.layers.[02468][.].*")),
+    "embeddings": Arm(tuning=Full(train=".*embed_tokens.*")),
     # Adapters.
     "lora rank 8": Arm(tuning=Lora(rank=8)),
     "lora rank 16": Arm(tuning=Lora(rank=16)),

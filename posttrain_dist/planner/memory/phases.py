@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -125,6 +126,7 @@ class _Run:
         self, job: Job, ledger: Ledger, engine: EngineMemory, trained: frozenset[str]
     ) -> None:
         self._job, self._ledger, self._engine, self._trained = job, ledger, engine, trained
+        self._trained_of_layers = _by_layer(job, trained)
 
     def update(self, num_batches: int) -> None:
         """Micro-batches of an update, and the optimizer step."""
@@ -213,8 +215,17 @@ class _Run:
         graph.per_layer_inputs = per_layer_inputs(graph, job, x)
         num_layers = len(network.layers)
         recomputed = [graph.recording and i < job.recomputed_layers for i in range(num_layers)]
-        kinds = [
-            (id(layer), window_of(job, i), recomputed[i], i == num_layers - 1)
+        trained = self._trained_of_layers
+        first = next((i for i, names in enumerate(trained) if names), num_layers)
+        kinds = [  # behind the first layer that is trained there are gradients
+            (
+                id(layer),
+                window_of(job, i),
+                recomputed[i],
+                i == num_layers - 1,
+                trained[i],
+                i > first,
+            )
             for i, layer in enumerate(network.layers)
         ]
 
@@ -238,10 +249,21 @@ class _Run:
         self, graph: Graph, index: int, x: Value, supervised: int | None, *, recomputed: bool
     ) -> Value:
         job = self._job
-        if not recomputed:
+        has_gradients = x.needs_grad or graph.prefix is not None or self._trained_of_layers[index]
+        if not recomputed or not has_gradients:
             return run_layer(graph, job, index, x, supervised)
         return graph.checkpoint(
             lambda inner, value: run_layer(inner, job, index, value, supervised),
             x,
             offload=job.model.checkpoint_offload and job.on_gpu,
         )
+
+
+def _by_layer(job: Job, names: Iterable[str]) -> list[frozenset[str]]:
+    """Those of the parameters that belong to each layer, without what stands before."""
+    found: list[set[str]] = [set() for _ in job.network.layers]
+    for name in names:
+        if name.startswith(f"{job.network.layers_name}."):
+            index, _, rest = name.removeprefix(f"{job.network.layers_name}.").partition(".")
+            found[int(index)].add(rest)
+    return [frozenset(each) for each in found]

@@ -234,6 +234,8 @@ def _modules(job: Job, *, leaf: bool) -> list[tuple[str | None, tuple[str, ...]]
         if not leaf and layer is not None and found[-1][0] != layer:
             found += [(layer, ())] * _MODULES_OF_A_LAYER
         found.append((layer, tuple(names)))
+    if job.network.shape.tied:  # the head reads the embedding once more
+        found.append((None, (job.network.before[0].name,)))
     return found
 
 

@@ -1,4 +1,4 @@
-"""What engines do with whole tensors: in a forward, gradients as they come, and in saving."""
+"""What engines do with whole tensors, in a forward and in saving."""
 
 from __future__ import annotations
 
@@ -23,26 +23,6 @@ def touch_most(ledger: Ledger, taken: Sequence[int]) -> None:
     most = max(taken, default=0)
     if most > 0:
         ledger.touch(Item.activations, most)
-
-
-class Arrivals:
-    """Waits until a gradient is whole: that of a tied embedding comes from the head and from it."""
-
-    def __init__(self, job: Job, ledger: Ledger) -> None:
-        self._ledger = ledger
-        self._shared = job.network.before[0].name if job.network.shape.tied else ""
-        self._first: Block | None = None
-
-    def add(self, parameter: str, block: Block) -> Block | None:
-        """The whole gradient; None: a part of it is still to come."""
-        if parameter != self._shared:
-            return block
-        if self._first is None:
-            self._first = block
-            return None
-        whole, self._first = self._first, None
-        self._ledger.release(block)  # added in place
-        return whole
 
 
 def touch_whole_state(job: Job, ledger: Ledger) -> None:

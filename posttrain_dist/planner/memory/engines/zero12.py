@@ -20,7 +20,6 @@ from posttrain_dist.planner.memory.engines.base import Call
 from posttrain_dist.planner.memory.engines.ds_settings import zero_settings
 from posttrain_dist.planner.memory.engines.partitions import FlatGroup, flat_groups, fullest_rank
 from posttrain_dist.planner.memory.engines.whole_tensors import (
-    Arrivals,
     release_all,
     touch_most,
     touch_whole_state,
@@ -48,7 +47,6 @@ class FlatMemory:
         self._own = {each.name for pieces in self._pieces for each, _ in pieces}
         self._parts = {each.name: size for pieces in self._pieces for each, size in pieces}
         self._ranks = {each.name: ranks for group in self._groups for each, ranks in group.ranks()}
-        self._arrivals = Arrivals(job, ledger)
         self._sizes = {s.name: s.size for s in trained_parameters(job)}
         self._last = True
         self._made: dict[str, Block] = {}  # `param.grad` with a storage of its own
@@ -118,13 +116,10 @@ class FlatMemory:
 
     def gradient(self, parameter: str, block: Block) -> None:
         """As the hook of a parameter does, or torch where there is none."""
-        whole = self._arrivals.add(parameter, block)
-        if whole is None:
-            return
         if parameter in self._made:  # of earlier micro-batches: added in place
-            self._ledger.release(whole)
+            self._ledger.release(block)
         else:
-            self._made[parameter] = whole
+            self._made[parameter] = block
         if self._reduces_as_it_goes():
             self._into_bucket(parameter)
 

@@ -19,7 +19,6 @@ from posttrain_dist.planner.memory.engines.ds_settings import elements, layer_of
 from posttrain_dist.planner.memory.engines.gathered import Gathered
 from posttrain_dist.planner.memory.engines.partitions import shard, sub_groups
 from posttrain_dist.planner.memory.engines.whole_tensors import (
-    Arrivals,
     release_all,
     touch_whole_state,
 )
@@ -44,7 +43,6 @@ class ShardedMemory:
         self._persistent: list[Block] = []
         self._hooked: str | None = None  # the leaf whose backward is under way
         self._of_output: list[Block] = []
-        self._arrivals = Arrivals(job, ledger)
         self._gathered = Gathered(job, ledger, self._settings)
 
     # ------------------------------------------------------------------------------------ attach
@@ -161,16 +159,13 @@ class ShardedMemory:
 
     def gradient(self, parameter: str, block: Block) -> None:
         """As the hook of a parameter does; of a layer that is gathered as one, when it is done."""
-        whole = self._arrivals.add(parameter, block)
-        if whole is None:
-            return
         layer = layer_of(self._job, parameter) if self._settings.leaf else None
         if self._leaf and layer_of(self._job, next(iter(self._leaf))) != layer:
             self._end_leaf()
         if layer is not None:
-            self._leaf[parameter] = whole
+            self._leaf[parameter] = block
         else:
-            self._into_bucket(parameter, whole)
+            self._into_bucket(parameter, block)
 
     def after_backward(self, *, last: bool) -> None:
         """What is left in the bucket is reduced."""
