@@ -201,6 +201,17 @@ _ZERO: dict[str, Arm] = {
     "zero-3 4096": _zero(3, model=_NARROW, sample_tokens=(4096,)),
     **{f"zero-{s} tied": _zero(s, model=_TIED, accumulation=2) for s in range(4)},
     "zero-3 layers 4 and 5": _zero(3, model=_DEEP, tuning=_SOME_LAYERS),
+    "zero-3 tied lora": _zero(3, model=_TIED, tuning=Lora(rank=8)),
+    "zero-1 tied lora bf16": _zero(1, model=_TIED, tuning=Lora(rank=8), dtype=_BF16),
+    "zero-3 tied bf16": _zero(3, model=_TIED, dtype=_BF16, accumulation=2),
+    "zero-3 dora": _zero(3, tuning=Lora(rank=8, dora=True)),
+    "zero-3 qlora": _zero(3, tuning=_qlora(8)),
+    "zero-3 ia3": _zero(3, tuning=Ia3()),
+    "zero-3 prompt": _zero(3, tuning=Prompt(tokens=64), sample_tokens=(256, 256)),
+    "zero-3 prefix": _zero(3, tuning=Prefix(tokens=64), sample_tokens=(256, 256)),
+    "zero-3 bottleneck": _zero(3, tuning=Bottleneck()),
+    "zero-2 prefix": _zero(2, tuning=Prefix(tokens=64), sample_tokens=(256, 256)),
+    "zero-3 gemma2": _zero(3, model=GEMMA2),
 }
 CPU: dict[str, Arm] = {
     # Lengths.

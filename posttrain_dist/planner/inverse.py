@@ -1,6 +1,6 @@
 """The questions the other way round: the largest value that fits, the fewest GPUs that do.
 
-What fits with a value fits with every smaller one, and what fits on GPUs fits on more of them: the
+What fits with a value fits with every smaller one, and what fits on nodes fits on more of them: the
 answer is found by doubling, then by halving. Only all packs of a rank at once may fit where fewer
 do not, for they add up no gradients. Each fallback has an answer of its own.
 """
@@ -27,6 +27,7 @@ from posttrain_dist.planner.methods import (
 )
 from posttrain_dist.planner.plan import Plan, Tried
 from posttrain_dist.planner.search import Search
+from posttrain_dist.tuning.injection.targets import ALL_LINEAR, matching
 
 LENGTH, RANK = "data.max_length", "tuning.rank"
 GPUS = "gpus"
@@ -35,7 +36,7 @@ STEPS = {LENGTH: 128, MICRO_BATCH: 1, RANK: 1}  # what an answer is a multiple o
 BOUNDS = {
     LENGTH: "is as long as the model has positions",
     MICRO_BATCH: "is all the packs that a rank has of a step (train.batch_size over the ranks)",
-    RANK: "is as wide as the model",
+    RANK: "is the smallest dimension of the layers that are changed",
     GPUS: "is all that is looked at",
 }
 MOST_TOKENS = 1 << 22  # where the model does not say how many positions it has
@@ -123,8 +124,8 @@ def fewest(
             "there is no GPU to count", where="--fewest", fix="set hardware, such as h100x8"
         )
     per_node = machine.gpus_per_node
-    nodes = MOST_GPUS // per_node
-    sizes = [*range(1, per_node), *(per_node * number for number in range(1, nodes + 1))]
+    inside, nodes = range(1, per_node), MOST_GPUS // per_node
+    sizes = [per_node * number for number in range(1, nodes + 1)]
     search = Search(config, machine, facts, typed)
 
     @cache
@@ -134,11 +135,14 @@ def fewest(
     whole = at(sizes[-1]).config  # the fallbacks of many GPUs; with fewer, some are as others
     found = []
     for method in methods(whole, machine):
-        fails = _last(
-            lambda count, m=method: not at(sizes[count - 1]).fits(m),  # type: ignore[misc]
-            len(sizes),
-        )
-        size = sizes[fails] if fails < len(sizes) else None
+        # A host takes more with more ranks on it, each GPU less: one is looked at after the other.
+        size = next((count for count in inside if at(count).fits(method)), None)
+        if size is None:
+            fails = _last(
+                lambda count, m=method: not at(sizes[count - 1]).fits(m),  # type: ignore[misc]
+                len(sizes),
+            )
+            size = sizes[fails] if fails < len(sizes) else None
         words = gpu_words(config, machine, size or sizes[-1])
         tried = at(size or sizes[-1]).fastest(method)
         found.append(_answer(tried, size, words))
@@ -180,7 +184,8 @@ def _most(config: RunConfig, machine: Machine, key: str) -> int:
     """The largest value that means anything."""
     network = read_network(config)
     if key == RANK:
-        return network.shape.hidden_size
+        targets = matching(list(network.linears()), getattr(config.tuning, "targets", ALL_LINEAR))
+        return min(min(one.in_features, one.out_features) for one in targets)
     if key == MICRO_BATCH:
         return math.ceil(config.train.batch_size / workers_of_all(config, machine))
     positions = learned_positions(network.config) or network.config.get("max_position_embeddings")

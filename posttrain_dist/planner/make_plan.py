@@ -105,6 +105,12 @@ def warnings_of(job: Job) -> tuple[str, ...]:
             f"{job.workers} workers take more nodes than this machine: set cluster.address of a "
             "Ray cluster that has them, or cluster=slurm with cluster.nodes"
         )
+    share, cpus = getattr(job.config.cluster, "cpus_per_worker", 0.0), job.machine.cpus_per_node
+    if job.local_workers * share > cpus:
+        found.append(
+            f"{job.local_workers} workers with {share:g} CPUs each are more than a node of {cpus} "
+            f"CPUs starts: set cluster.cpus_per_worker to at most {cpus / job.local_workers:.2g}"
+        )
     if not job.on_gpu:
         found.append("on a CPU times are rough: a factor of two")
     resuming, has = resuming_bytes(job), job.machine.host_memory_bytes

@@ -93,6 +93,33 @@ def test_all_packs_at_once_may_fit_where_one_after_the_other_does_not():
     assert search.fits(method)
 
 
+def test_the_fewest_gpus_are_found_where_more_ranks_take_more_of_a_host():
+    slots = {"tuning": Full(), "engine": DeepSpeed(stage=1), "data": DataConfig(max_length=512)}
+    config, machine = planned(80.0, gpus=8, **slots)
+    search = Search(config, machine)
+    hosts = {n: search.plan(gpu_words(config, machine, n)).host.total_bytes for n in range(1, 9)}
+    assert hosts[2] < hosts[8]
+    between = (hosts[2] + hosts[8]) / 2 / 2**30
+    fullest = search.plan(gpu_words(config, machine, 2)).device.total_bytes / 0.96 / 2**30
+    config, machine = planned(1.01 * fullest, gpus=8, host_gib=between, **slots)
+    (answer,) = fewest(config, machine)
+    fits = [
+        n for n in range(1, 9) if Search(config, machine).plan(gpu_words(config, machine, n)).fits
+    ]
+    assert 1 < answer.value <= min(fits) < 8 and answer.plan.fits
+
+
+def test_the_largest_rank_is_one_that_the_layers_have():
+    config, machine = planned(80.0, shape="shape:llama3-8b", tuning=Lora(), engine=Single())
+    (answer,) = largest(config, machine, "tuning.rank")
+    assert (answer.value, answer.bounded) == (1024, True)  # keys and values: 4096 -> 1024
+    config, machine = planned(
+        80.0, shape="shape:llama3-8b", tuning=Lora(targets="mlp"), engine=Single()
+    )
+    (answer,) = largest(config, machine, "tuning.rank")
+    assert answer.value == 4096 or not answer.bounded
+
+
 def test_several_nodes_are_counted_whole():
     slots = {"tuning": Full(), "engine": DeepSpeed(stage=3), "data": DataConfig(max_length=512)}
     config, machine = planned(5.5, gpus=2, **slots)

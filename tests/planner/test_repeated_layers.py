@@ -55,6 +55,13 @@ def test_counted_and_replayed_layers_agree(monkeypatch, tuning, engine):
     check(monkeypatch, "qwen3-8b", tuning(), engine, 30)
 
 
+@pytest.mark.parametrize("pattern", ["1.|20", "[4-9]|3[0-5]", "2.*[.]self_attn"])
+@pytest.mark.parametrize("engine", [Single(), DeepSpeed(stage=1), DeepSpeed(stage=3)])
+def test_layers_that_are_trained_differently_are_not_alike(monkeypatch, pattern, engine):
+    tuning = Full(train=rf"model.layers.({pattern})[.].*")
+    check(monkeypatch, "qwen3-8b", tuning, engine, 14)
+
+
 def test_a_bucket_that_is_fullest_between_the_ends_is_seen(monkeypatch):
     # Layers of 1.6 GiB of gradients in buckets of 1 GB: replayed, 4 GiB more than at the ends.
     check(monkeypatch, "llama3-70b", Full(), DeepSpeed(stage=2), 80)

@@ -106,6 +106,14 @@ def test_modules_of_a_layer_at_once_take_what_they_take_one_by_one(known, backwa
     assert any(found[0].items.get(Item.activations) for (found, _) in phases)
 
 
+def test_a_tied_weight_is_whole_once():
+    job = plan_job("qwen3-0.6b", DeepSpeed(stage=3), Full(), gpus=8)
+    (forward,) = (each for each in device_phases(job) if each.name is PhaseName.forward)
+    # All 0.6B parameters, and 50M of them in the tensor that they came in.
+    most = 2 * (job.network.num_parameters + zero_settings(job).prefetch_bucket_size)
+    assert forward.items[Item.gathered] == pytest.approx(most, rel=0.02)
+
+
 def test_settings_are_those_that_deepspeed_parses(tmp_path, settings):
     own = {"reduce_bucket_size": 7_000_000, "stage3_prefetch_bucket_size": 0, "overlap_comm": False}
     file = tmp_path / "ds.json"

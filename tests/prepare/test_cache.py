@@ -26,7 +26,13 @@ from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.errors import DataError
 from posttrain_dist.prepare import build_dataset as build
-from posttrain_dist.prepare import fingerprint, prepare, prepare_cached, row_encoder
+from posttrain_dist.prepare import (
+    find_prepared,
+    fingerprint,
+    prepare,
+    prepare_cached,
+    row_encoder,
+)
 from posttrain_dist.prepare.cache import KEPT_DAYS
 from posttrain_dist.prepare.data_report import data_report
 from posttrain_dist.prepare.digests import Digests
@@ -185,6 +191,38 @@ def test_an_entry_that_lost_a_file_is_built_again(
     (entry / lost).unlink()
     assert prepare_cached(config) == entry
     assert len(Examples.open(entry, "train")) == 20
+
+
+def damage_index(entry: Path) -> None:
+    index = np.load(entry / "train.npy")
+    index[-1] = 1_000_000
+    np.save(entry / "train.npy", index)
+
+
+def damage_summary(entry: Path) -> None:
+    values = json.loads((entry / "summary.json").read_bytes())
+    (entry / "summary.json").write_text(json.dumps({**values, "longest": "x"}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entry: (entry / "samples" / "supervised.npy").write_bytes(b""),
+        lambda entry: (entry / "train.npy").write_bytes(b"no array"),
+        damage_index,
+        damage_summary,
+    ],
+)
+def test_a_damaged_entry_is_built_again(
+    damage: Any, make: Any, builders: Any, tmp_path: Path
+) -> None:
+    config = make(train=str(of_task(builders, tmp_path / "rows.jsonl", "a", 8)))
+    prepare_cached(config)
+    damage(entry_of(tmp_path))
+    assert find_prepared(config) is None
+    prepare_cached(config)
+    found = find_prepared(config)
+    assert found is not None and len(Examples.open(found, "train")) == 8
 
 
 def test_a_prepared_folder_that_lost_a_file_says_so(

@@ -22,7 +22,6 @@ from posttrain_dist.config import RunConfig, complete
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.errors import ConfigError, PosttrainError
 from posttrain_dist.files import write_atomic
-from posttrain_dist.planner.fallbacks import is_auto
 from posttrain_dist.planner.job import DataFacts
 from posttrain_dist.planner.plan_file import plan_entry, write_plan
 from posttrain_dist.planner.settle import Settled, settle
@@ -93,10 +92,9 @@ def freeze(composed: Composed, command: str, *, force: bool = False) -> Path:
 def _settle(config: RunConfig, composed: Composed, *, force: bool) -> Settled:
     """The run as it is begun, with nothing left to choose."""
     facts = None
-    if is_auto(config):
-        with contextlib.suppress(PosttrainError):  # which preparing the data says in full
-            found = find_prepared(config)
-            facts = None if found is None else DataFacts.read(found)
+    with contextlib.suppress(PosttrainError):  # which preparing the data says in full
+        found = find_prepared(config)
+        facts = None if found is None else DataFacts.read(found)
     return settle(config, facts, typed_keys(composed.overrides), force=force)
 
 

@@ -206,7 +206,8 @@ class Examples:
                 index = np.arange(len(arrays["ids"]))
             else:
                 index = np.load(folder / f"{split}.npy", allow_pickle=False)
-        except (OSError, ValueError, KeyError) as error:
+                _check_index(index, split, len(arrays["ids"]))
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"is no prepared data folder: {error}",
                 where=str(folder),
@@ -228,6 +229,13 @@ class Examples:
             sample_id=int(arrays["ids"][index]),
             truncated=bool(arrays["truncated"][index]),
         )
+
+
+def _check_index(index: npt.NDArray[Any], split: str, num_samples: int) -> None:
+    if index.dtype.kind not in "iu" or index.ndim != 1:
+        raise ValueError(f"{split}.npy holds no numbers of samples")
+    if len(index) and not (index.min() >= 0 and index.max() < num_samples):
+        raise ValueError(f"{split}.npy has samples beyond the {num_samples} that there are")
 
 
 def _check_sizes(arrays: Arrays) -> None:

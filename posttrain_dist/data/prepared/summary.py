@@ -57,8 +57,12 @@ class Summary:
                 end = values.pop("end_token_id")
                 values["end_token_ids"] = [] if end is None else [end]
             names = {int(token): name for token, name in values.pop("special_tokens").items()}
-            return cls(splits=splits, special_tokens=names, **values)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            found = cls(splits=splits, special_tokens=names, **values)
+            for name in ("rejected", "longest", "largest_id"):
+                if not isinstance(getattr(found, name), int):
+                    raise TypeError(f"{name} is no whole number")
+            return found
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"the summary of the prepared data cannot be read: {error}",
                 where=str(folder / "summary.json"),
