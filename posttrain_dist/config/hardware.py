@@ -67,7 +67,7 @@ def hardware_rules(hardware: Hardware) -> list[Rule]:
             Rule(
                 getattr(hardware, name) is None or 0 < getattr(hardware, name) <= 1e9,
                 f"hardware.{name}",
-                f"is {getattr(hardware, name)}, must be above 0",
+                f"is {getattr(hardware, name)}, must be above 0 and at most 1e9",
                 f"set hardware.{name} to what the machine has, or leave it out",
             )
             for name in sizes

@@ -289,3 +289,20 @@ def test_auto_is_settled_before_the_job_is_written(job):
 def test_auto_without_a_machine_to_plan_for_is_refused(job):
     code, shown = job("tuning=auto", "engine=auto", "cluster.gpus_per_node=8")
     assert code == 2 and "hardware: does not say what the nodes have" in shown.err
+
+
+def test_a_job_is_planned_with_the_data_that_is_prepared_as_plan_does(
+    job, tiny_llama, rows_file, capsys
+):
+    """A named tuning and engine too: rows of many short samples hold more virtual tokens."""
+    words = [f"model.path={tiny_llama}", f"data.train={rows_file}", "data.max_length=64"]
+    words += ["hardware=h100x8", "tuning=prompt", "tuning.tokens=64", "engine=zero1"]
+    words += ["cluster=slurm", "cluster.nodes=1", "cluster.time=1:00:00"]
+    assert main(["prepare", *words[:3]]) == 0
+    capsys.readouterr()
+    assert main(["plan", *words, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)["plan"]
+    assert job(*words[3:])[0] == 0
+    (folder,) = job.folders()
+    frozen = json.loads((folder / "plan.json").read_text())["plan"]
+    assert frozen["device"] == planned["device"]
