@@ -205,7 +205,7 @@ _ZERO: dict[str, Arm] = {
     "zero-1 tied lora bf16": _zero(1, model=_TIED, tuning=Lora(rank=8), dtype=_BF16),
     "zero-3 tied bf16": _zero(3, model=_TIED, dtype=_BF16, accumulation=2),
     "zero-3 dora": _zero(3, tuning=Lora(rank=8, dora=True)),
-    "zero-3 qlora": _zero(3, tuning=_qlora(8)),
+    "zero-3 qlora": _zero(3, model=LLAMA, tuning=_qlora(8)),
     "zero-3 ia3": _zero(3, tuning=Ia3()),
     "zero-3 prompt": _zero(3, tuning=Prompt(tokens=64), sample_tokens=(256, 256)),
     "zero-3 prefix": _zero(3, tuning=Prefix(tokens=64), sample_tokens=(256, 256)),

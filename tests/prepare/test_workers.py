@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import textwrap
 import threading
 import time
@@ -260,3 +261,55 @@ def test_the_time_of_a_second_call_is_that_of_reading_the_files(
     prepare(config, tmp_path / "q")
     assert {path.stat().st_ino for path in (tmp_path / "q").rglob("*.npy")} == set(kept.values())
     assert all(path.stat().st_mtime < began for path in (tmp_path / "q").rglob("*.npy"))
+
+
+def test_processes_end_with_the_one_that_started_them(
+    builders: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    data = builders.write(tmp_path / "rows.jsonl", builders.rows(20000))
+    script = textwrap.dedent(f"""
+        from posttrain_dist.config import *
+        from posttrain_dist.prepare import prepare_cached
+        from posttrain_dist.prepare import build_dataset as build
+        from posttrain_dist.prepare.processes import workers
+        build.SMALL_BYTES, build.UNIT_BYTES = 1, 700
+        plain = workers.subprocess.Popen
+        def start(*args, **kwargs):
+            server = plain(*args, **kwargs)
+            print(server.pid, flush=True)
+            return server
+        workers.subprocess.Popen = start
+        data = DataConfig(train={str(data)!r}, max_length=64, workers=2, cache={str(tmp_path)!r})
+        model = ModelConfig(path={str(tiny_llama)!r})
+        prepare_cached(complete(RunConfig(model=model, data=data)))
+    """)
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    server = int(parent.stdout.readline())
+    ends = time.monotonic() + 60
+    while len(children := children_of(server)) < 2 and time.monotonic() < ends:
+        time.sleep(0.01)
+    assert len(children) == 2
+    threads = [len(list(Path(f"/proc/{pid}/task").iterdir())) for pid in (server, *children)]
+    assert threads == [1, 1, 1]  # nothing that a fork could have lost
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    while any(map(is_alive, (server, *children))) and time.monotonic() < ends:
+        time.sleep(0.01)
+    assert not [pid for pid in (server, *children) if is_alive(pid)]
+
+
+def children_of(pid: int) -> list[int]:
+    try:
+        return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def is_alive(pid: int) -> bool:
+    """Whether it runs: in a container nobody may wait for an orphan that has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
