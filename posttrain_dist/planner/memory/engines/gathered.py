@@ -240,20 +240,25 @@ def _modules(job: Job, *, leaf: bool) -> list[tuple[str | None, tuple[str, ...]]
 
 
 def _in_forward_order(job: Job) -> list[str]:
-    """Parameters as modules use them: what is inserted comes after what it is inserted beside."""
+    """As modules use them: virtual tokens before all, what is inserted behind what it stands in."""
     stored = [each for each in stored_parameters(job) if each.parameter]
-    base = {each.name for each in stored if each.item is not Item.adapter}
-    beside: dict[str, list[str]] = {}
+    first = [each.name for each in stored if each.item is Item.virtual_tokens]
+    inserted = (Item.adapter, Item.virtual_tokens)
+    base = [each.name for each in stored if each.item not in inserted]
+    ends: dict[str, str] = {}  # of a module, and of those that it stands in: its last parameter
+    for name in base:
+        module = name.rpartition(".")[0].removesuffix(".base_layer")
+        while module:
+            ends[module] = name
+            module = module.rpartition(".")[0]
+    behind: dict[str, list[str]] = {}
     for each in stored:
-        if each.name not in base:
-            beside.setdefault(each.name.split(".lora_")[0], []).append(each.name)
-    found: list[str] = []
-    for each in stored:
-        if each.name in base:
-            found.append(each.name)
-            module = each.name.rpartition(".")[0].removesuffix(".base_layer")
-            found += beside.pop(module, [])
-    return found + [name for names in beside.values() for name in names]
+        if each.item is Item.adapter:
+            module = each.name.rpartition(".")[0]
+            while module and module not in ends:
+                module = module.rpartition(".")[0]
+            behind.setdefault(ends.get(module, base[-1]), []).append(each.name)
+    return [*first, *(each for name in base for each in (name, *behind.get(name, ())))]
 
 
 def _backward(job: Job, modules: Sequence[tuple[str | None, tuple[str, ...]]]) -> list[Call]:
