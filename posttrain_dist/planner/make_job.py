@@ -29,6 +29,7 @@ from posttrain_dist.models.network.tensors import Network
 from posttrain_dist.models.quantized import check_base
 from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.planner.job import DataFacts, Job, Machine, fullest_row
+from posttrain_dist.tuning.base import Tuning
 
 if TYPE_CHECKING:
     from posttrain_dist.data.packs.heaviest import RowMemory
@@ -94,18 +95,24 @@ def make_job(config: RunConfig, machine: Machine, facts: DataFacts | None = None
     )
     if facts is None or facts.rows is None:
         return job
-    found = facts.rows.heaviest(config, network.shape, workers, row_memory(job))
+    memory = row_memory(job.tuning, network.shape, job.attention, longest)
+    found = facts.rows.heaviest(config, network.shape, workers, memory)
     return replace(job, found_rows=found)
 
 
-def row_memory(job: Job) -> RowMemory:
-    """What the model of a job keeps of a row beside something of each token."""
+def row_memory(tuning: Tuning, shape: ModelShape, attention: str, longest: int) -> RowMemory:
+    """What a model keeps of a row beside something of each token.
+
+    Args:
+        attention: as that of a `Job`.
+        longest: tokens of the longest sample.
+    """
     from posttrain_dist.data.packs.heaviest import RowMemory
 
-    inserted = job.tuning.inserted_tokens
-    prefix = job.tuning.virtual_tokens - inserted
-    kept = prefix > 0 or job.network.shape.keeps_pairs(job.sample_tokens)
-    pairs = job.attention == "eager" or (job.attention == "sdpa" and kept)
+    inserted = tuning.inserted_tokens
+    prefix = tuning.virtual_tokens - inserted
+    kept = prefix > 0 or shape.keeps_pairs(longest)
+    pairs = attention == "eager" or (attention == "sdpa" and kept)
     return RowMemory(pairs=pairs, inserted=inserted, prefix=prefix)
 
 

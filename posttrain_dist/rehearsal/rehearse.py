@@ -40,6 +40,7 @@ from posttrain_dist.loop import Meter, evaluate
 from posttrain_dist.metrics.memory_use import memory_bytes
 from posttrain_dist.models import Attention
 from posttrain_dist.models.folder import read_shape
+from posttrain_dist.planner.make_job import row_memory
 from posttrain_dist.planner.plan_file import read_plan
 
 FOLDER = "rehearsal"  # in the run folder, while a checkpoint is tried
@@ -139,12 +140,10 @@ class Rehearsal:
 
 
 def _row_memory(config: RunConfig) -> RowMemory:
-    """What may be kept of a row, whichever attention runs."""
-    inserted = config.tuning.inserted_tokens
-    prefix = config.tuning.virtual_tokens - inserted
-    kept = prefix > 0 or read_shape(config.model.path).keeps_pairs(config.data.max_length)
-    pairs = config.model.attention is Attention.eager or kept
-    return RowMemory(pairs=pairs, inserted=inserted, prefix=prefix)
+    """What may be kept of a row: of attentions that may run, by that which keeps most."""
+    attention = "eager" if config.model.attention is Attention.eager else "sdpa"
+    shape = read_shape(config.model.path)
+    return row_memory(config.tuning, shape, attention, config.data.max_length)
 
 
 @contextlib.contextmanager

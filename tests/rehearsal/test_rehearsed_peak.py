@@ -55,6 +55,28 @@ def counter(monkeypatch):
     sys.modules.pop("measured_memory", None)
 
 
+def measured(config, folder, counter):
+    """Bytes of the fullest moment of the rehearsal, and of the steps."""
+    prepare(config, folder / "prepared")
+    with counter:
+        training.train(config, folder)
+    return counter.peaks["rehearsal"], counter.peaks["steps"]
+
+
+def config_of(model, data, tuning, **train):
+    return complete(
+        RunConfig(
+            model=ModelConfig(path=str(model)),
+            data=data,
+            tuning=tuning,
+            optimizer=AdamW(lr=1e-3),
+            train=TrainConfig(rehearse=True, **train),
+            checkpoint=CheckpointConfig(export=False),
+            logging=LoggingConfig(wandb=WandbMode.off),
+        )
+    )
+
+
 @pytest.mark.parametrize(
     ("tuning", "dtype", "batch_size"),
     [
@@ -67,23 +89,10 @@ def counter(monkeypatch):
 def test_no_step_takes_more_than_the_rehearsal(
     tuning, dtype, batch_size, counter, tiny_llama, rows_file, tmp_path
 ):
-    config = complete(
-        RunConfig(
-            model=ModelConfig(path=str(tiny_llama)),
-            data=DataConfig(train=str(rows_file), max_length=64),
-            tuning=tuning,
-            optimizer=AdamW(lr=1e-3),
-            train=TrainConfig(
-                steps=6, batch_size=batch_size, micro_batch_size=2, dtype=dtype, rehearse=True
-            ),
-            checkpoint=CheckpointConfig(export=False),
-            logging=LoggingConfig(wandb=WandbMode.off),
-        )
-    )
-    prepare(config, tmp_path / "prepared")
-    with counter:
-        training.train(config, tmp_path)
-    rehearsed, stepped = counter.peaks["rehearsal"], counter.peaks["steps"]
+    data = DataConfig(train=str(rows_file), max_length=64)
+    size = {"batch_size": batch_size, "micro_batch_size": 2}
+    config = config_of(tiny_llama, data, tuning, steps=6, dtype=dtype, **size)
+    rehearsed, stepped = measured(config, tmp_path, counter)
     # The loop makes the next batch meanwhile: some bytes for each token.
     assert stepped <= 1.01 * rehearsed
     assert rehearsed <= 1.1 * stepped, "and is not far above it"
@@ -112,23 +121,9 @@ def test_a_plan_of_prepared_data_is_what_the_run_takes(
         size = draw.randint(150, 400) if draw.random() < 0.05 else draw.randint(3, 30)
         rows.append(builders.chat(f"copy {i}", "".join(draw.choices("abcdefgh", k=size)), "copy"))
     data = DataConfig(train=str(builders.write(tmp_path / "rows.jsonl", rows)), max_length=512)
-    config = complete(
-        RunConfig(
-            model=ModelConfig(path=str(model)),
-            data=data,
-            tuning=tuning,
-            optimizer=AdamW(lr=1e-3),
-            train=TrainConfig(
-                batch_size=4, micro_batch_size=micro_batch_size, dtype=Dtype.float32, rehearse=True
-            ),
-            checkpoint=CheckpointConfig(export=False),
-            logging=LoggingConfig(wandb=WandbMode.off),
-        )
-    )
-    prepare(config, tmp_path / "prepared")
-    with counter:
-        training.train(config, tmp_path)
-    rehearsed, stepped = counter.peaks["rehearsal"], counter.peaks["steps"]
+    size = {"batch_size": 4, "micro_batch_size": micro_batch_size}
+    config = config_of(model, data, tuning, dtype=Dtype.float32, **size)
+    rehearsed, stepped = measured(config, tmp_path, counter)
     assert stepped <= 1.01 * rehearsed
     facts = DataFacts.read(tmp_path / "prepared")
     job = make_job(config, find_machine(config, plans_only=False), facts)
