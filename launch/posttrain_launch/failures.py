@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import IO
 
 from posttrain_dist.errors import ConfigError, PosttrainError, SeveralErrors, unwritable
+from posttrain_launch.lifecycle.exit_codes import Exit
 
-BAD_CONFIG, FAILED, STOPPED = 2, 1, 130  # exit codes
+BAD_CONFIG, FAILED, STOPPED = Exit.bad_config, Exit.failed, Exit.stopped
 REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # a disk that takes no more
 
 

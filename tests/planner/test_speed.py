@@ -280,4 +280,4 @@ def test_a_cpu_has_a_time_too(make):
     few = make(gpus=1, hardware=cpu)
     many = make(gpus=1, hardware=dataclasses.replace(cpu, cpus_per_node=64))
     assert few.machine.gpu is None
-    assert tokens_per_s(few) < tokens_per_s(many) < tokens_per_s(make(gpus=1)) / 50
+    assert tokens_per_s(few) < tokens_per_s(many) < tokens_per_s(make(gpus=1)) / 5

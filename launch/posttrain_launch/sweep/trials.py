@@ -46,7 +46,8 @@ class Sweep:
         """Run one trial; returns its last held-out loss, which a sweeper may minimise."""
         overrides: list[str] = list(hydra.overrides.task)
         print(f"\ntrial {len(self.trials)}: {' '.join(overrides)}", flush=True)
-        folder, code = None, BAD_CONFIG
+        folder: Path | None = None
+        code: int = BAD_CONFIG
         try:
             code, folder = act(to_composed(config, hydra))
         except Exception as error:
