@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from posttrain_dist.config.cluster import Cluster, Slurm
 from posttrain_dist.config.devices import DEVICES
-from posttrain_dist.config.groups import Cluster, Slurm
 from posttrain_dist.errors import Rule, at_least
 
 

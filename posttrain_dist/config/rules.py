@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 
 from posttrain_dist.checkpoint import checkpoint_rules
-from posttrain_dist.config.groups import Ray, cluster_rules, eval_rules, train_rules
+from posttrain_dist.config.cluster import Ray, cluster_rules
+from posttrain_dist.config.groups import eval_rules, train_rules
 from posttrain_dist.config.hardware import hardware_rules, nodes_rules, with_nodes
 from posttrain_dist.config.run_config import SLOTS, RunConfig, untouched_slots
 from posttrain_dist.config.value_types import type_problems

@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from posttrain_dist.checkpoint import CheckpointConfig
-from posttrain_dist.config.groups import Cluster, EvalConfig, Local, Ray, Slurm, TrainConfig
+from posttrain_dist.config.cluster import Cluster, Local, Ray, Slurm
+from posttrain_dist.config.groups import EvalConfig, TrainConfig
 from posttrain_dist.config.hardware import Hardware
 from posttrain_dist.data import DataConfig, Template
 from posttrain_dist.diagnosis import DiagnoseConfig

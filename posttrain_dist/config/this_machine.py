@@ -11,8 +11,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from posttrain_dist.config.cluster import Cluster, Ray, Slurm
 from posttrain_dist.config.devices import MIB, find_device
-from posttrain_dist.config.groups import Cluster, Ray, Slurm
 from posttrain_dist.config.hardware import Hardware
 from posttrain_dist.errors import ClusterError
 

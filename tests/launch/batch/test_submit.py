@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from posttrain_launch.batch.slurm_job import render, submit
+from posttrain_launch.batch.job_script import render
+from posttrain_launch.batch.submit import submit
 
 from posttrain_dist.config import Ray, RunConfig, Slurm, complete
 from posttrain_dist.errors import ClusterError, ConfigError
@@ -92,7 +93,7 @@ def test_the_times_of_slurm_are_taken(time):
 def test_paths_reach_the_shell_as_they_are(tmp_path):
     folder = tmp_path / 'it\'s $HOME "and" `more`'
     text = render(slurm_run(network_interface="ib0"), folder)
-    variables = text[: text.index("# The body of every job")]
+    variables = text[: text.index("# What every process")]
     ask = (
         variables + '\nprintf "%s\\n" "$POSTTRAIN_RUN" "$POSTTRAIN_INTERFACE"; ls "$POSTTRAIN_BIN"'
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from posttrain_dist.report.run.plan_section import write_run_plan
 from posttrain_dist.report.run.read import read_run
-from posttrain_launch.batch.slurm_job import submit
+from posttrain_launch.batch.submit import submit
 from posttrain_launch.compose.hydra_app import compose_command, read_command_line
 from posttrain_launch.run.driver import read_frozen
 from posttrain_launch.run.freeze import freeze

@@ -1,0 +1,86 @@
+"""`posttrain submit`: write the Slurm job of a frozen run, and send it."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from posttrain_dist.config import RunConfig, Slurm
+from posttrain_dist.errors import ClusterError, ConfigError
+from posttrain_dist.files import write_atomic
+from posttrain_launch.batch.job_options import resources
+from posttrain_launch.batch.job_script import render
+from posttrain_launch.run.job_record import new_record, write_job
+
+
+def submit(config: RunConfig, run_folder: Path, dry_run: bool = False) -> str | None:
+    """Write `job.sbatch` into the run folder and submit it, or only print it.
+
+    Args:
+        config: the frozen run; `config.cluster` is Slurm.
+        run_folder: holds config.yaml; on a file system that all nodes see.
+        dry_run: print the script and submit nothing.
+
+    Returns:
+        The job's id; None for a dry run.
+
+    Raises:
+        ConfigError: the run is not one for Slurm.
+        ClusterError: there is no sbatch here, or it refuses the job.
+    """
+    if not isinstance(config.cluster, Slurm):
+        raise ConfigError(
+            "a job is submitted to Slurm, and this run is not set up for it",
+            where="cluster",
+            fix="add cluster=slurm and, for instance, cluster.nodes=2",
+        )
+    script = run_folder / "job.sbatch"
+    text = render(config, run_folder)
+    write_atomic(script, text)
+    script.chmod(0o755)
+    (run_folder / "logs").mkdir(exist_ok=True)  # Slurm opens its log there before the job begins
+    if dry_run:
+        print(text)
+        print(f"# dry run, nothing submitted; the script is {script}")
+        return None
+    job_id = sbatch(script)
+    write_job(run_folder, new_record("slurm", job_id))
+    print(f"submitted job {job_id}")
+    print(f"  asks for:  {resources(config.cluster)}")
+    print(f"  state:     squeue --job {job_id}")
+    print(f"  progress:  tail -F {shlex.quote(str(run_folder / 'logs' / f'slurm-{job_id}.log'))}")
+    print(f"  cancel:    scancel {job_id}")
+    print(f"  run:       {run_folder}  (done when it holds FINISHED)")
+    return job_id
+
+
+def sbatch(script: Path) -> str:
+    """Submit a job script; the id of the job.
+
+    Raises:
+        ClusterError: there is no sbatch here, or it refuses the job.
+    """
+    program = shutil.which("sbatch")
+    if program is None:
+        raise ClusterError(
+            "there is no sbatch on this machine",
+            where="cluster",
+            fix=f"submit on a login node of the cluster: sbatch {script}",
+        )
+    done = subprocess.run(
+        [program, "--parsable", str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        encoding="utf-8",
+    )
+    if done.returncode != 0:
+        answer = (done.stderr or done.stdout).strip().replace("\n", "; ")
+        raise ClusterError(
+            f"sbatch refused the job: {answer}",
+            where=str(script),
+            fix="change the cluster.* value that it names (partition, account, time, nodes …)",
+        )
+    return done.stdout.strip().split(";")[0]  # "id" or "id;cluster"

@@ -1,0 +1,2 @@
+#!/bin/bash
+# Each node is looked at before anything is loaded on it.
