@@ -68,15 +68,14 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
     Raises:
         PosttrainError: config, data, model or checkpoint cannot be used.
     """
-    for _ in training(config, run_folder, process):
+    for _ in training(config, run_folder, process or Process()):
         pass
 
 
 def training(
-    config: RunConfig, run_folder: Path, process: Process | None = None, build: Build = build_engine
+    config: RunConfig, run_folder: Path, process: Process, build: Build = build_engine
 ) -> Iterator[StepInfo]:
     """`train`, step by step, after its hooks ran; `build`: several runs may share what it makes."""
-    process = process or Process()
     config = refuse_auto(complete(config))
     run_folder = _enter(config, Path(run_folder).absolute(), process)
     with _watched(config, run_folder, process) as reached:
@@ -105,7 +104,6 @@ def training(
         )
         evaluate = Evaluate(engine, heldout, config.objective, eval_meter, config.train.eval_every)
         rate = partial(learning_rate, config.optimizer, total_steps=steps)  # type: ignore[arg-type]
-        update_check = make_update_check(config, engine, policy, rate, start)
         Rehearsal(config, run_folder, engine, source, heldout, meter, manifest).run(start, steps)
         facts = model_facts(config, policy, source)
         export = RunExport(config, run_folder, manifest, data.served, partial(notify, run_folder))
@@ -127,16 +125,16 @@ def training(
                 hooks=(
                     evaluate,
                     log,
-                    update_check,
+                    make_update_check(config, engine, policy, rate, start),
                     RehearseExport(export, engine.full_tensors),
                     Save(config, run_folder, engine, manifest, log),
                     EndOnNonfinite(run_folder),
                 ),
             )
             last = StepInfo(start, last=True)
-            for info in updates:
-                last, reached.step = info, info.step
-                yield info
+            for last in updates:
+                reached.step = last.step
+                yield last
             completed = last.last and not last.stopped
             if completed and config.checkpoint.export:
                 export.write(engine.full_tensors, last.step)

@@ -48,7 +48,7 @@ def train_together(runs: Sequence[tuple[RunConfig, Path]]) -> list[Exception | N
     shared = _Shared()
     ended: list[Exception | None] = [None] * len(runs)
     live: dict[int, Iterator[StepInfo]] = {
-        i: training(config, folder, build=shared.builder(i))
+        i: training(config, folder, Process(), build=shared.builder(i))
         for i, (config, folder) in enumerate(runs)
     }
     # The first step of each by itself: building, checks, the evaluation before training.
