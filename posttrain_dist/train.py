@@ -104,9 +104,10 @@ def training(
         )
         evaluate = Evaluate(engine, heldout, config.objective, eval_meter, config.train.eval_every)
         rate = partial(learning_rate, config.optimizer, total_steps=steps)  # type: ignore[arg-type]
+        update_check = make_update_check(config, engine, policy, rate, start)
         Rehearsal(config, run_folder, engine, source, heldout, meter, manifest).run(start, steps)
-        facts = model_facts(config, policy, source)
         export = RunExport(config, run_folder, manifest, data.served, partial(notify, run_folder))
+        facts = model_facts(config, policy, source)
         with Log(config, run_folder, engine, source, facts, start) as log:
             _write_main(run_folder / PLAN, total_steps=steps, start_step=start, **counts)
             updates = fit(
@@ -125,7 +126,7 @@ def training(
                 hooks=(
                     evaluate,
                     log,
-                    make_update_check(config, engine, policy, rate, start),
+                    update_check,
                     RehearseExport(export, engine.full_tensors),
                     Save(config, run_folder, engine, manifest, log),
                     EndOnNonfinite(run_folder),
@@ -135,8 +136,7 @@ def training(
             for last in updates:
                 reached.step = last.step
                 yield last
-            completed = last.last and not last.stopped
-            if completed and config.checkpoint.export:
+            if (completed := last.last and not last.stopped) and config.checkpoint.export:
                 export.write(engine.full_tensors, last.step)
         _write_main(run_folder / OUTCOME, **_outcome(last.step, steps, completed, log))
 
