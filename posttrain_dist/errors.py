@@ -57,6 +57,10 @@ class ClusterError(PosttrainError):
     """Processes, devices or nodes are not there; `where` is the key or address."""
 
 
+class LostMachine(ClusterError):
+    """A node or Ray's head is gone; the run goes on when it is started again."""
+
+
 class OutOfMemory(PosttrainError):
     """A device or host has no memory left; `where` is the step, or the rehearsal."""
 
