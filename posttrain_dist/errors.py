@@ -57,8 +57,8 @@ class ClusterError(PosttrainError):
     """Processes, devices or nodes are not there; `where` is the key or address."""
 
 
-class LostMachine(ClusterError):
-    """A node or Ray's head is gone; the run goes on when it is started again."""
+class ClusterLost(ClusterError):
+    """Machines that a run had are gone; started again, it goes on. `where` is their address."""
 
 
 class OutOfMemory(PosttrainError):

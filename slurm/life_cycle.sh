@@ -63,6 +63,6 @@ if [ "$action" = wait ]; then
 fi
 if [ "$action" = requeue ]; then
   # Refused where Slurm has queued the job already: it is started once.
-  scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends the script meanwhile
+  scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$job_code"

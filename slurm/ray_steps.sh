@@ -18,7 +18,8 @@ write_end() {
   end=$(date -d "$end" +%s 2>/dev/null) && echo "$end" >"$POSTTRAIN_DEADLINE_FILE"
 }
 write_end
-while sleep 60; do write_end; done &
+# A `read` that waits in vain, for a `sleep` would live on when this is ended.
+while ! read -rt 60 <> <(:); do write_end; done >/dev/null 2>&1 &
 clock=$!
 
 # shellcheck disable=SC2016  # expanded on the nodes

@@ -200,7 +200,7 @@ start_controller() {
 }
 restart_controller() {
   kill -KILL "$(cat "$state/controller.pid")"
-  sleep "${1:-5}"
+  sleep 5
   start_controller
 }
 fault() { # NAME [I]

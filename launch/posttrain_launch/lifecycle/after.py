@@ -20,12 +20,14 @@ from posttrain_launch.lifecycle.decide import Action, Cause, Decision, Policy
 from posttrain_launch.lifecycle.exit_codes import Exit
 
 _OF_CODE = {
+    int(Exit.finished): Cause.failed,  # and no FINISHED
     int(Exit.failed): Cause.failed,
     int(Exit.bad_config): Cause.bad_config,
     int(Exit.requeue): Cause.ray_lost,
     int(Exit.saved): Cause.time_limit,
     int(Exit.stopped): Cause.stopped,
 }
+NO_COMMAND = (126, 127)  # of shell: there is no `posttrain`, or it cannot run
 
 
 def cause_in_slurm(
@@ -62,8 +64,8 @@ def cause_in_slurm(
         return Cause.ray_lost
     if written is not None:
         return written
-    known = _OF_CODE.get(code)
-    if known in (None, Cause.failed, Cause.time_limit) and signal == "USR1":
+    known = Cause.failed if code in NO_COMMAND else _OF_CODE.get(code)
+    if known is None and signal == "USR1":
         return Cause.time_limit  # it was killed before it could save, or while it did
     return known or Cause.killed
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain_dist.config import Ray, RunConfig, Slurm
-from posttrain_dist.errors import ClusterError, LostMachine, PosttrainError, error_of
+from posttrain_dist.errors import ClusterError, ClusterLost, PosttrainError, error_of
 from posttrain_dist.files.temporary import remove_temporary
 from posttrain_launch.ray import temp_folder
 from posttrain_launch.ray.gate import CLOSED, OPEN, set_gate
@@ -101,7 +101,7 @@ class Job:
         if code != 0:
             ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
             # Ray ends a process whose head is lost, without an exception in it.
-            error = LostMachine if self.joined else ClusterError
+            error = ClusterLost if self.joined else ClusterError
             raise error(
                 f"the Ray job ended {ended}",
                 where=str(self.log),

@@ -26,7 +26,7 @@ import ray
 from posttrain_dist.config import Ray, RunConfig, Slurm
 from posttrain_dist.config.rules import single_on_many
 from posttrain_dist.engine import Single
-from posttrain_dist.errors import ClusterError, LostMachine, PosttrainError, error_fields
+from posttrain_dist.errors import ClusterError, ClusterLost, PosttrainError, error_fields
 from posttrain_dist.files import write_atomic
 from posttrain_dist.logs import unfailing
 from posttrain_launch.ray.child import error_file
@@ -181,7 +181,7 @@ def _nodes(cluster: Ray) -> list[dict[str, float]]:
         if not missing:
             return [node["Resources"] for node in alive]
         if time.monotonic() > deadline:
-            raise LostMachine(
+            raise ClusterLost(
                 f"after {cluster.start_deadline_s} s {missing}",
                 where="cluster.start_deadline_s",
                 fix=f"read logs/ray-{os.environ.get('SLURM_JOB_ID', '*')}-NODE.log of the run "

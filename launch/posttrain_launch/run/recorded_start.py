@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain_dist.errors import ClusterError, LostMachine
+from posttrain_dist.errors import ClusterError, ClusterLost
 from posttrain_launch.failures import is_bad_config
 from posttrain_launch.lifecycle import starts
 from posttrain_launch.lifecycle.decide import Cause, Policy, highest_step, without_progress
@@ -44,7 +44,7 @@ def cause_of(error: BaseException) -> Cause:
     """Why a driver ends that meets an error."""
     if isinstance(error, KeyboardInterrupt):
         return Cause.stopped
-    if isinstance(error, LostMachine):
+    if isinstance(error, ClusterLost):
         return Cause.ray_lost
     return Cause.bad_config if is_bad_config(error) else Cause.failed
 
