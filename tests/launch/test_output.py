@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from posttrain_launch.cli import main
-from posttrain_launch.run import driver
+from posttrain_launch.run import stop_request
 
 from posttrain_dist.logs import unfailing, unfailing_output
 

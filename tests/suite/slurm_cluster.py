@@ -1,4 +1,4 @@
-"""A real Slurm on this machine, made by tests/slurm/cluster.sh, and the runs that are sent to it."""
+"""A real Slurm on this machine, made by tests/slurm/cluster.sh, and the runs sent to it."""
 
 from __future__ import annotations
 

@@ -59,7 +59,10 @@ def start(tmp_path):
             "SLURM_JOB_NODELIST": "node1",
             "SLURM_CPUS_PER_TASK": "1",
             "TMPDIR": str(tmp_path),
-            **{"CODE": "85", "STATE": "JobState=RUNNING Restarts=0", "RAY_ENDS": "", **variables},
+            "CODE": "85",
+            "STATE": "JobState=RUNNING Restarts=0",
+            "RAY_ENDS": "",
+            **variables,
         }
         # The script puts the folder of `posttrain` first; the stand-ins are not there.
         environment["PATH"] = f"{programs}:{environment['PATH']}"

@@ -8,7 +8,7 @@ from posttrain_launch.lifecycle.decide import Action, Cause, Start
 from posttrain_launch.run.recorded_start import cause_of, recorded_start
 
 from posttrain_dist.checkpoint.manifest import Layout, Manifest, Recipe, newest_step, step_name
-from posttrain_dist.errors import ClusterError, ConfigError, ClusterLost, SeveralErrors
+from posttrain_dist.errors import ClusterError, ClusterLost, ConfigError, SeveralErrors
 
 
 @pytest.fixture
@@ -139,9 +139,9 @@ def test_slurm_does_not_start_a_run_for_ever(folder, monkeypatch):
     save(folder, 10)
     for count in range(3):
         starts.begin(folder, job(count))
-    with pytest.raises(ClusterError, match=r"3 times in a row without progress.* step 10"):
-        with recorded_start(folder):
-            raise AssertionError("it trains")
+    refused = pytest.raises(ClusterError, match=r"3 times in a row without progress.* step 10")
+    with refused, recorded_start(folder):
+        raise AssertionError("it trains")
     assert starts.read(folder)[-1]["action"] == "end"
 
     # Sent again by a person it is another job, and goes on.
