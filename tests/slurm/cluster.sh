@@ -30,6 +30,12 @@ switch=$name-sw
 net=10.231.77
 export SLURM_CONF=$state/slurm.conf
 
+# What runs on after `up` holds no file of its caller, such as a lock.
+for open in /proc/$$/fd/*; do
+  open=${open##*/}
+  case $open in [0-2] | 255) ;; *) exec {open}>&- ;; esac
+done
+
 fail() { echo "cluster.sh: $*" >&2; exit 1; }
 
 within() { # SECONDS COMMAND…: repeat until it succeeds
