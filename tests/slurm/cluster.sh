@@ -31,7 +31,7 @@ net=10.231.77
 export SLURM_CONF=$state/slurm.conf
 
 # What runs on after `up` holds no file of its caller, such as a lock.
-for open in /proc/$$/fd/*; do
+for open in "/proc/$$/fd/"*; do
   open=${open##*/}
   case $open in [0-2] | 255) ;; *) exec {open}>&- ;; esac
 done
