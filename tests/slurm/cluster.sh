@@ -224,7 +224,7 @@ fault() { # NAME [I]
 
 # --- commands ---------------------------------------------------------------------------------
 
-all_idle() { [ "$(in_switch sinfo -h -N -o %T | grep -cx idle)" = "$1" ]; }
+all_idle() { [ "$(in_switch sinfo -h -N -p main -o %T | grep -cx idle)" = "$1" ]; }
 
 up() { # N
   local n=$1 i
@@ -239,7 +239,7 @@ up() { # N
   within 10 munge -S "$state/munge/socket" -n || fail "munged does not answer: $state/log"
   start_controller
   for ((i = 1; i <= n; i++)); do start_node "$i"; done
-  within 60 all_idle "$n" || fail "nodes are not idle: $(in_switch sinfo -h -N -o '%n %T'); $state/log"
+  within 60 all_idle "$n" || fail "nodes are not idle: $(in_switch sinfo -h -N -p main -o "%n %T"); $state/log"
 }
 down() {
   local space
