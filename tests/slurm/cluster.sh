@@ -208,6 +208,7 @@ restart_controller() {
   kill -KILL "$(cat "$state/controller.pid")"
   sleep 5
   start_controller
+  within 30 in_switch sinfo || fail "the controller does not come back: $state/log"
 }
 fault() { # NAME [I]
   case $1 in

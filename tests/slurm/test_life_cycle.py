@@ -92,7 +92,7 @@ def requeue(cluster: Cluster, job: str) -> None:
 
 
 def preempt(cluster: Cluster, job: str) -> None:
-    urgent = ["--partition=urgent", f"--nodes={NODES}", "--mem=4000", "--output=/dev/null"]
+    urgent = ["--partition=urgent", f"--nodes={NODES}", "--exclusive", "--output=/dev/null"]
     cluster.login("sbatch", *urgent, "--wrap=sleep 5")
 
 
@@ -185,7 +185,7 @@ def follow(cluster: Cluster, job: str, folder: Path, began: float) -> dict[str, 
     while (state := cluster.state(job)) in LIVE:
         assert time.monotonic() < end, f"{state}\n{last_words(folder)}"
         if state == "PENDING":
-            cluster.login("scontrol", "update", f"JobId={job}", "StartTime=now")
+            cluster.lift_hold(job)
         second = len(starts.read(folder)) > 1
         reached = reached if second else max(reached, step_of(folder))
         if not recovered and step_of(folder) > reached and (second or state == "RUNNING"):
