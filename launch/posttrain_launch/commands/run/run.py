@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from posttrain_dist.errors import PosttrainError
 from posttrain_launch.commands.arguments import add_run_folder, parser_of
@@ -22,9 +23,25 @@ def command(arguments: list[str], debug: bool) -> int:
         help="train.resume=never starts again; a few others, such as train.steps, optimizer.lr",
     )
     parser.add_argument("--address", help="host:port of a running Ray to use")
+    parser.add_argument(
+        "--together",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="RUN",
+        help="other LoRA runs of the same base and data: all in one process, over one base",
+    )
     # Of the trials of a sweep: their folders were made for this start.
     parser.add_argument("--new", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
+    if given.together:
+        from posttrain_launch.run.driver_together import run_together
+
+        if given.overrides or given.address:
+            parser.error(
+                "--together takes no other key or address: the runs are as they are frozen"
+            )
+        return run_together([given.run, *given.together], debug=debug)
     if not given.overrides:
         return run_frozen(given.run, given.address, debug=debug, new=given.new)
     from posttrain_launch.commands.run import run_overrides
