@@ -23,6 +23,7 @@ if [ "$POSTTRAIN_PREFLIGHT" = 1 ]; then
   preflight_log=$POSTTRAIN_RUN/logs/nodes/preflight-$SLURM_JOB_ID.log
   excluded_before=$POSTTRAIN_RUN/logs/nodes/excluded-$SLURM_JOB_ID.txt
   mkdir -p "$POSTTRAIN_RUN/logs/nodes"
+  touch "$excluded_before"
   # shellcheck disable=SC2016  # expanded on the nodes
   check_node='
     python3 -m posttrain_launch.preflight.node_check "$POSTTRAIN_RUN"
@@ -44,7 +45,7 @@ if [ "$POSTTRAIN_PREFLIGHT" = 1 ]; then
       log "error: preflight failed with exit code $preflight_code; fix: see $preflight_log, or" \
         "leave it out with cluster.preflight=false"
     elif [ "$POSTTRAIN_EXCLUDE_BAD_NODES" = 1 ] && [ ${#bad_nodes[@]} -lt ${#nodes[@]} ] &&
-      [ "$(cat "$excluded_before" 2>/dev/null | wc -l)" -lt 3 ]; then # three times, not for ever
+      [ "$(wc -l <"$excluded_before")" -lt 3 ]; then # three times, not for ever
       queue_without "${bad_nodes[@]}"
     fi
     rm -f "$RAY_AUTH_TOKEN_PATH"

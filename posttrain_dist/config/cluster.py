@@ -65,7 +65,7 @@ class Slurm(Ray):
     gpu_request: GpuRequest = GpuRequest.gpus_per_node
     requeue: bool = True  # back into the queue at the time limit, after preemption, a lost node
     modules: list[str] = field(default_factory=list)  # module load, in this order
-    # Lines of shell before Python: ["source /work/env/bin/activate"]; one that fails ends the job.
+    # Lines of shell before Python: ["source /env/bin/activate"]; one that fails ends the job.
     setup: list[str] = field(default_factory=list)
     container: str | None = None  # image that everything but the job script runs in
     container_runtime: ContainerRuntime = ContainerRuntime.pyxis

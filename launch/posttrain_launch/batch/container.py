@@ -7,6 +7,7 @@ from pathlib import Path
 
 from posttrain_dist.config import RunConfig, Slurm
 from posttrain_dist.config.cluster import ContainerRuntime
+from posttrain_dist.errors import ConfigError
 from posttrain_dist.tuning.base import AdapterTuning
 
 # Ray's sockets: two steps of a job on one node meet there.
@@ -43,10 +44,20 @@ def mounts(config: RunConfig, run_folder: Path) -> list[str]:
     """Folders that the image must show: all that the run reads and writes, then the user's own.
 
     A folder below another one is left out: it is seen with that.
+
+    Raises:
+        ConfigError: the name of a folder cannot stand in a mount.
     """
     cluster = config.cluster
     assert isinstance(cluster, Slurm)
     needed = {str(place) for place in _needed(config, run_folder)} | set(_SHARED)
+    for place in sorted(needed):
+        if set(place) & set(",:") or not place.isprintable():
+            raise ConfigError(
+                f"must show {place} inside, and no mount can have a ',' or ':' in its name",
+                where="cluster.container",
+                fix="rename that folder, or name it by a link without them",
+            )
     own = [mount for mount in cluster.container_mounts if mount not in needed]
     covered = {mount for mount in cluster.container_mounts if ":" not in mount}
 
@@ -59,9 +70,15 @@ def mounts(config: RunConfig, run_folder: Path) -> list[str]:
 
 def _needed(config: RunConfig, run_folder: Path) -> Iterator[Path]:
     yield run_folder
-    yield Path(config.output_root)
     tuning, data = config.tuning, config.data
-    named = [config.model.path, data.train, data.eval, data.cache, config.train.resume]
+    named = [
+        config.output_root,
+        config.model.path,
+        data.train,
+        data.eval,
+        data.cache,
+        config.train.resume,
+    ]
     named += [config.template.name, *(source.path for source in data.sources.values())]
     if isinstance(tuning, AdapterTuning):
         named.append(tuning.init_from)

@@ -78,6 +78,7 @@ def script(
     variables: Mapping[str, str],
     arrays: Mapping[str, Sequence[str]] | None = None,
     comment: str = "",
+    parts: Sequence[str] = PARTS,
 ) -> str:
     """A job script: #SBATCH lines, what its parts read, and the parts.
 
@@ -85,6 +86,7 @@ def script(
         variables: name -> its value as shell has it, quoted or to be expanded; see `variables`.
         arrays: name -> words, taken as they are; see `arrays`.
         comment: a line of the head.
+        parts: of slurm/, in their order.
     """
     words = {"site_modules": [], "site_setup": [], "srun_options": [], "wrap": [], **(arrays or {})}
     lines = [
@@ -98,5 +100,5 @@ def script(
         "",
     ]
     folder = importlib.resources.files("posttrain_launch.slurm")
-    parts = [folder.joinpath(f"{name}.sh").read_text("utf-8") for name in PARTS]
-    return "\n".join([*lines, *(part.removeprefix("#!/bin/bash\n") for part in parts)])
+    texts = [folder.joinpath(f"{name}.sh").read_text("utf-8") for name in parts]
+    return "\n".join([*lines, *(text.removeprefix("#!/bin/bash\n") for text in texts)])

@@ -24,15 +24,13 @@ class Outcome:
     error: str | None = None
 
 
-def open_store(address: str, num_nodes: int, timeout_s: float) -> Store:
-    """Where the processes find each other; of the first one. Its `port` is what others need."""
+def open_store(address: str, num_nodes: int, timeout_s: float) -> tuple[Store, int]:
+    """Where the processes find each other; of the first one. And its port, for the others."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     wait = datetime.timedelta(seconds=timeout_s)
-    store: Store = TCPStore(
-        address, 0, num_nodes, is_master=True, timeout=wait, wait_for_workers=False
-    )
-    return store
+    store = TCPStore(address, 0, num_nodes, is_master=True, timeout=wait, wait_for_workers=False)
+    return store, store.port
 
 
 def join_store(address: str, port: int, num_nodes: int, timeout_s: float) -> Store:

@@ -150,9 +150,9 @@ def _sum_over_all(task: Task, facts: NodeFacts, meeting: Meeting) -> dict[str, N
     from posttrain_launch.preflight.all_reduce import measure, open_store
 
     seconds = min(task.left_s, _ALL_REDUCE_S)
-    store = open_store(task.address, len(task.nodes), seconds)
+    store, port = open_store(task.address, len(task.nodes), seconds)
     on_gpu = bool(facts.gpus.gpus)
-    meeting.decide(f"go {store.port} {'gpu' if on_gpu else 'cpu'}")
+    meeting.decide(f"go {port} {'gpu' if on_gpu else 'cpu'}")
     outcome = measure(store, 0, len(task.nodes), on_gpu=on_gpu, timeout_s=seconds)
     values = {"all_reduce_gb_s": outcome.gb_s, "all_reduce_error": outcome.error}
     write_facts(task.run, facts.replace(**values))
