@@ -27,10 +27,8 @@ rm -f "$POSTTRAIN_RUN/ray/.written-$SLURM_JOB_ID"
 
 # A module or a setup line may wait for a file system that does not answer.
 (
-  trap 'kill "$sleeping"; exit' TERM
-  sleep "$POSTTRAIN_PREFLIGHT_DEADLINE" &
-  sleeping=$!
-  wait "$sleeping"
+  # Short ones: what is left of this when it is ended must not hold the log open.
+  for ((i = 0; i < POSTTRAIN_PREFLIGHT_DEADLINE; i++)); do sleep 1 >/dev/null 2>&1; done
   log "error: cluster.modules and cluster.setup took over $POSTTRAIN_PREFLIGHT_DEADLINE s (on $(hostname))"
   log "  fix: look at the last of them that is logged, or raise cluster.preflight_deadline_s"
   kill -TERM $$

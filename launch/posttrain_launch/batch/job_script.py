@@ -96,9 +96,14 @@ def script(
         "# Written by `posttrain submit`; may be sent again with sbatch.",
         *([f"# {comment}"] if comment else []),
         *(f"export {name}={value}" for name, value in variables.items()),
-        *(f"{name}=({shlex.join(each)})" for name, each in words.items()),
+        *(f"{name}=({' '.join(map(_word, each))})" for name, each in words.items()),
         "",
     ]
     folder = importlib.resources.files("posttrain_launch.slurm")
     texts = [folder.joinpath(f"{name}.sh").read_text("utf-8") for name in parts]
     return "\n".join([*lines, *(text.removeprefix("#!/bin/bash\n") for text in texts)])
+
+
+def _word(text: str) -> str:
+    """A word of an array; one with a comma in quotes, for that is no list to bash."""
+    return f"'{text}'" if "," in text and shlex.quote(text) == text else shlex.quote(text)
