@@ -8,6 +8,7 @@
 #   POSTTRAIN_PREFLIGHT           1: look at every node before anything is loaded on it
 #   POSTTRAIN_PREFLIGHT_DEADLINE  seconds that site.sh may take, and then preflight.sh
 #   POSTTRAIN_EXCLUDE_BAD_NODES   1: queue again without the nodes that preflight.sh refuses
+#   POSTTRAIN_START_DEADLINE_S    seconds until Ray must have all nodes
 #   site_modules, site_setup      arrays: names for `module load`; lines of shell
 #   srun_options, wrap            arrays: options of every srun; a command that every process is
 #                                 run by

@@ -74,6 +74,7 @@ class Slurm(Ray):
     container_mounts: list[str] = field(default_factory=list)
     preflight: bool = True  # look at every node before anything is loaded on it
     preflight_deadline_s: int = 180  # that modules and setup may take, and then the look
+    start_deadline_s: int = 300  # until Ray has all nodes and GPUs of the job
     exclude_bad_nodes: bool = False  # queue the job again without the nodes that preflight refuses
     network_interface: str | None = None  # for gloo and NCCL, e.g. "eth0"; null: they choose
     extra: list[str] = field(default_factory=list)  # more sbatch options: ["--nice=100"]

@@ -53,6 +53,7 @@ def job_rules(cluster: Cluster) -> list[Rule]:
         at_least("cluster.nodes", cluster.nodes, 1, MAX_MACHINES),
         at_least("cluster.cpus_per_node", cluster.cpus_per_node, 1, MAX_MACHINES),
         at_least("cluster.gpus_per_node", cluster.gpus_per_node, 0, MAX_MACHINES),
+        at_least("cluster.start_deadline_s", cluster.start_deadline_s, 1),
         at_least("cluster.preflight_deadline_s", cluster.preflight_deadline_s, 10, 86_400),
         _form(
             "time",

@@ -46,6 +46,7 @@ def variables(config: RunConfig, run_folder: Path) -> dict[str, str]:
         "POSTTRAIN_PREFLIGHT": str(int(cluster.preflight)),
         "POSTTRAIN_PREFLIGHT_DEADLINE": str(cluster.preflight_deadline_s),
         "POSTTRAIN_EXCLUDE_BAD_NODES": str(int(cluster.exclude_bad_nodes)),
+        "POSTTRAIN_START_DEADLINE_S": str(cluster.start_deadline_s),
     }
     if cluster.container:
         values["TMPDIR"] = "/tmp"
