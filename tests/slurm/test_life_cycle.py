@@ -51,6 +51,7 @@ def words(tiny_llama, rows_file) -> list[str]:
         f"cluster.nodes={NODES}",
         "cluster.cpus_per_node=1",
         "cluster.gpus_per_node=0",
+        "cluster.preflight=false",
     ]
 
 
