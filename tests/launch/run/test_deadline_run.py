@@ -21,6 +21,7 @@ def words(tiny_llama, rows_file, tmp_path):
         "train.batch_size=2",
         "train.steps=100000",
         "train.save_every=50000",
+        "train.rehearse=true",
         "train.dtype=float32",
         "train.log_every=1000",
         "optimizer.lr=1e-4",
@@ -30,7 +31,7 @@ def words(tiny_llama, rows_file, tmp_path):
 
 def test_a_run_stops_before_its_deadline(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("posttrain_launch.lifecycle.deadline.POLL_S", 0.05)
-    deadline = time.time() + 20  # half of it trains
+    deadline = time.time() + 14  # half of it trains
     monkeypatch.setenv("POSTTRAIN_DEADLINE", str(deadline))
     assert main(["train", *words]) == 85
     assert time.time() < deadline
