@@ -12,12 +12,20 @@ from posttrain_launch.batch.job_script import PARTS, arrays, script, variables
 from slurm_cluster import POSTTRAIN, Cluster, missing
 
 from posttrain_dist.config import RunConfig, Slurm, complete
+from posttrain_dist.config.cluster import ContainerRuntime
 
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.skipif(missing() is not None, reason=str(missing())),
 ]
 CANARY = "canary-5f1d0c3b7a9e"  # of W&B
+# Stands in for an image: runs the command that follows its name here, and keeps what it was given.
+APPTAINER = """#!/bin/bash
+echo "$*" >>"$POSTTRAIN_RUN/apptainer.txt"
+while [ "$1" != /images/posttrain.sif ]; do shift; done
+shift
+exec "$@"
+"""
 # Follows a job as `submit --wait` does.
 FOLLOW = """
 import sys
@@ -144,6 +152,24 @@ def test_a_job_is_followed_to_its_end(cluster, tmp_path):
     assert watch.returncode == 130
     assert f"job {job} goes on" in rest and f"cancel:  scancel {job}" in rest
     assert cluster.state(job) == "PENDING"
+
+
+def test_what_looks_at_a_node_runs_inside_the_image(cluster, tmp_path, monkeypatch):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "apptainer").write_text(APPTAINER)
+    (programs / "apptainer").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{POSTTRAIN.parent}:{os.environ['PATH']}")
+    image = {"container": "/images/posttrain.sif", "container_mounts": ["/scratch:/s:ro"]}
+    folder = make_run(
+        tmp_path / "run", nodes=2, container_runtime=ContainerRuntime.apptainer, **image
+    )
+    job = send(cluster, folder)
+    assert wait_for_end(cluster, job) == "COMPLETED", log_of(folder, job)
+    assert "preflight: 2 nodes with 0 GPUs each" in log_of(folder, job)
+    given = (folder / "apptainer.txt").read_text()
+    assert given.count("exec --bind=/tmp --bind=/scratch:/s:ro --pwd=") == 2  # once on each node
+    assert given.count("python3 -m posttrain_launch.preflight.node_check") == 2
 
 
 def test_what_cannot_fit_is_refused_by_its_key(cluster, tmp_path):
