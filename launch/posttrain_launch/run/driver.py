@@ -7,6 +7,8 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
+import platform
 import signal
 import sys
 import threading
@@ -32,6 +34,7 @@ from posttrain_dist.run import (
 )
 from posttrain_launch.failures import FAILED, STOPPED, print_error
 from posttrain_launch.ray.child import Job, started
+from posttrain_launch.run.driver_lock import LOCK
 
 Change = Callable[[Path, RunConfig], contextlib.AbstractContextManager[RunConfig]]
 
@@ -217,7 +220,7 @@ def _stop_on_signals(folder: Path, log: Callable[[str], None]) -> Iterator[None]
 @contextlib.contextmanager
 def _exclusive_lock(folder: Path) -> Iterator[None]:
     """Hold the folder against a second driver."""
-    with (folder / "logs" / "driver.lock").open("w", encoding="utf-8") as stream:
+    with (folder / LOCK).open("a", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -228,6 +231,8 @@ def _exclusive_lock(folder: Path) -> Iterator[None]:
             ) from error
         except OSError:
             pass  # a file system without locks
+        stream.truncate(0)  # not by opening it: that would wipe out who holds it
+        print(os.getpid(), platform.node(), file=stream, flush=True)
         yield
 
 
