@@ -53,13 +53,14 @@ def run_folders(root: Path) -> Iterator[Path]:
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:
-    if (folder / CONFIG).is_file():
-        yield folder
-        return
     try:
-        inside = sorted(entry.path for entry in os.scandir(folder) if _is_folder(entry))
+        entries = {entry.name: entry for entry in os.scandir(folder)}
     except OSError:
         return
+    if CONFIG in entries:
+        yield folder
+        return
+    inside = sorted(entry.path for entry in entries.values() if _is_folder(entry))
     for path in inside if depth else ():
         yield from _walk(Path(path), depth - 1)
 
@@ -69,15 +70,17 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_of_interest(folder: Path) -> bool:
-    return (folder / FILE).is_file() or not (folder / "FINISHED").is_file()
+    try:
+        return (folder / FILE).is_file() or not (folder / "FINISHED").is_file()
+    except PermissionError:
+        return True
 
 
 def _meant_by(word: str, root: Path) -> list[Found]:
     for folder in (Path(word), root / word):
-        if folder.is_dir():
-            inside = [_run(run, root) for run in run_folders(folder.absolute())]
-            if inside:
-                return inside
+        inside = [_run(run, root) for run in run_folders(folder.absolute())]
+        if inside:
+            return inside
     known = list(run_folders(root))
     jobs = [(folder, job) for folder in known if (job := _job(folder)) is not None]
     driven = [_run(folder, root) for folder, job in jobs if word in (job.id, job.id.split("_")[0])]
@@ -101,8 +104,11 @@ def _job_of_slurm(job_id: str, root: Path) -> Found:
             fix="give the run folder, or --root=<output_root of the run>",
         )
     folder = script.parent
-    if (folder / CONFIG).is_file():
-        return _run(folder, root)
+    try:
+        if (folder / CONFIG).is_file():
+            return _run(folder, root)
+    except PermissionError:  # of another user; the job is still one
+        return Found(None, job_id, JobRecord("slurm", job_id, ""))
     raise PosttrainError(
         f"is no job of a posttrain run; it runs {script}",
         where=job_id,

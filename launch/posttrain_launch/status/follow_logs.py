@@ -38,6 +38,7 @@ class GrowingLog:
                 stream.seek(self._offset)
                 data = stream.read(MOST_BYTES)
         except OSError:
+            self._offset, self._node = 0, 0  # the next one may get the number of this one
             return []
         whole = data if final or len(data) == MOST_BYTES else data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)

@@ -66,6 +66,8 @@ def stop_run(run: Found, way: Way) -> bool:
 
 def _stop_job(run: Found, job: QueuedJob, way: Way) -> None:
     if run.folder is None or way.now or job.state not in ON_NODES:
+        if run.folder is not None and job.state in ON_NODES:
+            _request(run.folder)  # what the job does at its end must not bring it back
         cancel_job(job.id)
         if run.folder is not None and job.state in ON_NODES:
             _wait(lambda: not _is_live(job.id), way.grace_s)
