@@ -209,7 +209,7 @@ def test_what_is_no_run_names_what_there_is(run, tmp_path, monkeypatch):
     root = tmp_path / "outputs"
     with pytest.raises(PosttrainError, match=r"are: chat/20260101-120000"):
         find_runs(["chat/20260101-12000"], root)
-    with pytest.raises(PosttrainError, match="there is no folder .*elsewhere: give --root"):
+    with pytest.raises(PosttrainError, match=r"there is no folder .*elsewhere: give --root"):
         find_runs(["chat"], tmp_path / "elsewhere")
     with pytest.raises(PosttrainError, match=re.escape("72: is the job of no run below")) as caught:
         find_runs(["72"], root)
