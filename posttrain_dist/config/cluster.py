@@ -44,6 +44,8 @@ class Slurm(Ray):
     account: str | None = None
     time: str | None = None  # as Slurm's --time, "08:00:00"; `posttrain submit` wants it said
     network_interface: str | None = None  # for gloo and NCCL, e.g. "eth0"; null: they choose
+    requeue: bool = True  # back into the queue at the time limit, after preemption, a lost node
+    start_deadline_s: int = 300  # until Ray has all nodes and GPUs of the job
     extra: list[str] = field(default_factory=list)  # more sbatch options: ["--qos=high"]
 
 
@@ -65,6 +67,7 @@ def cluster_rules(cluster: Cluster) -> list[Rule]:
         rules += [
             at_least("cluster.nodes", cluster.nodes, 1, MAX_MACHINES),
             at_least("cluster.cpus_per_node", cluster.cpus_per_node, 1, MAX_MACHINES),
+            at_least("cluster.start_deadline_s", cluster.start_deadline_s, 1),
             at_least("cluster.gpus_per_node", cluster.gpus_per_node, 0, MAX_MACHINES),
             Rule(
                 cluster.time is None or bool(_TIME.fullmatch(cluster.time)),

@@ -25,6 +25,7 @@ def render(config: RunConfig, run_folder: Path) -> str:
         "POSTTRAIN_RUN": shlex.quote(str(run_folder)),
         "POSTTRAIN_BIN": shlex.quote(sysconfig.get_path("scripts")),
         "POSTTRAIN_INTERFACE": shlex.quote(cluster.network_interface or ""),
+        "POSTTRAIN_START_DEADLINE_S": str(cluster.start_deadline_s),
     }
     return script(options(config.name, cluster, run_folder), variables)
 

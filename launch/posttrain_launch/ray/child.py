@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain_dist.config import Ray, RunConfig, Slurm
-from posttrain_dist.errors import ClusterError, PosttrainError, error_of
+from posttrain_dist.errors import ClusterError, ClusterLost, PosttrainError, error_of
 from posttrain_dist.files.temporary import remove_temporary
 from posttrain_launch.ray import temp_folder
 from posttrain_launch.ray.gate import CLOSED, OPEN, set_gate
@@ -67,7 +67,7 @@ def started(config: RunConfig, run_folder: Path, address: str | None = None) -> 
     try:
         child = _start_child(run_folder, address, given_by, temp_dir, log)
         try:
-            yield Job(child, run_folder, log)
+            yield Job(child, run_folder, log, joined=bool(address))
         finally:
             end_session(child)
     finally:
@@ -82,6 +82,7 @@ class Job:
     child: subprocess.Popen[bytes]
     run_folder: Path
     log: Path
+    joined: bool = False  # a Ray that ran already, which others can end
 
     def finish(self) -> None:
         """Let it train on the prepared data, and wait for its end.
@@ -99,7 +100,9 @@ class Job:
             raise read_error(error_file(self.run_folder), self.log)
         if code != 0:
             ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-            raise ClusterError(
+            # Ray ends a process whose head is lost, without an exception in it.
+            error = ClusterLost if self.joined else ClusterError
+            raise error(
                 f"the Ray job ended {ended}",
                 where=str(self.log),
                 fix="its last lines say what happened",
