@@ -2,6 +2,7 @@
 
 find_runs.py     the runs that words of a command line mean: folders, names, jobs
 run_facts.py     what a run folder says of itself, without reading what is large
+ray_jobs.py      jobs of Ray's job API, as those of the queue
 run_state.py     folder and queue as one state, with the reason
 status_table.py  the table, its live form, and JSON
 stop_run.py      ending a run so that it saves first

@@ -57,7 +57,7 @@ def _walk(folder: Path, depth: int) -> Iterator[Path]:
         entries = {entry.name: entry for entry in os.scandir(folder)}
     except OSError:
         return
-    if CONFIG in entries:
+    if CONFIG in entries or FILE in entries:  # the second alone: its run folder is elsewhere
         yield folder
         return
     inside = sorted(entry.path for entry in entries.values() if _is_folder(entry))

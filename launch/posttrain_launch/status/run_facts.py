@@ -13,12 +13,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from posttrain_launch.lifecycle.starts import FILE as STARTS
 from posttrain_launch.run.job_record import JobRecord, read_job
 from posttrain_launch.sweep.folder import PRUNED
 
 TAIL_BYTES = 200_000
 PACE_ROWS = 20  # logged steps that the speed is taken over
-STARTS = Path("logs", "starts.jsonl")
 
 
 @dataclass(frozen=True, slots=True)

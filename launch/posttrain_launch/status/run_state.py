@@ -11,6 +11,7 @@ from posttrain_dist.errors import PosttrainError
 from posttrain_launch.batch.queue import ON_NODES, PAUSED, WAITING, QueuedJob, read_queue
 from posttrain_launch.run.driver_lock import Driver, find_driver
 from posttrain_launch.status.find_runs import Found
+from posttrain_launch.status.ray_jobs import is_elsewhere, read_ray
 from posttrain_launch.status.run_facts import RunFacts, StartRecord, read_facts
 
 
@@ -91,13 +92,17 @@ def survey(found: Sequence[Found]) -> Survey:
 
     A queue that does not answer leaves what the run folders say, and a note.
     """
-    notes = []
+    silent = []
     jobs: dict[str, QueuedJob] = {}
     open_jobs = [run.job for run in found if run.job is not None and not _is_finished(run)]
     try:
-        jobs = read_queue([job.id for job in open_jobs if job.system == "slurm"])
+        jobs |= read_queue([job.id for job in open_jobs if job.system == "slurm"])
     except PosttrainError as error:
-        notes.append(f"{error.what} ({error.where}); states are those of the run folders")
+        silent.append(f"{error.what} ({error.where})")
+    of_ray, of_clusters = read_ray([job for job in open_jobs if job.system == "ray"])
+    jobs |= of_ray
+    silent += of_clusters
+    notes = [f"{why}; states are those of the run folders" for why in silent]
     return Survey([status_of(run, jobs) for run in found], notes)
 
 
@@ -153,6 +158,8 @@ def state_of(facts: RunFacts, job: QueuedJob | None, driver: Driver | None) -> t
         job: as its queue has it; None: it has no job, or its queue does not know it.
         driver: the process that holds the run folder.
     """
+    if is_elsewhere(facts.folder) and job is not None and job.state == "COMPLETED":
+        return RunState.finished, "its run folder is on the cluster"
     if facts.finished:
         return (
             RunState.finished,
@@ -183,6 +190,8 @@ def _of_running(
     if facts.stop_requested:
         return RunState.stopping, reason or "saves at its next step"
     began = facts.starts[-1].began if facts.starts else None
+    if is_elsewhere(facts.folder):
+        return RunState.running, "its run folder is on the cluster"
     if facts.logged is None or (began is not None and facts.logged < began):
         return RunState.starting, reason
     return RunState.running, reason
@@ -204,7 +213,8 @@ def _of_ended(facts: RunFacts, job: QueuedJob | None) -> tuple[RunState, str]:
     if final == "CANCELLED":
         return RunState.cancelled, "its job was cancelled"
     if final:  # COMPLETED, or FAILED without a word of the run
-        return RunState.failed, f"its job ended ({final}) and the run is not finished"
+        why = job.reason if job is not None and job.reason else f"its job ended ({final})"
+        return RunState.failed, f"{why} and the run is not finished"
     if not facts.begun and facts.job is None:
         return RunState.new, ""
     return RunState.ended, "nothing drives it: it was killed, or failed as its log says"

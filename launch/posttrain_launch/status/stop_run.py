@@ -17,10 +17,13 @@ from pathlib import Path
 from posttrain_dist.errors import ClusterError, PosttrainError
 from posttrain_launch.batch.queue import ON_NODES, QueuedJob, cancel_job, read_queue
 from posttrain_launch.run.driver_lock import Driver, find_driver
+from posttrain_launch.run.job_record import JobRecord
+from posttrain_launch.run.stop_request import FILE as STOP
 from posttrain_launch.status.find_runs import Found
+from posttrain_launch.status.ray_jobs import is_elsewhere, read_ray_job, remote
 from posttrain_launch.status.run_state import RunState, status_of
 
-STOP, CANCEL = "STOP", "cancel"
+CANCEL = "cancel"  # any text but those of the life cycle means: do not start it again
 POLL_S = 1.0
 
 
@@ -49,12 +52,10 @@ def stop_run(run: Found, way: Way) -> bool:
         ClusterError: its queue refuses or does not answer.
         PosttrainError: the run belongs to another user, or does not end.
     """
-    job = None
-    if run.job is not None and run.job.system == "slurm":
-        job = read_queue([run.job.id]).get(run.job.id)
+    job = None if run.job is None else _queued(run.job)
     driver = find_driver(run.folder) if run.folder is not None else None
-    if job is not None and job.is_live:
-        _stop_job(run, job, way)
+    if run.job is not None and job is not None and job.is_live:
+        _stop_job(run, run.job, job, way)
     elif driver is not None and run.folder is not None:
         _stop_driver(run, run.folder, driver, way)
     else:
@@ -64,38 +65,54 @@ def stop_run(run: Found, way: Way) -> bool:
     return True
 
 
-def _stop_job(run: Found, job: QueuedJob, way: Way) -> None:
-    if run.folder is None or way.now or job.state not in ON_NODES:
-        if run.folder is not None and job.state in ON_NODES:
-            _request(run.folder)  # what the job does at its end must not bring it back
-        cancel_job(job.id)
-        if run.folder is not None and job.state in ON_NODES:
-            _wait(lambda: not _is_live(job.id), way.grace_s)
+def _queued(record: JobRecord) -> QueuedJob | None:
+    """A job as its queue has it now; None: the queue does not know it."""
+    if record.system == "ray":
+        return read_ray_job(record)
+    return read_queue([record.id]).get(record.id)
+
+
+def _end(record: JobRecord) -> None:
+    """Have its queue end a job."""
+    if record.system == "ray":
+        remote().stop(record)
+    else:
+        cancel_job(record.id)
+
+
+def _stop_job(run: Found, record: JobRecord, job: QueuedJob, way: Way) -> None:
+    folder = run.folder if run.folder is None or not is_elsewhere(run.folder) else None
+    on_nodes = job.state in ON_NODES
+    if folder is not None and on_nodes:
+        _request(folder)  # with --now, too: what the job does at its end must not bring it back
+    if folder is None or way.now or not on_nodes:
+        _end(record)
+        if on_nodes:
+            _wait(lambda: not _is_live(record), way.grace_s)
         way.log(f"{run.name}: job {job.id} cancelled; it was {job.state.lower()}")
         return
-    folder = run.folder
     way.log(f"{run.name}: job {job.id} saves and ends (at most {way.grace_s:g} s)")
 
     def ended() -> bool:
-        now = read_queue([job.id]).get(job.id)
+        now = _queued(record)
         if now is None or not now.is_live:
             return True
-        if now.state not in ON_NODES:  # queued again while we asked
-            cancel_job(job.id)
+        if now.state not in ON_NODES:  # queued again meanwhile
+            _end(record)
             return True
         if now.state != "COMPLETING":
             _request(folder)  # again: a driver that only now begins removes an old one
         return False
 
     if not _wait(ended, way.grace_s):
-        way.log(f"{run.name}: still there after {way.grace_s:g} s: ended by scancel")
-        cancel_job(job.id)
-        _wait(lambda: not _is_live(job.id), way.grace_s)
+        way.log(f"{run.name}: still there after {way.grace_s:g} s: its job is ended")
+        _end(record)
+        _wait(lambda: not _is_live(record), way.grace_s)
     _log_end(run, way)
 
 
-def _is_live(job_id: str) -> bool:
-    job = read_queue([job_id]).get(job_id)
+def _is_live(record: JobRecord) -> bool:
+    job = _queued(record)
     return job is not None and job.is_live
 
 

@@ -11,6 +11,7 @@ from posttrain_launch.commands.arguments import add_root, parser_of
 from posttrain_launch.status.find_runs import Found, find_runs
 from posttrain_launch.status.follow_logs import follow
 from posttrain_launch.status.log_parts import Part, last_lines, log_parts
+from posttrain_launch.status.ray_jobs import is_elsewhere, remote
 from posttrain_launch.status.run_state import survey
 
 LINES = 40
@@ -27,6 +28,11 @@ def command(arguments: list[str], debug: bool) -> int:
     (run,) = found
     if run.folder is None:
         raise ConfigError("has no run folder", where=given.run, fix="give the run folder")
+    if run.job is not None and is_elsewhere(run.folder):
+        print(f"==> driver: job {run.job.id} on {run.job.address}")
+        for piece in remote().tail(run.job, given.follow):
+            print(piece if given.follow else _last(piece, given.lines), end="", flush=True)
+        return 0
     job = run.job.id if run.job is not None else None
     shown = log_parts(run.folder, given.rank, job)
     for part in shown:
@@ -62,6 +68,10 @@ def _follow(run: Found, rank: int | None, shown: list[Part]) -> None:
         return live
 
     follow(paths, show, is_live)
+
+
+def _last(text: str, count: int) -> str:
+    return "".join(text.splitlines(keepends=True)[-count:])
 
 
 def _print(part: Part, lines: list[str]) -> None:
