@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,9 @@ HEADS = (
     "job left",
     "restarts",
 )
-NAMES, GAP = 3, "  "  # this many at the left are names; the others stand to the right
+NAMES, GAP = HEADS[:3], "  "  # names stand to the left, numbers to the right
+SPARE = ("restarts", "job left", "job", "tokens/s", "run left")  # where they say nothing
+LEAST_NAME = 12  # characters of a run's name that are always shown, the last ones
 REASON, INDENT = "reason", 4  # the last column, or lines below a row on a narrow terminal
 LEAST_REASON = 30  # characters of it that are worth a column
 STYLES = {
@@ -44,29 +46,48 @@ def table_lines(shown: Survey, width: int) -> list[Text]:
     """The table, a line each, and the notes below it; `rich` texts, `.plain` of which is text.
 
     Args:
-        width: characters that a line may have; reasons get lines of their own where it is narrow.
+        width: characters that a line may have. Where that is little, columns that say nothing are
+            left out, names are cut at their left, and reasons get lines of their own.
     """
     from rich.text import Text
 
+    notes = [Text(f"note: {note}") for note in shown.notes]
     if not shown.runs:
-        return [Text("no runs")] + [Text(f"note: {note}") for note in shown.notes]
-    rows = [cells(run) for run in shown.runs]
-    widths = [max(len(row[i]) for row in [HEADS, *rows]) for i in range(len(HEADS))]
-    used = sum(widths) + len(GAP) * len(widths)
-    beside = any(run.reason for run in shown.runs) and width - used >= LEAST_REASON
-    head = _padded(HEADS, widths) + (GAP + REASON if beside else "")
-    lines = [Text(head.rstrip(), style="bold")]
-    for run, row in zip(shown.runs, rows, strict=True):
-        line = Text(_padded(row, widths))
-        start = sum(widths[: NAMES - 1]) + len(GAP) * (NAMES - 1)
-        line.stylize(STYLES.get(run.state, ""), start, start + widths[NAMES - 1])
-        if beside:
-            line.append(GAP + run.reason)
-        line.rstrip()
-        lines.append(line)
+        return [Text("no runs"), *notes]
+    rows = [list(HEADS), *map(cells, shown.runs)]
+    columns = _fitted([list(column) for column in zip(*rows, strict=True)], width)
+    lines = [GAP.join(cell) for cell in zip(*map(_padded, columns), strict=True)]
+    beside = any(run.reason for run in shown.runs) and width - len(lines[0]) >= LEAST_REASON
+    heads = lines[0] + (GAP + REASON if beside else "")
+    texts = [Text(heads.rstrip(), style="bold")]
+    for run, line in zip(shown.runs, lines[1:], strict=True):
+        text = Text((line + (GAP + run.reason if beside else "")).rstrip())
+        text.highlight_regex(rf"(?<= ){run.state.value}(?= )", STYLES.get(run.state, ""))
+        texts.append(text)
         if run.reason and not beside:
-            lines.append(Text(" " * INDENT + run.reason))
-    return lines + [Text(f"note: {note}") for note in shown.notes]
+            texts.append(Text(" " * INDENT + run.reason))
+    return texts + notes
+
+
+def _fitted(columns: list[list[str]], width: int) -> list[list[str]]:
+    """The columns that fit into `width`: without empty ones, if need be, and with shorter names."""
+
+    def over() -> int:
+        return sum(max(map(len, each)) + len(GAP) for each in columns) - len(GAP) - width
+
+    for head in SPARE:
+        if over() > 0:
+            columns = [each for each in columns if each[0] != head or set(each[1:]) - {"-", "0"}]
+    if (excess := over()) > 0:
+        most = max(LEAST_NAME, max(map(len, columns[0])) - excess)
+        columns[0] = [name if len(name) <= most else "…" + name[1 - most :] for name in columns[0]]
+    return columns
+
+
+def _padded(column: list[str]) -> list[str]:
+    width = max(map(len, column))
+    is_name = column[0] in NAMES
+    return [cell.ljust(width) if is_name else cell.rjust(width) for cell in column]
 
 
 def cells(run: RunStatus) -> list[str]:
@@ -85,13 +106,6 @@ def cells(run: RunStatus) -> list[str]:
         "-" if run.job_left_s is None else clock(run.job_left_s),
         str(run.restarts),
     ]
-
-
-def _padded(row: Sequence[str], widths: Sequence[int]) -> str:
-    pairs = enumerate(zip(row, widths, strict=True))
-    return GAP.join(
-        cell.ljust(width) if i < NAMES else cell.rjust(width) for i, (cell, width) in pairs
-    )
 
 
 def table_json(shown: Survey) -> str:
