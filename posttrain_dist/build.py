@@ -180,10 +180,26 @@ def parameter_rules(config: RunConfig) -> ParameterRules:
     return ParameterRules(tuning.decays, tuning.lr_ratio, tuning.sparse)
 
 
+def build_engine(
+    config: RunConfig, process: Process, dtype: torch.dtype, channels: list[str]
+) -> tuple[TrainEngine, Policy]:
+    """The engine, and the policy that it holds."""
+    engine = make_engine(config, process, dtype)
+    return engine, build_policy(config, engine, dtype, channels)
+
+
 def build_policy(
-    config: RunConfig, engine: TrainEngine, dtype: torch.dtype, channels: list[str]
+    config: RunConfig,
+    engine: TrainEngine,
+    dtype: torch.dtype,
+    channels: list[str],
+    base: nn.Module | None = None,
 ) -> Policy:
-    """Load and tune the model inside the engine's context and hand it to the engine."""
+    """Load and tune the model inside the engine's context and hand it to the engine.
+
+    Args:
+        base: a model that was loaded already, and is not tuned yet.
+    """
     folder = resolve(config.model.path)
     _check_init_from(config, folder)
     nf4 = on_nf4(config, folder)
@@ -199,6 +215,7 @@ def build_policy(
         attach=config.tuning.attach,
         nf4=nf4,
         device=engine.device,
+        base=base,
     )
     noise = config.train.neftune_alpha
     policy = make_policy(model, len(channels), config.tuning, neftune_alpha=noise)

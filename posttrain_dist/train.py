@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,8 @@ import torch
 
 from posttrain_dist import dist
 from posttrain_dist.build import (
-    build_policy,
+    build_engine,
     frozen_dtype,
-    make_engine,
     make_probe,
     make_source,
     make_update_check,
@@ -54,6 +53,7 @@ from posttrain_dist.rehearsal.rehearse import Rehearsal
 from posttrain_dist.tuning.adapters.base_check import not_compared
 from posttrain_dist.tuning.base import AdapterTuning
 
+Build = Callable[[RunConfig, Process, torch.dtype, list[str]], tuple[TrainEngine, Policy]]
 PLAN, OUTCOME = Path("logs", "plan.json"), Path("logs", "outcome.json")
 _log = logging.getLogger(__name__)
 
@@ -68,15 +68,21 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
     Raises:
         PosttrainError: config, data, model or checkpoint cannot be used.
     """
-    process = process or Process()
+    for _ in training(config, run_folder, process or Process()):
+        pass
+
+
+def training(
+    config: RunConfig, run_folder: Path, process: Process, build: Build = build_engine
+) -> Iterator[StepInfo]:
+    """`train`, step by step, after its hooks ran; `build`: several runs may share what it makes."""
     config = refuse_auto(complete(config))
     run_folder = _enter(config, Path(run_folder).absolute(), process)
     with _watched(config, run_folder, process) as reached:
         # Data, model and engine.
         data = open_prepared(run_folder / "prepared")
         dtype = frozen_dtype(config, run_folder)
-        engine = make_engine(config, process, dtype)
-        policy = build_policy(config, engine, dtype, data.channels)
+        engine, policy = build(config, process, dtype, data.channels)
         counts = _report_settings(config, run_folder, policy, engine.device)
         source = make_source(config, data.train, process)
         heldout = make_source(config, data.heldout, process, mixed=False) if data.heldout else None
@@ -100,8 +106,8 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
         rate = partial(learning_rate, config.optimizer, total_steps=steps)  # type: ignore[arg-type]
         update_check = make_update_check(config, engine, policy, rate, start)
         Rehearsal(config, run_folder, engine, source, heldout, meter, manifest).run(start, steps)
-        facts = model_facts(config, policy, source)
         export = RunExport(config, run_folder, manifest, data.served, partial(notify, run_folder))
+        facts = model_facts(config, policy, source)
         with Log(config, run_folder, engine, source, facts, start) as log:
             _write_main(run_folder / PLAN, total_steps=steps, start_step=start, **counts)
             updates = fit(
@@ -127,10 +133,10 @@ def train(config: RunConfig, run_folder: Path, process: Process | None = None) -
                 ),
             )
             last = StepInfo(start, last=True)
-            for info in updates:
-                last, reached.step = info, info.step
-            completed = last.last and not last.stopped
-            if completed and config.checkpoint.export:
+            for last in updates:
+                reached.step = last.step
+                yield last
+            if (completed := last.last and not last.stopped) and config.checkpoint.export:
                 export.write(engine.full_tensors, last.step)
         _write_main(run_folder / OUTCOME, **_outcome(last.step, steps, completed, log))
 

@@ -1,18 +1,9 @@
 #!/bin/bash
-# What every process of a job shares. The first of the parts of a job script, in this order:
-# environment.sh, preflight.sh, ray_steps.sh, life_cycle.sh; `posttrain submit` writes them below
-# the #SBATCH lines and these variables:
-#   POSTTRAIN_RUN         run folder
-#   POSTTRAIN_BIN         folder of `posttrain` and `ray`
-#   POSTTRAIN_INTERFACE   network interface of gloo and NCCL, may be empty
-#   POSTTRAIN_START_DEADLINE_S  seconds until all nodes must have come
-#   srun_options, wrap    arrays: options of every srun; a command that every process is run by
+# What every process of a job shares.
 set -u
 ulimit -c 0 # a Ray process that is ended may leave a core of 300 MB
 
-log() { echo "[$(date +%T)] $*"; }
-
-export PATH=$POSTTRAIN_BIN:$PATH PYTHONUNBUFFERED=1 NO_COLOR=1
+export PATH PYTHONUNBUFFERED=1 NO_COLOR=1
 export RAY_USAGE_STATS_ENABLED=0 HF_HUB_DISABLE_TELEMETRY=1 DO_NOT_TRACK=1
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # else each node drains for 30 s at the end
 export RAY_prestart_worker_first_driver=0      # Ray Train starts processes of its own

@@ -21,6 +21,7 @@ LAYERS = {
     "posttrain_launch": 9,
     "run": 8,
     "attempts": 7,
+    "together": 7,
     "train": 6,
     "merge": 6,
     **dict.fromkeys(

@@ -44,6 +44,7 @@ def load_model(
     attach: Callable[[nn.Module], None] = lambda model: None,
     nf4: bool = False,
     device: torch.device | None = None,
+    base: nn.Module | None = None,
 ) -> nn.Module:
     """The causal LM of `folder` for packed training.
 
@@ -54,22 +55,16 @@ def load_model(
         attach: of the tuning: freezes and inserts, in the same context.
         nf4: store the layers' weights in 4 bits, as those of a folder that holds them so.
         device: where a base in NF4 is made, tensor by tensor; others come to the host first.
+        base: what `load_base` gave, in place of the files; it is tuned, and so of no more use.
 
     Raises:
         ModelError: the folder cannot be used, or weights are missing from it.
         ConfigError: model.checkpoint_layers, model.compile or model.add_tokens cannot be had.
     """
-    fresh = config.weights is Weights.random
-    found = check_folder(folder, need_weights=not fresh)
-    register()
-    name = str((found.get("architectures") or [found["model_type"]])[0])
     with materialise:
-        with named_failures(name, "loaded"):
-            if nf4 or holds_nf4(found):
-                assert not fresh, "check_base and the rules of the config refuse it"
-                model: Any = _build_nf4(config, folder, dtype, device or torch.device("cpu"))
-            else:
-                model = _build(config, folder, dtype, seed if fresh else None)
+        model: Any = base
+        if base is None:
+            model = load_base(config, folder, dtype=dtype, seed=seed, nf4=nf4, device=device)
         add_rows(model, read_added_ids(folder, config.add_tokens))
         with torch.random.fork_rng(devices=[]):  # what is inserted depends on the seed alone
             torch.manual_seed(seed)
@@ -81,6 +76,31 @@ def load_model(
     if config.compile:
         compile_layers(model)
     return model  # type: ignore[no-any-return]
+
+
+def load_base(
+    config: ModelConfig,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    nf4: bool = False,
+    device: torch.device | None = None,
+) -> nn.Module:
+    """The causal LM as its files have it, before it is tuned; see `load_model`.
+
+    Raises:
+        ModelError: the folder cannot be used, or weights are missing from it.
+    """
+    fresh = config.weights is Weights.random
+    found = check_folder(folder, need_weights=not fresh)
+    register()
+    name = str((found.get("architectures") or [found["model_type"]])[0])
+    with named_failures(name, "loaded"):
+        if nf4 or holds_nf4(found):
+            assert not fresh, "check_base and the rules of the config refuse it"
+            return _build_nf4(config, folder, dtype, device or torch.device("cpu"))
+        return _build(config, folder, dtype, seed if fresh else None)
 
 
 def _build(config: ModelConfig, folder: Path, dtype: torch.dtype, seed: int | None) -> nn.Module:

@@ -98,10 +98,10 @@ def insert_virtual_tokens(batch: Batch, num: int, copies: int = 1) -> Batch:
         max_seqlen=max(end - start for start, end in pairwise(cu_seqlens_S)),
         supervised_N=batch.supervised_N + shift_T[batch.supervised_N],
     )
-    return row if copies == 1 else _repeated(row, num, copies)
+    return row if copies == 1 else repeated(row, copies, num)
 
 
-def _repeated(row: Batch, num: int, copies: int) -> Batch:
+def repeated(row: Batch, copies: int, num: int = 0) -> Batch:
     """The row `copies` times; in copy e the ids of virtual tokens are lower by e · `num`."""
     import torch
 

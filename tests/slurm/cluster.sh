@@ -31,7 +31,7 @@ net=10.231.77
 export SLURM_CONF=$state/slurm.conf
 
 # What runs on after `up` holds no file of its caller, such as a lock.
-for open in /proc/$$/fd/*; do
+for open in "/proc/$$/fd/"*; do
   open=${open##*/}
   case $open in [0-2] | 255) ;; *) exec {open}>&- ;; esac
 done
@@ -208,6 +208,7 @@ restart_controller() {
   kill -KILL "$(cat "$state/controller.pid")"
   sleep 5
   start_controller
+  within 30 in_switch sinfo || fail "the controller does not come back: $state/log"
 }
 fault() { # NAME [I]
   case $1 in
@@ -224,7 +225,7 @@ fault() { # NAME [I]
 
 # --- commands ---------------------------------------------------------------------------------
 
-all_idle() { [ "$(in_switch sinfo -h -N -o %T | grep -cx idle)" = "$1" ]; }
+all_idle() { [ "$(in_switch sinfo -h -N -p main -o %T | grep -cx idle)" = "$1" ]; }
 
 up() { # N
   local n=$1 i
@@ -239,7 +240,7 @@ up() { # N
   within 10 munge -S "$state/munge/socket" -n || fail "munged does not answer: $state/log"
   start_controller
   for ((i = 1; i <= n; i++)); do start_node "$i"; done
-  within 60 all_idle "$n" || fail "nodes are not idle: $(in_switch sinfo -h -N -o '%n %T'); $state/log"
+  within 60 all_idle "$n" || fail "nodes are not idle: $(in_switch sinfo -h -N -p main -o "%n %T"); $state/log"
 }
 down() {
   local space

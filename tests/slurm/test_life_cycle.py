@@ -28,8 +28,9 @@ pytestmark = [
     pytest.mark.skipif(missing() is not None, reason=str(missing())),
 ]
 
-STEPS, SAVE_EVERY = 400, 40
-DISTURBED_AT = 100  # a step between two saves
+STEPS, SAVE_EVERY = 600, 100
+LONG_STEPS = 1500  # Slurm looks at time limits every 30 s
+DISTURBED_AT = 150  # a step between two saves
 NODES = 2
 
 
@@ -40,36 +41,35 @@ def words(tiny_llama, rows_file) -> list[str]:
         f"data.train={rows_file}",
         "data.max_length=64",
         "engine=zero2",
-        f"train.steps={STEPS}",
         f"train.save_every={SAVE_EVERY}",
         "train.batch_size=4",
         "train.dtype=float32",
-        "train.log_every=5",
+        "train.log_every=10",
         "optimizer.lr=0.003",
         "logging.wandb=offline",
         f"cluster.workers={NODES}",
         f"cluster.nodes={NODES}",
         "cluster.cpus_per_node=1",
         "cluster.gpus_per_node=0",
-        "cluster.time=00:30:00",
+        "cluster.preflight=false",
     ]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, run_workers):
     """The same frozen run as two processes here, without Slurm and Ray."""
-    made: dict[str, Path] = {}
+    made: dict[int, Path] = {}
 
-    def of(run_folder: Path) -> Path:
-        if "run" not in made:
+    def of(run_folder: Path, steps: int) -> Path:
+        if steps not in made:
             plain = tmp_path_factory.mktemp("plain")
             shutil.copy(run_folder / "config.yaml", plain)
             config = (plain / "config.yaml").read_text()
-            (plain / "config.yaml").write_text(config.replace("wandb: offline", "wandb: off"))
+            (plain / "config.yaml").write_text(config.replace("wandb: offline", "wandb: 'off'"))
             shutil.copytree(run_folder / "prepared", plain / "prepared")
             run_workers("train_runs.py", NODES, plain)
-            made["run"] = plain
-        return made["run"]
+            made[steps] = plain
+        return made[steps]
 
     return of
 
@@ -78,9 +78,9 @@ def undisturbed(tmp_path_factory, run_workers):
 
 
 def time_limit(cluster: Cluster, job: str) -> None:
-    """So that less than the two minutes of --signal are left."""
-    minutes = int(cluster.facts(job)["RunTime"].split(":")[1]) + 2
-    cluster.login("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+    """Of two minutes; it is raised once the job is in the queue again."""
+    waited(lambda: cluster.state(job) != "RUNNING", 90, Path())
+    cluster.login("scontrol", "update", f"JobId={job}", "TimeLimit=30")
 
 
 def signal(cluster: Cluster, job: str) -> None:
@@ -92,7 +92,7 @@ def requeue(cluster: Cluster, job: str) -> None:
 
 
 def preempt(cluster: Cluster, job: str) -> None:
-    urgent = ["--partition=urgent", f"--nodes={NODES}", "--mem=4000", "--output=/dev/null"]
+    urgent = ["--partition=urgent", f"--nodes={NODES}", "--exclusive", "--output=/dev/null"]
     cluster.login("sbatch", *urgent, "--wrap=sleep 5")
 
 
@@ -141,8 +141,12 @@ SAVED = ("the time limit", "scancel --signal", "preemption")
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_disturbed_run_ends_as_if_it_had_not_been(fault, words, undisturbed, cluster, tmp_path):
-    partition = ["cluster.partition=low"] if fault == "preemption" else []
-    job, folder = cluster.submit(*words, *partition, root=tmp_path)
+    steps, own = STEPS, ["cluster.time=00:30:00"]
+    if fault == "preemption":
+        own += ["cluster.partition=low"]
+    if fault == "the time limit":  # the signal comes at the last look that leaves 45 s
+        steps, own = LONG_STEPS, ["cluster.time=00:02:00", "cluster.extra=['--signal=B:USR1@45']"]
+    job, folder = cluster.submit(*words, f"train.steps={steps}", *own, root=tmp_path)
     waited(lambda: step_of(folder) >= DISTURBED_AT, 150, folder)
     began = time.monotonic()
     FAULTS[fault](cluster, job)
@@ -150,8 +154,8 @@ def test_a_disturbed_run_ends_as_if_it_had_not_been(fault, words, undisturbed, c
     assert cluster.state(job) == "COMPLETED", last_words(folder)
 
     # Every step once, every sample once, the same weights.
-    plain = undisturbed(folder)
-    assert json.loads((folder / "FINISHED").read_text())["step"] == STEPS
+    plain = undisturbed(folder, steps)
+    assert json.loads((folder / "FINISHED").read_text())["step"] == steps
     assert losses(folder) == losses(plain)
     assert (folder / "samples.log").read_text() == (plain / "samples.log").read_text()
     assert digest_of_export(folder) == digest_of_export(plain)
@@ -185,7 +189,7 @@ def follow(cluster: Cluster, job: str, folder: Path, began: float) -> dict[str, 
     while (state := cluster.state(job)) in LIVE:
         assert time.monotonic() < end, f"{state}\n{last_words(folder)}"
         if state == "PENDING":
-            cluster.login("scontrol", "update", f"JobId={job}", "StartTime=now")
+            cluster.lift_hold(job)
         second = len(starts.read(folder)) > 1
         reached = reached if second else max(reached, step_of(folder))
         if not recovered and step_of(folder) > reached and (second or state == "RUNNING"):

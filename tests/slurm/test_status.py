@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import shutil
-import subprocess
-import sysconfig
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
-
-CLUSTER = Path(__file__).parent / "cluster.sh"
-POSTTRAIN = Path(sysconfig.get_path("scripts")) / "posttrain"
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
-PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
+from slurm_cluster import POSTTRAIN, Cluster, missing
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.skipif(
-        os.geteuid() != 0 or not all(shutil.which(name, path=PATH) for name in PROGRAMS),
-        reason="a Slurm of namespaces needs root and Debian's slurm-wlm, munge and iproute2",
-    ),
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
 ]
 
 # What a run does as seen from its folder: it goes on until STOP is there, then says how it ended.
@@ -39,22 +27,11 @@ DEAF = "#!/bin/bash\nsleep 300\n"
 class Login:
     """A login node of the cluster, with the runs that were sent from it."""
 
-    def __init__(self, state: Path, root: Path) -> None:
-        self.state, self.root = state, root
-        self("up", "2")
-
-    def __call__(self, *words: str, code: int = 0) -> str:
-        environment = {**os.environ, "SLURM_CONF": str(self.state / "slurm.conf")}
-        command = ["bash", str(CLUSTER), str(self.state), *words]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-        assert done.returncode == code, f"{words}:\n{done.stdout}\n{done.stderr}"
-        return done.stdout + done.stderr
-
-    def slurm(self, *words: str) -> str:
-        return self("login", *words).strip()
+    def __init__(self, cluster: Cluster, root: Path) -> None:
+        self.slurm, self.root = cluster.login, root
 
     def posttrain(self, *words: str, code: int = 0) -> str:
-        return self("login", str(POSTTRAIN), *words, code=code)
+        return self.slurm(str(POSTTRAIN), *words, code=code)
 
     def status(self, *words: str) -> dict[str, dict]:
         shown = json.loads(self.posttrain("status", *words, "--root", str(self.root), "--json"))
@@ -72,7 +49,7 @@ class Login:
         (folder / "logs" / "plan.json").write_text('{"total_steps": 100}')
         output = f"{folder}/logs/slurm-%j.log"
         words = ["sbatch", "--parsable", f"--chdir={folder}", "-t", "10", "-o", output, *options]
-        job = self.slurm(*words, str(folder / "job.sbatch"))
+        job = self.slurm(*words, str(folder / "job.sbatch")).strip()
         if record:
             self.note(folder, job)
         return folder, job
@@ -90,14 +67,8 @@ class Login:
 
 
 @pytest.fixture
-def login(tmp_path):
-    # Not below pytest's folder: a socket's path may have 107 bytes only.
-    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/var/tmp"))
-    try:
-        yield Login(folder, tmp_path / "outputs")
-    finally:
-        subprocess.run(["bash", str(CLUSTER), str(folder), "down"], timeout=60)
-        shutil.rmtree(folder, ignore_errors=True)
+def login(cluster, tmp_path):
+    return Login(cluster, tmp_path / "outputs")
 
 
 def test_runs_of_a_real_queue(login):
@@ -133,7 +104,7 @@ def test_runs_of_a_real_queue(login):
     said = login.posttrain("cancel", "obeys", *root)
     assert "obeys: saved at step 40" in said
     assert (obeys / "STOP").read_text().strip() == "cancel"
-    assert login.slurm("squeue", "-h", "-t", "all", "-j", job, "-o", "%T") == "FAILED"
+    assert login.slurm("squeue", "-h", "-t", "all", "-j", job, "-o", "%T") == "FAILED\n"
     after = login.status()
     assert {name: each["state"] for name, each in after.items()} == {
         "obeys": "saved",
@@ -156,15 +127,15 @@ def test_runs_of_a_real_queue(login):
 
 
 @pytest.mark.slow
-def test_what_belongs_to_others_and_a_controller_that_is_gone(login):
+def test_what_belongs_to_others_and_a_controller_that_is_gone(cluster, login):
     folder, job = login.send("run", OBEYS)
     login.wait_for("run", "running")
     nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
     python = shlex.join([str(POSTTRAIN.with_name("python")), "-c"])
     ask = f"{python} 'from posttrain_launch.batch.queue import cancel_job; cancel_job(\"{job}\")'"
-    said = login("login", *nobody, "bash", "-c", ask, code=1)
+    said = login.slurm(*nobody, "bash", "-c", ask, code=1)
     assert f"Slurm refuses to end job {job}" in said
-    login("down")
+    cluster("down")
     shown = json.loads(login.posttrain("status", str(folder), "--json"))
     (note,) = shown["notes"]
     assert "Slurm does not answer" in note

@@ -87,6 +87,11 @@ class Cluster:
     def wait_for_state(self, job: str, *states: str, timeout_s: float) -> str:
         return wait_until(lambda: (s := self.state(job)) in states and s, timeout_s)
 
+    def lift_hold(self, job: str) -> None:
+        """Let a job that was queued again start at once, if it has not begun meanwhile."""
+        with contextlib.suppress(AssertionError):
+            self.login("scontrol", "update", f"JobId={job}", "StartTime=now")
+
     def processes(self) -> dict[int, str]:
         """Everything alive that was started for this cluster or in it: pid -> command."""
         found = {}

@@ -25,7 +25,7 @@ from posttrain_dist.errors import ConfigError
 ADAPTER, FORCE = "--adapter", "--force"
 OWN_FLAGS: dict[str, tuple[str, ...]] = {
     "train": (FORCE,),
-    "submit": ("--dry-run", FORCE),
+    "submit": ("--dry-run", "--wait", FORCE),
     "inspect": ("--template",),
     "evaluate": (ADAPTER,),
     "plan": ("--all", "--largest", "--fewest", "--json", "--html"),

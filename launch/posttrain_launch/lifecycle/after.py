@@ -14,9 +14,9 @@ import re
 import sys
 from pathlib import Path
 
-from posttrain_dist.config import RunConfig, Slurm
+from posttrain_dist.config import RunConfig
 from posttrain_launch.lifecycle import starts
-from posttrain_launch.lifecycle.decide import Action, Cause, Decision, Policy
+from posttrain_launch.lifecycle.decide import Action, Cause, Decision
 from posttrain_launch.lifecycle.exit_codes import Exit
 
 _OF_CODE = {
@@ -90,8 +90,7 @@ def close_start(run_folder: Path, code: int, signal: str, ray_ended: bool, state
         restart_count=job.restart_count,
     )
     config = RunConfig.from_yaml((run_folder / "config.yaml").read_text(encoding="utf-8"))
-    requeue = not isinstance(config.cluster, Slurm) or config.cluster.requeue
-    return starts.close(run_folder, number, code, cause, Policy(requeue=requeue))
+    return starts.close(run_folder, number, code, cause, starts.policy_of(config))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_dist.checkpoint.manifest import newest_step
+from posttrain_dist.config import RunConfig, Slurm
 from posttrain_launch.lifecycle.decide import (
     Cause,
     Decision,
@@ -49,6 +50,11 @@ def this_job(environment: Mapping[str, str] = os.environ) -> Job:
         job = f"{array}_{environment.get('SLURM_ARRAY_TASK_ID', '0')}"
     nodes = environment.get("POSTTRAIN_NODES", "").split() or [platform.node()]
     return Job(job, int(environment.get("SLURM_RESTART_COUNT") or 0), nodes)
+
+
+def policy_of(config: RunConfig) -> Policy:
+    """What a run is allowed, by its configuration."""
+    return Policy(requeue=not isinstance(config.cluster, Slurm) or config.cluster.requeue)
 
 
 def begin(run_folder: Path, job: Job) -> int:

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from posttrain_launch.ray import temp_folder
 from posttrain_launch.ray.gate import CLOSED, OPEN, set_gate
 
 TERM_GRACE_S = 5.0
+FROM_SCHEDULER = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def run(config: RunConfig, run_folder: Path, address: str | None = None) -> None:
@@ -69,7 +70,7 @@ def started(config: RunConfig, run_folder: Path, address: str | None = None) -> 
         try:
             yield Job(child, run_folder, log, joined=bool(address))
         finally:
-            end_session(child)
+            end_session(child, at_once=bool(address))
     finally:
         if temp_dir is not None:
             remove_temporary(temp_dir)
@@ -143,7 +144,10 @@ def _start_child(
         environment["RAY_prestart_worker_first_driver"] = "0"
     if temp_dir is not None:
         command += ["--temp-dir", str(temp_dir)]
-    with log.open("ab") as out:
+    # What a scheduler sends to all processes of a job is the driver's to hear: it has the run saved
+    # and ends this one when that is done.
+    left_to_driver = FROM_SCHEDULER if address else ()
+    with log.open("ab") as out, _blocked(left_to_driver):
         return subprocess.Popen(
             command,
             stdin=subprocess.PIPE,  # never written: its end shows the child that we died
@@ -152,6 +156,16 @@ def _start_child(
             env=environment,
             start_new_session=True,
         )
+
+
+@contextlib.contextmanager
+def _blocked(numbers: Iterable[int]) -> Iterator[None]:
+    """What is started inside does not get these signals, from its first moment."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def quiet_environment() -> dict[str, str]:
@@ -201,9 +215,13 @@ def kill_members(session: int) -> None:
         time.sleep(0.02)
 
 
-def end_session(child: subprocess.Popen[bytes]) -> None:
-    """End the child and all that it started (its own Ray): TERM, a grace, then KILL."""
-    if child.poll() is None:
+def end_session(child: subprocess.Popen[bytes], *, at_once: bool = False) -> None:
+    """End the child and all that it started (its own Ray): TERM, a grace, then KILL.
+
+    Args:
+        at_once: KILL; a Ray that it joined ends what the child had there.
+    """
+    if child.poll() is None and not at_once:
         child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(timeout=TERM_GRACE_S)

@@ -33,7 +33,7 @@ from posttrain_dist.run import (
 from posttrain_launch.failures import STOPPED, print_error
 from posttrain_launch.lifecycle.deadline import stopped_before_end
 from posttrain_launch.lifecycle.decide import Cause
-from posttrain_launch.lifecycle.starts import this_job
+from posttrain_launch.lifecycle.starts import policy_of, this_job
 from posttrain_launch.ray.child import Job, started
 from posttrain_launch.run.driver_lock import LOCK
 from posttrain_launch.run.recorded_start import cause_of, code_of, recorded_start
@@ -76,7 +76,7 @@ def run_frozen(
         remove_abandoned()
         with _exclusive_lock(folder, config), _redirect_output(log, capture_logging=True):
             changed = change(folder, config) if change else contextlib.nullcontext(config)
-            with changed as config, recorded_start(folder) as start:
+            with changed as config, recorded_start(folder, policy_of(config)) as start:
                 start.cause = _drive(config, folder, address, out, err)
             return start.code
     except KeyboardInterrupt:

@@ -44,7 +44,7 @@ def start(tmp_path):
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, "squeue": SQUEUE}.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
-    config = complete(RunConfig(name="mine", cluster=Slurm()))
+    config = complete(RunConfig(name="mine", cluster=Slurm(preflight=False)))
     (run_folder / "config.yaml").write_text(config.to_yaml())
     script = tmp_path / "job.sbatch"
 
