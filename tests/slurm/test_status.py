@@ -98,10 +98,16 @@ def test_runs_of_a_real_queue(login):
     assert "Slurm does not know it" in missing
 
     root = ("--root", str(login.root))
-    said = login.posttrain("cancel", "waits", "trials", *root)
+    said = login.posttrain("cancel", "obeys", "waits", "trials", *root)
+    # Those that wait go first, for they would start where the first one ends.
+    assert [line.split(": ")[0] for line in said.splitlines()] == [
+        "waits",
+        "trials/trial-000",
+        "obeys",
+        "obeys",
+    ]
     assert f"waits: job {waiting} cancelled; it was pending" in said
     assert f"job {tasks}_0 cancelled" in said
-    said = login.posttrain("cancel", "obeys", *root)
     assert "obeys: saved at step 40" in said
     assert (obeys / "STOP").read_text().strip() == "cancel"
     assert login.slurm("squeue", "-h", "-t", "all", "-j", job, "-o", "%T") == "FAILED\n"

@@ -7,10 +7,11 @@ grace is ended by its queue, and goes on from its last checkpoint if it is submi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,23 @@ class Way:
     now: bool
     grace_s: float
     log: Callable[[str], None]
+
+
+def stop_order(runs: Sequence[Found]) -> list[Found]:
+    """Runs in the order in which they are to be stopped; those on nodes are asked at once.
+
+    Those that wait come first: they would start where others end. The others then save side by
+    side, while one after the other is waited for.
+    """
+    records = [run.job for run in runs if run.job is not None and run.job.system == "slurm"]
+    jobs = read_queue([record.id for record in records]) if len(runs) > 1 else {}
+    on_nodes = {job.id for job in jobs.values() if job.state in ON_NODES}
+    running = [run for run in runs if run.job is not None and run.job.id in on_nodes]
+    for run in running:
+        if run.folder is not None:
+            with contextlib.suppress(PosttrainError):  # raised again by `stop_run`
+                _request(run.folder)
+    return [run for run in runs if run not in running] + running
 
 
 def stop_run(run: Found, way: Way) -> bool:

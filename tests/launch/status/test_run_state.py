@@ -165,6 +165,11 @@ def test_reasons_stand_below_where_the_terminal_is_narrow(run, tmp_path):
     narrow = [line.plain for line in table_lines(Survey([seen]), 100)]
     assert max(map(len, narrow)) <= 100
     assert narrow[2] == "    ReqNodeNotAvail, Reserved"
+    small = [line.plain for line in table_lines(Survey([seen]), 78)]
+    assert max(map(len, small)) <= 78
+    assert small[0].endswith("  run left  restarts")  # no job left
+    assert small[1].startswith("…")
+    assert small[1].split()[0].endswith("01-120000")
 
 
 def test_a_queue_that_is_silent_leaves_what_the_folders_say(run, tmp_path, monkeypatch):

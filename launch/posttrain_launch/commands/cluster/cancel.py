@@ -6,7 +6,7 @@ from posttrain_dist.errors import PosttrainError
 from posttrain_launch.commands.arguments import add_root, parser_of
 from posttrain_launch.failures import FAILED, print_error
 from posttrain_launch.status.find_runs import find_runs
-from posttrain_launch.status.stop_run import Way, stop_run
+from posttrain_launch.status.stop_run import Way, stop_order, stop_run
 
 GRACE_S = 600.0
 
@@ -32,7 +32,7 @@ def command(arguments: list[str], debug: bool) -> int:
         parser.error(f"--grace is {given.grace:g}, and must be a number of seconds")
     way = Way(given.now, given.grace, lambda line: print(line, flush=True))
     code = 0
-    for run in find_runs(given.runs, given.root):
+    for run in stop_order(find_runs(given.runs, given.root)):
         try:
             stop_run(run, way)
         except PosttrainError as error:  # the others are still to be stopped
