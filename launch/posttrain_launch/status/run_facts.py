@@ -17,7 +17,7 @@ from posttrain_launch.lifecycle.starts import FILE as STARTS
 from posttrain_launch.run.job_record import JobRecord, read_job
 from posttrain_launch.sweep.folder import PRUNED
 
-TAIL_BYTES = 200_000
+TAIL_BYTES = 1 << 16
 PACE_ROWS = 20  # logged steps that the speed is taken over
 
 

@@ -43,10 +43,15 @@ def watched(tiny_llama: Path, rows_file: Path, tmp_path_factory) -> dict:
         seen = {"folder": folder, "root": root / "out", "pid": process.pid}
         seen["running"] = json.loads(said("status", "--root", f"{root}/out", "--json")[1])
         seen["driver"] = find_driver(folder)
+        output = root / "followed"
+        follower = forkserver.start(command, "logs", str(folder), "-fn1", output=output)
+        wait_until(lambda: output.read_text().count("==>") == 2, timeout_s=60)
         seen["cancel"] = said("cancel", str(folder.relative_to(root / "out")), f"--root={root}/out")
         seen["code"] = process.wait(30)
+        seen["follower"] = follower.wait(30)
     finally:
         process.kill()
+    seen["followed"] = output.read_text()
     seen["after"] = json.loads(said("status", str(folder), "--json")[1])
     return seen
 
@@ -129,3 +134,11 @@ def test_logs_say_which_file_each_part_is_of(watched):
     last = (folder / "logs" / "driver.log").read_text().splitlines()[-3:]
     assert text.rstrip().splitlines()[-3:] == last
     assert said("logs", str(folder), "--rank", "0", "-n1")[1].splitlines()[0] == heads[0]
+
+
+def test_logs_are_followed_to_the_end_of_the_run(watched):
+    assert watched["follower"] == 0
+    (line,) = [
+        line for line in watched["followed"].splitlines() if line.startswith("saved and left")
+    ]
+    assert line in (watched["folder"] / "logs" / "driver.log").read_text().splitlines()

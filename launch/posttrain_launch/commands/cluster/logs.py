@@ -16,6 +16,7 @@ from posttrain_launch.status.run_state import survey
 
 LINES = 40
 LOOK_S = 10.0  # between two questions to the queue whether the run still lives
+LOOK_HERE_S = 1.0  # where only a lock says so
 
 
 def command(arguments: list[str], debug: bool) -> int:
@@ -61,7 +62,7 @@ def _follow(run: Found, rank: int | None, shown: list[Part]) -> None:
 
     def is_live() -> bool:
         nonlocal looked, live
-        if time.monotonic() - looked > LOOK_S:
+        if time.monotonic() - looked > (LOOK_HERE_S if run.job is None else LOOK_S):
             looked = time.monotonic()
             seen = survey([run])
             live = bool(seen.notes) or seen.runs[0].state.is_live
