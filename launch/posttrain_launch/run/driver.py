@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from posttrain_launch.lifecycle.deadline import stopped_before_end
 from posttrain_launch.lifecycle.decide import Cause
 from posttrain_launch.lifecycle.starts import policy_of, this_job
 from posttrain_launch.ray.child import Job, started
+from posttrain_launch.run.driver_lock import LOCK
 from posttrain_launch.run.recorded_start import cause_of, code_of, recorded_start
 from posttrain_launch.run.stop_request import request_stop, requested_cause, stopped_by_signals
 
@@ -206,14 +208,14 @@ def _record_hashes(folder: Path, inputs: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def exclusive_lock(folder: Path, config: RunConfig) -> Iterator[None]:
-    """Hold the folder against a second driver; the file has the process id of the first.
+    """Hold the folder against a second driver; the file says who the first one is.
 
     In a Slurm job the driver of the start before this one may live on for a while: on a node that
     was cut off, until Slurm ends what it finds there.
     """
     in_job = isinstance(config.cluster, Slurm) and this_job().restart_count > 0
     deadline = time.monotonic() + (LOCK_WAIT_S if in_job else 0.0)
-    with (folder / "logs" / "driver.lock").open("a+", encoding="utf-8") as stream:
+    with (folder / LOCK).open("a+", encoding="utf-8") as stream:
         while not _lock(stream):
             if time.monotonic() >= deadline:
                 raise PosttrainError(
@@ -223,7 +225,7 @@ def exclusive_lock(folder: Path, config: RunConfig) -> Iterator[None]:
                 )
             time.sleep(0.5)
         stream.truncate(0)
-        print(os.getpid(), file=stream, flush=True)
+        print(os.getpid(), platform.node(), file=stream, flush=True)
         yield
 
 
