@@ -33,12 +33,16 @@ class Backend(Protocol):
     """
 
     slots: int | None  # trials that it takes at once; None: any number, it queues them itself
+    retries: int  # times that a trial is started again if its exit code says that it may be
 
     def start(self, trials: Sequence[Trial]) -> None:
         """Begin, or go on with, trials; returns at once. One that runs already is left alone."""
 
     def running(self) -> set[int]:
         """Numbers of the trials that were started and have not ended; called every second or so."""
+
+    def code(self, number: int) -> int | None:
+        """The exit code of a trial that ended, a signal's number negative; None: nobody knows."""
 
     def stop(self) -> None:
         """Have every running trial save and leave; returns when they have, or others watch them."""

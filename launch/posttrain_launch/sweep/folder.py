@@ -67,6 +67,7 @@ class Sweep:
     created: str  # ISO time with its offset
     cwd: str  # relative paths of the overrides start here
     config_dir: str | None = None  # of the user's YAML
+    config_path: str | None = None  # Hydra's --config-path and --config-name
     config_name: str | None = None
     force: bool = False  # also start what cannot fit
     metric: str = "eval/loss"  # a key of metrics.jsonl
