@@ -196,7 +196,7 @@ def _run_sweep(line: CommandLine, composer: Composer) -> int:
 
         sweep = create(line, composer)
         if sweep is not None:
-            return drive_sweep(sweep.folder, debug=line.debug)
+            return drive_sweep(sweep.folder, resumed=False, debug=line.debug)
     from posttrain_launch.sweep.by_hydra import run_by_hydra
 
     return run_by_hydra(line, composer)

@@ -33,6 +33,7 @@ class Backend(Protocol):
     """
 
     slots: int | None  # trials that it takes at once; None: any number, it queues them itself
+    waits: bool  # false: the loop leaves once there is nothing more to start
     retries: int  # times that a trial is started again if its exit code says that it may be
 
     def start(self, trials: Sequence[Trial]) -> None:

@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -58,6 +59,7 @@ def create(line: CommandLine, composer: Composer) -> Sweep | None:
         config_dir=_absolute(line.flags.config_dir),
         config_path=_absolute(line.flags.config_path),
         config_name=line.flags.config_name,
+        shared=[text for text in overrides if not _has_values(text)],
         force=line.force,
         metric=search.get("metric", "eval/loss"),
         direction=search.get("direction", "minimize"),
@@ -92,6 +94,10 @@ def _composed(composer: Composer, overrides: list[str]) -> DictConfig:
             fix=f"hydra/launcher is one of {', '.join(BACKENDS)}, hydra/sweeper one of "
             f"{', '.join(SEARCHES)}; docs/sweeps.md lists what each takes",
         ) from error
+
+
+def _has_values(override: str) -> bool:
+    return bool(OverridesParser.create().parse_override(override).is_sweep_override())
 
 
 def _plain(node: Any) -> dict[str, Any]:

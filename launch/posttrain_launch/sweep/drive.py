@@ -15,10 +15,13 @@ from posttrain_launch.sweep.table import results_text, table_text
 from posttrain_launch.sweep.trial_run import freezing
 
 
-def drive_sweep(folder: Path, *, failed_too: bool = False, debug: bool = False) -> int:
+def drive_sweep(
+    folder: Path, *, resumed: bool = True, failed_too: bool = False, debug: bool = False
+) -> int:
     """Start, or go on with, the sweep of a folder, and print its table at the end.
 
     Args:
+        resumed: its folder was not made just now.
         failed_too: also start its failed trials again.
         debug: have the trials show the stack trace of an error.
 
@@ -33,19 +36,22 @@ def drive_sweep(folder: Path, *, failed_too: bool = False, debug: bool = False) 
         if failed_too:
             for trial in read_trials(sweep.folder):
                 forget_failure(trial)
-        states = _drive(sweep, debug=debug)
+        states = _drive(sweep, resumed=resumed, debug=debug)
     print(f"\n{results_text(read_results(sweep))}", flush=True)
     found = set(states.values())
     if found & {State.stopped, State.waiting, State.running}:
+        leaves = not resumed and sweep.backend.get("wait") is False
         print(f"\nnot all of it is done; go on with: posttrain run {sweep.folder}")
-        return STOPPED
+        return 0 if leaves else STOPPED
     return FAILED if State.failed in found else 0
 
 
-def _drive(sweep: Sweep, *, debug: bool) -> dict[int, State]:
+def _drive(sweep: Sweep, *, resumed: bool, debug: bool) -> dict[int, State]:
     kind = sweep.backend["kind"]
     options = {key: value for key, value in sweep.backend.items() if key != "kind"}
     module = backend_module(kind)
+    if resumed and "wait" in options:
+        options["wait"] = True  # whoever comes back wants to see it
     backend = module.restore(sweep, options, debug=debug)
     search = search_module(sweep.search["kind"]).restore(sweep)
 
@@ -54,7 +60,8 @@ def _drive(sweep: Sweep, *, debug: bool) -> dict[int, State]:
 
     print(f"sweep: {sweep.folder}", flush=True)
     try:
-        with freezing(sweep, getattr(module, "adjust", None)) as freeze:
+        make_adjust = getattr(module, "adjust", None)
+        with freezing(sweep, make_adjust and make_adjust(options)) as freeze:
             loop = Loop(sweep, backend, search, freeze, _log, write_table)
             return loop.run()
     finally:

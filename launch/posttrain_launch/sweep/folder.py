@@ -69,6 +69,7 @@ class Sweep:
     config_dir: str | None = None  # of the user's YAML
     config_path: str | None = None  # Hydra's --config-path and --config-name
     config_name: str | None = None
+    shared: list[str] = field(default_factory=list)  # overrides of one value, of every trial
     force: bool = False  # also start what cannot fit
     metric: str = "eval/loss"  # a key of metrics.jsonl
     direction: str = "minimize"  # or "maximize"

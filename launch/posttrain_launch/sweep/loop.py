@@ -36,6 +36,7 @@ from posttrain_launch.sweep.folder import (
 )
 from posttrain_launch.sweep.states import (
     clear_partial,
+    code_of_last_start,
     is_frozen,
     record_failure,
     state_of,
@@ -84,7 +85,7 @@ class Loop:
         with _stop_requested() as stop:
             while not stop.is_set():
                 self._take_in_ends(queue)
-                if not (self._start(queue) or self._active):
+                if not (self._start(queue) or (self._active and self._backend.waits)):
                     break
                 self._observe()
                 stop.wait(POLL_S if self._active else 0)
@@ -105,7 +106,7 @@ class Loop:
             batch += self._propose(free - len(batch))
         ready = [trial for trial in batch if self._is_ready(trial)]
         for trial in ready:
-            self._log(f"\ntrial {trial.number}: {' '.join(trial.overrides)}")
+            self._log(f"\ntrial {trial.number}: {self._name(trial)}")
             self._starts[trial.number] = self._starts.get(trial.number, 0) + 1
             self._followers.setdefault(trial.number, RowFollower(trial.folder / "metrics.jsonl"))
         if ready:
@@ -134,11 +135,16 @@ class Loop:
         try:
             self._freeze(trial)
         except PosttrainError as error:
-            self._log(f"\ntrial {trial.number}: {' '.join(trial.overrides)}\nerror: {error}")
+            self._log(f"\ntrial {trial.number}: {self._name(trial)}\nerror: {error}")
             record_failure(trial, BAD_CONFIG, error)
             self._tell(trial)
             return False
         return True
+
+    def _name(self, trial: Trial) -> str:
+        """What it does not share with the others."""
+        own = [text for text in trial.overrides if text not in self._sweep.shared]
+        return " ".join(own) or "as typed"
 
     # ------------------------------------------------------------------------------ meanwhile
 
@@ -180,6 +186,8 @@ class Loop:
     def _is_to_start_again(self, trial: Trial) -> bool:
         """Whether a trial that ended is to go on; one that failed is recorded as such."""
         state, code = state_of(trial), self._backend.code(trial.number)
+        if code is None:  # of a driver that was killed: what it left itself
+            code = code_of_last_start(trial.folder)
         if state in (State.done, State.pruned, State.running):
             return False
         stopped = code == STOPPED or (code is None and was_stopped(trial.folder))

@@ -62,6 +62,15 @@ def was_stopped(folder: Path) -> bool:
     return False
 
 
+def code_of_last_start(folder: Path) -> int | None:
+    """The exit code of a run's last start; None: it left none, for it was killed, or still runs."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = (folder / "logs" / "starts.jsonl").read_text(encoding="utf-8").splitlines()
+        code = json.loads(lines[-1]).get("code") if lines else None
+        return code if isinstance(code, int) else None
+    return None
+
+
 def clear_partial(trial: Trial) -> None:
     """Remove what a kill left of a run folder that was just being made."""
     if trial.folder.is_dir() and not is_frozen(trial):

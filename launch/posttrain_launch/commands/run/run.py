@@ -29,7 +29,7 @@ def command(arguments: list[str], debug: bool) -> int:
         "--failed", action="store_true", help="of a sweep: also start its failed trials again"
     )
     given = parser.parse_args(arguments)
-    if is_sweep(given.run):
+    if is_sweep(given.run) or given.failed:
         return _run_sweep(given, debug)
     if not given.overrides:
         return run_frozen(given.run, given.address, debug=debug, new=given.new)

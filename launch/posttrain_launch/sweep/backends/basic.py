@@ -19,6 +19,7 @@ class InTurn:
 
     slots = 1
     retries = 0
+    waits = True
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
