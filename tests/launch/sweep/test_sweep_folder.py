@@ -69,9 +69,9 @@ def test_the_lock_of_a_sweep_is_free_as_soon_as_its_driver_is_gone(tmp_path):
         stdout=subprocess.PIPE,
     )
     assert child.stdout.readline() == b"held\n"
-    with pytest.raises(PosttrainError, match="another process drives this sweep"):
-        with driving(tmp_path):
-            pass
+    held = pytest.raises(PosttrainError, match="another process drives this sweep")
+    with held, driving(tmp_path):
+        pass
     child.communicate()
     with driving(tmp_path):
         pass

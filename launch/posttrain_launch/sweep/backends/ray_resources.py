@@ -18,7 +18,8 @@ from typing import Any
 import ray
 
 from posttrain_dist.errors import ClusterError
-from posttrain_launch.ray.job import JOIN_TIMEOUT_S, OBJECT_STORE_BYTES, _stay_on_loopback, join
+from posttrain_launch.ray import private_names
+from posttrain_launch.ray.job import JOIN_TIMEOUT_S, OBJECT_STORE_BYTES, join
 from posttrain_launch.ray.temp_folder import ray_folder
 
 
@@ -50,14 +51,12 @@ def main() -> None:
 
 
 def start(temp_dir: Path | None) -> None:
-    """Start a Ray on this machine that listens on the loopback alone."""
-    _stay_on_loopback()
+    """Start a Ray on this machine, as a run starts its own."""
     ray.init(
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=OBJECT_STORE_BYTES,
-        _temp_dir=str(ray_folder(temp_dir)) if temp_dir else None,
-        _node_ip_address="127.0.0.1",
+        **private_names.own_ray_options(ray_folder(temp_dir) if temp_dir else None),
     )
 
 
