@@ -12,7 +12,9 @@ from posttrain_dist.errors import ClusterError
 from posttrain_launch.batch.job_options import options, signal_lead_s
 from posttrain_launch.batch.job_script import arrays, lead_line, script, variables
 
-RUN = '"$(printf "%s/trial-%03d" "$POSTTRAIN_SWEEP" "$SLURM_ARRAY_TASK_ID")"'
+# Two lines, so that a printf that fails is not masked by the export.
+RUN = """''
+POSTTRAIN_RUN=$(printf "%s/trial-%03d" "$POSTTRAIN_SWEEP" "$SLURM_ARRAY_TASK_ID")"""
 TIMEOUT_S = 30.0  # of squeue
 
 
