@@ -62,7 +62,8 @@ def test_each_task_is_the_job_of_a_trial(script):
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck here")
 def test_shellcheck_finds_nothing(script):
+    # SC2016: lines of setup stand in single quotes, and are expanded in the job.
     done = subprocess.run(
-        ["shellcheck", "-x", "-"], input=script[1], capture_output=True, text=True
+        ["shellcheck", "-x", "--exclude=SC2016", "-"], input=script[1], capture_output=True, text=True
     )
     assert done.stdout == ""
