@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from posttrain_dist.config import GROUPS, RunConfig
 from posttrain_dist.errors import ConfigError
-from posttrain_launch.sweep.options import register_launchers
+from posttrain_launch.sweep.kinds import register_launchers
 
 CONF = "pkg://posttrain_launch.conf"
 CONF_FOLDER = Path(__file__).parents[1] / "conf"

@@ -1,7 +1,7 @@
 """The seams of a sweep: where its trials run (`Backend`), and which trials there are (`Search`).
 
 A search is a module that holds two functions, and `sweep/kinds.py` lists the modules by the names
-that `hydra/sweeper=` has for them (the options stand in `sweep/options.py`):
+that `hydra/sweeper=` has for them:
 
     plan(sweeper, overrides) -> dict    what sweep.json keeps as `search`, plain values: the space,
                                         checked; `metric` and `direction` in it go to the sweep

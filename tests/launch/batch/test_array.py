@@ -64,6 +64,9 @@ def test_each_task_is_the_job_of_a_trial(script):
 def test_shellcheck_finds_nothing(script):
     # SC2016: lines of setup stand in single quotes, and are expanded in the job.
     done = subprocess.run(
-        ["shellcheck", "-x", "--exclude=SC2016", "-"], input=script[1], capture_output=True, text=True
+        ["shellcheck", "-x", "--exclude=SC2016", "-"],
+        input=script[1],
+        capture_output=True,
+        text=True,
     )
     assert done.stdout == ""

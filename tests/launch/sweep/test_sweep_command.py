@@ -135,6 +135,14 @@ def test_what_is_refused_before_anything_is_made(words, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_values_that_only_together_cannot_be_are_refused_before_the_first(words, tmp_path, capsys):
+    # Each engine goes with one worker, and each number of workers with ZeRO.
+    more = ["cluster=ray", "engine=zero1,single", "cluster.workers=1,2", "optimizer.lr=1e-2"]
+    assert main(["train", "-m", *words, *more]) == 2
+    assert "engine: single" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_is_no_sweep_and_flags_of_the_other_kind(words, tmp_path, capsys):
     assert main(["run", str(tmp_path), "--failed"]) == 1
     assert "is no sweep" in capsys.readouterr().err
