@@ -1,7 +1,7 @@
 """A sweep as one array on a real Slurm of two nodes, with one trial's process killed."""
 
+import json
 import os
-import re
 import signal
 import subprocess
 from pathlib import Path
@@ -57,6 +57,8 @@ def test_six_trials_on_two_nodes(cluster, tiny_llama, rows_file, tmp_path):
         wait_until(lambda: step_of(first) >= 11, 200)
         [pid] = drivers_of(first)
         os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: cluster.state(f"{job}_0") == "PENDING", 60)
+        cluster.lift_hold(f"{job}_0")
         process = started(cluster, "run", str(folder), log=log)
         code = process.wait(400)
     finally:
@@ -67,19 +69,20 @@ def test_six_trials_on_two_nodes(cluster, tiny_llama, rows_file, tmp_path):
     assert text.count("submitted array") == 1
 
     results = read_results(read_sweep(folder))
-    states = {trial["number"]: trial["state"] for trial in results["trials"]}
-    assert states == {**dict.fromkeys(range(6), "done"), 0: states[0]}, text
+    assert {trial["state"] for trial in results["trials"]} == {"done"}, text
+    assert code == 0
     for trial in results["trials"]:
         rows = read_rows(Path(trial["folder"]) / "metrics.jsonl")
         steps = [row["step"] for row in rows]
         assert steps == sorted(set(steps))
-        if trial["state"] == "done":
-            assert trial["value"] == rows[-1]["eval/loss"]
-            assert steps[-1] == 40
-    # One whose driver was killed is not cured by starting it again: it failed, and says so.
-    assert states[0] == "failed"
-    assert code == 1
-    assert re.search(r"trial 0 failed", text)
+        assert steps[-1] == 40
+        assert trial["value"] == rows[-1]["eval/loss"]
+    # The one whose driver was killed came back, and lost what it had not saved.
+    starts = (first / "logs" / "starts.jsonl").read_text().splitlines()
+    assert max(json.loads(line)["start"] for line in starts) == 2
+    assert "going on from step 10 with" in "".join(
+        log.read_text() for log in (first / "logs").glob("slurm-*.log")
+    )
 
 
 def drivers_of(run_folder: Path) -> list[int]:

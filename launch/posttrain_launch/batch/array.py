@@ -42,7 +42,13 @@ def render_array(
     changes = {"array": index_list(numbers, at_once), "output": log}
     header = options(name, cluster, sweep_folder, lead_s=lead_s, changes=changes)
     names = variables(config, sweep_folder)
-    names = {"POSTTRAIN_SWEEP": names.pop("POSTTRAIN_RUN"), "POSTTRAIN_RUN": RUN, **names}
+    names = {
+        "POSTTRAIN_SWEEP": names.pop("POSTTRAIN_RUN"),
+        "POSTTRAIN_RUN": RUN,
+        # Not SLURM_JOB_ID, which of the last task is that of the whole array.
+        "POSTTRAIN_JOB": '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',
+        **names,
+    }
     words = arrays(config, sweep_folder)
     # The logs of its steps have relative names.
     words["site_setup"] = ['cd "$POSTTRAIN_RUN"', *words["site_setup"]]

@@ -49,13 +49,17 @@ def test_each_task_is_the_job_of_a_trial(script):
     head = text[: text.index("site_modules=")]
     for number in (0, 3, 12):
         done = subprocess.run(
-            ["bash", "-euc", head + '\necho "$POSTTRAIN_RUN"'],
-            env={"SLURM_ARRAY_TASK_ID": str(number), "PATH": "/usr/bin:/bin"},
+            ["bash", "-euc", head + '\necho "$POSTTRAIN_RUN $POSTTRAIN_JOB"'],
+            env={
+                "SLURM_ARRAY_JOB_ID": "77",
+                "SLURM_ARRAY_TASK_ID": str(number),
+                "PATH": "/usr/bin:/bin",
+            },
             capture_output=True,
             text=True,
             check=True,
         )
-        assert done.stdout == f"{folder}/trial-{number:03d}\n"
+        assert done.stdout == f"{folder}/trial-{number:03d} 77_{number}\n"
     setup = next(line for line in text.splitlines() if line.startswith("site_setup="))
     assert setup == """site_setup=('cd "$POSTTRAIN_RUN"' 'module list')"""
 
