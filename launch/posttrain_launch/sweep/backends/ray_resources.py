@@ -18,7 +18,6 @@ from typing import Any
 import ray
 
 from posttrain_dist.errors import ClusterError
-from posttrain_launch.ray import private_names
 from posttrain_launch.ray.job import JOIN_TIMEOUT_S, OBJECT_STORE_BYTES, join
 from posttrain_launch.ray.temp_folder import ray_folder
 
@@ -51,12 +50,16 @@ def main() -> None:
 
 
 def start(temp_dir: Path | None) -> None:
-    """Start a Ray on this machine, as a run starts its own."""
+    """Start a Ray on this machine that listens on its loopback alone."""
+    place = {} if temp_dir is None else {"_temp_dir": str(ray_folder(temp_dir))}
+    if sys.platform == "linux":
+        # For 127.0.0.1 Ray puts an address that others can reach, here and in whoever joins.
+        place["_node_ip_address"] = "127.0.0.2"
     ray.init(
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=OBJECT_STORE_BYTES,
-        **private_names.own_ray_options(ray_folder(temp_dir) if temp_dir else None),
+        **place,
     )
 
 
