@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain_dist.config import RunConfig, Slurm
@@ -75,13 +76,13 @@ class ArrayQueue:
 
     def __init__(self, sweep_folder: Path) -> None:
         self._folder = sweep_folder
-        self._known: dict[int, str] = {}
+        self._known: dict[int, Task] | None = None
 
-    def jobs(self) -> dict[int, str]:
-        """Index -> job, `1234_5`, of every task that waits, runs or is just ending.
+    def tasks(self) -> dict[int, Task]:
+        """Index -> task, of every one that waits, runs or is just ending.
 
         Raises:
-            ClusterError: there is no squeue here.
+            ClusterError: there is no squeue here, or nothing was known and it does not answer.
         """
         program = shutil.which("squeue")
         if program is None:
@@ -90,16 +91,30 @@ class ArrayQueue:
                 where="hydra/launcher",
                 fix="go on with the sweep on a login node of the cluster",
             )
-        command = [program, "--noheader", "--array", "--me", "--format=%F|%K|%Z"]
+        command = [program, "--noheader", "--array", "--me", "--format=%F|%K|%T|%Z"]
         try:
             done = subprocess.run(
                 command, capture_output=True, encoding="utf-8", check=True, timeout=TIMEOUT_S
             )
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            if self._known is None:
+                said = str(error.stderr or error).strip()
+                fix = "wait until it does: what is in the queue must not be submitted twice"
+                raise ClusterError(
+                    f"Slurm does not answer: {said}", where="squeue", fix=fix
+                ) from error
             return self._known
         self._known = {}
         for line in done.stdout.splitlines():
-            job, index, folder = line.split("|", 2)
+            job, index, state, folder = line.split("|", 3)
             if folder == str(self._folder) and index.isdigit():
-                self._known[int(index)] = f"{job}_{index}"
+                self._known[int(index)] = Task(f"{job}_{index}", state != "PENDING")
         return self._known
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task of an array in the queue."""
+
+    id: str  # "1234_5"
+    has_begun: bool

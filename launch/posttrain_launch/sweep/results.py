@@ -19,8 +19,10 @@ from typing import Any
 
 import yaml
 
+from posttrain_dist.errors import ClusterError
 from posttrain_dist.files import read_object, read_rows
-from posttrain_launch.sweep.folder import Sweep, Trial, read_trials
+from posttrain_launch.batch.array import ArrayQueue, Task
+from posttrain_launch.sweep.folder import State, Sweep, Trial, read_trials
 from posttrain_launch.sweep.states import read_failure, state_of
 
 HELD_OUT = ("eval/loss", "eval_channel_loss/")  # keys of a curve, or what they begin with
@@ -35,7 +37,8 @@ def read_results(sweep: Sweep, metric: str | None = None) -> dict[str, Any]:
     metric = metric or sweep.metric
     trials = read_trials(sweep.folder)
     shared = shared_overrides(trials)
-    rows = [_row(trial, shared, metric) for trial in trials]
+    jobs = _jobs(sweep)
+    rows = [_row(trial, shared, metric, jobs) for trial in trials]
     sign = -1.0 if sweep.direction == "maximize" else 1.0
 
     def order(row: dict[str, Any]) -> tuple[float, int]:
@@ -79,7 +82,23 @@ def winner_command(sweep: Sweep, overrides: list[str]) -> str:
     return shlex.join(words)
 
 
-def _row(trial: Trial, shared: set[str], metric: str) -> dict[str, Any]:
+def _jobs(sweep: Sweep) -> dict[int, Task]:
+    """The jobs of a sweep's trials that are in a queue, as far as is known here."""
+    if sweep.backend.get("kind") == "slurm_array":
+        with contextlib.suppress(ClusterError):
+            return ArrayQueue(sweep.folder).tasks()
+    return {}
+
+
+def _state(trial: Trial, jobs: dict[int, Task]) -> State:
+    """Where a trial stands; a lock that is held on another node may not be seen on this one."""
+    job = jobs.get(trial.number)
+    if job is None or (trial.folder / "FINISHED").is_file():
+        return state_of(trial)
+    return State.running if job.has_begun else State.waiting
+
+
+def _row(trial: Trial, shared: set[str], metric: str, jobs: dict[int, Task]) -> dict[str, Any]:
     folder = trial.folder
     measured = read_rows(folder / "metrics.jsonl")
     curves: dict[str, list[list[float]]] = {}
@@ -97,7 +116,7 @@ def _row(trial: Trial, shared: set[str], metric: str) -> dict[str, Any]:
         "number": trial.number,
         "overrides": list(trial.overrides),
         "varied": dict(_split(text) for text in varied),
-        "state": state_of(trial).value,
+        "state": _state(trial, jobs).value,
         "error": read_failure(trial).get("error"),
         "value": values[-1] if values else None,
         "step": measured[-1]["step"] if measured else None,

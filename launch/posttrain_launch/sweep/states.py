@@ -15,19 +15,13 @@ from posttrain_launch.sweep.folder import PRUNED, State, Trial
 FAILED = "failed.json"  # in a trial's folder: what the driver of the sweep saw of its end
 
 
-def state_of(trial: Trial, *, queued: bool = False) -> State:
-    """Where a trial stands.
-
-    Args:
-        queued: a job of it waits in the queue of a cluster.
-    """
+def state_of(trial: Trial) -> State:
+    """Where a trial stands."""
     folder = trial.folder
     if (folder / "FINISHED").is_file():
         return State.done
     if is_driven(folder):
         return State.running
-    if queued:
-        return State.waiting
     if (folder / PRUNED).is_file():
         return State.pruned
     if was_stopped(folder):

@@ -5,10 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from posttrain_launch.sweep.backends.on_ray import bundles_of, gpu_share
+from posttrain_launch.compose.composer import Composer
+from posttrain_launch.compose.problems import compose_checked
+from posttrain_launch.sweep.backends.on_ray import adjust, bundles_of, gpu_share
 from posttrain_launch.sweep.backends.packing import Room, fits
 
-from posttrain_dist.config import Ray
+from posttrain_dist.config import Ray, complete
+from posttrain_dist.planner.settle import settle
 
 GIB = 2**30
 NODE = {"CPU": 16.0, "GPU": 4.0}
@@ -79,3 +82,26 @@ def test_the_bundles_of_a_trial_are_those_of_its_workers(cluster, count, bundle)
 
 def test_without_gpus_a_trial_is_one_worker_on_cpus():
     assert bundles_of(SimpleNamespace(cluster=Ray()), [{"CPU": 8.0}]) == [{"CPU": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("model", "share", "is_one_of_many"),
+    [("shape:qwen3-0.6b", True, True), ("shape:qwen3-0.6b", False, False),
+     ("shape:llama3-70b", True, False)],
+)  # fmt: skip
+def test_trials_share_a_gpu_where_their_plans_say_that_they_fit(model, share, is_one_of_many):
+    words = [f"model.path={model}", "hardware=h100x8", "cluster=ray", "tuning=lora"]
+    words += ["engine=single", "data.max_length=512", "cluster.cpus_per_worker=2"]
+    with Composer() as composer:
+        config = complete(compose_checked(composer, words, contradictions=False).config)
+    choice = settle(config, force=True).choice
+    found = adjust({"share_gpus": share})(config, choice).cluster
+    assert found.workers == 1
+    plan = choice.chosen.plan
+    together = round(1 / found.gpus_per_worker)
+    assert (together > 1) == is_one_of_many
+    if is_one_of_many:
+        assert together * (plan.device.total_bytes + plan.margin_bytes) <= plan.capacity_bytes
+        # One more would not fit, or there are as many as there may be.
+        more = (together + 1) * (plan.device.total_bytes + plan.margin_bytes)
+        assert more > plan.capacity_bytes or together == 8

@@ -20,6 +20,7 @@ from posttrain_launch.sweep.backends.packing import Bundle, Room, fits, total_of
 from posttrain_launch.sweep.backends.processes import Processes
 from posttrain_launch.sweep.backends.ray_cluster import RayCluster
 from posttrain_launch.sweep.folder import Sweep, Trial
+from posttrain_launch.sweep.states import is_driven
 
 MOST_PER_GPU = 8  # trials: each has its own copy of the frozen weights and its own CUDA context
 
@@ -81,7 +82,13 @@ class OnRay:
         if self._cluster is None and trials:
             address = given_address(read_config(trials[0]))
             self._cluster = RayCluster.join_or_start(self._sweep.folder, address)
-        self._waiting += trials
+        for trial in trials:
+            if is_driven(trial.folder):  # by a process of a driver that was killed: it has a place
+                assert self._cluster is not None
+                self._bundles[trial.number] = bundles_of(read_config(trial), self._cluster.nodes)
+                self._processes.start(trial)
+            else:
+                self._waiting.append(trial)
         self._start_what_fits()
 
     def running(self) -> set[int]:

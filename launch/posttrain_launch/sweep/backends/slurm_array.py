@@ -46,10 +46,10 @@ class SlurmArray:
         """Submit those that no job in the queue drives."""
         self._folders |= {trial.number: trial.folder for trial in trials}
         # Also of a driver that was killed right after it had submitted them.
-        queued = self._queue.jobs()
+        queued = self._queue.tasks()
         for trial in trials:
             if trial.number in queued:
-                write_job(trial.folder, new_record("slurm", queued[trial.number]))
+                write_job(trial.folder, new_record("slurm", queued[trial.number].id))
         by_script: dict[str, list[Trial]] = {}
         for trial in trials:
             if trial.number not in queued:
@@ -77,7 +77,7 @@ class SlurmArray:
 
     def running(self) -> set[int]:
         """Those that have a job in the queue."""
-        return set(self._queue.jobs()) & set(self._folders)
+        return set(self._queue.tasks()) & set(self._folders)
 
     def code(self, number: int) -> int | None:
         """What the job's driver left; a job that was ended before that has failed."""
