@@ -60,8 +60,8 @@ def _drive(sweep: Sweep, *, resumed: bool, debug: bool) -> dict[int, State]:
 
     print(f"sweep: {sweep.folder}", flush=True)
     try:
-        make_adjust = getattr(module, "adjust", None)
-        with freezing(sweep, make_adjust and make_adjust(options)) as freeze:
+        prepare, make_adjust = (getattr(module, name, None) for name in ("prepare", "adjust"))
+        with freezing(sweep, prepare, make_adjust and make_adjust(options)) as freeze:
             loop = Loop(sweep, backend, search, freeze, _log, write_table)
             return loop.run()
     finally:

@@ -23,7 +23,8 @@ SEARCHES = {
 
 
 def backend_module(name: str) -> ModuleType:
-    """The module of a backend: `restore(sweep, options)`, and perhaps `adjust(options)`."""
+    """The module of a backend: `restore(sweep, options)`, and perhaps, for the config of a trial
+    before and after it is planned, `prepare(config)` and `adjust(options)`."""
     return importlib.import_module(BACKENDS[name])
 
 

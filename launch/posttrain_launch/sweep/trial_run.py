@@ -21,10 +21,15 @@ Adjust = Callable[[RunConfig, Choice | None], RunConfig]
 
 
 @contextlib.contextmanager
-def freezing(sweep: Sweep, adjust: Adjust | None = None) -> Iterator[Callable[[Trial], None]]:
+def freezing(
+    sweep: Sweep,
+    prepare: Callable[[RunConfig], RunConfig] | None = None,
+    adjust: Adjust | None = None,
+) -> Iterator[Callable[[Trial], None]]:
     """What makes the run folder of a trial; it raises PosttrainError where there can be none.
 
     Args:
+        prepare: the config of a trial before it is planned.
         adjust: the config of a trial once its plan is known.
     """
     verb = "submit" if sweep.backend["kind"] == "slurm_array" else "train"
@@ -33,6 +38,8 @@ def freezing(sweep: Sweep, adjust: Adjust | None = None) -> Iterator[Callable[[T
         def freeze_trial(trial: Trial) -> None:
             with _in_folder(Path(sweep.cwd)):
                 composed = compose_checked(composer, list(trial.overrides), verb=verb)
+                if prepare is not None:
+                    composed = replace(composed, config=prepare(composed.config))
                 command = shlex.join(["posttrain", "train", *trial.overrides])
                 freeze(
                     _grouped(composed, sweep.name),

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from posttrain_launch.compose.composer import Composer
 from posttrain_launch.compose.problems import compose_checked
-from posttrain_launch.sweep.backends.on_ray import adjust, bundles_of, gpu_share
+from posttrain_launch.sweep.backends.on_ray import adjust, bundles_of, gpu_share, prepare
 from posttrain_launch.sweep.backends.packing import Room, fits
 
 from posttrain_dist.config import Ray, complete
@@ -93,7 +93,8 @@ def test_trials_share_a_gpu_where_their_plans_say_that_they_fit(model, share, is
     words = [f"model.path={model}", "hardware=h100x8", "cluster=ray", "tuning=lora"]
     words += ["engine=single", "data.max_length=512", "cluster.cpus_per_worker=2"]
     with Composer() as composer:
-        config = complete(compose_checked(composer, words, contradictions=False).config)
+        composed = compose_checked(composer, words, contradictions=False)
+    config = complete(prepare(composed.config))
     choice = settle(config, force=True).choice
     found = adjust({"share_gpus": share})(config, choice).cluster
     assert found.workers == 1

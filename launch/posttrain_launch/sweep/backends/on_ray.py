@@ -13,8 +13,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from posttrain_dist.config import Ray, RunConfig
+from posttrain_dist.config import Ray, RunConfig, Slurm
 from posttrain_dist.engine import Single
+from posttrain_dist.errors import ConfigError
 from posttrain_dist.planner.plan import Choice
 from posttrain_launch.sweep.backends.packing import Bundle, Room, fits, total_of
 from posttrain_launch.sweep.backends.processes import Processes
@@ -30,15 +31,26 @@ def restore(sweep: Sweep, options: Mapping[str, Any], *, debug: bool = False) ->
     return OnRay(sweep, at_once=options["at_once"], retries=options["retries"], debug=debug)
 
 
+def prepare(config: RunConfig) -> RunConfig:
+    """The config of a trial: of one worker, where it cannot have more and no number was named."""
+    cluster = config.cluster
+    if not isinstance(cluster, Ray) or isinstance(cluster, Slurm):
+        raise ConfigError(
+            f"is {type(cluster).__name__.lower()}, and the trials run on a Ray cluster",
+            where="cluster",
+            fix="leave cluster out, or set cluster=ray; for Slurm hydra/launcher=slurm_array",
+        )
+    if cluster.workers is None and isinstance(config.engine, Single):
+        return dataclasses.replace(config, cluster=dataclasses.replace(cluster, workers=1))
+    return config
+
+
 def adjust(options: Mapping[str, Any]) -> Callable[[RunConfig, Choice | None], RunConfig]:
     """What makes the config of a trial one that shares a GPU, where its plan says that it can."""
 
     def share(config: RunConfig, choice: Choice | None) -> RunConfig:
         cluster = config.cluster
-        if not isinstance(cluster, Ray):
-            return config
-        if cluster.workers is None and isinstance(config.engine, Single):
-            cluster = dataclasses.replace(cluster, workers=1)
+        assert isinstance(cluster, Ray)
         plan = None if choice is None else choice.chosen.plan
         is_small = cluster.workers == 1 and cluster.gpus_per_worker == 1.0
         if options["share_gpus"] and plan is not None and plan.on_gpu and is_small:
