@@ -90,8 +90,8 @@ def test_without_gpus_a_trial_is_one_worker_on_cpus():
      ("shape:llama3-70b", True, False)],
 )  # fmt: skip
 def test_trials_share_a_gpu_where_their_plans_say_that_they_fit(model, share, is_one_of_many):
-    words = [f"model.path={model}", "hardware=h100x8", "cluster=ray", "tuning=lora"]
-    words += ["engine=single", "data.max_length=512", "cluster.cpus_per_worker=2"]
+    words = [f"model.path={model}", "hardware=h100x8", "tuning=lora", "cluster=ray"]
+    words += ["engine=single", "data.max_length=512", "cluster.address=head:6379"]
     with Composer() as composer:
         composed = compose_checked(composer, words, contradictions=False)
     config = complete(prepare(composed.config))
