@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from posttrain_dist.config import GROUPS, RunConfig
 from posttrain_dist.errors import ConfigError
+from posttrain_launch.sweep.kinds import register_launchers
 
 CONF = "pkg://posttrain_launch.conf"
 CONF_FOLDER = Path(__file__).parents[1] / "conf"
@@ -51,6 +52,7 @@ def register_schemas(help_text: str = "") -> None:
             store.store(group=f"schema/{group}", name=kind, node=_schema(option))
     page = {"app_name": "posttrain", "header": "", "footer": "", "template": help_text}
     store.store(group="hydra/help", name="posttrain", node=page)
+    register_launchers()
 
 
 def _schema(option: type) -> DictConfig:

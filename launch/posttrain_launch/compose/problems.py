@@ -8,6 +8,8 @@ against a config that does.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -30,6 +32,7 @@ from posttrain_launch.compose.paths import with_absolute_paths
 from posttrain_launch.compose.spellings import foreign_template
 from posttrain_launch.compose.tuning_spellings import foreign_option
 
+MOST_COMBINATIONS = 50  # that are composed before a sweep begins, each in 0.3 s
 FAULTS = (
     HydraException,
     OmegaConfBaseException,
@@ -85,11 +88,16 @@ def check_sweep(composer: Composer, overrides: list[str], words: Words | None = 
 
 
 def _trial_problems(composer: Composer, overrides: list[str]) -> list[PosttrainError]:
-    """Values that no trial can be started with: each is tried with the first ones of the others."""
+    """What no trial can be started with: every combination is tried, or where there are too many
+    each value with the first ones of the others."""
     choices = [_single(override, text) for text, override in _parse(overrides, [])]
     first = [texts[0] for texts in choices]
     trials = dict.fromkeys(
-        (*first[:i], text, *first[i + 1 :]) for i, texts in enumerate(choices) for text in texts
+        itertools.product(*choices)
+        if math.prod(map(len, choices)) <= MOST_COMBINATIONS
+        else (
+            (*first[:i], text, *first[i + 1 :]) for i, texts in enumerate(choices) for text in texts
+        )
     )
     found: dict[str, PosttrainError] = {}
     for trial in trials:
