@@ -25,6 +25,7 @@ from posttrain_dist.config import GROUPS, RunConfig
 from posttrain_dist.errors import ConfigError
 from posttrain_launch.sweep.options import register_launchers
 from posttrain_launch.compose.formulas.relations import resolve_relations, without_relations
+from posttrain_launch.sweep.search.options import register_sweepers
 
 CONF = "pkg://posttrain_launch.conf"
 CONF_FOLDER = Path(__file__).parents[1] / "conf"
@@ -54,6 +55,7 @@ def register_schemas(help_text: str = "") -> None:
     page = {"app_name": "posttrain", "header": "", "footer": "", "template": help_text}
     store.store(group="hydra/help", name="posttrain", node=page)
     register_launchers()
+    register_sweepers()
 
 
 def _schema(option: type) -> DictConfig:
