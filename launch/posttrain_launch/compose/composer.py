@@ -23,8 +23,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from posttrain_dist.config import GROUPS, RunConfig
 from posttrain_dist.errors import ConfigError
-from posttrain_launch.sweep.options import register_launchers
 from posttrain_launch.compose.formulas.relations import resolve_relations, without_relations
+from posttrain_launch.sweep.options import register_launchers
 from posttrain_launch.sweep.search.options import register_sweepers
 
 CONF = "pkg://posttrain_launch.conf"
