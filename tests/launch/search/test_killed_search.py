@@ -19,7 +19,7 @@ WORDS = ["tuning.rank=4,8,16", "optimizer.lr=tag(log, interval(1e-5,1e-2))"]
 OPTIONS = OptunaSweeper(n_trials=4, startup_trials=2)
 
 
-@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [16, pytest.param(1, marks=pytest.mark.slow)])
 def test_kills_lose_no_trial_and_start_none_twice(every, tmp_path):
     words = [str(tmp_path), "8", "64", str(every)]
     done = subprocess.run(
@@ -51,14 +51,15 @@ def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line]
 
 
-def test_half_a_line_at_any_byte_is_proposed_again(tmp_path):
+@pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.slow)])
+def test_half_a_line_at_any_byte_is_proposed_again(every, tmp_path):
     whole = tmp_path / "whole"
     whole.mkdir()
     trials = driven(whole, 4)
     content = (whole / FILE).read_bytes()
     begin = content.rfind(b"\n", 0, -1) + 1
     assert len(content) - begin > 100
-    for end in range(begin, len(content)):
+    for end in {*range(begin, len(content), every), len(content) - 1}:
         folder = tmp_path / f"cut{end}" / "whole"  # the name of the folder is that of the study
         folder.mkdir(parents=True)
         (folder / FILE).write_bytes(content[:end])

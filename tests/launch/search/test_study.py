@@ -101,6 +101,14 @@ def test_no_more_than_n_jobs_at_a_time(tmp_path):
     assert len(found.ask(9)) == 1
 
 
+def test_a_launcher_with_any_room_gets_a_few_at_a_time(tmp_path):
+    found = search_of(tmp_path / "s", [RANKS, LR], n_trials=20)
+    first = asked(found, tmp_path, 0, free=1_000_000)
+    assert len(first) == 4
+    found.tell(first[0], State.done, 1.0)
+    assert len(found.ask(1_000_000)) == 1
+
+
 def states(folder: Path) -> list[tuple[TrialState, float | None]]:
     known = study.open_study(folder, "minimize").get_trials()
     return [(trial.state, trial.value) for trial in known]
@@ -129,7 +137,7 @@ def test_what_nobody_runs_is_proposed_again_with_its_values(tmp_path):
     folder = tmp_path / "s"
     found = search_of(folder, [RANKS, LR], n_trials=6)
     trials = asked(found, folder, 0, free=4)
-    again = search_of(folder, [RANKS, LR], n_trials=6)
+    again = search_of(folder, [RANKS, LR], n_trials=6, n_jobs=6)
     again.resume(trials[:2])
     assert not again.finished
     assert [p.overrides for p in again.ask(2)] == [trial.overrides for trial in trials[2:]]

@@ -20,7 +20,7 @@ class OptunaSweeper:
     """`hydra.sweeper.*` of a search."""
 
     n_trials: int = 20  # at most; fewer where there are fewer combinations
-    n_jobs: int | None = None  # trials at a time; null: as many as the launcher has room for
+    n_jobs: int | None = None  # trials at a time; null: what the launcher has room for, or 4
     metric: str = TOTAL  # or eval_channel_loss/<channel>, a key of metrics.jsonl
     direction: str = "minimize"  # or maximize
     sampler: str = "tpe"  # or random

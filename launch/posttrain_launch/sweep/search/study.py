@@ -26,6 +26,7 @@ NUMBER = "optuna"  # in Trial.extra: Optuna's number of the trial
 REPEATS = "repeats"  # it proposed what an earlier one had: not to be trained
 PRUNED_AT = "pruned_at"  # the step after which it was given up
 RETOLD = "retold"  # the number of a failed trial that was started again, of which this is the end
+QUEUED = 4  # trials at a time, where the launcher takes any number and none was given
 ATTEMPTS = 100  # to propose what no trial had
 
 
@@ -97,8 +98,11 @@ class OptunaSearch:
 
     def ask(self, free: int) -> list[Proposal]:
         """Up to `free` new trials, and no more than n_jobs at a time."""
-        if self._options.n_jobs is not None:
-            free = min(free, self._options.n_jobs - self._num_running())
+        at_once = self._options.n_jobs
+        if at_once is None and free >= self._options.n_trials:
+            at_once = QUEUED  # all of them at once would learn nothing from each other
+        if at_once is not None:
+            free = min(free, at_once - self._num_running())
         found: list[Proposal] = []
         while len(found) < free and not self.finished:
             proposal = self._propose()
