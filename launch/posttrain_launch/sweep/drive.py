@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from posttrain_dist.files import write_atomic
+from posttrain_dist.report.sweep import write_sweep_page
 from posttrain_launch.failures import FAILED, STOPPED
-from posttrain_launch.sweep.folder import State, Sweep, driving, read_sweep, read_trials
+from posttrain_launch.sweep.folder import PAGE, State, Sweep, driving, read_sweep, read_trials
 from posttrain_launch.sweep.kinds import backend_module, search_module
 from posttrain_launch.sweep.loop import Loop
 from posttrain_launch.sweep.results import read_results
@@ -56,7 +57,9 @@ def _drive(sweep: Sweep, *, resumed: bool, debug: bool) -> dict[int, State]:
     search = search_module(sweep.search["kind"]).restore(sweep)
 
     def write_table() -> None:
-        write_atomic(sweep.folder / "trials.txt", table_text(read_results(sweep)) + "\n")
+        results = read_results(sweep)
+        write_atomic(sweep.folder / "trials.txt", table_text(results) + "\n")
+        write_sweep_page(sweep.folder / PAGE, results)
 
     print(f"sweep: {sweep.folder}", flush=True)
     try:

@@ -27,7 +27,7 @@ from typing import Any
 from posttrain_dist.errors import PosttrainError
 from posttrain_dist.files import read_object, sync, write_atomic
 
-SWEEP, TRIALS, LOCK = "sweep.json", "trials.jsonl", "sweep.lock"
+SWEEP, TRIALS, LOCK, PAGE = "sweep.json", "trials.jsonl", "sweep.lock", "sweep.html"
 PRUNED = "PRUNED"  # a file in a trial's run folder: stopped by the search, its checkpoint is kept
 
 

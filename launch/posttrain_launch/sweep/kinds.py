@@ -19,6 +19,7 @@ BACKENDS = {
 }
 SEARCHES = {
     "basic": "posttrain_launch.sweep.combinations",
+    "posttrain_optuna": "posttrain_launch.sweep.search.study",
 }
 
 

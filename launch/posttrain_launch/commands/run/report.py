@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from posttrain_dist.errors import ConfigError
 from posttrain_launch.commands.arguments import add_run_folder, parser_of
-from posttrain_launch.sweep.folder import is_sweep, read_sweep
+from posttrain_launch.sweep.folder import PAGE, is_sweep, read_sweep
 
 
 def command(arguments: list[str], debug: bool) -> int:
@@ -18,10 +18,13 @@ def command(arguments: list[str], debug: bool) -> int:
     )
     given = parser.parse_args(arguments)
     if is_sweep(given.run):
+        from posttrain_dist.report.sweep import write_sweep_page
         from posttrain_launch.sweep.results import read_results
         from posttrain_launch.sweep.table import results_text
 
-        print(results_text(read_results(read_sweep(given.run), given.metric)))
+        results = read_results(read_sweep(given.run), given.metric)
+        print(results_text(results))
+        print(f"\n{write_sweep_page(given.run.absolute() / PAGE, results)}")
         return 0
     if given.metric is not None:
         raise ConfigError(
