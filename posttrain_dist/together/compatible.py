@@ -12,7 +12,7 @@ from posttrain_dist.tuning.lora import LoraInit
 # What each run has of its own; groups, or keys of the group `tuning`.
 OWN_GROUPS = ("name", "optimizer", "logging", "checkpoint", "diagnose", "output_root", "hardware")
 OWN_TUNING = ("rank", "alpha", "rslora", "dora", "lr_ratio_b", "freeze_a", "init_from")
-ONE_BY_ONE = "train these runs one by one (sweep.together=1)"
+ONE_BY_ONE = "train these runs one by one (hydra/launcher=basic)"
 
 
 def check_together(configs: Sequence[RunConfig]) -> None:

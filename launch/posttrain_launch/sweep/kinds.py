@@ -14,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 # Name of the option -> the module that makes it, imported where it is used.
 BACKENDS = {
     "basic": "posttrain_launch.sweep.backends.basic",
+    "together": "posttrain_launch.sweep.backends.together",
     "slurm_array": "posttrain_launch.sweep.backends.slurm_array",
     "ray": "posttrain_launch.sweep.backends.on_ray",
 }
@@ -38,6 +39,13 @@ def search_module(name: str) -> ModuleType:
 
 
 @dataclass(slots=True)
+class InOneProcess:
+    """`hydra/launcher=together`: LoRA trials side by side in one process, over one frozen base."""
+
+    at_once: int = 4  # trials of a process; each has its adapter and optimizer in memory
+
+
+@dataclass(slots=True)
 class SlurmArray:
     """`hydra/launcher=slurm_array`: one job array, each trial a job of cluster.nodes nodes."""
 
@@ -57,5 +65,6 @@ class OnRay:
 def register_launchers() -> None:
     """Give Hydra the options."""
     store = ConfigStore.instance()
-    for name, node in (("slurm_array", SlurmArray), ("ray", OnRay)):
+    nodes = {"together": InOneProcess, "slurm_array": SlurmArray, "ray": OnRay}
+    for name, node in nodes.items():
         store.store(group="hydra/launcher", name=name, node=node, provider="posttrain")

@@ -75,5 +75,5 @@ def test_runs_of_other_data_are_refused_before_anything_begins(
     other = frozen(tmp_path, tiny_llama, rows_file, "other", "data.eval_fraction=0.5")
     assert main(["run", str(first), "--together", str(other)]) == 2
     printed = capsys.readouterr().err
-    assert "data.eval_fraction" in printed and "sweep.together=1" in printed
+    assert "data.eval_fraction" in printed and "hydra/launcher=basic" in printed
     assert not (first / "metrics.jsonl").exists() and not (first / "prepared").exists()
