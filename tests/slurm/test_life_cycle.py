@@ -76,10 +76,12 @@ def undisturbed(tmp_path_factory, run_workers):
 # ------------------------------------------------------------------------------- disturbances
 
 
-def time_limit(cluster: Cluster, job: str) -> None:
-    """Of two minutes; it is raised once the job is in the queue again."""
+def time_limit(cluster: Cluster, job: str) -> float:
+    """Of two minutes; it is raised once the job is in the queue again. The moment of that."""
     waited(lambda: cluster.state(job) != "RUNNING", 90, Path())
+    ended = time.monotonic()
     cluster.login("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+    return ended
 
 
 def signal(cluster: Cluster, job: str) -> None:
@@ -165,7 +167,8 @@ def test_a_disturbed_run_ends_as_if_it_had_not_been(name, words, undisturbed, cl
         begins_at = max((start["before"] for start in starts.read(folder)), default=0)
         waited(lambda at=begins_at + AFTER: step_of(folder) >= at, 150, folder)
         began, reached = time.monotonic(), step_of(folder)
-        FAULTS[fault](cluster, job)
+        moment = FAULTS[fault](cluster, job)
+        began = moment if isinstance(moment, float) else began
         if fault in GOES_ON:
             assert step_of(folder) > reached
             rows.append({"disturbance": fault, "recovery_s": 0.0, "wasted_steps": 0})
