@@ -57,6 +57,10 @@ class ClusterError(PosttrainError):
     """Processes, devices or nodes are not there; `where` is the key or address."""
 
 
+class ClusterLost(ClusterError):
+    """Machines that a run had are gone; started again, it goes on. `where` is their address."""
+
+
 class OutOfMemory(PosttrainError):
     """A device or host has no memory left; `where` is the step, or the rehearsal."""
 

@@ -25,7 +25,7 @@ from posttrain_dist.errors import ConfigError
 ADAPTER, FORCE = "--adapter", "--force"
 OWN_FLAGS: dict[str, tuple[str, ...]] = {
     "train": (FORCE,),
-    "submit": ("--dry-run", FORCE),
+    "submit": ("--dry-run", "--wait", FORCE),
     "inspect": ("--template",),
     "evaluate": (ADAPTER,),
     "plan": ("--all", "--largest", "--fewest", "--json", "--html"),
@@ -64,6 +64,11 @@ class CommandLine:
     def dry_run(self) -> bool:
         """Whether nothing is to be submitted."""
         return "--dry-run" in self.own
+
+    @property
+    def wait(self) -> bool:
+        """Whether `submit` is to follow the job to its end."""
+        return "--wait" in self.own
 
     @property
     def force(self) -> bool:

@@ -83,7 +83,8 @@ more examples
 """
 MORE = {
     "train": FORCE,
-    "submit": "  --dry-run           write the job and submit nothing\n" + FORCE,
+    "submit": "  --dry-run           write the job and submit nothing\n"
+    "  --wait              follow the job to its end; its exit code\n" + FORCE,
     "plan": PLAN,
     "inspect": "  --template          show a conversation turn by turn, as it is rendered\n",
     "evaluate": "  --adapter NAME=DIR  an adapter of this model, which gets a column of its own;\n"

@@ -18,7 +18,7 @@ from typing import IO, Any
 from posttrain_dist.attempts.fall_back import fall_back, next_choice
 from posttrain_dist.attempts.train_apart import SIGNALS, train_apart
 from posttrain_dist.config import Local, RunConfig
-from posttrain_dist.errors import OutOfMemory, PosttrainError
+from posttrain_dist.errors import ClusterLost, OutOfMemory, PosttrainError
 from posttrain_dist.files import write_atomic
 from posttrain_dist.files.temporary import remove_abandoned
 from posttrain_dist.logs import unfailing
@@ -31,6 +31,7 @@ from posttrain_dist.run import (
     report_data,
 )
 from posttrain_launch.failures import FAILED, STOPPED, print_error
+from posttrain_launch.lifecycle.exit_codes import Exit
 from posttrain_launch.ray.child import Job, started
 
 Change = Callable[[Path, RunConfig], contextlib.AbstractContextManager[RunConfig]]
@@ -81,7 +82,7 @@ def run_frozen(
             print("  nothing was begun, and no run folder is left", file=err)
         elif isinstance(error, PosttrainError) and log.parent.is_dir():
             print(f"  run folder: {folder}", file=err)
-        return FAILED
+        return Exit.requeue if isinstance(error, ClusterLost) else FAILED
 
 
 def read_frozen(folder: Path) -> RunConfig:

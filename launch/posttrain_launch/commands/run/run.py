@@ -25,6 +25,10 @@ def command(arguments: list[str], debug: bool) -> int:
     # Of the trials of a sweep: their folders were made for this start.
     parser.add_argument("--new", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
+    if str(given.run) == "-":  # a job of Ray, which brings its run along as text
+        from posttrain_launch.ray.arrival import arrive
+
+        given.run = arrive()
     if not given.overrides:
         return run_frozen(given.run, given.address, debug=debug, new=given.new)
     from posttrain_launch.commands.run import run_overrides
