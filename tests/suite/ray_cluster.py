@@ -71,7 +71,6 @@ class RayCluster:
             f"--temp-dir={self.folder}/ray",
             *options,
         )
-        wait_for_port(self.address)
         if self._jobs:
             wait_for_port(f"127.0.0.1:{self.api_port}")
 
@@ -91,6 +90,10 @@ class RayCluster:
                 start_new_session=True,
             )
         self.nodes.append(node)
+        end = time.monotonic() + 60
+        while "Ray runtime started" not in Path(log.name).read_text():
+            assert node.poll() is None and time.monotonic() < end, Path(log.name).read_text()
+            time.sleep(0.05)
 
     def kill_node(self, index: int) -> None:
         """What a power-off does: every process of the node ends at once."""

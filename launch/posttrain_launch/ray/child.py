@@ -101,7 +101,9 @@ class Job:
             # Short waits, so that a signal handler's exception is seen at once.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.child.wait(timeout=0.5)
-            if watch.is_lost():
+            # A job that has failed and cannot leave its Ray need not be waited for.
+            stuck = error_file(self.run_folder).exists() and not watch.answers()
+            if stuck or watch.is_lost():
                 leave_training(self.run_folder)
                 raise watch.error(self.run_folder)
         failure = self._failure(code)

@@ -17,9 +17,9 @@ from posttrain_dist.errors import ClusterLost
 POLL_S = 1.0
 CONNECT_TIMEOUT_S = 2.0
 # A head may be slow, and one with a store of its own (KubeRay) comes back; Ray itself waits 60 s.
-LOST_AFTER_S = 15.0
+LOST_AFTER_S = 10.0
 # For the workers to finish their step and save, while Ray lets them live.
-LEAVE_WITHIN_S = 40.0
+LEAVE_WITHIN_S = 30.0
 
 
 def address_file(run_folder: Path) -> Path:

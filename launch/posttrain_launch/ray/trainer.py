@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.train import (
     BackendConfig,
     ControllerError,
@@ -22,13 +24,14 @@ from ray.train.backend import Backend
 
 from posttrain_dist.attempts.train_apart import killed
 from posttrain_dist.config import Ray, RunConfig, Slurm
-from posttrain_dist.errors import ClusterError, OutOfMemory, is_out_of_memory
+from posttrain_dist.errors import ClusterError, ClusterLost, OutOfMemory, is_out_of_memory
 from posttrain_dist.rehearsal.out_of_memory import advice
 from posttrain_launch.ray import private_names
 from posttrain_launch.ray.child import quiet_environment
 from posttrain_launch.ray.placement import Places
 from posttrain_launch.ray.workers import WorkerError, train_worker
 
+LOOK_FOR_S = 15.0  # in which Ray notices that a node is gone
 CONTROLLER_RETRIES = 4  # of a minute each, for workers to find their places after a lost node
 
 
@@ -65,10 +68,14 @@ def fit(config: RunConfig, run_folder: Path, places: Places, *, here: bool) -> N
             worker_runtime_env={"env_vars": worker_environment(cluster, places.use_gpu, here)},
         ),
     )
+    before = alive_nodes()
     try:
         trainer.fit()
     except TrainingFailedError as failure:
-        raise explain(failure, config, run_folder) from failure
+        error = explain(failure, config, run_folder)
+        if not _is_of_input(error):
+            error = _of_machines(failure, error, before, run_folder)
+        raise error from failure
 
 
 def worker_environment(cluster: Ray, use_gpu: bool, here: bool) -> dict[str, str]:
@@ -168,6 +175,56 @@ def explain(failure: TrainingFailedError, config: RunConfig, run_folder: Path) -
     log = run_folder / "logs" / "driver.log"
     error = ClusterError(f"Ray Train failed: {text}", where=str(log), fix="read that log")
     return WorkerError(None, text, str(failure), error)
+
+
+# --------------------------------------------------------------------- machines that are gone
+
+
+def alive_nodes() -> dict[str, str]:
+    """Id -> name of the nodes of Ray that are alive."""
+    return {n["NodeID"]: n["NodeManagerHostname"] for n in ray.nodes() if n["Alive"]}
+
+
+def _is_of_input(error: WorkerError) -> bool:
+    """Whether it is one that starting again cannot cure; a failed Ray Train is a ClusterError."""
+    return error.error is not None and not isinstance(error.error, ClusterError)
+
+
+def _of_machines(
+    failure: TrainingFailedError, error: WorkerError, before: dict[str, str], run_folder: Path
+) -> WorkerError:
+    """The failure as one of the machines, where they are why it failed: the run may go on."""
+    cause = failure.controller_failure if isinstance(failure, ControllerError) else failure
+    gone = _gone(before, LOOK_FOR_S if "node" in str(failure).lower() else 0.0)
+    if gone:
+        names = ", ".join(gone)
+        what = f"lost the node {names}" if len(gone) == 1 else f"lost the nodes {names}"
+        what += ", and its workers found no other place"
+    elif type(cause).__name__ == "WorkerGroupStartupTimeoutError":
+        what = "has had no free place for the workers for minutes: others hold it"
+    else:
+        return error
+    lost = ClusterLost(
+        what,
+        where="the Ray cluster",
+        fix=f"`posttrain run {run_folder}` goes on from the newest checkpoint once there is room; "
+        "cluster.max_failures says how often Ray itself tries again",
+    )
+    return WorkerError(None, what, error.trace, lost)
+
+
+def _gone(before: dict[str, str], wait_s: float) -> list[str]:
+    """Names of nodes that were there; Ray may notice a while after their workers are missed."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        now = alive_nodes()
+        gone = [name for node, name in before.items() if node not in now]
+        if gone or time.monotonic() >= deadline:
+            return gone
+        time.sleep(0.5)
+
+
+# ------------------------------------------------------------------------- workers that failed
 
 
 def _explain_workers(
