@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from posttrain_launch.compose.composer import Composed
 from posttrain_launch.lifecycle.exit_codes import Exit
-from posttrain_launch.ray import arrival, remote, sending, token
+from posttrain_launch.ray import remote, token
+from posttrain_launch.ray.jobs import arrival, sending
 from posttrain_launch.run.job_record import read_job
 from ray_cluster import ray_cluster
 from ray_runs import losses, wait_until

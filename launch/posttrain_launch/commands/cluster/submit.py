@@ -17,7 +17,7 @@ def command(arguments: list[str], debug: bool) -> int:
     composed = compose_command(line)
     cluster = composed.config.cluster
     if isinstance(cluster, Ray) and not isinstance(cluster, Slurm):
-        from posttrain_launch.ray.sending import send
+        from posttrain_launch.ray.jobs.sending import send
 
         return send(composed, line.typed, force=line.force, dry_run=line.dry_run, wait=line.wait)
     folder = freeze(composed, line.typed, force=line.force)

@@ -26,7 +26,7 @@ def command(arguments: list[str], debug: bool) -> int:
     parser.add_argument("--new", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if str(given.run) == "-":  # a job of Ray, which brings its run along as text
-        from posttrain_launch.ray.arrival import arrive
+        from posttrain_launch.ray.jobs.arrival import arrive
 
         given.run = arrive()
     if not given.overrides:

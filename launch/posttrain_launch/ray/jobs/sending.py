@@ -23,7 +23,7 @@ from posttrain_launch.compose.composer import Composed
 from posttrain_launch.compose.paths import PREFIXES, RESERVED, with_absolute_paths
 from posttrain_launch.lifecycle.exit_codes import Exit
 from posttrain_launch.ray import remote
-from posttrain_launch.ray.arrival import SENT, to_text
+from posttrain_launch.ray.jobs.arrival import SENT, to_text
 from posttrain_launch.run.driver import read_frozen
 from posttrain_launch.run.freeze import freeze
 from posttrain_launch.run.job_record import JobRecord, new_record, write_job
