@@ -11,7 +11,9 @@ from pathlib import Path
 
 from posttrain_dist.checkpoint import resume
 from posttrain_dist.config import AutoTuning, Ray, RunConfig, Slurm, problems
+from posttrain_dist.config.cluster import Cluster
 from posttrain_dist.config.hardware import with_nodes
+from posttrain_dist.config.ray_rules import is_job_api, job_api
 from posttrain_dist.config.rules import single_on_many
 from posttrain_dist.config.this_machine import check_hardware
 from posttrain_dist.data.sources import file_sets
@@ -111,6 +113,7 @@ def _cluster_faults(config: RunConfig, verb: str) -> list[PosttrainError]:
         fix = "use cluster=slurm and, for instance, cluster.nodes=2; or cluster=ray and "
         fix += "cluster.address=http://HOST:8265"
         found.append(ConfigError(what, where="cluster", fix=fix))
+    found += _address_faults(cluster, verb)
     if verb == "train":
         found += _faults(lambda: check_hardware(config.hardware, cluster))
     if isinstance(cluster, Slurm) and verb == "submit":
@@ -120,6 +123,19 @@ def _cluster_faults(config: RunConfig, verb: str) -> list[PosttrainError]:
         if cluster.workers is None and workers > 1:
             found.append(single_on_many(workers))
     return found
+
+
+def _address_faults(cluster: Cluster, verb: str) -> list[PosttrainError]:
+    """Jobs go to the HTTP address of a Ray, trainings to the port where its nodes join."""
+    if not isinstance(cluster, Ray) or isinstance(cluster, Slurm):
+        return []
+    if verb == "submit":
+        return _faults(lambda: job_api(cluster.address))
+    if is_job_api(cluster.address or ""):
+        what = f"is {cluster.address}, the job API of a Ray, which takes jobs and no drivers"
+        fix = "posttrain submit with the same arguments; on a node of the cluster, HOST:PORT"
+        return [ConfigError(what, where="cluster.address", fix=fix)]
+    return []
 
 
 def _missing_resources(cluster: Slurm) -> list[PosttrainError]:

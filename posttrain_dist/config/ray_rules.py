@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 
-from posttrain_dist.errors import Rule
+from posttrain_dist.errors import ConfigError, Rule
 
 # Words of a variable's name that stand for a secret; TOKENIZERS_PARALLELISM holds none of them.
 _SECRETS = re.compile(
     r"(^|_)(TOKENS?|(API)?KEYS?|SECRETS?|PASS(WD|WORD|PHRASE)?|CREDENTIALS?|AUTH|PAT)(_|$)"
 )
+API_ADDRESS = "RAY_API_SERVER_ADDRESS"  # Ray's own variable for its job API
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Ray gives each worker its devices, and its processes their token and address.
 _OF_RAY = re.compile(r"RAY_.*|CUDA_VISIBLE_DEVICES")
@@ -96,3 +98,27 @@ def environment_rules(environment: Mapping[str, str]) -> list[Rule]:
             what = "is set by Ray for each of its processes"
             rules.append(Rule(False, key, what, "set it where the nodes are started"))
     return rules
+
+
+def job_api(address: str | None) -> str:
+    """The address of Ray's job API, given or of the environment: "http://host:8265".
+
+    Raises:
+        ConfigError: there is none, or it is one of something else.
+    """
+    address = address or os.environ.get(API_ADDRESS) or ""
+    if is_job_api(address):
+        return address.rstrip("/")
+    host = address.rpartition("/")[2].rpartition(":")[0] or "HOST"
+    what = f"is {address}, which is no address of Ray's job API" if address else "is not set"
+    raise ConfigError(
+        what,
+        where="cluster.address",
+        fix=f"write cluster.address=http://{host}:8265, the dashboard of the head; on a node of "
+        "the cluster, posttrain train cluster=ray cluster.address=HOST:PORT needs no job",
+    )
+
+
+def is_job_api(address: str) -> bool:
+    """Whether it is HTTP, and not the port where nodes join."""
+    return address.startswith(("http://", "https://"))

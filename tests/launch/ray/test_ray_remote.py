@@ -15,7 +15,7 @@ from posttrain_launch.run.job_record import read_job
 from ray_cluster import ray_cluster
 from ray_runs import losses, wait_until
 
-from posttrain_dist.config import Local, ModelConfig, Ray, RunConfig
+from posttrain_dist.config import Local, ModelConfig, Ray, RunConfig, ray_rules
 from posttrain_dist.errors import ClusterError, ConfigError, PosttrainError
 from posttrain_dist.preflight import input_problems
 
@@ -51,17 +51,17 @@ def options(model: Path, rows: Path, root: Path, steps: int = 3) -> list[str]:
     [
         (None, "http://HOST:8265"),
         ("head:6379", "http://head:8265"),
-        ("ray://head:10001", "http://ray://head"),
+        ("ray://head:10001", "http://head:8265"),
     ],
 )
 def test_a_job_api_is_http(address, fix, monkeypatch):
-    monkeypatch.delenv(sending.API_ADDRESS, raising=False)
+    monkeypatch.delenv(ray_rules.API_ADDRESS, raising=False)
     with pytest.raises(ConfigError) as failure:
-        sending.job_api(Ray(address=address))
+        ray_rules.job_api(address)
     assert failure.value.where == "cluster.address"
     assert fix in failure.value.fix
-    monkeypatch.setenv(sending.API_ADDRESS, API)
-    assert sending.job_api(Ray()) == API
+    monkeypatch.setenv(ray_rules.API_ADDRESS, API)
+    assert ray_rules.job_api(None) == API
 
 
 def test_only_slurm_and_ray_take_jobs(tiny_llama, rows_file):

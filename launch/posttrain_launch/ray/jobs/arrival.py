@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from posttrain_dist.config import RunConfig, complete
+from posttrain_dist.config import Ray, RunConfig, complete
 from posttrain_dist.errors import PosttrainError
 from posttrain_dist.preflight import check_inputs
 from posttrain_launch.compose.composer import Composed
@@ -40,6 +41,8 @@ def arrive() -> Path:
     try:
         sent = json.loads(os.environ.pop(SENT, ""))
         config = RunConfig.from_yaml(sent["config"])
+        assert isinstance(config.cluster, Ray)
+        config = replace(config, cluster=replace(config.cluster, shared_folders=True))
         composed = Composed(config, sent["choices"], sent["overrides"])
         command, force = sent["command"], sent["force"]
     except (ValueError, KeyError, TypeError) as error:
@@ -48,5 +51,5 @@ def arrive() -> Path:
             where="posttrain run -",
             fix="name the folder of a run; `-` is for jobs that `posttrain submit` sends to Ray",
         ) from error
-    check_inputs(with_absolute_paths(config))
+    check_inputs(with_absolute_paths(config), "submit")  # what it left out elsewhere
     return freeze(composed, command, force=force)

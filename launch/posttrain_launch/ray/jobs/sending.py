@@ -8,13 +8,13 @@ the cluster (`arrival.py`); files are looked at there.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 import sysconfig
 from pathlib import Path
 
 from posttrain_dist.config import Ray, RunConfig, complete
+from posttrain_dist.config.ray_rules import job_api
 from posttrain_dist.errors import ClusterError, ConfigError, PosttrainError, raise_all
 from posttrain_dist.files import write_atomic
 from posttrain_dist.report.run.plan_section import write_run_plan
@@ -28,7 +28,6 @@ from posttrain_launch.run.driver import read_frozen
 from posttrain_launch.run.freeze import freeze
 from posttrain_launch.run.job_record import JobRecord, new_record, write_job
 
-API_ADDRESS = "RAY_API_SERVER_ADDRESS"  # Ray's own variable for its job API
 STUBS = Path("outputs")  # where a machine without the run folders keeps what it sent
 
 
@@ -47,7 +46,6 @@ def send(composed: Composed, command: str, *, force: bool, dry_run: bool, wait: 
     """
     cluster = composed.config.cluster
     assert isinstance(cluster, Ray)
-    job_api(cluster)  # before a folder is made
     if cluster.shared_folders:
         folder = freeze(composed, command, force=force)
         write_run_plan(read_run(folder))
@@ -55,25 +53,6 @@ def send(composed: Composed, command: str, *, force: bool, dry_run: bool, wait: 
     else:
         record = send_text(composed, command, force=force, dry_run=dry_run)
     return follow(record) if record is not None and wait else 0
-
-
-def job_api(cluster: Ray) -> str:
-    """The address of the job API.
-
-    Raises:
-        ConfigError: there is none, or it is one of something else.
-    """
-    address = cluster.address or os.environ.get(API_ADDRESS) or ""
-    if address.startswith(("http://", "https://")):
-        return address.rstrip("/")
-    host = address.rpartition(":")[0] or "HOST"
-    what = f"is {address}, which is no address of Ray's job API" if address else "is not set"
-    raise ConfigError(
-        what,
-        where="cluster.address",
-        fix=f"write cluster.address=http://{host}:8265, the dashboard of the head; on a node of "
-        "the cluster, posttrain train cluster=ray cluster.address=HOST:PORT needs no job",
-    )
 
 
 def send_run(config: RunConfig, run_folder: Path, *, dry_run: bool = False) -> JobRecord | None:
@@ -93,7 +72,7 @@ def send_run(config: RunConfig, run_folder: Path, *, dry_run: bool = False) -> J
     assert isinstance(cluster, Ray)
     program = cluster.program or f"{sysconfig.get_path('scripts')}/posttrain"
     arguments = ["run", str(run_folder), "--address", "auto"]
-    request = remote.request_to_run(job_api(cluster), config.name, program, arguments)
+    request = remote.request_to_run(job_api(cluster.address), config.name, program, arguments)
     if dry_run:
         print(f"{request.lines()}\n# dry run, nothing submitted; the run is {run_folder}")
         return None
@@ -122,7 +101,7 @@ def send_text(
     cluster = config.cluster
     assert isinstance(cluster, Ray)
     raise_all(relative_paths(config))
-    address = job_api(cluster)
+    address = job_api(cluster.address)
     program = cluster.program or "posttrain"
     request = remote.request_to_run(address, config.name, program, ["run", "-", "--address=auto"])
     request.environment[SENT] = to_text(composed, command, force=force)
