@@ -17,6 +17,7 @@ from typing import Any
 from posttrain_dist import dist
 from posttrain_dist.checkpoint import store
 from posttrain_dist.checkpoint.manifest import Manifest
+from posttrain_dist.checkpoint.save_times import timed_save
 from posttrain_dist.checkpoint.trained_state import state_writer
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.packs.loader import PackedSource
@@ -196,7 +197,8 @@ class Save:
         monitor = self._log.monitor
         best = monitor.best_step if monitor is not None else None
         write = state_writer(self._engine, self._tuning, info.step)
-        store.save(self._folder, manifest, write, keep=self._keep, best=best)
+        with timed_save(self._folder):
+            store.save(self._folder, manifest, write, keep=self._keep, best=best)
 
 
 class EndOnNonfinite:

@@ -1,17 +1,9 @@
 #!/bin/bash
-# What every process of a job shares. The first of the parts of a job script, in this order:
-# environment.sh, preflight.sh, ray_steps.sh, life_cycle.sh; `posttrain submit` writes them below
-# the #SBATCH lines and these variables:
-#   POSTTRAIN_RUN         run folder
-#   POSTTRAIN_BIN         folder of `posttrain` and `ray`
-#   POSTTRAIN_INTERFACE   network interface of gloo and NCCL, may be empty
-#   srun_options, wrap    arrays: options of every srun; a command that every process is run by
+# What every process of a job shares.
 set -u
 ulimit -c 0 # a Ray process that is ended may leave a core of 300 MB
 
-log() { echo "[$(date +%T)] $*"; }
-
-export PATH=$POSTTRAIN_BIN:$PATH PYTHONUNBUFFERED=1 NO_COLOR=1
+export PATH PYTHONUNBUFFERED=1 NO_COLOR=1
 export RAY_USAGE_STATS_ENABLED=0 HF_HUB_DISABLE_TELEMETRY=1 DO_NOT_TRACK=1
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # else each node drains for 30 s at the end
 export RAY_prestart_worker_first_driver=0      # Ray Train starts processes of its own
@@ -29,11 +21,12 @@ rm -f "$RAY_AUTH_TOKEN_PATH"
 
 # Ray's sockets: on the node itself, and short (a socket's path has at most 107 bytes).
 POSTTRAIN_TEMP=${TMPDIR:-/tmp}/ray-$SLURM_JOB_ID
-[ ${#POSTTRAIN_TEMP} -le 40 ] || POSTTRAIN_TEMP=/tmp/ray-$SLURM_JOB_ID
+[ ${#POSTTRAIN_TEMP} -le 38 ] || POSTTRAIN_TEMP=/tmp/ray-$SLURM_JOB_ID
 export POSTTRAIN_TEMP
 
 # This script runs on the first node. An address, not a name: gRPC has a resolver of its own, which
 # does not always find what the system finds.
+# shellcheck disable=SC2317  # called on the nodes
 own_address() {
   local found
   if [ -n "$POSTTRAIN_INTERFACE" ]; then
@@ -46,11 +39,5 @@ own_address() {
 }
 export -f own_address
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-export POSTTRAIN_HEAD=${nodes[0]} POSTTRAIN_PORT=$((20000 + SLURM_JOB_ID % 10000))
-export RAY_ADDRESS
-RAY_ADDRESS=$(own_address):$POSTTRAIN_PORT
-log "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, nodes ${nodes[*]}, Ray at $RAY_ADDRESS"
-
-# A checkpoint that is newer than this file is one of this start.
-started=$POSTTRAIN_RUN/ray/started-$SLURM_JOB_ID
-touch "$started"
+export POSTTRAIN_HEAD=${nodes[0]}
+log "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, nodes ${nodes[*]}"

@@ -1,12 +1,14 @@
 #!/bin/bash
 # Wait, and pass on what Slurm says. The job has succeeded when the run folder holds FINISHED, and
-# only then.
+# only then. What follows from an end is decided by posttrain_launch.lifecycle; docs/slurm.md has the
+# table.
 
-# USR1: the time limit is near. srun hands USR1 on to the driver, which saves and ends; of a TERM
-# it would make a KILL.
-asked_to_stop=0
-trap 'log "USR1: the time limit is near"; asked_to_stop=1; kill -USR1 $driver' USR1
-trap 'log "TERM: the job is being ended"; kill -USR1 $driver' TERM
+# USR1: the time limit is near (the driver knows by itself, and this comes if it does not). srun
+# hands USR1 on to the driver, which saves and ends; of a TERM it would make a KILL.
+# TERM: Slurm ends the job now, to cancel it or to queue it again; srun has had it too.
+signal=none
+trap 'log "USR1: the time limit is near"; signal=USR1; kill -USR1 $driver' USR1
+trap 'log "TERM: Slurm ends the job"; signal=TERM' TERM
 
 ended=
 while :; do # a signal that is trapped ends `wait` too
@@ -14,39 +16,53 @@ while :; do # a signal that is trapped ends `wait` too
   code=$?
   [ -z "${ended:-}" ] || break
 done
+ray_ended=()
 if [ "$ended" = "$ray" ]; then
   log "Ray ended first, with exit code $code: see logs/ray-$SLURM_JOB_ID-*.log"
+  ray_ended=(--ray-ended)
   kill -TERM "$driver" 2>/dev/null
   wait "$driver"
-  code=75
+  code=$?
 fi
+kill "$clock" 2>/dev/null
 
-# The end.
+# What now? One line, ACTION CODE; where Python cannot run any more, what the driver's code says.
+ask=("${wrap[@]}" python3 -P -m posttrain_launch.lifecycle.after "$POSTTRAIN_RUN" --code "$code"
+  --signal "$signal" "${ray_ended[@]}" --state "$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null)")
+if [ ${#srun_options[@]} -gt 0 ]; then
+  ask=(srun "${srun_options[@]}" --overlap --nodes=1 --ntasks=1 --nodelist="$POSTTRAIN_HEAD" "${ask[@]}")
+fi
+reason=$(mktemp)
+if ! read -r action job_code < <("${ask[@]}" 2>"$reason"); then
+  cat "$reason"
+  action=end job_code=$code
+  case $code in 75 | 85) action=requeue ;; esac
+fi
+log "driver ended with exit code $code: $(tail -n 1 "$reason"); $action"
+rm -f "$reason"
+
+# End Ray, and keep its logs. TERM of an srun is KILL for its step, on each node that still answers.
 kill -TERM "$ray" 2>/dev/null
 wait "$ray" 2>/dev/null
 # shellcheck disable=SC2016  # expanded on the nodes
-srun --overlap --output=/dev/null bash -c '
+timeout 30 srun --overlap --output=/dev/null bash -c '
   logs=$POSTTRAIN_RUN/ray/logs-$SLURMD_NODENAME
-  rm -rf "$logs" && cp -rL "$POSTTRAIN_TEMP/session_latest/logs" "$logs"
+  rm -rf "$logs" && cp -rL "$POSTTRAIN_TEMP/r/session_latest/logs" "$logs"
   rm -rf "$POSTTRAIN_TEMP"'
-rm -f "$RAY_AUTH_TOKEN_PATH"
+rm -f "$RAY_AUTH_TOKEN_PATH" "$POSTTRAIN_HEAD_FILE" "$POSTTRAIN_DEADLINE_FILE"
 
-if [ -e "$POSTTRAIN_RUN/FINISHED" ]; then
-  log "finished"
-  exit 0
+if [ "$action" = wait ]; then
+  # Slurm queues a preempted job again only if the script is still there when its grace time ends;
+  # then TERM comes. If it does not come at all, the preemption was called off.
+  for _ in $(seq 600); do
+    [ $signal = TERM ] && exit "$job_code"
+    sleep 1
+  done
+  log "Slurm has not ended the job within 600 s: back into the queue"
+  action=requeue
 fi
-if [ $asked_to_stop = 1 ]; then
-  # Only after progress: a job that saves nothing before its limit would come back for ever.
-  saved=$(find "$POSTTRAIN_RUN/checkpoints" -path '*/step-*[0-9]/MANIFEST.json' -newer "$started" \
-    -print -quit 2>/dev/null)
-  if [ -n "$saved" ]; then
-    log "not finished at the time limit, saved $saved: back into the queue"
-    scontrol requeue "$SLURM_JOB_ID"
-  else
-    log "nothing was saved before the time limit, so not queued again: raise cluster.time, set" \
-      "train.save_every, or ask for more time to save (--signal at the top of this script)"
-  fi
+if [ "$action" = requeue ]; then
+  # Refused where Slurm has queued the job already: it is started once.
+  scontrol requeue "$SLURM_JOB_ID"
 fi
-log "not finished; exit code of the driver: $code"
-[ "$code" != 0 ] || code=1
-exit "$code"
+exit "$job_code"

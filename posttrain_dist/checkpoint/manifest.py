@@ -142,6 +142,18 @@ def is_step_name(name: str) -> bool:
     return name.startswith("step-") and name.removeprefix("step-").isdecimal()
 
 
+def newest_step(run_folder: Path) -> int:
+    """Step of a run's newest checkpoint that `fault_of` finds nothing wrong with; 0: none."""
+    found = (run_folder / "checkpoints").glob("step-*")
+    newest_first = sorted(
+        (path for path in found if is_step_name(path.name)),
+        key=lambda path: int(path.name.removeprefix("step-")),
+        reverse=True,
+    )
+    whole = (path for path in newest_first if is_whole(path))
+    return next((int(path.name.removeprefix("step-")) for path in whole), 0)
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a whole checkpoint.
 

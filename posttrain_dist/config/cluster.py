@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -15,8 +14,6 @@ from posttrain_dist.config.ray_rules import (
 from posttrain_dist.errors import Rule, at_least
 
 MAX_MACHINES = 100_000  # nodes, CPUs, GPUs
-# Not of digits alone: minutes, as which nobody means the 28800 that YAML makes of 8:00:00.
-_TIME = re.compile(r"\d+:\d{1,2}(:\d{1,2})?|\d+-\d{1,2}(:\d{1,2}){0,2}|UNLIMITED|infinite")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,6 +55,20 @@ class Ray(Cluster):
     program: str | None = None  # posttrain on the nodes, for `submit`; null: as here, or by PATH
 
 
+class GpuRequest(Enum):
+    """How a site's Slurm is asked for GPUs."""
+
+    gpus_per_node = "gpus_per_node"  # --gpus-per-node=h100:8
+    gres = "gres"  # --gres=gpu:h100:8
+
+
+class ContainerRuntime(Enum):
+    """What runs a container image."""
+
+    pyxis = "pyxis"  # NVIDIA's plugin of Slurm, over enroot: srun --container-image
+    apptainer = "apptainer"  # and Singularity, whose commands are the same: apptainer exec
+
+
 @dataclass(kw_only=True, slots=True)
 class Slurm(Ray):
     """Ray inside a Slurm job; `posttrain submit` writes the job. `address` is set in the job."""
@@ -65,19 +76,40 @@ class Slurm(Ray):
     nodes: int = 1
     gpus_per_node: int | None = None  # 0: a job on CPUs; `posttrain submit` wants it said
     cpus_per_node: int | None = None  # null: 4 for each GPU of a node, 2 where it has none
-    memory_per_node: str | None = None  # as Slurm's --mem: "64G"
+    memory_per_node: str | None = None  # as Slurm's --mem: "64G"; "0": all of a node
+    time: str | None = None  # as Slurm's --time, "08:00:00"; `posttrain submit` wants it said
     partition: str | None = None
     account: str | None = None
-    time: str | None = None  # as Slurm's --time, "08:00:00"; `posttrain submit` wants it said
+    qos: str | None = None
+    constraint: str | None = None  # features of the nodes, as Slurm's --constraint: "a100&ib"
+    exclude: list[str] = field(default_factory=list)  # nodes: ["node7", "node[10-12]"]
+    reservation: str | None = None
+    mail: str | None = None  # address that Slurm writes to
+    mail_events: list[str] = field(default_factory=lambda: ["END", "FAIL"])
+    gpu_type: str | None = None  # as the site's Slurm calls it: "h100"
+    gpu_request: GpuRequest = GpuRequest.gpus_per_node
+    requeue: bool = True  # back into the queue at the time limit, after preemption, a lost node
+    modules: list[str] = field(default_factory=list)  # module load, in this order
+    # Lines of shell before Python: ["source /env/bin/activate"]; one that fails ends the job.
+    setup: list[str] = field(default_factory=list)
+    container: str | None = None  # image that everything but the job script runs in
+    container_runtime: ContainerRuntime = ContainerRuntime.pyxis
+    # More folders that the container sees, "/data", "/data:/mnt" or "/data:/mnt:ro"; those of the
+    # run, its model and its data are seen already.
+    container_mounts: list[str] = field(default_factory=list)
+    preflight: bool = True  # look at every node before anything is loaded on it
+    preflight_deadline_s: int = 180  # that modules and setup may take, and then the look
+    start_deadline_s: int = 300  # until Ray has all nodes and GPUs of the job
+    exclude_bad_nodes: bool = False  # queue the job again without the nodes that preflight refuses
     network_interface: str | None = None  # for gloo and NCCL, e.g. "eth0"; null: they choose
-    extra: list[str] = field(default_factory=list)  # more sbatch options: ["--qos=high"]
+    extra: list[str] = field(default_factory=list)  # more sbatch options: ["--nice=100"]
 
 
 def cluster_rules(cluster: Cluster) -> list[Rule]:
     """What must hold among the values of the group `cluster`."""
     if not isinstance(cluster, Ray):
         return []
-    rules = [
+    return [
         at_least("cluster.workers", cluster.workers, 1, MAX_MACHINES),
         at_least("cluster.max_failures", cluster.max_failures, 0),
         Rule(
@@ -99,17 +131,3 @@ def cluster_rules(cluster: Cluster) -> list[Rule]:
             "leave it out, and set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH in the environment",
         ),
     ]
-    if isinstance(cluster, Slurm):
-        rules += [
-            at_least("cluster.nodes", cluster.nodes, 1, MAX_MACHINES),
-            at_least("cluster.cpus_per_node", cluster.cpus_per_node, 1, MAX_MACHINES),
-            at_least("cluster.gpus_per_node", cluster.gpus_per_node, 0, MAX_MACHINES),
-            Rule(
-                cluster.time is None or bool(_TIME.fullmatch(cluster.time)),
-                "cluster.time",
-                f"is {cluster.time!r}, which Slurm does not read",
-                "write hours:minutes:seconds or days-hours:minutes:seconds, such as 08:00:00; in a "
-                'YAML file in quotes, time: "08:00:00", for it is a number there otherwise',
-            ),
-        ]
-    return rules

@@ -11,6 +11,7 @@ from posttrain_dist.checkpoint import checkpoint_rules
 from posttrain_dist.config.cluster import Ray, cluster_rules
 from posttrain_dist.config.groups import eval_rules, train_rules
 from posttrain_dist.config.hardware import hardware_rules, nodes_rules, with_nodes
+from posttrain_dist.config.job_rules import job_rules
 from posttrain_dist.config.run_config import SLOTS, RunConfig, untouched_slots
 from posttrain_dist.config.value_types import type_problems
 from posttrain_dist.data import data_rules, template_rules
@@ -114,6 +115,7 @@ def all_rules(config: RunConfig) -> list[Rule]:
         *config.tuning.rules(),
         *engine_rules(config.engine),
         *cluster_rules(config.cluster),
+        *job_rules(config.cluster),
         *hardware_rules(config.hardware),
         *nodes_rules(config.hardware, config.cluster),
         *_rules_between_groups(config),

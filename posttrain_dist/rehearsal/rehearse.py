@@ -28,6 +28,7 @@ import torch
 from posttrain_dist import dist
 from posttrain_dist.checkpoint import store
 from posttrain_dist.checkpoint.manifest import Manifest
+from posttrain_dist.checkpoint.save_times import timed_save
 from posttrain_dist.checkpoint.trained_state import state_writer
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.packs.collate import filler
@@ -118,7 +119,8 @@ class Rehearsal:
         manifest = replace(self.manifest, step=0)
         dist.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))  # of a start that died
         try:
-            store.save(folder, manifest, state_writer(engine, tuning, 0), keep=0)
+            with timed_save(self.run_folder):
+                store.save(folder, manifest, state_writer(engine, tuning, 0), keep=0)
         finally:
             if dist.rank() == 0:  # alone: where it failed, the others may be gone
                 shutil.rmtree(folder, ignore_errors=True)

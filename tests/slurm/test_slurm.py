@@ -1,38 +1,14 @@
-"""One run on a real two-node Slurm, from `posttrain submit` to FINISHED."""
+"""One run on a real two-node Slurm, from `posttrain submit` to FINISHED, with a break between."""
 
-import contextlib
 import json
-import os
 import shutil
-import subprocess
-import sys
-import sysconfig
-import tempfile
-import time
-from pathlib import Path
 
 import pytest
+from posttrain_launch.lifecycle import starts
+from slurm_cluster import LIVE, POSTTRAIN, last_words, losses, missing, step_of, waited
 
-from posttrain_dist.files import read_rows
-
-CLUSTER = Path(__file__).parent / "cluster.sh"
-POSTTRAIN = Path(sysconfig.get_path("scripts")) / "posttrain"
-TIMEOUT_S = 400  # of the job; on two idle cores it takes about 40 s
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
-
-
-def missing() -> str | None:
-    """Why this machine cannot have such a cluster."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        return "a Slurm of namespaces needs root on Linux"
-    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
-    absent = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
-    if absent:
-        return f"not installed (Debian: slurm-wlm, munge, iproute2): {', '.join(absent)}"
-    if subprocess.run(["unshare", "--mount", "--net", "true"], capture_output=True).returncode:
-        return "no right to make namespaces (CAP_SYS_ADMIN)"
-    return None
-
+TIMEOUT_S = 400  # of the job; on two idle cores it takes about 70 s
+STEPS = 6
 
 pytestmark = [
     pytest.mark.slurm,
@@ -41,129 +17,93 @@ pytestmark = [
 ]
 
 
-class Cluster:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self("up", "2")
-
-    def __call__(self, *words: str, code: int = 0) -> str:
-        environment = {
-            **os.environ,
-            "SLURM_CONF": str(self.folder / "slurm.conf"),
-            "TMPDIR": str(self.folder / "tmp"),  # private to each node, as on real ones
-        }
-        command = ["bash", str(CLUSTER), str(self.folder), *words]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == code, f"{words}:\n{done.stdout}\n{done.stderr}"
-        return done.stdout + done.stderr
-
-    def login(self, *words: str, code: int = 0) -> str:
-        return self("login", *words, code=code)
-
-    def state(self, job: str) -> str:
-        return self.login("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
-
-    def processes(self) -> dict[int, str]:
-        """Everything alive that was started for this cluster or in it: pid -> command."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                environment = (folder / "environ").read_bytes()
-                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
-                if str(self.folder).encode() in environment + command:
-                    found[int(folder.name)] = command.decode(errors="replace")
-        return found
-
-
-@pytest.fixture
-def cluster():
-    # Not below pytest's folder: a socket's path may have 107 bytes only.
-    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/var/tmp"))
-    try:
-        cluster = Cluster(folder)
-        yield cluster
-    finally:
-        subprocess.run(["bash", str(CLUSTER), str(folder), "down"], timeout=120)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def losses(run_folder: Path) -> dict[int, float]:
-    rows = read_rows(run_folder / "metrics.jsonl")
-    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
-
-
-def the_run(root: Path) -> Path:
-    [folder] = (root / "run").iterdir()
-    return folder
-
-
-def last_words(run_folder: Path) -> str:
-    logs = sorted((run_folder / "logs").glob("*.log"))
-    return "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in logs)
-
-
-def test_two_nodes_train_as_two_processes_here_do(cluster, tmp_path, run_workers):
-    run = [
+def words(engine: str, nodes: int) -> list[str]:
+    return [
         "model.path=tiny_base",
         "data.train=embedded",
         "data.max_length=256",
-        "engine=zero1",
-        "train.steps=2",
+        f"engine={engine}",
+        f"train.steps={STEPS}",
         "train.batch_size=4",
         "train.dtype=float32",
+        "train.log_every=1",
         "optimizer.lr=0.003",
         "logging.wandb=off",
-        "cluster.workers=2",
-    ]
-    submit = [
-        str(POSTTRAIN),
-        "submit",
-        *run,
-        "cluster=slurm",
-        "cluster.nodes=2",
+        f"cluster.workers={nodes}",
+        f"cluster.nodes={nodes}",
         "cluster.cpus_per_node=1",
         "cluster.gpus_per_node=0",
-        "cluster.network_interface=eth0",
-        "cluster.time='00:15:00'",
+        "cluster.time=00:15:00",
     ]
-    elsewhere = ["cluster.partition=nowhere", f"output_root={tmp_path / 'refused'}"]
-    refused = cluster.login(*submit, *elsewhere, code=1)
-    assert "sbatch refused the job" in refused
-    assert "invalid partition specified: nowhere" in refused
 
-    submitted = cluster.login(*submit, f"output_root={tmp_path / 'slurm'}")
-    assert "2 nodes with 0 GPUs and 1 CPUs each, time 00:15:00" in submitted
-    job = submitted.partition("submitted job ")[2].split()[0]
-    run_folder = the_run(tmp_path / "slurm")
-    end = time.monotonic() + TIMEOUT_S
-    while (state := cluster.state(job)) in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
-        assert time.monotonic() < end, last_words(run_folder)
-        time.sleep(0.5)
 
-    assert state == "COMPLETED", last_words(run_folder)
-    finished = json.loads((run_folder / "FINISHED").read_text())
-    assert finished["step"] == 2
-    # One worker on each node: a rank's log is written by the node that it ran on.
-    ray_logs = sorted(log.name for log in (run_folder / "logs").glob("ray-*.log"))
-    assert ray_logs == [f"ray-{job}-node1.log", f"ray-{job}-node2.log"]
-    assert sorted(log.name for log in (run_folder / "ray").glob("logs-*")) == [
-        "logs-node1",
-        "logs-node2",
-    ]
-    assert not list((run_folder / "ray").glob("token-*"))
-    for words in ("gcs_server", "raylet", "ray::", "posttrain", "srun"):
-        left = [command for command in cluster.processes().values() if words in command]
-        assert not left, left
-    cluster("down")
-    assert cluster.processes() == {}
+def the_same_here(run_folder, nodes, tmp_path, run_workers):
+    """Losses of the same frozen run without Slurm and Ray.
 
-    # The same frozen run without Slurm and Ray; that a local Ray gives these numbers too is told
-    # by tests/launch/ray.
+    That a local Ray gives these numbers too is told by tests/launch/ray.
+    """
     plain = tmp_path / "plain"
     plain.mkdir()
     shutil.copy(run_folder / "config.yaml", plain)
     shutil.copytree(run_folder / "prepared", plain / "prepared")
-    run_workers("train_runs.py", 2, plain)
-    there, here = losses(run_folder), losses(plain)
-    assert list(there) == [1, 2]
+    run_workers("train_runs.py", nodes, plain)
+    return losses(plain)
+
+
+@pytest.mark.parametrize(
+    ("engine", "nodes"),
+    [
+        pytest.param("zero2", 2),
+        pytest.param("zero3", 2, marks=pytest.mark.slow),
+        pytest.param("zero2", 4, marks=pytest.mark.slow),
+        pytest.param("zero3", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_nodes_train_as_processes_here_do(engine, nodes, made_cluster, tmp_path, run_workers):
+    cluster = made_cluster(nodes)
+    refused = cluster.login(
+        str(POSTTRAIN),
+        "submit",
+        *words(engine, nodes),
+        "cluster=slurm",
+        "cluster.partition=nowhere",
+        f"output_root={tmp_path / 'refused'}",
+        code=1,
+    )
+    assert "sbatch refused the job" in refused
+    assert "invalid partition specified: nowhere" in refused
+
+    job, run_folder = cluster.submit(*words(engine, nodes), root=tmp_path / "slurm")
+    # In the middle it is asked to save and leave, as it is when its time is up.
+    waited(lambda: step_of(run_folder) >= 2, TIMEOUT_S, run_folder)
+    cluster.login("scancel", "--batch", "--signal=USR1", job)
+    waited(lambda: len(starts.read(run_folder)) > 1 or lifted(cluster, job), 120, run_folder)
+    waited(lambda: cluster.state(job) not in LIVE, TIMEOUT_S, run_folder)
+    assert cluster.state(job) == "COMPLETED", last_words(run_folder)
+
+    assert json.loads((run_folder / "FINISHED").read_text())["step"] == STEPS
+    first, second = starts.read(run_folder)
+    assert (first["cause"], first["code"], first["action"]) == ("time_limit", 85, "requeue")
+    assert 2 <= first["step"] == second["before"] < STEPS
+    assert (second["cause"], second["restart_count"], second["job"]) == ("finished", 1, job)
+    # One worker on each node: a rank's log is written by the node that it ran on.
+    names = [f"node{i + 1}" for i in range(nodes)]
+    logs = sorted(log.name for log in (run_folder / "logs").glob("ray-*.log"))
+    assert logs == [f"ray-{job}-{name}.log" for name in names]
+    kept = sorted(log.name for log in (run_folder / "ray").glob("logs-*"))
+    assert kept == [f"logs-{name}" for name in names]
+    assert not list((run_folder / "ray").glob("token-*"))
+    assert cluster.of_jobs() == []
+    cluster("down")
+    assert cluster.processes() == {}
+
+    there, here = losses(run_folder), the_same_here(run_folder, nodes, tmp_path, run_workers)
+    assert list(there) == list(range(1, STEPS + 1))
     assert there == pytest.approx(here, rel=1e-6)
+
+
+def lifted(cluster, job) -> bool:
+    """False, after the two minutes were taken back that Slurm lets a job wait."""
+    if cluster.state(job) == "PENDING":
+        cluster.lift_hold(job)
+    return False

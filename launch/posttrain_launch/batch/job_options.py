@@ -3,37 +3,81 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
-from posttrain_dist.config import Slurm
+from posttrain_dist.config import RunConfig, Slurm
+from posttrain_dist.config.cluster import GpuRequest
+from posttrain_dist.config.job_rules import time_limit_s
+from posttrain_dist.errors import ConfigError
+from posttrain_dist.planner.plan_file import read_plan
+from posttrain_launch.lifecycle.lead import FLOOR_S, stop_lead_s, within_limit
 
-# USR1 this long before the time limit: time for one step, a checkpoint and the end of Ray. A model
-# that needs more asks for it: cluster.extra=["--signal=B:USR1@600"].
-SIGNAL_BEFORE_END_S = 120
+Options = Mapping[str, str | int | None]
+_LONGEST_SIGNAL_S = 65_535  # that sbatch takes
 
 
-def options(name: str, cluster: Slurm, run_folder: Path) -> list[str]:
-    """The options of sbatch, one per #SBATCH line."""
-    log = str(run_folder / "logs" / "slurm-").replace("%", "%%") + "%j.log"
+def options(
+    name: str,
+    cluster: Slurm,
+    run_folder: Path,
+    *,
+    lead_s: float = FLOOR_S,
+    changes: Options | None = None,
+) -> list[str]:
+    """The options of sbatch, one per #SBATCH line.
+
+    Args:
+        name: of the job.
+        run_folder: where its log goes, and where it begins.
+        lead_s: seconds before the time limit at which the run is asked to save.
+        changes: options that replace those, or are added, by their long names: {"array": "0-5%2"};
+            None leaves one out.
+
+    Raises:
+        ConfigError: the folder's name cannot stand in a job script.
+    """
     values: dict[str, str | int | None] = {
         "job-name": name,
         "nodes": cluster.nodes,
         "ntasks-per-node": 1,
         "cpus-per-task": _cpus(cluster),
-        "gpus-per-node": cluster.gpus_per_node or None,
+        **_gpus(cluster),
         "mem": cluster.memory_per_node,
         "time": cluster.time,
         "partition": cluster.partition,
         "account": cluster.account,
-        "chdir": str(run_folder),
-        "output": log,
-        "open-mode": "append",  # a job that is requeued keeps its log
-        "signal": f"B:USR1@{SIGNAL_BEFORE_END_S}",
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "exclude": ",".join(cluster.exclude) or None,
+        "reservation": cluster.reservation,
+        "mail-user": cluster.mail,
+        "mail-type": ",".join(cluster.mail_events) if cluster.mail else None,
+        "chdir": _path(run_folder),
+        "output": _path(run_folder / "logs" / "slurm-").replace("%", "%%") + "%j.log",
+        "open-mode": "append",  # a job that is queued again keeps its log
+        "signal": f"B:USR1@{min(math.ceil(lead_s), _LONGEST_SIGNAL_S)}",
+        **(changes or {}),
     }
-    set_options = [
-        f"--{key}={_quoted(value)}" for key, value in values.items() if value is not None
-    ]
-    return [*set_options, "--requeue", *cluster.extra]
+    found = [f"--{key}={_quoted(value)}" for key, value in values.items() if value is not None]
+    return [*found, "--requeue" if cluster.requeue else "--no-requeue", *cluster.extra]
+
+
+def signal_lead_s(config: RunConfig, run_folder: Path) -> float:
+    """Seconds before the time limit at which Slurm is to signal: what is known before the start.
+
+    From the planned times of a save and of a step (plan.json of the run folder); at most half of
+    the time limit. The run itself stops by what it measures; the signal comes where that fails.
+    """
+    cluster = config.cluster
+    assert isinstance(cluster, Slurm)
+    plan = read_plan(run_folder) if (run_folder / "plan.json").is_file() else {}
+    speed = (plan.get("plan") or {}).get("speed") or {}
+    lead = FLOOR_S
+    if speed:
+        # A plan of a machine that nobody measured is a guess: never below the floor.
+        lead = max(FLOOR_S, stop_lead_s(float(speed["checkpoint_s"]), float(speed["step_s"])))
+    return math.ceil(within_limit(lead, time_limit_s(cluster)))
 
 
 def resources(cluster: Slurm) -> str:
@@ -49,6 +93,28 @@ def _cpus(cluster: Slurm) -> int:
     return max(2, math.ceil(max(4.0, cluster.cpus_per_worker) * (cluster.gpus_per_node or 0)))
 
 
+def _gpus(cluster: Slurm) -> dict[str, str]:
+    if not cluster.gpus_per_node:
+        return {}
+    kind = [cluster.gpu_type] if cluster.gpu_type else []
+    if cluster.gpu_request is GpuRequest.gres:
+        return {"gres": ":".join(["gpu", *kind, str(cluster.gpus_per_node)])}
+    return {"gpus-per-node": ":".join([*kind, str(cluster.gpus_per_node)])}
+
+
+def _path(path: Path) -> str:
+    if not str(path).isprintable():
+        raise ConfigError(
+            f"makes the run folder {str(path)!r}, whose name cannot stand in a job script",
+            where="output_root",
+            fix="set output_root to a folder without line breaks and control characters",
+        )
+    return str(path)
+
+
 def _quoted(value: str | int) -> str:
+    """A value as sbatch reads it: it splits words and knows quotes, comments and backslashes."""
     text = str(value)
-    return f'"{text}"' if any(letter.isspace() for letter in text) else text
+    if not any(letter.isspace() or letter in "\"'\\#" for letter in text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -10,9 +10,11 @@ from pathlib import Path
 from posttrain_dist.config import RunConfig, Slurm
 from posttrain_dist.errors import ClusterError, ConfigError
 from posttrain_dist.files import write_atomic
+from posttrain_launch.batch.follow import job_state
 from posttrain_launch.batch.job_options import resources
 from posttrain_launch.batch.job_script import render
-from posttrain_launch.run.job_record import new_record, write_job
+from posttrain_launch.batch.refusals import cure_of
+from posttrain_launch.run.job_record import new_record, read_job, write_job
 
 
 def submit(config: RunConfig, run_folder: Path, dry_run: bool = False) -> str | None:
@@ -28,7 +30,7 @@ def submit(config: RunConfig, run_folder: Path, dry_run: bool = False) -> str | 
 
     Raises:
         ConfigError: the run is not one for Slurm.
-        ClusterError: there is no sbatch here, or it refuses the job.
+        ClusterError: there is no sbatch here, or it refuses the job, or a job drives the run.
     """
     if not isinstance(config.cluster, Slurm):
         raise ConfigError(
@@ -38,6 +40,8 @@ def submit(config: RunConfig, run_folder: Path, dry_run: bool = False) -> str | 
         )
     script = run_folder / "job.sbatch"
     text = render(config, run_folder)
+    if not dry_run:
+        refuse_second_job(run_folder)
     write_atomic(script, text)
     script.chmod(0o755)
     (run_folder / "logs").mkdir(exist_ok=True)  # Slurm opens its log there before the job begins
@@ -52,8 +56,26 @@ def submit(config: RunConfig, run_folder: Path, dry_run: bool = False) -> str | 
     print(f"  state:     squeue --job {job_id}")
     print(f"  progress:  tail -F {shlex.quote(str(run_folder / 'logs' / f'slurm-{job_id}.log'))}")
     print(f"  cancel:    scancel {job_id}")
-    print(f"  run:       {run_folder}  (done when it holds FINISHED)")
+    print(f"  run:       {run_folder}  (done when it holds FINISHED)", flush=True)
     return job_id
+
+
+def refuse_second_job(run_folder: Path) -> None:
+    """Refuse a run that a job drives already, or is going to.
+
+    Raises:
+        ClusterError: it does.
+    """
+    record = read_job(run_folder)
+    if record is None or record.system != "slurm" or shutil.which("squeue") is None:
+        return
+    state = job_state(record.id)
+    if state.is_live:
+        raise ClusterError(
+            f"job {record.id} drives this run already: {state.state}",
+            where=str(run_folder),
+            fix=f"wait for it (squeue --job {record.id}), or end it with scancel {record.id}",
+        )
 
 
 def sbatch(script: Path) -> str:
@@ -78,9 +100,10 @@ def sbatch(script: Path) -> str:
     )
     if done.returncode != 0:
         answer = (done.stderr or done.stdout).strip().replace("\n", "; ")
+        cure = cure_of(answer)
         raise ClusterError(
             f"sbatch refused the job: {answer}",
-            where=str(script),
-            fix="change the cluster.* value that it names (partition, account, time, nodes …)",
+            where=cure.key,
+            fix=f"{cure.fix}; the script is {script}",
         )
     return done.stdout.strip().split(";")[0]  # "id" or "id;cluster"

@@ -66,11 +66,6 @@ class CommandLine:
         return "--dry-run" in self.own
 
     @property
-    def wait(self) -> bool:
-        """Whether `submit` is to follow the job to its end."""
-        return "--wait" in self.own
-
-    @property
     def force(self) -> bool:
         """Whether what cannot fit is to be started all the same."""
         return FORCE in self.own

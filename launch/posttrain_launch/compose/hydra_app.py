@@ -84,7 +84,9 @@ more examples
 MORE = {
     "train": FORCE,
     "submit": "  --dry-run           write the job and submit nothing\n"
-    "  --wait              follow the job to its end; its exit code\n" + FORCE,
+    "  --wait              follow the job to its end; the exit code is that of the run\n"
+    + FORCE
+    + "\nagain\n  posttrain submit RUN_FOLDER sends a run again, which goes on\n",
     "plan": PLAN,
     "inspect": "  --template          show a conversation turn by turn, as it is rendered\n",
     "evaluate": "  --adapter NAME=DIR  an adapter of this model, which gets a column of its own;\n"

@@ -15,12 +15,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain_dist.config import Ray, RunConfig, Slurm
-from posttrain_dist.errors import ClusterError, PosttrainError, error_of
+from posttrain_dist.errors import ClusterError, ClusterLost, PosttrainError, error_of
 from posttrain_dist.files.temporary import remove_temporary
 from posttrain_launch.ray import temp_folder
 from posttrain_launch.ray.gate import CLOSED, OPEN, set_gate
@@ -28,6 +28,7 @@ from posttrain_launch.ray.head_watch import HeadWatch, address_file, leave_train
 from posttrain_launch.ray.token import use_given_token
 
 TERM_GRACE_S = 5.0
+FROM_SCHEDULER = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def run(config: RunConfig, run_folder: Path, address: str | None = None) -> None:
@@ -85,7 +86,7 @@ class Job:
     child: subprocess.Popen[bytes]
     run_folder: Path
     log: Path
-    joined: bool  # a Ray that was there before, and is there afterwards
+    joined: bool = False  # a Ray that was there before, and is there afterwards
 
     def finish(self) -> None:
         """Let it train on the prepared data, and wait for its end.
@@ -121,7 +122,9 @@ class Job:
         if code == 0:
             return None
         ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        return ClusterError(
+        # Ray ends a process whose head is lost, without an exception in it.
+        error = ClusterLost if self.joined else ClusterError
+        return error(
             f"the Ray job ended {ended}",
             where=str(self.log),
             fix="its last lines say what happened",
@@ -163,7 +166,10 @@ def _start_child(
         environment["RAY_prestart_worker_first_driver"] = "0"
     if temp_dir is not None:
         command += ["--temp-dir", str(temp_dir)]
-    with log.open("ab") as out:
+    # What a scheduler sends to all processes of a job is the driver's to hear: it has the run saved
+    # and ends this one when that is done.
+    left_to_driver = FROM_SCHEDULER if address else ()
+    with log.open("ab") as out, _blocked(left_to_driver):
         return subprocess.Popen(
             command,
             stdin=subprocess.PIPE,  # never written: its end shows the child that we died
@@ -172,6 +178,16 @@ def _start_child(
             env=environment,
             start_new_session=True,
         )
+
+
+@contextlib.contextmanager
+def _blocked(numbers: Iterable[int]) -> Iterator[None]:
+    """What is started inside does not get these signals, from its first moment."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def quiet_environment() -> dict[str, str]:

@@ -11,13 +11,13 @@ import importlib
 import json
 import os
 import resource
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,21 @@ import ray
 from posttrain_dist.config import Ray, RunConfig, Slurm
 from posttrain_dist.config.rules import single_on_many
 from posttrain_dist.engine import Single
-from posttrain_dist.errors import ClusterError, PosttrainError, error_fields
+from posttrain_dist.errors import ClusterError, ClusterLost, PosttrainError, error_fields
 from posttrain_dist.files import write_atomic
 from posttrain_dist.logs import unfailing
 from posttrain_launch.ray import private_names
 from posttrain_launch.ray.child import error_file
 from posttrain_launch.ray.gate import is_soon, wait_for_data
 from posttrain_launch.ray.head_watch import address_file
-from posttrain_launch.ray.placement import missing_now, place, read_nodes
+from posttrain_launch.ray.placement import Node, missing_now, place, read_nodes
 from posttrain_launch.ray.temp_folder import ray_folder
 from posttrain_launch.ray.token import check_given_token, refusal
 from posttrain_launch.ray.workers import WorkerError
 
 OBJECT_STORE_BYTES = 200_000_000  # nothing large travels through it
 JOIN_TIMEOUT_S = 10.0  # for a running Ray to answer
-SLURM_TIMEOUT_S = 120.0  # the same in a Slurm job, where it is still starting; and for all nodes
+NODE_LABEL = "posttrain-node"  # of a Ray node in a Slurm job: what Slurm calls it
 
 
 def main() -> None:
@@ -52,10 +52,6 @@ def main() -> None:
     parser.add_argument("--temp-dir", type=Path, default=None, help="of our own Ray")
     arguments = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a Ray driver that gets TERM may dump 300 MB
-    if arguments.address:
-        # A job of Ray or of Slurm that is stopped sends TERM to all of its processes at once. The
-        # driver has the run saved then, and ends this one when that is done.
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     run_folder = arguments.run_folder.resolve()
     threading.Thread(target=_end_with_driver, args=(arguments.temp_dir,), daemon=True).start()
     # Half of what it takes to import Ray Train; meanwhile Ray's own processes start. Not ray.train
@@ -98,7 +94,8 @@ def run_job(
     # Ray puts the driver's working directory on the workers' sys.path: never the checkout's.
     os.chdir(run_folder)
     if address:
-        timeout_s = SLURM_TIMEOUT_S if isinstance(cluster, Slurm) else JOIN_TIMEOUT_S
+        # In a Slurm job it is still starting.
+        timeout_s = cluster.start_deadline_s if isinstance(cluster, Slurm) else JOIN_TIMEOUT_S
         join(address, timeout_s, given_by, run_folder / "logs" / "driver.log")
     else:
         ray.init(
@@ -111,8 +108,7 @@ def run_job(
     write_atomic(address_file(run_folder), ray.get_runtime_context().gcs_address + "\n")
     if not private_names.are_used():
         _stage(private_names.unused_because())
-    _nodes(cluster)
-    places = place(cluster, read_nodes(ray.nodes()))
+    places = place(cluster, _nodes(cluster))
     if isinstance(config.engine, Single) and places.workers > 1:
         raise single_on_many(places.workers)
     from posttrain_launch.ray.trainer import fit  # imports ray.train
@@ -182,21 +178,51 @@ def _printed_since(log: Path | None, position: int) -> str:
         return stream.read().decode(errors="replace")
 
 
-def _nodes(cluster: Ray) -> list[dict[str, float]]:
-    """Resources of every node that is alive; in a Slurm job after all its nodes have come."""
-    wanted = cluster.nodes if isinstance(cluster, Slurm) else 1
-    deadline = time.monotonic() + SLURM_TIMEOUT_S
+def _nodes(cluster: Ray) -> list[Node]:
+    """Every node that is alive; in a Slurm job after all its nodes have come.
+
+    Raises:
+        ClusterError: they have not within `cluster.start_deadline_s`; it names who is missing.
+    """
+    if not isinstance(cluster, Slurm):
+        return read_nodes(ray.nodes())
+    deadline = time.monotonic() + cluster.start_deadline_s
+    names = os.environ.get("POSTTRAIN_NODES", "").split()
     while True:
-        found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if len(found) >= wanted:
-            return found
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        missing = missing_parts(cluster, names, alive)
+        if not missing:
+            return read_nodes(alive)
         if time.monotonic() > deadline:
-            raise ClusterError(
-                f"{len(found)} of {wanted} nodes joined Ray within {SLURM_TIMEOUT_S:g} s",
-                where="cluster.nodes",
-                fix="read logs/ray-*.log of the run folder for what the others say",
+            raise ClusterLost(
+                f"after {cluster.start_deadline_s} s {missing}",
+                where="cluster.start_deadline_s",
+                fix=f"read logs/ray-{os.environ.get('SLURM_JOB_ID', '*')}-NODE.log of the run "
+                "folder; leave a bad node out with cluster.extra=['--exclude=NODE']",
             )
         time.sleep(0.2)
+
+
+def missing_parts(cluster: Slurm, names: Sequence[str], alive: Sequence[dict[str, Any]]) -> str:
+    """What of a job's nodes and GPUs has not come to Ray, in words; "": nothing.
+
+    Args:
+        names: of all nodes of the job, as Slurm has them; empty: they are not known.
+        alive: rows of `ray.nodes()`.
+    """
+    found = {(node.get("Labels") or {}).get(NODE_LABEL): node for node in alive}
+    if absent := [name for name in names if name not in found]:
+        came = len(names) - len(absent)
+        return f"{came} of {len(names)} nodes have joined Ray; missing: {', '.join(absent)}"
+    if not names and len(alive) < cluster.nodes:
+        return f"{len(alive)} of {cluster.nodes} nodes have joined Ray"
+    wanted = cluster.gpus_per_node or 0
+    short = [
+        f"{name or 'a node'} has {node['Resources'].get('GPU', 0):g}"
+        for name, node in found.items()
+        if node["Resources"].get("GPU", 0) < wanted
+    ]
+    return f"not every node has {wanted} GPUs: {', '.join(short)}" if short else ""
 
 
 def _stage(what: str) -> None:

@@ -48,7 +48,7 @@ class Request:
     address: str  # "http://host:8265"
     entrypoint: str  # one line of shell
     environment: dict[str, str]
-    name: str  # of the run, the beginning of the job's id
+    job_id: str  # begins with the name of the run
 
     def lines(self) -> str:
         """As text, for a dry run."""
@@ -59,25 +59,22 @@ class Request:
 def request_to_run(address: str, name: str, program: str, arguments: list[str]) -> Request:
     """The job that runs `posttrain` with these arguments on the cluster."""
     environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WITHIN_S)}
-    return Request(address, shlex.join([program, *arguments]), environment, name)
+    job_id = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    return Request(address, shlex.join([program, *arguments]), environment, job_id)
 
 
-def submit(request: Request) -> str:
-    """Send a job; its id. Ray starts it whatever becomes of this process.
+def submit(request: Request) -> None:
+    """Send a job. Ray starts it whatever becomes of this process.
 
     Raises:
         ClusterError: the cluster cannot be reached or refuses, or its client is not installed.
     """
-    job_id = f"{request.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     with _said_clearly(request.address):
-        client = _client(request.address)
-        sent: str = client.submit_job(
+        _client(request.address).submit_job(
             entrypoint=request.entrypoint,
-            submission_id=job_id,
+            submission_id=request.job_id,
             runtime_env={"env_vars": request.environment},
-            metadata={"posttrain": request.name},
         )
-    return sent
 
 
 def state(record: JobRecord) -> RayState:

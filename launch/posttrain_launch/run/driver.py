@@ -7,18 +7,17 @@ import fcntl
 import hashlib
 import json
 import logging
-import signal
+import os
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any
 
 from posttrain_dist.attempts.fall_back import fall_back, next_choice
-from posttrain_dist.attempts.train_apart import SIGNALS, train_apart
-from posttrain_dist.config import Local, RunConfig
-from posttrain_dist.errors import ClusterLost, OutOfMemory, PosttrainError
+from posttrain_dist.attempts.train_apart import train_apart
+from posttrain_dist.config import Local, RunConfig, Slurm
+from posttrain_dist.errors import OutOfMemory, PosttrainError
 from posttrain_dist.files import write_atomic
 from posttrain_dist.files.temporary import remove_abandoned
 from posttrain_dist.logs import unfailing
@@ -30,9 +29,15 @@ from posttrain_dist.run import (
     finished_line,
     report_data,
 )
-from posttrain_launch.failures import FAILED, STOPPED, print_error
-from posttrain_launch.lifecycle.exit_codes import Exit
+from posttrain_launch.failures import STOPPED, print_error
+from posttrain_launch.lifecycle.deadline import stopped_before_end
+from posttrain_launch.lifecycle.decide import Cause
+from posttrain_launch.lifecycle.starts import policy_of, this_job
 from posttrain_launch.ray.child import Job, started
+from posttrain_launch.run.recorded_start import cause_of, code_of, recorded_start
+from posttrain_launch.run.stop_request import request_stop, requested_cause, stopped_by_signals
+
+LOCK_WAIT_S = 120.0  # for a driver that Slurm is about to end
 
 Change = Callable[[Path, RunConfig], contextlib.AbstractContextManager[RunConfig]]
 
@@ -55,7 +60,7 @@ def run_frozen(
         change: of the frozen run before it starts, once nobody else drives it.
 
     Returns:
-        The exit code: 0 finished, 130 stopped by a signal (it can go on), 1 failed.
+        The exit code, see `Exit`.
     """
     out, err = sys.stdout, sys.stderr
     folder = run_folder.absolute()
@@ -67,10 +72,11 @@ def run_frozen(
             return 0
         log.parent.mkdir(exist_ok=True)
         remove_abandoned()
-        with _exclusive_lock(folder), _redirect_output(log, capture_logging=True):
+        with _exclusive_lock(folder, config), _redirect_output(log, capture_logging=True):
             changed = change(folder, config) if change else contextlib.nullcontext(config)
-            with changed as config:
-                return _drive(config, folder, address, out, err)
+            with changed as config, recorded_start(folder, policy_of(config)) as start:
+                start.cause = _drive(config, folder, address, out, err)
+            return start.code
     except KeyboardInterrupt:
         print(f"left at once; `posttrain run {folder}` goes on from its last save", file=err)
         return STOPPED
@@ -82,7 +88,7 @@ def run_frozen(
             print("  nothing was begun, and no run folder is left", file=err)
         elif isinstance(error, PosttrainError) and log.parent.is_dir():
             print(f"  run folder: {folder}", file=err)
-        return Exit.requeue if isinstance(error, ClusterLost) else FAILED
+        return code_of(cause_of(error))
 
 
 def read_frozen(folder: Path) -> RunConfig:
@@ -101,7 +107,9 @@ def read_frozen(folder: Path) -> RunConfig:
     return RunConfig.from_yaml(path.read_text(encoding="utf-8"))
 
 
-def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], err: IO[str]) -> int:
+def _drive(
+    config: RunConfig, folder: Path, address: str | None, out: IO[str], err: IO[str]
+) -> Cause:
     from posttrain_dist.report.run.run_text import run_text
 
     def log(line: str) -> None:
@@ -116,7 +124,7 @@ def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], e
                 if not is_prepared:
                     log(_prepare(config, folder, err))
                     is_prepared = True
-                with Progress(folder, out) as progress, _stop_on_signals(folder, progress.post):
+                with Progress(folder, out) as progress, _stops(folder, progress.post):
                     if job is not None:
                         job.finish()
                     elif next_choice(folder) is not None:
@@ -132,14 +140,30 @@ def _drive(config: RunConfig, folder: Path, address: str | None, out: IO[str], e
             log(line)
 
     outcome = finish(config, folder, log)
-    if not outcome.completed:
-        place = f"step {outcome.step} of {outcome.total_steps}"
-        left = f"saved and left at {place}; go on with: posttrain run {folder}"
-        log(left)
-        print(left)  # to driver.log: a `tee` that Ctrl-C ended shows nothing
-        return STOPPED
-    log(f"\n{run_text(folder)}")
-    return 0
+    if outcome.completed:
+        log(f"\n{run_text(folder)}")
+        return Cause.finished
+    cause = requested_cause(folder)
+    next_start = "go on with: posttrain run" if cause is Cause.stopped else "its job goes on with"
+    left = f"saved and left at step {outcome.step} of {outcome.total_steps}; {next_start} {folder}"
+    log(left)
+    print(left)  # to driver.log: a `tee` that Ctrl-C ended shows nothing
+    return cause
+
+
+@contextlib.contextmanager
+def _stops(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """What ends a training early: signals, and the end of the job that it runs in."""
+
+    def time_limit(line: str) -> None:
+        try:
+            request_stop(folder, Cause.time_limit)
+            log(line)
+        except OSError as error:
+            log(f"{line}; cannot ask the run to save: {error}")
+
+    with stopped_by_signals(folder, log), stopped_before_end(folder, time_limit):
+        yield
 
 
 def _prepare(config: RunConfig, folder: Path, err: IO[str]) -> str:
@@ -181,55 +205,36 @@ def _record_hashes(folder: Path, inputs: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _stop_on_signals(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """First signal: ask the run to save and end. A second Ctrl-C: leave.
+def _exclusive_lock(folder: Path, config: RunConfig) -> Iterator[None]:
+    """Hold the folder against a second driver; the file has the process id of the first.
 
-    A hang-up that was ignored when we started (`nohup`) stays ignored.
+    In a Slurm job the driver of the start before this one may live on for a while: on a node that
+    was cut off, until Slurm ends what it finds there.
     """
-    if threading.current_thread() is not threading.main_thread():
+    in_job = isinstance(config.cluster, Slurm) and this_job().restart_count > 0
+    deadline = time.monotonic() + (LOCK_WAIT_S if in_job else 0.0)
+    with (folder / "logs" / "driver.lock").open("a+", encoding="utf-8") as stream:
+        while not _lock(stream):
+            if time.monotonic() >= deadline:
+                raise PosttrainError(
+                    "another process drives this run",
+                    where=str(folder),
+                    fix="wait for it, or stop it with Ctrl-C",
+                )
+            time.sleep(0.5)
+        stream.truncate(0)
+        print(os.getpid(), file=stream, flush=True)
         yield
-        return
-    asked = False
 
-    def handle(number: int, _: FrameType | None) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not asked:
-            asked = True
-            once_more = "; Ctrl-C once more to leave now" if number == signal.SIGINT else ""
-            name = signal.Signals(number).name
-            try:
-                (folder / "STOP").touch()
-                log(f"{name}: saving and leaving{once_more}")
-            except OSError as error:  # of a full disk, or a folder that was removed
-                log(f"{name}: cannot ask the run to save: {error}{once_more}")
 
-    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    held = [number for number in SIGNALS if not (nohup and number == signal.SIGHUP)]
-    before = {number: signal.signal(number, handle) for number in held}
+def _lock(stream: IO[str]) -> bool:
     try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _exclusive_lock(folder: Path) -> Iterator[None]:
-    """Hold the folder against a second driver."""
-    with (folder / "logs" / "driver.lock").open("w", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise PosttrainError(
-                "another process drives this run",
-                where=str(folder),
-                fix="wait for it, or stop it with Ctrl-C",
-            ) from error
-        except OSError:
-            pass  # a file system without locks
-        yield
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
 
 
 @contextlib.contextmanager

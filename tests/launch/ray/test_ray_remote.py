@@ -158,7 +158,7 @@ def test_a_token_is_used_where_it_was_given_and_missed_where_it_is_not(tmp_path)
 def test_what_is_sent_is_one_command_and_no_secret(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv(token.TOKEN, "a-canary")
     config = RunConfig(name="n", cluster=Ray(address=API, program="/opt/posttrain"))
-    assert sending.send_run(config, tmp_path / "a run", dry_run=True) is None
+    assert sending.send_run(config, tmp_path / "a run", dry_run=True) == 0
     printed = capsys.readouterr().out
     assert f"to {API}\nrun /opt/posttrain run '{tmp_path}/a run' --address auto\n" in printed
     assert "canary" not in printed

@@ -1,26 +1,75 @@
-"""`posttrain submit`: freeze a run and send it to Slurm, or to a Ray that runs."""
+"""`posttrain submit`: freeze a run and send it to a cluster, or send the run of a folder again."""
 
 from __future__ import annotations
 
-from posttrain_dist.config import Ray, Slurm
+import shlex
+from pathlib import Path
+
+from posttrain_dist.config import Ray, RunConfig, Slurm
+from posttrain_dist.errors import ConfigError
 from posttrain_dist.report.run.plan_section import write_run_plan
 from posttrain_dist.report.run.read import read_run
+from posttrain_dist.run import finished_line
+from posttrain_launch.batch.follow import follow
 from posttrain_launch.batch.submit import submit
 from posttrain_launch.compose.hydra_app import compose_command, read_command_line
 from posttrain_launch.run.driver import read_frozen
 from posttrain_launch.run.freeze import freeze
 
+FLAGS = ("--dry-run", "--wait")
+
 
 def command(arguments: list[str], debug: bool) -> int:
-    """Make the run folder, write its job, and submit that unless it is a dry run."""
+    """Make the run folder, write its job, and submit that unless it is a dry run.
+
+    Where a run folder is named instead of overrides, that run is sent again, to go on.
+    """
+    named = [word for word in arguments if not word.startswith("-") and _is_folder(word)]
+    if named:
+        return _again(arguments, named[0])
     line = read_command_line("submit", arguments, debug)
     composed = compose_command(line)
-    cluster = composed.config.cluster
-    if isinstance(cluster, Ray) and not isinstance(cluster, Slurm):
-        from posttrain_launch.ray.jobs.sending import send
+    dry_run, wait = line.dry_run, "--wait" in line.own
+    if isinstance(composed.config.cluster, Ray) and not composed.config.cluster.shared_folders:
+        from posttrain_launch.ray.jobs.sending import send_text
 
-        return send(composed, line.typed, force=line.force, dry_run=line.dry_run, wait=line.wait)
+        return send_text(composed, line.typed, force=line.force, dry_run=dry_run, wait=wait)
     folder = freeze(composed, line.typed, force=line.force)
     write_run_plan(read_run(folder))  # to be looked at while the job waits
-    submit(read_frozen(folder), folder, line.dry_run)
-    return 0
+    return _send(read_frozen(folder), folder, dry_run=dry_run, wait=wait)
+
+
+def _is_folder(word: str) -> bool:
+    return "=" not in word and Path(word).expanduser().is_dir()
+
+
+def _again(arguments: list[str], named: str) -> int:
+    others = [word for word in arguments if word != named and word not in FLAGS]
+    if others:
+        raise ConfigError(
+            f"cannot stand beside a run folder: {shlex.join(others)}",
+            where=named,
+            fix=f"posttrain submit {shlex.quote(named)}: a run goes on as it was frozen",
+        )
+    folder = Path(named).expanduser().absolute()
+    config = read_frozen(folder)
+    if (folder / "FINISHED").is_file():
+        print(finished_line(folder))
+        return 0
+    return _send(config, folder, dry_run="--dry-run" in arguments, wait="--wait" in arguments)
+
+
+def _send(config: RunConfig, folder: Path, *, dry_run: bool, wait: bool) -> int:
+    """Send a run by the way of its cluster; the exit code."""
+    if not isinstance(config.cluster, Ray):
+        raise ConfigError(
+            "this run is not set up for jobs",
+            where="cluster",
+            fix=f"posttrain run {shlex.quote(str(folder))} goes on with it here",
+        )
+    if not isinstance(config.cluster, Slurm):
+        from posttrain_launch.ray.jobs.sending import send_run
+
+        return send_run(config, folder, dry_run=dry_run, wait=wait)
+    job_id = submit(config, folder, dry_run)
+    return follow(job_id, folder) if wait and job_id is not None else 0

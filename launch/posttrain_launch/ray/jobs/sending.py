@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
@@ -17,56 +18,31 @@ from posttrain_dist.config import Ray, RunConfig, complete
 from posttrain_dist.config.ray_rules import job_api
 from posttrain_dist.errors import ClusterError, ConfigError, PosttrainError, raise_all
 from posttrain_dist.files import write_atomic
-from posttrain_dist.report.run.plan_section import write_run_plan
-from posttrain_dist.report.run.read import read_run
 from posttrain_launch.compose.composer import Composed
 from posttrain_launch.compose.paths import PREFIXES, RESERVED, with_absolute_paths
 from posttrain_launch.lifecycle.exit_codes import Exit
 from posttrain_launch.ray import remote
 from posttrain_launch.ray.jobs.arrival import SENT, to_text
-from posttrain_launch.run.driver import read_frozen
-from posttrain_launch.run.freeze import freeze
-from posttrain_launch.run.job_record import JobRecord, new_record, write_job
+from posttrain_launch.run.job_record import FILE, JobRecord, new_record, read_job, write_job
 
 STUBS = Path("outputs")  # where a machine without the run folders keeps what it sent
 
 
-def send(composed: Composed, command: str, *, force: bool, dry_run: bool, wait: bool) -> int:
-    """Send a run to a cluster; the exit code: 0, or with `wait` that of the run.
+def send_run(
+    config: RunConfig, run_folder: Path, *, dry_run: bool = False, wait: bool = False
+) -> int:
+    """Have a cluster start, or go on with, a run whose folder it sees; job.json says which job.
 
     Args:
-        command: the command line, kept as the run's lineage.
-        force: also start one that cannot fit.
         dry_run: print what would be sent, and send nothing.
         wait: print what the run prints, to its end.
 
-    Raises:
-        ConfigError: the config is not one for this.
-        ClusterError: the cluster cannot be reached or refuses.
-    """
-    cluster = composed.config.cluster
-    assert isinstance(cluster, Ray)
-    if cluster.shared_folders:
-        folder = freeze(composed, command, force=force)
-        write_run_plan(read_run(folder))
-        record = send_run(read_frozen(folder), folder, dry_run=dry_run)
-    else:
-        record = send_text(composed, command, force=force, dry_run=dry_run)
-    return follow(record) if record is not None and wait else 0
-
-
-def send_run(config: RunConfig, run_folder: Path, *, dry_run: bool = False) -> JobRecord | None:
-    """Have a cluster go on with, or start, a run whose folder it sees.
-
-    Args:
-        dry_run: print what would be sent, and send nothing.
-
     Returns:
-        The job, also kept as job.json; None for a dry run.
+        The exit code: 0, or with `wait` that of the run.
 
     Raises:
         ConfigError: `cluster.address` is not that of a job API.
-        ClusterError: the cluster cannot be reached or refuses.
+        ClusterError: the cluster cannot be reached or refuses, or a job drives the run already.
     """
     cluster = config.cluster
     assert isinstance(cluster, Ray)
@@ -75,23 +51,30 @@ def send_run(config: RunConfig, run_folder: Path, *, dry_run: bool = False) -> J
     request = remote.request_to_run(job_api(cluster.address), config.name, program, arguments)
     if dry_run:
         print(f"{request.lines()}\n# dry run, nothing submitted; the run is {run_folder}")
-        return None
-    return _send(request, run_folder, f"{run_folder}  (done when it holds FINISHED)")
+        return 0
+    _refuse_driven(run_folder)
+    record = _send(request, run_folder, f"{run_folder}  (done when it holds FINISHED)")
+    return follow(record) if wait else 0
 
 
 def send_text(
-    composed: Composed, command: str, *, force: bool = False, dry_run: bool = False
-) -> JobRecord | None:
-    """Send a run to a cluster whose files are not here.
+    composed: Composed,
+    command: str,
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+    wait: bool = False,
+) -> int:
+    """Send a run to a cluster whose files are not here; job.json and sent.yaml are kept here.
 
     Args:
         command: the command line, kept as the run's lineage.
         force: also start one that cannot fit.
         dry_run: print what would be sent, and send nothing.
+        wait: print what the run prints, to its end.
 
     Returns:
-        The job, also kept as job.json beside sent.yaml in a folder of this machine; None for a dry
-        run.
+        The exit code: 0, or with `wait` that of the run.
 
     Raises:
         ConfigError: a path depends on the folder that this was typed in.
@@ -108,24 +91,51 @@ def send_text(
     if dry_run:
         shown = json.loads(request.environment.pop(SENT))["config"]
         print(f"{request.lines()}\n{shown}# dry run, nothing submitted")
-        return None
+        return 0
+    stub = (STUBS / config.name / request.job_id.removeprefix(f"{config.name}-")).absolute()
+    stub.mkdir(parents=True)
+    write_atomic(stub / "sent.yaml", config.to_yaml())
     root = f"{config.output_root}/{config.name}/, on the cluster"
-    return _send(request, None, f"{root}  (done when it holds FINISHED)", config)
+    try:
+        record = _send(request, stub, f"{root}  (done when it holds FINISHED)")
+    except ClusterError:
+        shutil.rmtree(stub)
+        raise
+    return follow(record) if wait else 0
 
 
-def _send(
-    request: remote.Request, run_folder: Path | None, run: str, config: RunConfig | None = None
-) -> JobRecord:
-    job_id = remote.submit(request)
-    record = new_record("ray", job_id, request.address)
-    if run_folder is None:
-        assert config is not None
-        run_folder = (STUBS / config.name / job_id.removeprefix(f"{config.name}-")).absolute()
-        run_folder.mkdir(parents=True)
-        write_atomic(run_folder / "sent.yaml", config.to_yaml())
-    write_job(run_folder, record)
-    here = shlex.quote(str(run_folder))
-    print(f"submitted job {job_id} to {request.address}")
+def _refuse_driven(run_folder: Path) -> None:
+    """Refuse a run that a job of Ray drives: two would write the same files."""
+    record = read_job(run_folder)
+    if record is None or record.system != "ray":
+        return
+    try:
+        found = remote.state(record)
+    except ClusterError:  # of a cluster that is gone, and its jobs with it
+        return
+    if found.exit_code is None:
+        raise ClusterError(
+            f"the job {record.id} drives this run already ({found.state})",
+            where=str(run_folder),
+            fix="wait for it, or end it with posttrain cancel",
+        )
+
+
+def _send(request: remote.Request, folder: Path, run: str) -> JobRecord:
+    """Submit a job; its record is there before it, for whoever is killed in between."""
+    record = new_record("ray", request.job_id, request.address)
+    before = read_job(folder)
+    write_job(folder, record)
+    try:
+        remote.submit(request)
+    except ClusterError:
+        if before is None:
+            (folder / FILE).unlink()
+        else:
+            write_job(folder, before)
+        raise
+    here = shlex.quote(str(folder))
+    print(f"submitted job {record.id} to {request.address}")
     print(f"  state:     posttrain status {here}")
     print(f"  progress:  posttrain logs --follow {here}")
     print(f"  cancel:    posttrain cancel {here}")

@@ -1,0 +1,138 @@
+"""A real Slurm on this machine, made by tests/slurm/cluster.sh, and the runs sent to it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+from ray_runs import wait_until
+
+from posttrain_dist.files import read_rows
+
+SCRIPT = Path(__file__).parents[1] / "slurm" / "cluster.sh"
+POSTTRAIN = Path(sysconfig.get_path("scripts")) / "posttrain"
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
+LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
+
+
+def missing() -> str | None:
+    """Why this machine cannot have such a cluster."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "a Slurm of namespaces needs root on Linux"
+    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
+    absent = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
+    if absent:
+        return f"not installed (Debian: slurm-wlm, munge, iproute2): {', '.join(absent)}"
+    if subprocess.run(["unshare", "--mount", "--net", "true"], capture_output=True).returncode:
+        return "no right to make namespaces (CAP_SYS_ADMIN)"
+    return None
+
+
+class Cluster:
+    """A Slurm of some nodes.
+
+    Args:
+        folder: of all its state; short, for a socket's path may have 107 bytes only.
+        options: for cluster.sh, from the environment.
+    """
+
+    def __init__(self, folder: Path, nodes: int, **options: str) -> None:
+        self.folder, self._options = folder, options
+        self("up", str(nodes))
+
+    def __call__(self, *words: str, code: int = 0, timeout_s: float = 120) -> str:
+        environment = {
+            **os.environ,
+            **self._options,
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+            "TMPDIR": str(self.folder / "tmp"),  # private to each node, as on real ones
+        }
+        command = ["bash", str(SCRIPT), str(self.folder), *words]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=timeout_s
+        )
+        assert done.returncode == code, f"{words}:\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    def login(self, *words: str, code: int = 0) -> str:
+        """What a command on the login node prints."""
+        return self("login", *words, code=code)
+
+    def fault(self, *words: str) -> None:
+        """Something goes wrong; see cluster.sh."""
+        self("fault", *words)
+
+    def submit(self, *words: str, root: Path) -> tuple[str, Path]:
+        """Send a run; its job and its folder."""
+        submit = [str(POSTTRAIN), "submit", "cluster=slurm", "cluster.network_interface=eth0"]
+        said = self.login(*submit, *words, f"output_root={root}")
+        [folder] = (root / "run").iterdir()
+        return said.partition("submitted job ")[2].split()[0], folder
+
+    def state(self, job: str) -> str:
+        return self.login("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
+
+    def facts(self, job: str) -> dict[str, str]:
+        """What `scontrol show job` says."""
+        return dict(re.findall(r"(\w+)=(\S*)", self.login("scontrol", "show", "job", "-o", job)))
+
+    def wait_for_state(self, job: str, *states: str, timeout_s: float) -> str:
+        return wait_until(lambda: (s := self.state(job)) in states and s, timeout_s)
+
+    def lift_hold(self, job: str) -> None:
+        """Let a job that was queued again start at once, if it has not begun meanwhile."""
+        with contextlib.suppress(AssertionError):
+            self.login("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def processes(self) -> dict[int, str]:
+        """Everything alive that was started for this cluster or in it: pid -> command."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                environment = (folder / "environ").read_bytes()
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
+                if str(self.folder).encode() in environment + command:
+                    found[int(folder.name)] = command.decode(errors="replace")
+        return found
+
+    def of_jobs(self) -> list[str]:
+        """Commands of the processes that jobs have left on the nodes."""
+        words = ("gcs_server", "raylet", "ray::", "posttrain", "srun", "slurmstepd")
+        return [each for each in self.processes().values() if any(word in each for word in words)]
+
+
+def step_of(run_folder: Path) -> int:
+    """The newest step that a run has logged."""
+    return max((row["step"] for row in read_rows(run_folder / "metrics.jsonl")), default=0)
+
+
+def losses(run_folder: Path) -> dict[int, float]:
+    rows = read_rows(run_folder / "metrics.jsonl")
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+
+def digest_of_export(run_folder: Path) -> str:
+    """Of the weights that a finished run exported."""
+    files = sorted((run_folder / "export").glob("*.safetensors"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def last_words(run_folder: Path) -> str:
+    logs = sorted((run_folder / "logs").glob("*.log"))
+    return "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in logs)
+
+
+def waited(condition: Callable[[], object], timeout_s: float, run_folder: Path) -> None:
+    """Wait for something of a run; what its logs say if it does not come."""
+    try:
+        wait_until(condition, timeout_s)
+    except AssertionError as error:
+        raise AssertionError(last_words(run_folder)) from error
