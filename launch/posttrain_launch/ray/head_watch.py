@@ -9,17 +9,19 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from posttrain_dist.errors import ClusterLost
+from posttrain_launch.lifecycle.lead import TEARDOWN_S
+from posttrain_launch.lifecycle.measured import lead_of
 
 POLL_S = 1.0
 CONNECT_TIMEOUT_S = 2.0
 # A head may be slow, and one with a store of its own (KubeRay) comes back; Ray itself waits 60 s.
 LOST_AFTER_S = 10.0
-# For the workers to finish their step and save, while Ray lets them live.
-LEAVE_WITHIN_S = 30.0
+# For the workers to finish their step and save: what that has taken, while Ray lets them live.
+LEAVE_MARGIN_S = 5.0
+LEAVE_AT_MOST_S = 45.0
 
 
 def address_file(run_folder: Path) -> Path:
@@ -77,7 +79,7 @@ class HeadWatch:
         )
 
 
-def leave_training(run_folder: Path, wait: Callable[[float], None] = time.sleep) -> bool:
+def leave_training(run_folder: Path) -> bool:
     """Have workers that lost their head save and end; whether they did.
 
     Two trainings of one run at a time would write the same files, so a new one begins after this.
@@ -86,11 +88,12 @@ def leave_training(run_folder: Path, wait: Callable[[float], None] = time.sleep)
     before = _modified(outcome)
     with contextlib.suppress(OSError):
         (run_folder / "STOP").write_text("the head of Ray was lost\n", encoding="utf-8")
-    deadline = time.monotonic() + LEAVE_WITHIN_S
+    measured_s = lead_of(run_folder)[0] - TEARDOWN_S + LEAVE_MARGIN_S
+    deadline = time.monotonic() + min(measured_s, LEAVE_AT_MOST_S)
     while time.monotonic() < deadline:
         if _modified(outcome) != before:
             return True
-        wait(0.2)
+        time.sleep(0.2)
     return False
 
 
