@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from posttrain_dist.checkpoint import resume
-from posttrain_dist.config import AutoTuning, RunConfig, Slurm, problems
+from posttrain_dist.config import AutoTuning, Ray, RunConfig, Slurm, problems
+from posttrain_dist.config.cluster import Cluster
 from posttrain_dist.config.hardware import with_nodes
+from posttrain_dist.config.ray_rules import is_job_api, job_api
 from posttrain_dist.config.rules import single_on_many
 from posttrain_dist.config.this_machine import check_hardware
 from posttrain_dist.data.sources import file_sets
@@ -41,6 +43,8 @@ def check_inputs(config: RunConfig, verb: str = "train") -> None:
 def input_problems(config: RunConfig, verb: str = "train") -> list[PosttrainError]:
     """Every fault that can be seen without reading rows or weights; see `check_inputs`."""
     found = problems(config)
+    if verb == "submit" and not getattr(config.cluster, "shared_folders", True):
+        return found + _cluster_faults(config, verb)  # its files are elsewhere, and looked at there
     trains = verb != "evaluate"
     found += _faults(lambda: _check_model(config, trains=trains, plans=verb == "plan"))
     if verb != "plan":
@@ -100,18 +104,16 @@ def _data_faults(config: RunConfig, only_heldout: bool) -> list[PosttrainError]:
 def _cluster_faults(config: RunConfig, verb: str) -> list[PosttrainError]:
     cluster = with_nodes(config.cluster, config.hardware)
     found: list[PosttrainError] = []
-    if isinstance(cluster, Slurm) != (verb == "submit"):
-        what, fix = {
-            "train": (
-                "slurm: a training on Slurm is submitted, not started here",
-                "posttrain submit with the same arguments",
-            ),
-            "submit": (
-                "a job is submitted to Slurm, and this run is not set up for it",
-                "use cluster=slurm and, for instance, cluster.nodes=2",
-            ),
-        }[verb]
+    if verb == "train" and isinstance(cluster, Slurm):
+        what = "slurm: a training on Slurm is submitted, not started here"
+        fix = "posttrain submit with the same arguments"
         found.append(ConfigError(what, where="cluster", fix=fix))
+    if verb == "submit" and not isinstance(cluster, Ray):
+        what = "a job is submitted to Slurm or to a Ray that runs, and this run trains here"
+        fix = "use cluster=slurm and, for instance, cluster.nodes=2; or cluster=ray and "
+        fix += "cluster.address=http://HOST:8265"
+        found.append(ConfigError(what, where="cluster", fix=fix))
+    found += _address_faults(cluster, verb)
     if verb == "train":
         found += _faults(lambda: check_hardware(config.hardware, cluster))
     if isinstance(cluster, Slurm) and verb == "submit":
@@ -121,6 +123,19 @@ def _cluster_faults(config: RunConfig, verb: str) -> list[PosttrainError]:
         if cluster.workers is None and workers > 1:
             found.append(single_on_many(workers))
     return found
+
+
+def _address_faults(cluster: Cluster, verb: str) -> list[PosttrainError]:
+    """Jobs go to the HTTP address of a Ray, trainings to the port where its nodes join."""
+    if not isinstance(cluster, Ray) or isinstance(cluster, Slurm):
+        return []
+    if verb == "submit":
+        return _faults(lambda: job_api(cluster.address))
+    if is_job_api(cluster.address or ""):
+        what = f"is {cluster.address}, the job API of a Ray, which takes jobs and no drivers"
+        fix = "posttrain submit with the same arguments; on a node of the cluster, HOST:PORT"
+        return [ConfigError(what, where="cluster.address", fix=fix)]
+    return []
 
 
 def _missing_resources(cluster: Slurm) -> list[PosttrainError]:

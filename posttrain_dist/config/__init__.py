@@ -1,7 +1,7 @@
 """RunConfig, its groups, and what must hold among their values. Imports no torch."""
 
 from posttrain_dist.checkpoint import CheckpointConfig
-from posttrain_dist.config.cluster import Local, Ray, Slurm
+from posttrain_dist.config.cluster import Local, Placement, Ray, Slurm
 from posttrain_dist.config.groups import Dtype, EvalConfig, TrainConfig
 from posttrain_dist.config.hardware import Hardware
 from posttrain_dist.config.rules import complete, problems, refuse_auto, single_process_rule
@@ -44,6 +44,7 @@ __all__ = [
     "Lora",
     "ModelConfig",
     "PTuning",
+    "Placement",
     "Prefix",
     "Pretrain",
     "Prompt",

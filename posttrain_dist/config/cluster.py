@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from posttrain_dist.config.ray_rules import (
+    environment_rules,
+    label_rules,
+    resource_rules,
+    share_rules,
+)
 from posttrain_dist.errors import Rule, at_least
 
 MAX_MACHINES = 100_000  # nodes, CPUs, GPUs
@@ -20,14 +26,33 @@ class Local(Cluster):
     """This process, no Ray."""
 
 
+class Placement(Enum):
+    """Where the workers of a run go, in Ray's words."""
+
+    PACK = "PACK"  # on as few nodes as there are places
+    SPREAD = "SPREAD"  # on as many nodes as there are
+    STRICT_PACK = "STRICT_PACK"  # all on one node
+    STRICT_SPREAD = "STRICT_SPREAD"  # each on a node of its own
+
+
 @dataclass(kw_only=True, slots=True)
 class Ray(Cluster):
     """Ray Train workers, on a local Ray or on a running cluster."""
 
     workers: int | None = None  # null: one per GPU of the cluster, or 1 where it has none
-    address: str | None = None  # "host:port" of a running Ray; null: start one here
+    # "host:port" of a running Ray, or "auto"; null: start one here. For `posttrain submit` its job
+    # API, "http://host:8265".
+    address: str | None = None
     cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 1.0  # a part: several runs of one worker share a GPU; 0: on CPUs
+    memory_per_worker_gib: float | None = None  # that Ray keeps for each worker on its node
+    resources_per_worker: dict[str, float] = field(default_factory=dict)  # as in `ray start`
+    placement: Placement | None = None  # null: PACK on GPUs, SPREAD on the CPUs of several nodes
+    labels: dict[str, str] = field(default_factory=dict)  # of the nodes that may be taken
+    environment: dict[str, str] = field(default_factory=dict)  # variables of the workers
     max_failures: int = 1  # times that a lost worker is replaced and the run resumed
+    shared_folders: bool = True  # false: `posttrain submit` on a machine without their files
+    program: str | None = None  # posttrain on the nodes, for `submit`; null: as here, or by PATH
 
 
 class GpuRequest(Enum):
@@ -92,5 +117,17 @@ def cluster_rules(cluster: Cluster) -> list[Rule]:
             "cluster.cpus_per_worker",
             f"is {cluster.cpus_per_worker}, must be above 0 and at most {MAX_MACHINES:,}",
             "set it to 1 or more",
+        ),
+        *share_rules(
+            cluster.workers, cluster.gpus_per_worker, cluster.memory_per_worker_gib, MAX_MACHINES
+        ),
+        *resource_rules(cluster.resources_per_worker),
+        *label_rules(cluster.labels),
+        *environment_rules(cluster.environment),
+        Rule(
+            "@" not in (cluster.address or ""),
+            "cluster.address",
+            "holds a user's name or password, and would stand in config.yaml",
+            "leave it out, and set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH in the environment",
         ),
     ]

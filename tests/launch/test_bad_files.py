@@ -146,7 +146,9 @@ def test_submit_looks_before_it_writes_a_job(try_out, tmp_path):
     assert "3 problems" in said
     assert "- /no/model: " in said and "- /no/rows: " in said
     assert "- engine: single runs in one process, and 4 workers would start" in said
-    assert "cluster: a job is submitted to Slurm" in try_out("cluster=ray", verb="submit")
+    assert "cluster: a job is submitted to Slurm" in try_out("cluster=local", verb="submit")
+    assert "cluster.address: is not set" in try_out("cluster=ray", verb="submit")
+    assert "posttrain submit" in try_out("cluster=ray", "cluster.address=http://head:8265")
     assert "cluster: slurm: a training on Slurm is submitted" in try_out("cluster=slurm")
     assert not (tmp_path / "out").exists()
 

@@ -89,17 +89,16 @@ def check_sweep(composer: Composer, overrides: list[str], words: Words | None = 
 
 
 def _trial_problems(composer: Composer, overrides: list[str]) -> list[PosttrainError]:
-    """What no trial can be started with: every combination is tried, or where there are too many
-    each value with the first ones of the others."""
+    """What no trial can be started with: each value is tried with the first ones of the others,
+    and then every combination, if they are not too many."""
     choices = [_single(override, text) for text, override in _parse(overrides, [])]
     first = [texts[0] for texts in choices]
-    trials = dict.fromkeys(
-        itertools.product(*choices)
-        if math.prod(map(len, choices)) <= MOST_COMBINATIONS
-        else (
-            (*first[:i], text, *first[i + 1 :]) for i, texts in enumerate(choices) for text in texts
-        )
-    )
+    tried: list[tuple[str, ...]] = [
+        (*first[:i], text, *first[i + 1 :]) for i, texts in enumerate(choices) for text in texts
+    ]
+    if math.prod(map(len, choices)) <= MOST_COMBINATIONS:
+        tried += itertools.product(*choices)
+    trials = dict.fromkeys(tried)
     found: dict[str, PosttrainError] = {}
     for trial in trials:
         with contextlib.suppress(*FAULTS):

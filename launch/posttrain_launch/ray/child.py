@@ -24,6 +24,8 @@ from posttrain_dist.errors import ClusterError, ClusterLost, PosttrainError, err
 from posttrain_dist.files.temporary import remove_temporary
 from posttrain_launch.ray import temp_folder
 from posttrain_launch.ray.gate import CLOSED, OPEN, set_gate
+from posttrain_launch.ray.head_watch import HeadWatch, address_file, leave_training
+from posttrain_launch.ray.token import use_given_token
 
 TERM_GRACE_S = 5.0
 FROM_SCHEDULER = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -63,7 +65,8 @@ def started(config: RunConfig, run_folder: Path, address: str | None = None) -> 
         )
     log = run_folder / "logs" / "driver.log"
     set_gate(run_folder, CLOSED)
-    error_file(run_folder).unlink(missing_ok=True)
+    for stale in (error_file(run_folder), address_file(run_folder)):
+        stale.unlink(missing_ok=True)
     temp_dir = None if address else temp_folder.make(run_folder)
     try:
         child = _start_child(run_folder, address, given_by, temp_dir, log)
@@ -83,31 +86,49 @@ class Job:
     child: subprocess.Popen[bytes]
     run_folder: Path
     log: Path
-    joined: bool = False  # a Ray that ran already, which others can end
+    joined: bool = False  # a Ray that was there before, and is there afterwards
 
     def finish(self) -> None:
         """Let it train on the prepared data, and wait for its end.
 
         Raises:
             PosttrainError: what a worker raised, or a ClusterError that names the rank and the log.
+            ClusterLost: the head or a node of Ray is gone; started again, the run goes on.
             KeyboardInterrupt: by the second Ctrl-C.
         """
         set_gate(self.run_folder, OPEN)
+        watch = HeadWatch(self.run_folder)
         while (code := self.child.poll()) is None:
             # Short waits, so that a signal handler's exception is seen at once.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.child.wait(timeout=0.5)
+            # A job that has failed and cannot leave its Ray need not be waited for.
+            stuck = error_file(self.run_folder).exists() and not watch.answers()
+            if stuck or watch.is_lost():
+                leave_training(self.run_folder)
+                raise watch.error(self.run_folder)
+        failure = self._failure(code)
+        if failure is None:
+            return
+        if self.joined and isinstance(failure, ClusterError) and not watch.answers():
+            leave_training(self.run_folder)
+            raise watch.error(self.run_folder) from failure
+        raise failure
+
+    def _failure(self, code: int) -> PosttrainError | None:
+        """Why the job ended, unless all went well."""
         if error_file(self.run_folder).exists():
-            raise read_error(error_file(self.run_folder), self.log)
-        if code != 0:
-            ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-            # Ray ends a process whose head is lost, without an exception in it.
-            error = ClusterLost if self.joined else ClusterError
-            raise error(
-                f"the Ray job ended {ended}",
-                where=str(self.log),
-                fix="its last lines say what happened",
-            )
+            return read_error(error_file(self.run_folder), self.log)
+        if code == 0:
+            return None
+        ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        # Ray ends a process whose head is lost, without an exception in it.
+        error = ClusterLost if self.joined else ClusterError
+        return error(
+            f"the Ray job ended {ended}",
+            where=str(self.log),
+            fix="its last lines say what happened",
+        )
 
 
 def _address(cluster: Ray, named: str | None) -> tuple[str | None, str]:
@@ -135,6 +156,7 @@ def _start_child(
     environment = {**os.environ, **quiet_environment()}
     if address:
         command += [f"--address={address}", f"--given-by={given_by}"]
+        use_given_token(environment)
     else:
         environment.pop("RAY_ADDRESS", None)
         # In the environment, not in ~/.ray/auth_token: Ray would switch every later

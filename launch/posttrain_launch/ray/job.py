@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,13 @@ from posttrain_dist.engine import Single
 from posttrain_dist.errors import ClusterError, ClusterLost, PosttrainError, error_fields
 from posttrain_dist.files import write_atomic
 from posttrain_dist.logs import unfailing
+from posttrain_launch.ray import private_names
 from posttrain_launch.ray.child import error_file
 from posttrain_launch.ray.gate import is_soon, wait_for_data
+from posttrain_launch.ray.head_watch import address_file
+from posttrain_launch.ray.placement import Node, missing_now, place, read_nodes
 from posttrain_launch.ray.temp_folder import ray_folder
+from posttrain_launch.ray.token import check_given_token, refusal
 from posttrain_launch.ray.workers import WorkerError
 
 OBJECT_STORE_BYTES = 200_000_000  # nothing large travels through it
@@ -92,59 +96,58 @@ def run_job(
     if address:
         # In a Slurm job it is still starting.
         timeout_s = cluster.start_deadline_s if isinstance(cluster, Slurm) else JOIN_TIMEOUT_S
-        join(address, timeout_s, given_by)
+        join(address, timeout_s, given_by, run_folder / "logs" / "driver.log")
     else:
-        _stay_on_loopback()
         ray.init(
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=str(ray_folder(temp_dir)) if temp_dir else None,
-            _node_ip_address="127.0.0.1",
+            **private_names.own_ray_options(ray_folder(temp_dir) if temp_dir else None),
         )
     _stage("ray is there")
-    nodes = _nodes(cluster)
-    workers, use_gpu = place(cluster, nodes)
-    if isinstance(config.engine, Single) and workers > 1:
-        raise single_on_many(workers)
+    write_atomic(address_file(run_folder), ray.get_runtime_context().gcs_address + "\n")
+    if not private_names.are_used():
+        _stage(private_names.unused_because())
+    places = place(cluster, _nodes(cluster))
+    if isinstance(config.engine, Single) and places.workers > 1:
+        raise single_on_many(places.workers)
     from posttrain_launch.ray.trainer import fit  # imports ray.train
 
     if not is_soon(config, run_folder):
         wait_for_data(run_folder)
-    spread = len(nodes) > 1 and not use_gpu
-    fit(config, run_folder, workers, use_gpu=use_gpu, spread=spread, here=not address)
+    if missing := missing_now(places, ray.available_resources()):
+        _stage(f"waiting for others to end: free are {', '.join(missing)}")
+    fit(config, run_folder, places, here=not address)
     _stage("the workers have ended")
 
 
 # ------------------------------------------------------------------------------- the cluster
 
 
-def _stay_on_loopback() -> None:
-    """Let the processes of our own Ray listen on 127.0.0.1 alone.
+def join(
+    address: str, timeout_s: float, given_by: str = "cluster.address", log: Path | None = None
+) -> None:
+    """Connect to a running Ray, which may still be starting.
 
-    They do where that is the node's address, but Ray puts one that others can reach in its place,
-    and then they listen on all interfaces. The function is private to Ray: should another version
-    name it otherwise, they do so again, behind the token of the run.
+    Args:
+        log: where this process prints; Ray says only there that a token is wrong.
     """
-    from ray._private import services
-
-    services.resolve_ip_for_localhost = lambda host: host
-
-
-def join(address: str, timeout_s: float, given_by: str = "cluster.address") -> None:
-    """Connect to a running Ray, which may still be starting."""
     where = f"{given_by}={address}"
+    check_given_token(where)
     fix = "start Ray on this machine: `ray start --head`, or `ray start --address=HOST:PORT`"
     if "RAY_ADDRESS" in given_by:
         fix += "; or `unset RAY_ADDRESS`, and the run starts a Ray of its own"
     if "://" in address:
+        kind = "of Ray's job API" if address.startswith("http") else "a Ray client address"
         raise ClusterError(
-            "is a Ray client address, and the driver has to be on a node of the cluster",
+            f"is {kind}, and the driver has to be on a node of the cluster",
             where=where,
-            fix="give HOST:PORT of the cluster's head node",
+            fix="give HOST:PORT of the cluster's head node, or send the run there with "
+            "`posttrain submit` and cluster.address=http://HOST:8265",
         )
     deadline = time.monotonic() + timeout_s
     while True:
+        printed = log.stat().st_size if log and log.exists() else 0
         try:
             if address != "auto":
                 host, _, port = address.rpartition(":")
@@ -156,6 +159,8 @@ def join(address: str, timeout_s: float, given_by: str = "cluster.address") -> N
                 f"is no address of a Ray: {refused}", where=where, fix=fix
             ) from refused
         except (OSError, RuntimeError) as refused:  # not listening yet, or no node of it here yet
+            if (error := refusal(_printed_since(log, printed), where)) is not None:
+                raise error from refused
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"no Ray answers there after {timeout_s:g} s: {refused}",
@@ -165,21 +170,29 @@ def join(address: str, timeout_s: float, given_by: str = "cluster.address") -> N
         time.sleep(0.5)
 
 
-def _nodes(cluster: Ray) -> list[dict[str, float]]:
-    """Resources of every node that is alive; in a Slurm job after all its nodes have come.
+def _printed_since(log: Path | None, position: int) -> str:
+    if log is None or not log.exists():
+        return ""
+    with log.open("rb") as stream:
+        stream.seek(position)
+        return stream.read().decode(errors="replace")
+
+
+def _nodes(cluster: Ray) -> list[Node]:
+    """Every node that is alive; in a Slurm job after all its nodes have come.
 
     Raises:
         ClusterError: they have not within `cluster.start_deadline_s`; it names who is missing.
     """
     if not isinstance(cluster, Slurm):
-        return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return read_nodes(ray.nodes())
     deadline = time.monotonic() + cluster.start_deadline_s
     names = os.environ.get("POSTTRAIN_NODES", "").split()
     while True:
         alive = [node for node in ray.nodes() if node["Alive"]]
         missing = missing_parts(cluster, names, alive)
         if not missing:
-            return [node["Resources"] for node in alive]
+            return read_nodes(alive)
         if time.monotonic() > deadline:
             raise ClusterLost(
                 f"after {cluster.start_deadline_s} s {missing}",
@@ -210,53 +223,6 @@ def missing_parts(cluster: Slurm, names: Sequence[str], alive: Sequence[dict[str
         if node["Resources"].get("GPU", 0) < wanted
     ]
     return f"not every node has {wanted} GPUs: {', '.join(short)}" if short else ""
-
-
-def place(cluster: Ray, nodes: list[dict[str, float]]) -> tuple[int, bool]:
-    """How many workers there are to be, and whether on GPUs.
-
-    Args:
-        cluster: what was asked for.
-        nodes: resources of each node, as `{"CPU": 8.0, "GPU": 2.0}`.
-
-    Raises:
-        ClusterError: they do not fit on what is there.
-    """
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    cpus = sum(node.get("CPU", 0) for node in nodes)
-    per_worker = cluster.cpus_per_worker
-    default = gpus or (len(nodes) if isinstance(cluster, Slurm) else 1)
-    workers = cluster.workers or default
-
-    def room(share: float) -> int:
-        """Workers that find a place with that many CPUs each."""
-        places = [int(node.get("CPU", 0) / share + 1e-9) for node in nodes]
-        if not gpus:
-            return sum(places)
-        pairs = zip(places, nodes, strict=True)
-        return sum(min(count, int(node.get("GPU", 0))) for count, node in pairs)
-
-    fits = room(per_worker)
-    if workers > fits:
-        there = f"{cpus:g} CPUs" + (f" and {gpus} GPUs" if gpus else " and no GPU")
-        there += f" on {len(nodes)} nodes" if len(nodes) > 1 else ""
-        need = f"{per_worker:g} CPUs" + (" and a GPU" if gpus else "")
-        fixes = [f"set cluster.workers to at most {fits}"] if fits else []
-        if share := next((share for share in _shares(nodes) if room(share) >= workers), None):
-            fixes.append(f"set cluster.cpus_per_worker to at most {share:g}")
-        raise ClusterError(
-            f"is {workers}, each with {need}, and there are {there}",
-            where="cluster.workers",
-            fix=", or ".join(fixes)
-            or f"set cluster.workers to at most {room(1.0)} and cluster.cpus_per_worker to 1",
-        )
-    return workers, gpus > 0
-
-
-def _shares(nodes: list[dict[str, float]]) -> Iterator[float]:
-    """CPUs of a worker that are worth a proposal, the largest first: parts of a node's, to 0.01."""
-    parts = {int(100 * node.get("CPU", 0) / k) / 100 for node in nodes for k in range(1, 1001)}
-    yield from sorted((part for part in parts if part > 0), reverse=True)
 
 
 def _stage(what: str) -> None:

@@ -3,7 +3,7 @@
 posttrain-ray-xxxxxxxx/     0700, so that nobody else comes to what Ray makes in it (it opens its
                             own folders to everyone)
   .posttrain-owner.json     which process it belongs to, and where its logs are kept
-  r/                        Ray's: session_.../sockets, logs
+  ray/                      Ray's: session_.../sockets, logs
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from posttrain_dist.files.temporary import PREFIX, make_temporary, remove_abandoned
 
-INSIDE = "r"
+INSIDE = "ray"  # the name that Ray itself gives it below RAY_TMPDIR
 LOGS = f"{INSIDE}/session_latest/logs"  # of Ray's newest session
 # A Unix socket's path has at most 107 bytes, and Ray makes
 # `<temp>/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store` of it.

@@ -4,36 +4,44 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ray.train import FailureConfig, ScalingConfig, UserCallback
+import ray
+from ray.train import (
+    BackendConfig,
+    ControllerError,
+    FailureConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    UserCallback,
+    WorkerGroupError,
+)
 from ray.train import RunConfig as RayRunConfig
-from ray.train.backend import Backend, BackendConfig
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.train.backend import Backend
 
 from posttrain_dist.attempts.train_apart import killed
 from posttrain_dist.config import Ray, RunConfig, Slurm
-from posttrain_dist.errors import ClusterError, OutOfMemory, is_out_of_memory
+from posttrain_dist.errors import ClusterError, ClusterLost, OutOfMemory, is_out_of_memory
 from posttrain_dist.rehearsal.out_of_memory import advice
+from posttrain_launch.ray import private_names
 from posttrain_launch.ray.child import quiet_environment
+from posttrain_launch.ray.placement import Places
 from posttrain_launch.ray.workers import WorkerError, train_worker
 
+LOOK_FOR_S = 15.0  # in which Ray notices that a node is gone
 CONTROLLER_RETRIES = 4  # of a minute each, for workers to find their places after a lost node
 
 
-def fit(
-    config: RunConfig, run_folder: Path, workers: int, *, use_gpu: bool, spread: bool, here: bool
-) -> None:
-    """Train on `workers` Ray workers; returns when all of them have.
+def fit(config: RunConfig, run_folder: Path, places: Places, *, here: bool) -> None:
+    """Train on Ray workers; returns when all of them have.
 
     Args:
         config: of the run; `config.cluster` is Ray or Slurm.
         run_folder: shared by all nodes.
-        workers: their number, which fits on the cluster.
-        use_gpu: a GPU for each.
-        spread: one a node as far as there are nodes, else packed.
+        places: of the workers, which fit on the cluster.
         here: all of them on this machine.
 
     Raises:
@@ -41,30 +49,33 @@ def fit(
     """
     cluster = config.cluster
     assert isinstance(cluster, Ray)
-    per_worker = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
-    trainer = LeanTrainer(
+    trainer = _trainer(
         train_worker,
         train_loop_config={"config": config.to_yaml(), "run_folder": str(run_folder)},
         scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=use_gpu,
-            resources_per_worker=per_worker,
-            placement_strategy="SPREAD" if spread else "PACK",
+            num_workers=places.workers,
+            use_gpu=places.use_gpu,
+            resources_per_worker=places.bundle,
+            placement_strategy=places.strategy.value,
+            label_selector=places.labels or None,
         ),
-        backend_config=PlainConfig(),
         run_config=RayRunConfig(
             storage_path=str(run_folder / "ray"),
             failure_config=FailureConfig(
                 max_failures=cluster.max_failures, controller_failure_limit=CONTROLLER_RETRIES
             ),
             callbacks=[RefuseRetry(config, run_folder)],
-            worker_runtime_env={"env_vars": worker_environment(cluster, use_gpu, here)},
+            worker_runtime_env={"env_vars": worker_environment(cluster, places.use_gpu, here)},
         ),
     )
+    before = alive_nodes()
     try:
         trainer.fit()
     except TrainingFailedError as failure:
-        raise explain(failure, config, run_folder) from failure
+        error = explain(failure, config, run_folder)
+        if not _is_of_input(error):
+            error = _of_machines(failure, error, before, run_folder)
+        raise error from failure
 
 
 def worker_environment(cluster: Ray, use_gpu: bool, here: bool) -> dict[str, str]:
@@ -80,7 +91,18 @@ def worker_environment(cluster: Ray, use_gpu: bool, here: bool) -> dict[str, str
     if isinstance(cluster, Slurm) and cluster.network_interface:
         environment["GLOO_SOCKET_IFNAME"] = cluster.network_interface
         environment["NCCL_SOCKET_IFNAME"] = cluster.network_interface
-    return environment
+    return environment | cluster.environment
+
+
+def _trainer(loop: Callable[[dict[str, Any]], None], **given: Any) -> Any:
+    """Ray Train's trainer, without the processes that are of no use where that is known to work."""
+    if private_names.are_used():
+        from posttrain_launch.ray.lean_trainer import LeanTrainer
+
+        return LeanTrainer(loop, backend_config=PlainConfig(), **given)
+    from ray.train.torch import TorchTrainer
+
+    return TorchTrainer(loop, torch_config=PlainConfig(), **given)
 
 
 class PlainBackend(Backend):  # type: ignore[misc]
@@ -96,44 +118,12 @@ class PlainBackend(Backend):  # type: ignore[misc]
 class PlainConfig(BackendConfig):  # type: ignore[misc]
     """Chooses PlainBackend."""
 
+    backend = "plain"  # TorchTrainer looks for a name here
+
     @property
     def backend_cls(self) -> type[Backend]:
         """The backend."""
         return PlainBackend
-
-
-class LeanTrainer(DataParallelTrainer):  # type: ignore[misc]
-    """Ray Train without the parts that this project has no use for.
-
-    Each of them is a process of its own, which takes 2 s of a CPU to import Ray Train and Ray Data,
-    and most of them are waited for. What is overridden here is private to Ray: should another
-    version of it name things otherwise, the parts come back, and nothing breaks.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
-        return [each for each in callbacks if type(each).__name__ not in UNUSED_CALLBACKS]
-
-    def _initialize_and_run_controller(self, **given: Any) -> Any:
-        # The controller asks an actor of Ray Data that shares out an autoscaler's nodes; on a Ray
-        # that has none it starts one first. `place` has seen that the nodes are there, and the
-        # placement group asks an autoscaler by itself.
-        for request in ("_send", "_maybe_send", "_cancel"):
-            setattr(given.get("scaling_policy"), f"{request}_resource_request", _nothing)
-        return super()._initialize_and_run_controller(**given)
-
-
-UNUSED_CALLBACKS = (
-    # Hands Ray Data sets to the workers, of which there are none.
-    "DatasetsCallback",
-    # Removes the placement group of a controller that died. Ray removes it when the job ends, and
-    # ours ends with its controller. Without a dashboard it also floods the log.
-    "PlacementGroupCleanerCallback",
-)
-
-
-def _nothing() -> None:
-    """What the scaling policy asks for."""
 
 
 class RefuseRetry(UserCallback):  # type: ignore[misc]
@@ -185,6 +175,56 @@ def explain(failure: TrainingFailedError, config: RunConfig, run_folder: Path) -
     log = run_folder / "logs" / "driver.log"
     error = ClusterError(f"Ray Train failed: {text}", where=str(log), fix="read that log")
     return WorkerError(None, text, str(failure), error)
+
+
+# --------------------------------------------------------------------- machines that are gone
+
+
+def alive_nodes() -> dict[str, str]:
+    """Id -> name of the nodes of Ray that are alive."""
+    return {n["NodeID"]: n["NodeManagerHostname"] for n in ray.nodes() if n["Alive"]}
+
+
+def _is_of_input(error: WorkerError) -> bool:
+    """Whether it is one that starting again cannot cure; a failed Ray Train is a ClusterError."""
+    return error.error is not None and not isinstance(error.error, ClusterError)
+
+
+def _of_machines(
+    failure: TrainingFailedError, error: WorkerError, before: dict[str, str], run_folder: Path
+) -> WorkerError:
+    """The failure as one of the machines, where they are why it failed: the run may go on."""
+    cause = failure.controller_failure if isinstance(failure, ControllerError) else failure
+    gone = _gone(before, LOOK_FOR_S if "node" in str(failure).lower() else 0.0)
+    if gone:
+        names = ", ".join(gone)
+        what = f"lost the node {names}" if len(gone) == 1 else f"lost the nodes {names}"
+        what += ", and its workers found no other place"
+    elif type(cause).__name__ == "WorkerGroupStartupTimeoutError":
+        what = "has had no free place for the workers for minutes: others hold it"
+    else:
+        return error
+    lost = ClusterLost(
+        what,
+        where="the Ray cluster",
+        fix=f"`posttrain run {run_folder}` goes on from the newest checkpoint once there is room; "
+        "cluster.max_failures says how often Ray itself tries again",
+    )
+    return WorkerError(None, what, error.trace, lost)
+
+
+def _gone(before: dict[str, str], wait_s: float) -> list[str]:
+    """Names of nodes that were there; Ray may notice a while after their workers are missed."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        now = alive_nodes()
+        gone = [name for node, name in before.items() if node not in now]
+        if gone or time.monotonic() >= deadline:
+            return gone
+        time.sleep(0.5)
+
+
+# ------------------------------------------------------------------------- workers that failed
 
 
 def _explain_workers(

@@ -71,55 +71,6 @@ def freeze(folder: Path, config: RunConfig) -> Path:
 # ------------------------------------------------------------------------------- no Ray needed
 
 
-def test_workers_follow_what_is_there():
-    from posttrain_launch.ray.job import place
-
-    two_cpus, gpu_node = {"CPU": 2.0}, {"CPU": 32.0, "GPU": 4.0}
-    assert place(Ray(), [two_cpus]) == (1, False)
-    assert place(Ray(workers=2), [two_cpus]) == (2, False)
-    assert place(Ray(workers=4, cpus_per_worker=0.5), [two_cpus]) == (4, False)
-    assert place(Ray(cpus_per_worker=8), [gpu_node]) == (4, True)
-    assert place(Ray(cpus_per_worker=8), [gpu_node, gpu_node]) == (8, True)
-    assert place(Slurm(nodes=3), [two_cpus] * 3) == (3, False)
-
-
-@pytest.mark.parametrize(
-    ("cluster", "nodes", "is_there", "fix"),
-    [
-        (Ray(workers=5), [{"CPU": 2.0}], "2 CPUs and no GPU", "cluster.workers to at most 2"),
-        (Ray(workers=5), [{"CPU": 2.0}], "2 CPUs", "cluster.cpus_per_worker to at most 0.4"),
-        # Three CPUs in all, but a worker lives on one node.
-        (Ray(cpus_per_worker=2, workers=2), [{"CPU": 2.0}, {"CPU": 1.0}], "2 nodes", "at most 1"),
-        (Ray(workers=3), [{"CPU": 9.0, "GPU": 2.0}], "2 GPUs", "cluster.workers to at most 2"),
-        # Half of all CPUs does not fit twice on the larger node and once on the smaller.
-        (
-            Ray(workers=3),
-            [{"CPU": 1.0}, {"CPU": 0.9}],
-            "1.9 CPUs",
-            "cpus_per_worker to at most 0.5",
-        ),
-        (Ray(workers=1, cpus_per_worker=3), [{"CPU": 2.0}], "2 CPUs", "at most 2"),
-        (Ray(workers=9, cpus_per_worker=3), [{"CPU": 2.0}], "2 CPUs", "at most 0.22"),
-        (Ray(workers=999), [{"CPU": 2.0}], "2 CPUs", "cluster.workers to at most 2"),
-        (
-            Ray(workers=999, cpus_per_worker=3),
-            [{"CPU": 2.0}],
-            "2 CPUs",
-            "cluster.workers to at most 2 and cluster.cpus_per_worker to 1",
-        ),
-    ],
-)
-def test_more_workers_than_resources_is_told(cluster, nodes, is_there, fix):
-    from posttrain_launch.ray.job import place
-
-    with pytest.raises(ClusterError) as failure:
-        place(cluster, nodes)
-    assert failure.value.where == "cluster.workers"
-    assert is_there in failure.value.what
-    assert fix in failure.value.fix
-    assert "at most 0," not in f"{failure.value.fix}," and failure.value.fix
-
-
 @pytest.mark.parametrize(
     "error",
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from posttrain_dist.config import RunConfig, Slurm
+from posttrain_dist.config import Ray, RunConfig, Slurm
 from posttrain_dist.errors import ConfigError
 from posttrain_dist.report.run.plan_section import write_run_plan
 from posttrain_dist.report.run.read import read_run
@@ -30,9 +30,15 @@ def command(arguments: list[str], debug: bool) -> int:
     if others and _names_folder(others[0]):
         return _again(Path(others[0]).expanduser().absolute(), others[1:], arguments)
     line = read_command_line("submit", arguments, debug)
-    folder = freeze(compose_command(line), line.typed, force=line.force)
+    composed = compose_command(line)
+    dry_run, wait = line.dry_run, "--wait" in line.own
+    if isinstance(composed.config.cluster, Ray) and not composed.config.cluster.shared_folders:
+        from posttrain_launch.ray.jobs.sending import send_text
+
+        return send_text(composed, line.typed, force=line.force, dry_run=dry_run, wait=wait)
+    folder = freeze(composed, line.typed, force=line.force)
     write_run_plan(read_run(folder))  # to be looked at while the job waits
-    return _send(read_frozen(folder), folder, dry_run=line.dry_run, wait="--wait" in line.own)
+    return _send(read_frozen(folder), folder, dry_run=dry_run, wait=wait)
 
 
 def _names_folder(word: str) -> bool:
@@ -55,11 +61,15 @@ def _again(folder: Path, overrides: list[str], arguments: list[str]) -> int:
 
 def _send(config: RunConfig, folder: Path, *, dry_run: bool, wait: bool) -> int:
     """Send a run by the way of its cluster; the exit code."""
-    if not isinstance(config.cluster, Slurm):
+    if not isinstance(config.cluster, Ray):
         raise ConfigError(
             "this run is not set up for jobs",
             where="cluster",
             fix=f"posttrain run {shlex.quote(str(folder))} goes on with it here",
         )
+    if not isinstance(config.cluster, Slurm):
+        from posttrain_launch.ray.jobs.sending import send_run
+
+        return send_run(config, folder, dry_run=dry_run, wait=wait)
     job_id = submit(config, folder, dry_run)
     return follow(job_id, folder) if wait and job_id is not None else 0

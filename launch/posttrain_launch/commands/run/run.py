@@ -38,6 +38,10 @@ def command(arguments: list[str], debug: bool) -> int:
         "--failed", action="store_true", help="of a sweep: also start its failed trials again"
     )
     given = parser.parse_args(arguments)
+    if str(given.run) == "-":  # a job of Ray, which brings its run along as text
+        from posttrain_launch.ray.jobs.arrival import arrive
+
+        given.run = arrive()
     if is_sweep(given.run) or given.failed:
         return _run_sweep(given, debug)
     if given.together:
