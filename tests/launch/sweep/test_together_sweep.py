@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 from posttrain_launch.cli import main
-from posttrain_launch.sweep.folder import State, read_sweep, read_trials
+from posttrain_launch.sweep.backends.together import groups
+from posttrain_launch.sweep.folder import State, Trial, read_sweep, read_trials
 from posttrain_launch.sweep.states import state_of
 
+from posttrain_dist.config import AdamW, Lora, RunConfig, complete
 from posttrain_dist.files import read_rows
 
 BASE = ["data.max_length=128", "train.steps=2", "train.dtype=float32", "data.eval_fraction=0.2"]
@@ -26,20 +28,36 @@ def pid_of(folder: Path) -> str:
     return (folder / "logs" / "driver.lock").read_text().split()[0]
 
 
-def test_trials_of_one_base_share_a_process_and_others_have_their_own(words, tmp_path, capfd):
-    # The batch size is no part of an adapter: those of 2 and those of 4 are two groups.
-    varied = ["tuning.rank=2,4", "train.batch_size=2,4", "hydra.launcher.at_once=3"]
-    assert main(["train", "-m", *words, *varied]) == 0
+def test_trials_of_one_base_share_a_process(words, tmp_path, capfd):
+    assert main(["train", "-m", *words, "tuning.rank=2,4", "hydra.launcher.at_once=3"]) == 0
     [folder] = (tmp_path / "out" / "run" / "sweeps").iterdir()
     trials = read_trials(read_sweep(folder).folder)
-    assert [state_of(trial) for trial in trials] == [State.done] * 4
-    pids = [pid_of(trial.folder) for trial in trials]
-    # Of the first three: 0 and 2 differ in rank alone; 1 and the last one follow by themselves.
-    assert pids[0] == pids[2] and len(set(pids)) == 3
+    assert [state_of(trial) for trial in trials] == [State.done] * 2
+    assert pid_of(trials[0].folder) == pid_of(trials[1].folder)
     printed = capfd.readouterr().out
     for trial in trials:
         held_out = read_rows(trial.folder / "metrics.jsonl")[-1]["eval/loss"]
         assert f"trial {trial.number}: done, eval/loss {held_out:.4f}" in printed
+
+
+def test_trials_that_differ_in_more_than_their_adapter_train_by_themselves(tmp_path):
+    def trial(number: int, batch_size: int, **adapter: object) -> Trial:
+        folder = tmp_path / f"trial-{number:03d}"
+        folder.mkdir()
+        config = RunConfig(tuning=Lora(**adapter), optimizer=AdamW(lr=1e-3 * (number + 1)))
+        config.train.batch_size = batch_size
+        (folder / "config.yaml").write_text(complete(config).to_yaml() + "choices: {}\n")
+        return Trial(number, (), folder)
+
+    trials = [
+        trial(0, 2, rank=2),
+        trial(1, 4, rank=2),
+        trial(2, 2, rank=8, alpha=4.0),
+        trial(3, 2, rank=2, dropout=0.1),
+        trial(4, 4, rank=4, dora=True),
+    ]
+    found = [[each.number for each in group] for group in groups(trials)]
+    assert found == [[0, 2], [1, 4], [3]]
 
 
 def test_a_group_size_that_is_none_is_refused(words, capfd):
