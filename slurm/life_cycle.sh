@@ -28,7 +28,7 @@ kill "$clock" 2>/dev/null
 
 # What now? One line, ACTION CODE; where Python cannot run any more, what the driver's code says.
 ask=("${wrap[@]}" python3 -P -m posttrain_launch.lifecycle.after "$POSTTRAIN_RUN" --code "$code"
-  --signal "$signal" "${ray_ended[@]}" --state "$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null)")
+  --signal "$signal" "${ray_ended[@]}" --state "$(scontrol show job -o "$POSTTRAIN_JOB" 2>/dev/null)")
 if [ ${#srun_options[@]} -gt 0 ]; then
   ask=(srun "${srun_options[@]}" --overlap --nodes=1 --ntasks=1 --nodelist="$POSTTRAIN_HEAD" "${ask[@]}")
 fi
@@ -63,6 +63,6 @@ if [ "$action" = wait ]; then
 fi
 if [ "$action" = requeue ]; then
   # Refused where Slurm has queued the job already: it is started once.
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$POSTTRAIN_JOB"
 fi
 exit "$job_code"

@@ -20,6 +20,9 @@ refuse() { # what is wrong; how to fix it
   exit 1
 }
 
+# As Slurm's commands have it: of the last task of an array, SLURM_JOB_ID means all of them.
+export POSTTRAIN_JOB=${POSTTRAIN_JOB:-$SLURM_JOB_ID}
+
 mkdir -p "$POSTTRAIN_RUN/ray" "$POSTTRAIN_RUN/logs" 2>/dev/null
 (: >"$POSTTRAIN_RUN/ray/.written-$SLURM_JOB_ID") 2>/dev/null || refuse \
   "the run folder cannot be written: $POSTTRAIN_RUN" \

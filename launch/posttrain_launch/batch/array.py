@@ -10,7 +10,7 @@ from pathlib import Path
 
 from posttrain_dist.config import RunConfig, Slurm
 from posttrain_dist.errors import ClusterError
-from posttrain_launch.batch.job_options import options, signal_lead_s
+from posttrain_launch.batch.job_options import options, signal_lead
 from posttrain_launch.batch.job_script import arrays, lead_line, script, variables
 
 # Two lines, so that a printf that fails is not masked by the export.
@@ -37,8 +37,8 @@ def render_array(
     """
     cluster = config.cluster
     assert isinstance(cluster, Slurm)
-    first = sweep_folder / f"trial-{numbers[0]:03d}" if numbers else sweep_folder
-    lead_s = signal_lead_s(config, first) if numbers else 0.0
+    folders = [sweep_folder / f"trial-{number:03d}" for number in numbers]
+    lead_s, source = max((signal_lead(config, folder) for folder in folders), default=(0.0, ""))
     log = str(sweep_folder).replace("%", "%%") + "/trial-%3a/logs/slurm-%A_%a.log"
     changes = {"array": index_list(numbers, at_once), "output": log}
     header = options(name, cluster, sweep_folder, lead_s=lead_s, changes=changes)
@@ -53,7 +53,7 @@ def render_array(
     words = arrays(config, sweep_folder)
     # The logs of its steps have relative names.
     words["site_setup"] = ['cd "$POSTTRAIN_RUN"', *words["site_setup"]]
-    return script(header, names, words, lead_line(cluster, lead_s))
+    return script(header, names, words, lead_line(cluster, lead_s, source))
 
 
 def index_list(numbers: Sequence[int], at_once: int | None) -> str:
