@@ -9,11 +9,17 @@ queue_without() { # nodes...
   case $excluded in '' | '(null)') excluded= ;; *) excluded=$excluded, ;; esac
   excluded=$excluded$(IFS=, && echo "$*")
   log "back into the queue without $*"
-  # Only a job that waits can be changed, and a requeue ends this script.
-  trap '' TERM
+  # Only a job that waits can be changed, and a requeue ends this script: not before that is done,
+  # nor later than Slurm ends it, or the job that waits may be taken for one that failed.
+  ended=0
+  trap 'ended=1' TERM
   scontrol requeue "$POSTTRAIN_JOB" || exit 1
   scontrol update "JobId=$POSTTRAIN_JOB" "ExcNodeList=$excluded" ||
     scontrol hold "$POSTTRAIN_JOB" # else it may come to the same node again
+  for _ in $(seq 60); do
+    [ $ended = 0 ] || break
+    sleep 1
+  done
   exit 75
 }
 

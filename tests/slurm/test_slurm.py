@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from posttrain_launch.lifecycle import starts
-from slurm_cluster import LIVE, POSTTRAIN, last_words, losses, missing, step_of, waited
+from slurm_cluster import LIVE, POSTTRAIN, last_words, losses, missing, step_of
 
 TIMEOUT_S = 400  # of the job; on two idle cores it takes about 70 s
 STEPS = 6
@@ -75,11 +75,13 @@ def test_nodes_train_as_processes_here_do(engine, nodes, made_cluster, tmp_path,
 
     job, run_folder = cluster.submit(*words(engine, nodes), root=tmp_path / "slurm")
     # In the middle it is asked to save and leave, as it is when its time is up.
-    waited(lambda: step_of(run_folder) >= 2, TIMEOUT_S, run_folder)
+    cluster.wait(lambda: step_of(run_folder) >= 2, TIMEOUT_S, run_folder)
     cluster.login("scancel", "--batch", "--signal=USR1", job)
-    waited(lambda: len(starts.read(run_folder)) > 1 or lifted(cluster, job), 120, run_folder)
-    waited(lambda: cluster.state(job) not in LIVE, TIMEOUT_S, run_folder)
-    assert cluster.state(job) == "COMPLETED", last_words(run_folder)
+    cluster.wait(lambda: cluster.state(job) == "PENDING", 60, run_folder)
+    cluster.lift_hold(job)
+    cluster.wait(lambda: len(starts.read(run_folder)) > 1, 120, run_folder)
+    cluster.wait(lambda: cluster.state(job) not in LIVE, TIMEOUT_S, run_folder)
+    assert cluster.state(job) == "COMPLETED", cluster.last_words() + last_words(run_folder)
 
     assert json.loads((run_folder / "FINISHED").read_text())["step"] == STEPS
     first, second = starts.read(run_folder)
@@ -100,10 +102,3 @@ def test_nodes_train_as_processes_here_do(engine, nodes, made_cluster, tmp_path,
     there, here = losses(run_folder), the_same_here(run_folder, nodes, tmp_path, run_workers)
     assert list(there) == list(range(1, STEPS + 1))
     assert there == pytest.approx(here, rel=1e-6)
-
-
-def lifted(cluster, job) -> bool:
-    """False, after the two minutes were taken back that Slurm lets a job wait."""
-    if cluster.state(job) == "PENDING":
-        cluster.lift_hold(job)
-    return False

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from ray_runs import wait_until
@@ -87,10 +88,33 @@ class Cluster:
     def wait_for_state(self, job: str, *states: str, timeout_s: float) -> str:
         return wait_until(lambda: (s := self.state(job)) in states and s, timeout_s)
 
+    def wait(self, condition: Callable[[], object], timeout_s: float, run_folder: Path) -> None:
+        """Wait for something of a run; what Slurm and its logs say if it does not come."""
+        try:
+            wait_until(condition, timeout_s)
+        except AssertionError as error:
+            raise AssertionError(
+                f"{error}\n{self.last_words()}\n{last_words(run_folder)}"
+            ) from error
+
+    def last_words(self) -> str:
+        """What Slurm says of its jobs and nodes, and how its log ends."""
+        said = [
+            self.login("squeue", "-t", "all", "-o", "%i %T %r %N %e %S"),
+            self.login("sinfo", "-N", "-o", "%n %T %E"),
+            (self.folder / "log" / "slurmctld.log").read_text()[-4000:],
+        ]
+        return "\n".join(said)
+
     def lift_hold(self, job: str) -> None:
-        """Let a job that was queued again start at once, if it has not begun meanwhile."""
-        with contextlib.suppress(AssertionError):
-            self.login("scontrol", "update", f"JobId={job}", "StartTime=now")
+        """Let a job that was queued again start at once, if it has not begun meanwhile.
+
+        Once: a job whose time is set again and again never comes to its turn.
+        """
+        with contextlib.suppress(AssertionError, ValueError):
+            eligible = datetime.fromisoformat(self.facts(job)["EligibleTime"])
+            if (eligible - datetime.now()).total_seconds() > 5:
+                self.login("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def processes(self) -> dict[int, str]:
         """Everything alive that was started for this cluster or in it: pid -> command."""
@@ -128,11 +152,3 @@ def digest_of_export(run_folder: Path) -> str:
 def last_words(run_folder: Path) -> str:
     logs = sorted((run_folder / "logs").glob("*.log"))
     return "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in logs)
-
-
-def waited(condition: Callable[[], object], timeout_s: float, run_folder: Path) -> None:
-    """Wait for something of a run; what its logs say if it does not come."""
-    try:
-        wait_until(condition, timeout_s)
-    except AssertionError as error:
-        raise AssertionError(last_words(run_folder)) from error

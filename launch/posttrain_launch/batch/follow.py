@@ -17,6 +17,7 @@ from posttrain_launch.batch.refusals import never_starts
 from posttrain_launch.lifecycle.exit_codes import Exit
 
 _TIMEOUT_S = 60.0  # of one question to Slurm
+_SEEN_S = 5.0  # until a network file system shows here what a node wrote
 _GONE = "GONE"  # it has left the queue, MinJobAge after its end
 # Of a job that is not at its end.
 _LIVE = {
@@ -102,7 +103,10 @@ def _follow(job_id: str, run_folder: Path, every_s: float) -> int:
 
 
 def _ended(job_id: str, run_folder: Path, state: JobState) -> int:
-    if (run_folder / "FINISHED").is_file():
+    end = time.monotonic() + (_SEEN_S if state.state == "COMPLETED" else 0)
+    while not (is_finished := (run_folder / "FINISHED").is_file()) and time.monotonic() < end:
+        time.sleep(0.2)
+    if is_finished:
         print(f"finished: {run_folder}")
         return Exit.finished
     log = run_folder / "logs" / f"slurm-{job_id}.log"
@@ -138,7 +142,8 @@ def exit_code(job_id: str) -> int:
     )
     found = re.findall(r"\bExitCode=(\d+):(\d+)", done.stdout)
     code, signal = map(int, found[-1]) if found else (0, 0)
-    return code or (128 + signal if signal else Exit.failed)
+    # 53, of no signal, is Slurm's own for a job that could not be launched.
+    return code or (128 + signal if 0 < signal < 32 else Exit.failed)
 
 
 def _no_answer(text: str) -> ClusterError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from posttrain_dist.config import RunConfig, Slurm
@@ -15,6 +17,8 @@ from posttrain_launch.batch.job_options import resources
 from posttrain_launch.batch.job_script import render
 from posttrain_launch.batch.refusals import cure_of
 from posttrain_launch.run.job_record import new_record, read_job, write_job
+
+_OF_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 
 
 def submit(config: RunConfig, run_folder: Path, dry_run: bool = False) -> str | None:
@@ -97,6 +101,7 @@ def sbatch(script: Path) -> str:
         text=True,
         check=False,
         encoding="utf-8",
+        env=login_environment(os.environ),
     )
     if done.returncode != 0:
         answer = (done.stderr or done.stdout).strip().replace("\n", "; ")
@@ -107,3 +112,17 @@ def sbatch(script: Path) -> str:
             fix=f"{cure.fix}; the script is {script}",
         )
     return done.stdout.strip().split(";")[0]  # "id" or "id;cluster"
+
+
+def login_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what Slurm set of the job that we are in ourselves.
+
+    From an interactive job (salloc, srun --pty) its sizes would reach the new job's steps.
+    """
+    if "SLURM_JOB_ID" not in environment:
+        return dict(environment)
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in _OF_SITE or not name.startswith(("SLURM_", "SLURMD_", "SBATCH_"))
+    }

@@ -61,10 +61,12 @@ def look_at_gpus(environment: Mapping[str, str]) -> GpuState:
     rows, fault = _query("gpu", _FIELDS)
     if fault:
         return GpuState(0, fault=fault, xids=_xids())
+    if visible and visible[0].startswith("MIG-"):  # a part of a GPU, which the table has not
+        return GpuState(len(visible), driver=rows[0][-1] if rows else None)
+    rows = _rows_of_job(rows, visible)
     remapped = {
         uuid: (pending, failed) for uuid, pending, failed in _query("remapped-rows", _REMAPPED)[0]
     }
-    rows = [row for row in rows if visible is None or row[0] in visible or row[1] in visible]
     gpus = [_gpu(row, *remapped.get(row[1], ("", ""))) for row in rows]
     return GpuState(len(gpus), gpus, rows[0][-1] if rows else None, xids=_xids() if gpus else [])
 
@@ -74,6 +76,17 @@ def _visible(environment: Mapping[str, str]) -> list[str] | None:
     if text is None or text == "all":
         return None
     return [each.strip() for each in text.split(",") if each.strip() not in ("", "NoDevFiles")]
+
+
+def _rows_of_job(rows: list[list[str]], visible: list[str] | None) -> list[list[str]]:
+    """Those that CUDA_VISIBLE_DEVICES names, by index or UUID.
+
+    Where the job's cgroup hides the others, nvidia-smi may count from 0, and the variable not.
+    """
+    if visible is None:
+        return rows
+    named = [row for row in rows if row[0] in visible or row[1] in visible]
+    return rows if not named and len(rows) == len(visible) else named
 
 
 def _query(what: str, names: tuple[str, ...]) -> tuple[list[list[str]], str | None]:

@@ -34,9 +34,12 @@ def test_each_preset_of_slurm_has_a_kept_script():
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_the_scripts_are_clean_shell(tmp_path):
-    scripts = []
-    for name in ("slurm", "slurm_apptainer", "pyxis", "every_option"):
-        scripts.append(tmp_path / f"{name}.sbatch")
-        scripts[-1].write_text(job_goldens.script_of(name))
-    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    whole = tmp_path / "job.sbatch"
+    whole.write_text(job_goldens.script_of("every_option"))
+    done = subprocess.run(["shellcheck", whole], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    # The others differ above the parts alone, which use the arrays that stand there.
+    heads = [job_goldens.FOLDER / f"{name}.sbatch" for name in job_goldens.WORDS]
+    command = ["shellcheck", "--exclude=SC2034", *heads]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

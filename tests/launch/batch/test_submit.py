@@ -1,7 +1,7 @@
 """The Slurm job script. That it works is shown by tests/slurm on a real Slurm."""
 
 import pytest
-from posttrain_launch.batch.submit import submit
+from posttrain_launch.batch.submit import login_environment, submit
 
 from posttrain_dist.config import Ray, RunConfig, Slurm, complete
 from posttrain_dist.errors import ClusterError, ConfigError
@@ -34,3 +34,11 @@ def test_another_cluster_is_refused(tmp_path):
         submit(complete(RunConfig(cluster=Ray())), tmp_path)
     assert failure.value.where == "cluster"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_job_that_is_submitted_from_a_job_has_none_of_its_sizes():
+    site = {"PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf", "WANDB_MODE": "offline"}
+    job = {"SLURM_JOB_ID": "7", "SLURM_MEM_PER_CPU": "100", "SLURMD_NODENAME": "n1"}
+    assert login_environment({**site, **job}) == site
+    own = {**site, "SLURM_TIME_FORMAT": "relative", "SBATCH_ACCOUNT": "lab"}
+    assert login_environment(own) == own

@@ -60,13 +60,27 @@ def test_what_nvidia_smi_says_is_read(machine):
 
 @pytest.mark.parametrize(
     ("visible", "indices"),
-    [("1,3", [1, 3]), ("GPU-cc", [2]), ("", []), ("all", [0, 1, 2, 3]), ("NoDevFiles", [])],
+    [
+        ("1,3", [1, 3]),
+        ("4,5,6,7", [0, 1, 2, 3]),
+        ("4,5", []),
+        ("GPU-cc", [2]),
+        ("", []),
+        ("all", [0, 1, 2, 3]),
+        ("NoDevFiles", []),
+    ],
 )
 def test_only_the_jobs_gpus_count(visible, indices, machine):
     machine("nvidia-smi", both())
     state = look_at_gpus({"CUDA_VISIBLE_DEVICES": visible})
     assert [gpu.index for gpu in state.gpus] == indices
     assert state.count == len(indices)
+
+
+def test_parts_of_a_gpu_are_counted(machine):
+    machine("nvidia-smi", both())
+    state = look_at_gpus({"CUDA_VISIBLE_DEVICES": "MIG-1a,MIG-2b"})
+    assert (state.count, state.gpus, state.driver) == (2, [], "570.86.15")
 
 
 def test_a_gpu_that_is_lost_is_a_fault_of_the_node(machine):
