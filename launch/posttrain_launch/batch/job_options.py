@@ -103,7 +103,7 @@ def _path(path: Path) -> str:
         raise ConfigError(
             f"makes the run folder {str(path)!r}, whose name cannot stand in a job script",
             where="output_root",
-            fix="set output_root to a folder without line breaks, control characters and backslashes",
+            fix="set output_root to a folder without backslashes and control characters",
         )
     return str(path)
 
