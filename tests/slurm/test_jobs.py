@@ -100,7 +100,7 @@ def test_a_node_that_does_not_see_the_run_folder_is_named_and_left_out(
     assert f"preflight: error: node2: cannot use the run folder {folder}: no such file" in said
     assert "fix: set output_root to storage that all nodes see" in said
     assert "back into the queue without node2" in said
-    assert cluster.facts(job)["ExcNodeList"] == "node2"
+    wait_until(lambda: cluster.facts(job)["ExcNodeList"] == "node2", 20)
     cluster.login("scontrol", "update", f"JobId={job}", "StartTime=now")  # not in two minutes
     cluster.wait_for_state(job, "RUNNING", timeout_s=60)
     commands = cluster.processes().values()
@@ -138,20 +138,21 @@ def test_a_job_is_followed_to_its_end(cluster, tmp_path):
     job = send(cluster, unseen)
     said = follow(job, unseen, 1)
     assert f"it wrote no {unseen}/logs/slurm-{job}.log: output_root must be on storage" in said
-    held = make_run(tmp_path / "held", preflight=False, extra=["--hold"])
-    job = send(cluster, held)
+    large = make_run(tmp_path / "large", preflight=False, nodes=3)  # of two
+    job = send(cluster, large)
     environment = {**os.environ, "SLURM_CONF": str(cluster.folder / "slurm.conf")}
     words = ["bash", str(Path(__file__).parent / "cluster.sh"), str(cluster.folder), "login"]
     watch = subprocess.Popen(
-        [*words, sys.executable, "-c", FOLLOW, job, str(held)],
+        [*words, sys.executable, "-c", FOLLOW, job, str(large)],
         env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert watch.stdout is not None
     first = ""
     while "fix:" not in first and (line := watch.stdout.readline()):
         first += line
-    assert f"job {job}: PENDING (JobHeldUser)" in first
-    assert f"it never starts so; fix: cluster: scontrol release {job}" in first
+    assert f"job {job}: PENDING (PartitionConfig)" in first
+    assert "it never starts so; fix: cluster.partition: " in first
+    assert f"; scancel {job}" in first
     os.killpg(watch.pid, 2)  # Ctrl-C
     rest, _ = watch.communicate(timeout=20)
     assert watch.returncode == 130
@@ -159,6 +160,7 @@ def test_a_job_is_followed_to_its_end(cluster, tmp_path):
     assert cluster.state(job) == "PENDING"
 
 
+@pytest.mark.slow
 def test_what_looks_at_a_node_runs_inside_the_image(cluster, tmp_path, monkeypatch):
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -182,22 +184,17 @@ def test_what_cannot_fit_is_refused_by_its_key(cluster, tmp_path):
         return cluster.login(str(POSTTRAIN), "submit", *words, code=code)
 
     first = [
-        "model.path=tiny_base", "cluster=slurm_cpu", "cluster.time=00:05:00", "cluster.nodes=3",
-        f"output_root={tmp_path}",
+        "model.path=tiny_base", "cluster=slurm_cpu", "cluster.time=00:05:00",
+        "cluster.memory_per_node=640G", f"output_root={tmp_path}",
     ]  # fmt: skip
-    assert "error: cluster.nodes: sbatch refused the job: " in submit(*first)
+    assert "error: cluster.memory_per_node: sbatch refused the job: " in submit(*first)
     [folder] = (tmp_path / "run").iterdir()
-    config = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(config.replace("nodes: 3", "nodes: 2"))
-    for word, key in {
-        "cluster.partition=nowhere": "cluster.partition",
-        "cluster.cpus_per_node=64": "cluster.cpus_per_node",
-        "cluster.constraint=a100": "cluster.constraint",
-    }.items():
-        said = submit(str(folder), word)
-        assert f"error: {key}: sbatch refused the job: " in said, said
-        (folder / "config.yaml").write_text(config.replace("nodes: 3", "nodes: 2"))
-    said = submit(str(folder), 'cluster.extra=["--hold"]', code=0)
+    fits = "cluster.memory_per_node=100M"
+    said = submit(str(folder), fits, "cluster.partition=nowhere")
+    assert "error: cluster.partition: sbatch refused the job: " in said
+    said = submit(str(folder), "cluster.partition=main", "cluster.constraint=a100")
+    assert "error: cluster.constraint: sbatch refused the job: " in said
+    said = submit(str(folder), "cluster.constraint=null", 'cluster.extra=["--hold"]', code=0)
     job = said.partition("submitted job ")[2].split()[0]
     said = submit(str(folder))
     assert f"job {job} drives this run already: PENDING" in said

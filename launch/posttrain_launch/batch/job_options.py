@@ -99,11 +99,11 @@ def _gpus(cluster: Slurm) -> dict[str, str]:
 
 
 def _path(path: Path) -> str:
-    if not str(path).isprintable():
+    if not str(path).isprintable() or "\\" in str(path):  # Slurm replaces no %j beside a backslash
         raise ConfigError(
             f"makes the run folder {str(path)!r}, whose name cannot stand in a job script",
             where="output_root",
-            fix="set output_root to a folder without line breaks and control characters",
+            fix="set output_root to a folder without backslashes and control characters",
         )
     return str(path)
 

@@ -13,6 +13,11 @@ class Cure(NamedTuple):
 
 
 _PARTITION = Cure("cluster.partition", "use one of those that `sinfo -s` lists")
+_TOO_SMALL = Cure(
+    "cluster.partition",
+    "it has fewer or smaller nodes, or a shorter limit, than the job asks for: see "
+    "`sinfo -o '%P %l %D %c %m %G'`, and set cluster.nodes, cluster.time and the sizes",
+)
 _ACCOUNT = Cure(
     "cluster.account", "use one of `sacctmgr show associations user=$USER format=account,partition`"
 )
@@ -55,6 +60,7 @@ _ANSWERS: tuple[tuple[str, Cure], ...] = (
     ("gres", _GPUS),
     ("memory", _MEMORY),
     ("cpu count", _CPUS),
+    ("socket, core", _CPUS),
     ("more processors", _CPUS),
     ("node count", _NODES),
     ("too many nodes", _NODES),
@@ -72,7 +78,7 @@ _OTHER = Cure("cluster", "change the cluster.* value that it names (partition, a
 _NEVER: tuple[tuple[str, Cure], ...] = (
     ("PartitionNodeLimit", _NODES),
     ("PartitionTimeLimit", _TIME),
-    ("PartitionConfig", _PARTITION),
+    ("PartitionConfig", _TOO_SMALL),
     ("PartitionDown", _PARTITION),
     ("PartitionInactive", _PARTITION),
     ("BadConstraints", _SIZE),

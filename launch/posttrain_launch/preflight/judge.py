@@ -11,6 +11,7 @@ from posttrain_launch.preflight.node_facts import NodeFacts
 
 SKEW_WARNING_S, SKEW_ERROR_S = 2.0, 60.0  # Slurm's own credentials allow 300 s
 USED_SHARE = 0.1  # of a GPU's memory, that another process holds
+PLANNED_SHARE = 0.9  # of the memory that was planned with: drivers differ in what they keep
 BANDWIDTH_SHARE = 0.5  # of the expected one
 # Ray's shared memory is 200 MB (ray_steps.sh); its sockets and logs are small.
 SHARED_MEMORY_BYTES, TEMP_BYTES = 256 << 20, 1 << 30
@@ -23,6 +24,7 @@ class Expected:
 
     nodes: list[str]  # the first one is where the driver runs
     gpus_per_node: int
+    gpu_memory_mib: float | None = None  # of each, that the run was planned with
     checkpoint_bytes: int = 0  # of one, all ranks together; 0: it was not planned
     keep: int = 0  # checkpoints that stay; 0: all
     export_bytes: int = 0
@@ -151,7 +153,14 @@ def _gpu_findings(facts: NodeFacts, expected: Expected) -> Iterator[Finding]:
         what = f"the job sees {state.count} GPUs, and cluster.gpus_per_node is "
         fix = "check nvidia-smi there, and how this site is asked for GPUs (cluster.gpu_request); "
         yield Finding(node, what + str(expected.gpus_per_node), fix + _EXCLUDE)
+    planned = expected.gpu_memory_mib
     for gpu in state.gpus:
+        if planned and gpu.memory_mib and gpu.memory_mib < PLANNED_SHARE * planned:
+            what = (
+                f"GPU {gpu.index} ({gpu.name}) has {gpu.memory_mib} MiB, and the run was planned "
+            )
+            fix = "set hardware to what the nodes are, or cluster.gpu_type or constraint; "
+            yield Finding(node, f"{what}with {planned:.0f}", fix + _EXCLUDE)
         for fault in _faults(gpu):
             yield Finding(node, f"GPU {gpu.index} ({gpu.name}) {fault}", repair)
     if state.xids:

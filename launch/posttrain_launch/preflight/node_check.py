@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from posttrain_dist.config import RunConfig, Slurm
+from posttrain_dist.config import Hardware, RunConfig, Slurm
+from posttrain_dist.config.devices import DEVICES
 from posttrain_dist.errors import reason
 from posttrain_dist.files import read_object, write_atomic
 from posttrain_dist.planner.plan_file import read_plan
@@ -180,12 +181,20 @@ def _expected(task: Task) -> Expected:
     return Expected(
         nodes=task.nodes,
         gpus_per_node=cluster.gpus_per_node or 0,
+        gpu_memory_mib=_planned_memory(config.hardware),
         checkpoint_bytes=plan.get("checkpoint_bytes", 0),
         keep=config.checkpoint.keep,
         export_bytes=plan.get("export_bytes", 0),
         network_gb_s=config.hardware.network_gb_s,
         submitted=read_object(task.run / "run.json").get("versions", {}),
     )
+
+
+def _planned_memory(hardware: Hardware) -> float | None:
+    """MiB of each GPU that a plan counts with; None: nothing says it."""
+    if hardware.gpu_memory_gib is not None:
+        return hardware.gpu_memory_gib * 1024
+    return DEVICES[hardware.gpu].memory_mib if hardware.gpu in DEVICES else None
 
 
 def _report(task: Task, known: dict[str, NodeFacts], found: list[Finding]) -> int:

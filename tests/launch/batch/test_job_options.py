@@ -94,6 +94,13 @@ def test_gpus_are_asked_for_as_the_site_wants_it(fields, asked):
     ]
 
 
+def test_a_folder_is_quoted_as_sbatch_reads_it():
+    """Tried on 22.05: sbatch takes quotes off, and a `#` outside of them ends the line."""
+    found = given(slurm_run(), "/runs/a b\"c'd#e")
+    assert found["chdir"] == '"/runs/a b\\"c\'d#e"'
+    assert given(slurm_run(), "/runs/x%j")["output"] == "/runs/x%%j/logs/slurm-%j.log"
+
+
 def test_an_array_changes_options_by_name():
     cluster = complete(RunConfig(cluster=Slurm(requeue=False))).cluster
     found = options(
@@ -161,9 +168,10 @@ def test_what_excludes_each_other_is_refused():
         assert refused.value.where == key
 
 
-def test_a_folder_that_would_break_the_script_is_refused():
+@pytest.mark.parametrize("folder", ["/runs/a\n#SBATCH --uid=0", "/runs/a\\b"])
+def test_a_folder_that_would_break_the_script_is_refused(folder):
     with pytest.raises(ConfigError) as refused:
-        render(slurm_run(), Path("/runs/a\n#SBATCH --uid=0"))
+        render(slurm_run(), Path(folder))
     assert refused.value.where == "output_root"
 
 

@@ -120,6 +120,16 @@ def test_of_two_nodes_that_differ_the_second_one_is_named():
     assert (only.node, only.what) == ("n2", "reads another config.yaml than n1")
 
 
+def test_a_gpu_has_the_memory_that_was_planned_with():
+    text = "GPU 1 (A100) has 40960 MiB, and the run was planned with 81920"
+    small = {"gpus": one_gpu(name="A100", memory_mib=40960)}
+    expected = Expected(nodes=NODES, gpus_per_node=2, gpu_memory_mib=81920)
+    assert ("n2", text, True) in found(expected, n2=small)
+    assert [each for each in found(expected) if each[2]] == []  # 81559 is near enough
+    unplanned = Expected(nodes=NODES, gpus_per_node=2)
+    assert [each for each in found(unplanned, n2=small) if each[2]] == []
+
+
 def test_a_checkpoint_must_fit_on_the_disk():
     expected = Expected(nodes=NODES, gpus_per_node=2, checkpoint_bytes=60 * GIB, keep=2)
     assert {each[2] for each in found(expected)} == {False}  # room for one, not for three
