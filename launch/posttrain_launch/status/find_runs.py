@@ -38,6 +38,7 @@ def find_runs(words: Sequence[str], root: Path) -> list[Found]:
         PosttrainError: one of the words is none of these.
         ClusterError: only Slurm could know the job, and cannot be asked.
     """
+    root = root.absolute()
     if not words:
         return [_run(folder, root) for folder in run_folders(root) if _is_of_interest(folder)]
     found = {}
@@ -123,9 +124,7 @@ def _is_of(job: JobRecord, word: str) -> bool:
 
 
 def _run(folder: Path, root: Path) -> Found:
-    absolute = root.absolute()
-    inside = folder.is_relative_to(absolute)
-    name = str(folder.relative_to(absolute)) if inside else str(folder)
+    name = str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder)
     return Found(folder, name if name != "." else str(folder), _job(folder))
 
 

@@ -14,6 +14,7 @@ from posttrain_dist.errors import PosttrainError
 from posttrain_launch.status.run_facts import read_json, tail_text
 
 TRACEBACK = "Traceback (most recent call last)"
+MANY = 8  # ranks that an error names
 _NUMBERED = re.compile(r"rank-(\d+)\.log")
 
 
@@ -92,7 +93,9 @@ def _no_such_rank(folder: Path, rank: int, ranks: dict[int, Path]) -> PosttrainE
     fix = f"without --rank, `posttrain logs {folder}` shows what the driver and Slurm say"
     if ranks:
         what = f"has no log of rank {rank}"
-        fix = f"its ranks are {min(ranks)} to {max(ranks)}"
+        fix = f"there are those of rank {', '.join(map(str, ranks))}"
+        if len(ranks) > MANY:
+            fix = f"there are those of {len(ranks)} ranks, {min(ranks)} to {max(ranks)}"
     return PosttrainError(what, where=str(folder / "logs"), fix=fix)
 
 

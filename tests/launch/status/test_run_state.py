@@ -186,6 +186,13 @@ def test_a_run_by_its_job_name_and_folder(word, run, tmp_path):
     assert found.folder == run
 
 
+def test_names_are_those_below_the_root_from_wherever_it_is_named(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in ([], ["outputs/chat"], ["chat"], ["71"]):
+        (found,) = find_runs(words, Path("outputs"))
+        assert (found.name, found.folder) == ("chat/20260101-120000", run)
+
+
 def test_tasks_of_an_array_and_the_whole(run, tmp_path):
     for task in range(2):
         folder = run.parent / f"task-{task}"
