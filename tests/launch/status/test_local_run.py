@@ -136,6 +136,18 @@ def test_logs_say_which_file_each_part_is_of(watched):
     assert said("logs", str(folder), "--rank", "0", "-n1")[1].splitlines()[0] == heads[0]
 
 
+def test_a_run_that_failed_says_why(tiny_llama, rows_file, tmp_path, capsys):
+    words = [f"model.path={tiny_llama}", f"data.train={rows_file}", f"output_root={tmp_path}/out"]
+    words += ["data.max_length=128", "train.batch_size=2", "train.dtype=float32", "train.steps=9"]
+    words += ["logging.wandb=off", "data.eval_fraction=0", "optimizer.lr=1e30"]
+    assert main(["train", *words]) == 1
+    printed = capsys.readouterr().err
+    (run,) = json.loads(said("status", "--root", f"{tmp_path}/out", "--json")[1])["runs"]
+    assert run["state"] == "failed"
+    assert "the gradient is not finite" in run["reason"]
+    assert f"error: {run['reason']}\n" in printed
+
+
 def test_logs_are_followed_to_the_end_of_the_run(watched):
     assert watched["follower"] == 0
     (line,) = [
