@@ -35,6 +35,7 @@ rm -f "$POSTTRAIN_RUN/ray/.written-$SLURM_JOB_ID"
   kill -TERM $$
 ) &
 site_watch=$!
+trap 'kill -TERM "$site_watch" 2>/dev/null' EXIT
 
 find_module_command() { # a job's shell is no login shell
   local file
@@ -60,6 +61,7 @@ for site_line in "${site_setup[@]}"; do
   eval "$site_line" || refuse "a line of cluster.setup failed with exit code $?: $site_line" \
     "try it on a node: srun --nodes=1 --pty bash"
 done
+trap - EXIT
 kill -TERM "$site_watch" 2>/dev/null
 wait "$site_watch" 2>/dev/null
 

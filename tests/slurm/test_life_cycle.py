@@ -44,7 +44,7 @@ def words(tiny_llama, rows_file) -> list[str]:
         f"train.save_every={SAVE_EVERY}",
         "train.batch_size=4",
         "train.dtype=float32",
-        "train.log_every=10",
+        "train.log_every=1",
         "optimizer.lr=0.003",
         "logging.wandb=offline",
         f"cluster.workers={NODES}",
