@@ -212,10 +212,13 @@ def _of_ended(facts: RunFacts, job: QueuedJob | None) -> tuple[RunState, str]:
             return RunState.cancelled, said or last.cause
         raised = last_exception(facts.folder) if last.cause in _BY_THE_RUN else ""
         return RunState.failed, raised or said or last.cause
+    if facts.cancelled or final == "CANCELLED":
+        return (
+            RunState.cancelled,
+            "by `posttrain cancel`" if facts.cancelled else "its job was cancelled",
+        )
     if final in _CUT_OFF:
         return RunState.failed, _CUT_OFF[final]
-    if final == "CANCELLED":
-        return RunState.cancelled, "its job was cancelled"
     if final:  # COMPLETED, or FAILED without a word of the run
         why = job.reason if job is not None and job.reason else f"its job ended ({final})"
         return RunState.failed, f"{why} and the run is not finished"

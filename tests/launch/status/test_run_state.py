@@ -135,6 +135,15 @@ def test_why_it_failed(run):
     assert state(run)[0] is RunState.saved
 
 
+def test_one_that_was_cancelled_before_it_began(run):
+    for name in ("metrics.jsonl", "logs/starts.jsonl"):
+        (run / name).unlink()
+    assert state(run)[0] is RunState.ended
+    (run / "STOP").write_text("cancel\n")
+    assert state(run) == (RunState.cancelled, "by `posttrain cancel`")
+    assert state(run, queued("PENDING", reason="Priority"))[0] is RunState.pending
+
+
 def test_how_its_last_start_ended(run):
     starts = run / "logs" / "starts.jsonl"
     end = {"start": 2, "ended": iso(1), "cause": "failed", "reason": "3 starts without progress"}
