@@ -163,10 +163,7 @@ def state_of(facts: RunFacts, job: QueuedJob | None, driver: Driver | None) -> t
     if is_elsewhere(facts.folder) and job is not None and job.state == "COMPLETED":
         return RunState.finished, "its run folder is on the cluster"
     if facts.finished:
-        return (
-            RunState.finished,
-            "stopped early: the held-out loss rose" if facts.early_stop else "",
-        )
+        return RunState.finished, "ended early by its diagnosis" if facts.early_stop else ""
     if job is not None and job.state in WAITING:
         again = facts.begun or job.restarts > 0
         return RunState.requeued if again else RunState.pending, _waits(job, facts.starts)

@@ -77,7 +77,7 @@ def test_the_files_of_a_run_are_read(run):
 def test_finished_beats_all(run):
     (run / "FINISHED").write_text('{"reason": "early_stop", "step": 40}')
     seen = state(run, queued("RUNNING"), Driver(1, "node1"))
-    assert seen == (RunState.finished, "stopped early: the held-out loss rose")
+    assert seen == (RunState.finished, "ended early by its diagnosis")
 
 
 @pytest.mark.parametrize(
