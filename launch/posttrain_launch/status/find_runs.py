@@ -38,6 +38,7 @@ def find_runs(words: Sequence[str], root: Path) -> list[Found]:
         PosttrainError: one of the words is none of these.
         ClusterError: only Slurm could know the job, and cannot be asked.
     """
+    root = root.absolute()
     if not words:
         return [_run(folder, root) for folder in run_folders(root) if _is_of_interest(folder)]
     found = {}
@@ -83,16 +84,16 @@ def _meant_by(word: str, root: Path) -> list[Found]:
             return inside
     known = list(run_folders(root))
     jobs = [(folder, job) for folder in known if (job := _job(folder)) is not None]
-    driven = [_run(folder, root) for folder, job in jobs if word in (job.id, job.id.split("_")[0])]
+    driven = [_run(folder, root) for folder, job in jobs if _is_of(job, word)]
     if driven:
         return driven
     if JOB_ID.fullmatch(word):
-        return [_job_of_slurm(word, root)]
+        return _job_of_slurm(word, root)
     raise _unknown(word, root, known, [job.id for _, job in jobs])
 
 
-def _job_of_slurm(job_id: str, root: Path) -> Found:
-    """A job that no run below `root` knows: its script stands in its run folder."""
+def _job_of_slurm(job_id: str, root: Path) -> list[Found]:
+    """A job that no run below `root` knows: its script stands in its run folder, or sweep."""
     try:
         script, why = read_command(job_id), "Slurm does not know it (any more)"
     except ClusterError as error:
@@ -103,12 +104,13 @@ def _job_of_slurm(job_id: str, root: Path) -> Found:
             where=job_id,
             fix="give the run folder, or --root=<output_root of the run>",
         )
-    folder = script.parent
-    try:
-        if (folder / CONFIG).is_file():
-            return _run(folder, root)
-    except PermissionError:  # of another user; the job is still one
-        return Found(None, job_id, JobRecord("slurm", job_id, ""))
+    if not os.access(script.parent, os.R_OK | os.X_OK):  # of another user; the job is still one
+        return [Found(None, job_id, JobRecord("slurm", job_id, ""))]
+    near = [_run(folder, root) for folder in _walk(script.parent, 1)]
+    driven = [run for run in near if run.job is not None and _is_of(run.job, job_id)]
+    # A run that was submitted again has a newer job in its job.json.
+    if driven or [run.folder for run in near] == [script.parent]:
+        return driven or near
     raise PosttrainError(
         f"is no job of a posttrain run; it runs {script}",
         where=job_id,
@@ -116,10 +118,13 @@ def _job_of_slurm(job_id: str, root: Path) -> Found:
     )
 
 
+def _is_of(job: JobRecord, word: str) -> bool:
+    """Whether a word means a job: its id, or that of its array."""
+    return word in (job.id, job.id.split("_")[0])
+
+
 def _run(folder: Path, root: Path) -> Found:
-    absolute = root.absolute()
-    inside = folder.is_relative_to(absolute)
-    name = str(folder.relative_to(absolute)) if inside else str(folder)
+    name = str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder)
     return Found(folder, name if name != "." else str(folder), _job(folder))
 
 

@@ -14,6 +14,8 @@ from posttrain_dist.errors import PosttrainError
 from posttrain_launch.status.run_facts import read_json, tail_text
 
 TRACEBACK = "Traceback (most recent call last)"
+MANY = 8  # ranks that an error names
+_OUR_ERROR = re.compile(r"posttrain_dist\.errors\.\w+: ")
 _NUMBERED = re.compile(r"rank-(\d+)\.log")
 
 
@@ -92,7 +94,9 @@ def _no_such_rank(folder: Path, rank: int, ranks: dict[int, Path]) -> PosttrainE
     fix = f"without --rank, `posttrain logs {folder}` shows what the driver and Slurm say"
     if ranks:
         what = f"has no log of rank {rank}"
-        fix = f"its ranks are {min(ranks)} to {max(ranks)}"
+        fix = f"there are those of rank {', '.join(map(str, ranks))}"
+        if len(ranks) > MANY:
+            fix = f"there are those of {len(ranks)} ranks, {min(ranks)} to {max(ranks)}"
     return PosttrainError(what, where=str(folder / "logs"), fix=fix)
 
 
@@ -117,3 +121,10 @@ def last_lines(path: Path, count: int) -> list[str]:
 
 def _lines(text: str) -> list[str]:
     return [line.rstrip("\r") for line in text.rstrip("\n").split("\n")] if text else []
+
+
+def last_exception(folder: Path) -> str:
+    """What the driver of a run raised last, its first line; "" where its log has no trace."""
+    _, trace, rest = tail_text(folder / "logs" / "driver.log").rpartition(TRACEBACK)
+    lines = [line for line in rest.splitlines() if line.strip(": ") and not line.startswith(" ")]
+    return _OUR_ERROR.sub("", lines[0]) if trace and lines else ""

@@ -15,8 +15,10 @@ from typing import Any
 
 from posttrain_launch.lifecycle.starts import FILE as STARTS
 from posttrain_launch.run.job_record import JobRecord, read_job
+from posttrain_launch.run.stop_request import FILE as STOP
 from posttrain_launch.sweep.folder import PRUNED
 
+CANCEL = "cancel"  # of a file STOP: any text but those of the life cycle means no other start
 TAIL_BYTES = 1 << 16
 PACE_ROWS = 20  # logged steps that the speed is taken over
 
@@ -52,6 +54,7 @@ class RunFacts:
     outcome: str = ""  # of logs/outcome.json: completed or stopped
     error: dict[str, Any] = field(default_factory=dict)  # logs/error.json of the newest start
     stop_requested: bool = False
+    cancelled: bool = False  # by `posttrain cancel`, since its last start
     starts: tuple[StartRecord, ...] = ()
 
     @property
@@ -96,7 +99,8 @@ def read_facts(folder: Path) -> RunFacts:
         logged=_modified(metrics) if rows else None,
         outcome=str(outcome.get("outcome", "")),
         error=_newest_error(folder, starts),
-        stop_requested=(folder / "STOP").exists(),
+        stop_requested=(folder / STOP).exists(),
+        cancelled=tail_text(folder / STOP).strip() == CANCEL,
         starts=starts,
     )
 

@@ -11,6 +11,7 @@ from posttrain_dist.errors import PosttrainError
 from posttrain_launch.batch.queue import ON_NODES, PAUSED, WAITING, QueuedJob, read_queue
 from posttrain_launch.run.driver_lock import Driver, find_driver
 from posttrain_launch.status.find_runs import Found
+from posttrain_launch.status.log_parts import last_exception
 from posttrain_launch.status.ray_jobs import is_elsewhere, read_ray
 from posttrain_launch.status.run_facts import RunFacts, StartRecord, read_facts
 
@@ -58,6 +59,7 @@ _CUT_OFF = {
     "DEADLINE": "its deadline came",
     "PREEMPTED": "it was preempted and not queued again",
 }
+_BY_THE_RUN = ("failed", "bad_config")  # causes of an end that the driver has an exception of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,10 +163,7 @@ def state_of(facts: RunFacts, job: QueuedJob | None, driver: Driver | None) -> t
     if is_elsewhere(facts.folder) and job is not None and job.state == "COMPLETED":
         return RunState.finished, "its run folder is on the cluster"
     if facts.finished:
-        return (
-            RunState.finished,
-            "stopped early: the held-out loss rose" if facts.early_stop else "",
-        )
+        return RunState.finished, "ended early by its diagnosis" if facts.early_stop else ""
     if job is not None and job.state in WAITING:
         again = facts.begun or job.restarts > 0
         return RunState.requeued if again else RunState.pending, _waits(job, facts.starts)
@@ -206,12 +205,17 @@ def _of_ended(facts: RunFacts, job: QueuedJob | None) -> tuple[RunState, str]:
     if facts.error:
         return RunState.failed, _error_line(facts.error)
     if last is not None and last.ended:
-        state = RunState.cancelled if last.cause == "stopped" else RunState.failed
-        return state, said or last.cause
+        if last.cause == "stopped":
+            return RunState.cancelled, said or last.cause
+        raised = last_exception(facts.folder) if last.cause in _BY_THE_RUN else ""
+        return RunState.failed, raised or said or last.cause
+    if facts.cancelled or final == "CANCELLED":
+        return (
+            RunState.cancelled,
+            "by `posttrain cancel`" if facts.cancelled else "its job was cancelled",
+        )
     if final in _CUT_OFF:
         return RunState.failed, _CUT_OFF[final]
-    if final == "CANCELLED":
-        return RunState.cancelled, "its job was cancelled"
     if final:  # COMPLETED, or FAILED without a word of the run
         why = job.reason if job is not None and job.reason else f"its job ended ({final})"
         return RunState.failed, f"{why} and the run is not finished"

@@ -22,9 +22,9 @@ from posttrain_launch.run.job_record import JobRecord
 from posttrain_launch.run.stop_request import FILE as STOP
 from posttrain_launch.status.find_runs import Found
 from posttrain_launch.status.ray_jobs import is_elsewhere, read_ray_job, remote
+from posttrain_launch.status.run_facts import CANCEL
 from posttrain_launch.status.run_state import RunState, status_of
 
-CANCEL = "cancel"  # any text but those of the life cycle means: do not start it again
 POLL_S = 1.0
 
 
@@ -101,8 +101,10 @@ def _end(record: JobRecord) -> None:
 def _stop_job(run: Found, record: JobRecord, job: QueuedJob, way: Way) -> None:
     folder = run.folder if run.folder is None or not is_elsewhere(run.folder) else None
     on_nodes = job.state in ON_NODES
-    if folder is not None and on_nodes:
-        _request(folder)  # with --now, too: what the job does at its end must not bring it back
+    if folder is not None:
+        # With --now, too: what a job does at its end must not bring it back. And of a task of an
+        # array that was cancelled while it waited, Slurm keeps no record.
+        _request(folder)
     if folder is None or way.now or not on_nodes:
         _end(record)
         if on_nodes:

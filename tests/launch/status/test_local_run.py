@@ -11,7 +11,10 @@ from pathlib import Path
 import forkserver
 import pytest
 from posttrain_launch.cli import main
+from posttrain_launch.compose.composer import Composer
+from posttrain_launch.compose.problems import compose_checked
 from posttrain_launch.run.driver_lock import find_driver
+from posttrain_launch.run.freeze import freeze
 from posttrain_launch.status.run_facts import read_facts
 from ray_runs import wait_until
 
@@ -45,7 +48,7 @@ def watched(tiny_llama: Path, rows_file: Path, tmp_path_factory) -> dict:
         seen["driver"] = find_driver(folder)
         output = root / "followed"
         follower = forkserver.start(command, "logs", str(folder), "-fn1", output=output)
-        wait_until(lambda: output.read_text().count("==>") == 2, timeout_s=60)
+        wait_until(lambda: output.exists() and output.read_text().count("==>") == 2, timeout_s=60)
         seen["cancel"] = said("cancel", str(folder.relative_to(root / "out")), f"--root={root}/out")
         seen["code"] = process.wait(30)
         seen["follower"] = follower.wait(30)
@@ -134,6 +137,21 @@ def test_logs_say_which_file_each_part_is_of(watched):
     last = (folder / "logs" / "driver.log").read_text().splitlines()[-3:]
     assert text.rstrip().splitlines()[-3:] == last
     assert said("logs", str(folder), "--rank", "0", "-n1")[1].splitlines()[0] == heads[0]
+
+
+def test_a_run_that_failed_says_why(tiny_llama, rows_file, tmp_path, capsys):
+    words = [f"model.path={tiny_llama}", f"data.train={rows_file}", f"output_root={tmp_path}/out"]
+    words += ["data.max_length=128", "train.batch_size=2", "train.dtype=float32", "train.steps=9"]
+    words += ["logging.wandb=off", "data.eval_fraction=0"]
+    with Composer() as composer:
+        folder = freeze(compose_checked(composer, words), "posttrain train")
+    (folder / "checkpoints").touch()  # where a folder is to be
+    assert main(["run", str(folder)]) == 1
+    printed = capsys.readouterr().err
+    (run,) = json.loads(said("status", "--root", f"{tmp_path}/out", "--json")[1])["runs"]
+    assert run["state"] == "failed"
+    assert "checkpoints" in run["reason"]
+    assert f"error: {run['reason']}\n" in printed
 
 
 def test_logs_are_followed_to_the_end_of_the_run(watched):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from posttrain_launch.status.follow_logs import GrowingLog, follow
-from posttrain_launch.status.log_parts import last_lines, log_parts
+from posttrain_launch.status.log_parts import last_exception, last_lines, log_parts
 
 from posttrain_dist.errors import PosttrainError
 
@@ -54,7 +54,9 @@ def test_the_rank_that_failed_first_comes_first(run):
 
 def test_one_rank(run):
     assert names(run, rank=11) == ["rank-11.log"]
-    with pytest.raises(PosttrainError, match=r"no log of rank 3\n  fix: its ranks are 0 to 11"):
+    with pytest.raises(
+        PosttrainError, match=r"no log of rank 3\n  fix: there are those of rank 0, 2, 11"
+    ):
         log_parts(run, rank=3)
 
 
@@ -72,6 +74,16 @@ def test_the_last_lines_of_a_large_log(run):
     assert [line.split(" x")[0] for line in found] == ["line 99998", "line 99999", "100% done"]
     assert len(last_lines(log, 5000)) == 5000
     assert last_lines(run / "logs" / "none.log", 3) == []
+
+
+def test_the_last_exception_of_the_driver(run):
+    log = run / "logs" / "driver.log"
+    assert last_exception(run) == ""
+    first = TRACE + "\nThe above exception was the direct cause of the following exception:\n\n"
+    log.write_text(f"{first}Traceback (most recent call last):\n  File x\n    y\n")
+    with log.open("a") as stream:
+        stream.write("posttrain_dist.errors.DataError: rows.jsonl:7: has no text\n  fix: see it\n")
+    assert last_exception(run) == "rows.jsonl:7: has no text"
 
 
 def test_a_log_is_followed_over_a_restart(run):

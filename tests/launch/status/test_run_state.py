@@ -77,7 +77,7 @@ def test_the_files_of_a_run_are_read(run):
 def test_finished_beats_all(run):
     (run / "FINISHED").write_text('{"reason": "early_stop", "step": 40}')
     seen = state(run, queued("RUNNING"), Driver(1, "node1"))
-    assert seen == (RunState.finished, "stopped early: the held-out loss rose")
+    assert seen == (RunState.finished, "ended early by its diagnosis")
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,15 @@ def test_why_it_failed(run):
     assert state(run)[0] is RunState.saved
 
 
+def test_one_that_was_cancelled_before_it_began(run):
+    for name in ("metrics.jsonl", "logs/starts.jsonl"):
+        (run / name).unlink()
+    assert state(run)[0] is RunState.ended
+    (run / "STOP").write_text("cancel\n")
+    assert state(run) == (RunState.cancelled, "by `posttrain cancel`")
+    assert state(run, queued("PENDING", reason="Priority"))[0] is RunState.pending
+
+
 def test_how_its_last_start_ended(run):
     starts = run / "logs" / "starts.jsonl"
     end = {"start": 2, "ended": iso(1), "cause": "failed", "reason": "3 starts without progress"}
@@ -184,6 +193,13 @@ def test_a_queue_that_is_silent_leaves_what_the_folders_say(run, tmp_path, monke
 def test_a_run_by_its_job_name_and_folder(word, run, tmp_path):
     (found,) = find_runs([word.format(run=run)], tmp_path / "outputs")
     assert found.folder == run
+
+
+def test_names_are_those_below_the_root_from_wherever_it_is_named(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in ([], ["outputs/chat"], ["chat"], ["71"]):
+        (found,) = find_runs(words, Path("outputs"))
+        assert (found.name, found.folder) == ("chat/20260101-120000", run)
 
 
 def test_tasks_of_an_array_and_the_whole(run, tmp_path):
