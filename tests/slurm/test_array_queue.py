@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from posttrain_launch.run.job_record import read_job
 from posttrain_launch.sweep import loop as loops
+from posttrain_launch.sweep.backends import slurm_array
 from posttrain_launch.sweep.backends.slurm_array import SlurmArray
 from posttrain_launch.sweep.combinations import restore
 from posttrain_launch.sweep.folder import State, Sweep, Trial, write_sweep
@@ -54,6 +55,7 @@ def test_tasks_are_found_again_and_submitted_once(cluster, tmp_path, monkeypatch
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_CONF", str(cluster.folder / "slurm.conf"))
     monkeypatch.setattr(loops, "POLL_S", 0.1)
+    monkeypatch.setattr(slurm_array, "GRACE_S", 0.5)  # all is on one file system
     trials = [["lr=1"], ["lr=2", "fails=1"], ["lr=3"], ["lr=4"]]
     search = {"kind": "basic", "trials": trials}
     sweep = Sweep(folder=tmp_path / "sweep", name="s", command="c", created="t", cwd="/",

@@ -68,6 +68,7 @@ class Loop:
         self._sweep, self._backend, self._search = sweep, backend, search
         self._freeze, self._log, self._on_change = freeze, log, on_change
         self._trials = {trial.number: trial for trial in read_trials(sweep.folder)}
+        self.was_stopped = False  # by a signal, before its end
         self._active: set[int] = set()
         self._starts: dict[int, int] = {}
         self._followers: dict[int, RowFollower] = {}
@@ -89,7 +90,8 @@ class Loop:
                     break
                 self._observe()
                 stop.wait(POLL_S if self._active else 0)
-            if stop.is_set():
+            self.was_stopped = stop.is_set()
+            if self.was_stopped:
                 self._backend.stop()
         self._on_change()
         return {number: state_of(trial) for number, trial in self._trials.items()}
