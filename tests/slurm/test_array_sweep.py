@@ -46,9 +46,10 @@ def test_six_trials_on_two_nodes(cluster, tiny_llama, rows_file, tmp_path):
     log = tmp_path / "sweep.log"
     process = started(cluster, "train", "-m", *places, *RUN, *JOB, *values, *launcher, log=log)
     try:
-        folder = wait_until(
-            lambda: next((tmp_path / "out").glob("run/sweeps/*/array-000.sbatch"), None), 120
-        ).parent
+        script = lambda: next((tmp_path / "out").glob("run/sweeps/*/array-000.sbatch"), None)  # noqa: E731
+        wait_until(lambda: process.poll() is not None or script(), 120)
+        assert process.poll() is None, log.read_text()
+        folder = script().parent
         first = folder / "trial-000"
         wait_until(lambda: read_job(first) is not None, 60)
         job = read_job(first).id.partition("_")[0]

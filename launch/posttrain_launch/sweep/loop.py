@@ -173,7 +173,8 @@ class Loop:
     # ------------------------------------------------------------------------------------ end
 
     def _take_in_ends(self, queue: list[Trial]) -> None:
-        for number in sorted(self._active - self._backend.running()):
+        running = self._backend.running() if self._active else set()
+        for number in sorted(self._active - running):
             self._active.remove(number)
             trial = self._trials[number]
             for step, value in self._new_values(number):
