@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from posttrain_launch.sweep.backends.slurm_array import SlurmArray
 from posttrain_launch.sweep.combinations import restore
 from posttrain_launch.sweep.folder import State, Sweep, Trial, write_sweep
 from posttrain_launch.sweep.results import read_results
-from slurm_cluster import missing
+from slurm_cluster import SCRIPT, missing
 
 pytestmark = [
     pytest.mark.slurm,
@@ -49,7 +50,8 @@ def test_tasks_are_found_again_and_submitted_once(cluster, tmp_path, monkeypatch
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("sbatch", "squeue"):
-        script = f'#!/bin/bash\nexec bash {cluster_script()} {cluster.folder} login {name} "$@"\n'
+        login = f"bash {SCRIPT} {cluster.folder} login {shutil.which(name)}"
+        script = f'#!/bin/bash\nexec {login} "$@"\n'
         (programs / name).write_text(script)
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
@@ -89,7 +91,3 @@ def test_tasks_are_found_again_and_submitted_once(cluster, tmp_path, monkeypatch
     results = read_results(sweep)
     assert [row["number"] for row in results["trials"]] == [0, 1, 2, 3]
     assert results["best"] == 0
-
-
-def cluster_script() -> Path:
-    return Path(__file__).with_name("cluster.sh")
