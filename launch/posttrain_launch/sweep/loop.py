@@ -36,7 +36,6 @@ from posttrain_launch.sweep.folder import (
 )
 from posttrain_launch.sweep.states import (
     clear_partial,
-    code_of_last_start,
     is_frozen,
     record_failure,
     state_of,
@@ -189,15 +188,14 @@ class Loop:
     def _is_to_start_again(self, trial: Trial) -> bool:
         """Whether a trial that ended is to go on; one that failed is recorded as such."""
         state, code = state_of(trial), self._backend.code(trial.number)
-        if code is None:  # of a driver that was killed: what it left itself
-            code = code_of_last_start(trial.folder)
         if state in (State.done, State.pruned, State.running):
             return False
         stopped = code == STOPPED or (code is None and was_stopped(trial.folder))
         if stopped:
             return False
         lost = code is None or code < 0 or code in (Exit.requeue, Exit.saved)
-        # One whose process we did not start ourselves has not been tried by us.
+        # One that a driver had begun that was killed is tried once by us, whatever became of it:
+        # it may have failed for that, its Ray having gone with the driver.
         budget = self._backend.retries + (code is None)
         if lost and self._starts[trial.number] <= budget:
             return True
