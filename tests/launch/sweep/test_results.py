@@ -86,6 +86,8 @@ def test_the_best_is_one_that_was_done_by_the_metric_that_is_named(sweep):
     assert results["winner"] == ("posttrain train model.path=/m train.steps=3 optimizer.lr=2e-4")
     assert read_results(sweep, "eval_channel_loss/math")["best"] == 0
     assert read_results(replace(sweep, direction="maximize"))["best"] == 0
+    array = read_results(replace(sweep, backend={"kind": "slurm_array"}))
+    assert array["winner"].startswith("posttrain submit model.path=/m ")
 
 
 def test_the_table_says_it_in_words(sweep):
@@ -94,7 +96,7 @@ def test_the_table_says_it_in_words(sweep):
     assert lines[0][:7] == ["trial", "what", "differs", "state", "held-out", "loss", "step"]
     assert [
         *lines[4][:6], *lines[4][6:8],
-    ] == ["1", "optimizer.lr=2e-4", "done", "1.5000", "2", "5", "4.00", "GiB"]  # fmt: skip
+    ] == ["1", "optimizer.lr=2e-4", "done", "1.5000", "2", "5.0", "4.00", "GiB"]  # fmt: skip
     assert "trial 3 failed: no room" in text
     assert "the best, trial 1, as a run of its own:" in text
     assert "(train.steps ends it early" in text
