@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -22,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(missing() is not None, reason=str(missing())),
 ]
 RUN = ["data.max_length=128", "train.batch_size=2", "train.dtype=float32", "tuning=lora",
-       "train.steps=40", "train.save_every=10", "train.eval_every=20", "logging.wandb=off",
+       "train.steps=300", "train.save_every=50", "train.eval_every=150", "logging.wandb=off",
        "data.eval_fraction=0.2"]  # fmt: skip
 JOB = ["cluster.gpus_per_node=0", "cluster.cpus_per_node=1", "cluster.network_interface=eth0",
        "cluster.time='00:15:00'", "cluster.preflight=false"]  # fmt: skip
@@ -46,15 +47,16 @@ def test_six_trials_on_two_nodes(cluster, tiny_llama, rows_file, tmp_path):
     log = tmp_path / "sweep.log"
     process = started(cluster, "train", "-m", *places, *RUN, *JOB, *values, *launcher, log=log)
     try:
-        folder = wait_until(
-            lambda: next((tmp_path / "out").glob("run/sweeps/*/array-000.sbatch"), None), 120
-        ).parent
+        script = lambda: next((tmp_path / "out").glob("run/sweeps/*/array-000.sbatch"), None)  # noqa: E731
+        wait_until(lambda: process.poll() is not None or script(), 120)
+        assert process.poll() is None, log.read_text()
+        folder = script().parent
         first = folder / "trial-000"
         wait_until(lambda: read_job(first) is not None, 60)
         job = read_job(first).id.partition("_")[0]
         # The sweep's process dies; the array lives on, and is found again.
         os.killpg(process.pid, signal.SIGKILL)
-        wait_until(lambda: step_of(first) >= 11, 200)
+        wait_until(lambda: step_of(first) >= 51, 200)
         [pid] = drivers_of(first)
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: cluster.state(f"{job}_0") == "PENDING", 60)
@@ -75,14 +77,14 @@ def test_six_trials_on_two_nodes(cluster, tiny_llama, rows_file, tmp_path):
         rows = read_rows(Path(trial["folder"]) / "metrics.jsonl")
         steps = [row["step"] for row in rows]
         assert steps == sorted(set(steps))
-        assert steps[-1] == 40
+        assert steps[-1] == 300
         assert trial["value"] == rows[-1]["eval/loss"]
     # The one whose driver was killed came back, and lost what it had not saved.
     starts = (first / "logs" / "starts.jsonl").read_text().splitlines()
     assert max(json.loads(line)["start"] for line in starts) == 2
-    assert "going on from step 10 with" in "".join(
-        log.read_text() for log in (first / "logs").glob("slurm-*.log")
-    )
+    said = "".join(each.read_text() for each in (first / "logs").glob("slurm-*.log"))
+    [step] = re.findall(r"going on from step (\d+) with", said)
+    assert 50 <= int(step) < 300
 
 
 def drivers_of(run_folder: Path) -> list[int]:

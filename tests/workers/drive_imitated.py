@@ -41,13 +41,15 @@ def freeze(trial: Trial) -> None:
     steps = int(given.get("steps", 6))
     values = [float(given["lr"]) / step for step in range(1, steps + 1)]
     content = {"steps": steps, "values": values, "step_s": float(given.get("step_s", 0.05))}
-    content["fails"] = int(given.get("fails", 0))
+    content |= {name: int(given.get(name, 0)) for name in ("fails", "recovers")}
     (trial.folder / "config.yaml").write_text(json.dumps(content))
     if point == "frozen":
         die()
 
 
 class Backend(InTurn):
+    retries = 1
+
     def running(self) -> set[int]:
         first = sweep.folder / "trial-000"
         rows = first / "metrics.jsonl"

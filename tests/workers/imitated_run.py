@@ -1,6 +1,7 @@
 """`python imitated_run.py FOLDER`: what `posttrain run` leaves in a run folder, in half a second.
 
-The folder's config.yaml holds {"steps", "values": held-out loss of each step, "fails": exit code}.
+The folder's config.yaml holds {"steps", "values": held-out loss of each step, "fails": exit code,
+"recovers": whether it fails at its first start alone}.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ for step in range(done + 1, given["steps"] + 1):
     if (folder / "STOP").exists():
         (logs / "outcome.json").write_text(json.dumps({"outcome": "stopped", "step": step}))
         sys.exit(130)
-if given.get("fails"):
+first = (folder / "starts").read_text().count("start") == 1
+if given.get("fails") and (first or not given.get("recovers")):
     sys.exit(given["fails"])
 (folder / "FINISHED").write_text(json.dumps({"reason": "completed", "step": given["steps"]}))

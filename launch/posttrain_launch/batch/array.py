@@ -75,7 +75,7 @@ class ArrayQueue:
     """
 
     def __init__(self, sweep_folder: Path) -> None:
-        self._folder = sweep_folder
+        self._folder = sweep_folder.resolve()  # it may be reached by another name
         self._known: dict[int, Task] | None = None
 
     def tasks(self) -> dict[int, Task]:
@@ -107,7 +107,7 @@ class ArrayQueue:
         self._known = {}
         for line in done.stdout.splitlines():
             job, index, state, folder = line.split("|", 3)
-            if folder == str(self._folder) and index.isdigit():
+            if index.isdigit() and Path(folder).resolve() == self._folder:
                 self._known[int(index)] = Task(f"{job}_{index}", state != "PENDING")
         return self._known
 

@@ -39,6 +39,13 @@ WITH_VALUE = {
 MAYBE_VALUE = ("--json", "--html")  # a file
 
 
+# Launchers of sweeps that have one kind of cluster only: it goes without saying.
+CLUSTERS = {
+    "hydra/launcher=slurm_array": "cluster=slurm",
+    "hydra/launcher=ray": "cluster=ray",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class MisusedWord:
     """A word that is neither a flag nor an override."""
@@ -105,8 +112,9 @@ def read_command_line(verb: str, arguments: list[str], debug: bool) -> CommandLi
     if verb == "train" and not (words.overrides or words.misused or words.faults or shows_page):
         added.append("+experiment=demo")
         print("no arguments: running the demo (+experiment=demo)", file=sys.stderr)
-    if verb == "submit" and not any(o.startswith("cluster=") for o in words.overrides):
-        added.append("cluster=slurm")
+    if not any(o.startswith("cluster=") for o in words.overrides):
+        of_launcher = [c for launcher, c in CLUSTERS.items() if launcher in words.overrides]
+        added += ["cluster=slurm"] if verb == "submit" else of_launcher
     if verb == "plan" and not shows_page:
         added += _left_to_the_planner(words.overrides)
     flags.overrides = [*words.overrides, *added]

@@ -17,9 +17,6 @@ from posttrain_launch.compose.composer import Composer
 from posttrain_launch.sweep.folder import Sweep, is_sweep, write_sweep
 from posttrain_launch.sweep.kinds import BACKENDS, SEARCHES, search_module
 
-# A launcher that has one kind of cluster only: it goes without saying.
-CLUSTERS = {"slurm_array": "slurm", "ray": "ray"}
-
 
 def create(line: CommandLine, composer: Composer) -> Sweep | None:
     """Make the folder of a sweep; None: launcher or sweeper are not ours, and Hydra runs it.
@@ -44,9 +41,6 @@ def create(line: CommandLine, composer: Composer) -> Sweep | None:
             f"is not of posttrain, and {ours} works with those alone", where=where, fix=f"use {fix}"
         )
     overrides = list(composed.hydra.overrides.task)
-    cluster = CLUSTERS.get(launcher)
-    if cluster is not None and not any(text.startswith("cluster=") for text in overrides):
-        overrides.append(f"cluster={cluster}")
     plain = _plain(composed.hydra.sweeper)
     search = search_module(sweeper).plan(plain, overrides)
     folder, name = _place(composed)

@@ -37,17 +37,17 @@ def drive_sweep(
         if failed_too:
             for trial in read_trials(sweep.folder):
                 forget_failure(trial)
-        states = _drive(sweep, resumed=resumed, debug=debug)
+        found, was_stopped = _drive(sweep, resumed=resumed, debug=debug)
     print(f"\n{results_text(read_results(sweep))}", flush=True)
-    found = set(states.values())
-    if found & {State.stopped, State.waiting, State.running}:
+    if was_stopped or found & {State.stopped, State.waiting, State.running}:
         leaves = not resumed and sweep.backend.get("wait") is False
         print(f"\nnot all of it is done; go on with: posttrain run {sweep.folder}")
         return 0 if leaves else STOPPED
     return FAILED if State.failed in found else 0
 
 
-def _drive(sweep: Sweep, *, resumed: bool, debug: bool) -> dict[int, State]:
+def _drive(sweep: Sweep, *, resumed: bool, debug: bool) -> tuple[set[State], bool]:
+    """Where its trials stand then, and whether a signal ended this."""
     kind = sweep.backend["kind"]
     options = {key: value for key, value in sweep.backend.items() if key != "kind"}
     module = backend_module(kind)
@@ -66,7 +66,7 @@ def _drive(sweep: Sweep, *, resumed: bool, debug: bool) -> dict[int, State]:
         prepare, make_adjust = (getattr(module, name, None) for name in ("prepare", "adjust"))
         with freezing(sweep, prepare, make_adjust and make_adjust(options)) as freeze:
             loop = Loop(sweep, backend, search, freeze, _log, write_table)
-            return loop.run()
+            return set(loop.run().values()), loop.was_stopped
     finally:
         backend.close()
 

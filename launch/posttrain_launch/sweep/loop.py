@@ -36,7 +36,6 @@ from posttrain_launch.sweep.folder import (
 )
 from posttrain_launch.sweep.states import (
     clear_partial,
-    code_of_last_start,
     is_frozen,
     record_failure,
     state_of,
@@ -68,6 +67,7 @@ class Loop:
         self._sweep, self._backend, self._search = sweep, backend, search
         self._freeze, self._log, self._on_change = freeze, log, on_change
         self._trials = {trial.number: trial for trial in read_trials(sweep.folder)}
+        self.was_stopped = False  # by a signal, before its end
         self._active: set[int] = set()
         self._starts: dict[int, int] = {}
         self._followers: dict[int, RowFollower] = {}
@@ -89,7 +89,8 @@ class Loop:
                     break
                 self._observe()
                 stop.wait(POLL_S if self._active else 0)
-            if stop.is_set():
+            self.was_stopped = stop.is_set()
+            if self.was_stopped:
                 self._backend.stop()
         self._on_change()
         return {number: state_of(trial) for number, trial in self._trials.items()}
@@ -171,7 +172,8 @@ class Loop:
     # ------------------------------------------------------------------------------------ end
 
     def _take_in_ends(self, queue: list[Trial]) -> None:
-        for number in sorted(self._active - self._backend.running()):
+        running = self._backend.running() if self._active else set()
+        for number in sorted(self._active - running):
             self._active.remove(number)
             trial = self._trials[number]
             for step, value in self._new_values(number):
@@ -186,15 +188,14 @@ class Loop:
     def _is_to_start_again(self, trial: Trial) -> bool:
         """Whether a trial that ended is to go on; one that failed is recorded as such."""
         state, code = state_of(trial), self._backend.code(trial.number)
-        if code is None:  # of a driver that was killed: what it left itself
-            code = code_of_last_start(trial.folder)
         if state in (State.done, State.pruned, State.running):
             return False
         stopped = code == STOPPED or (code is None and was_stopped(trial.folder))
         if stopped:
             return False
         lost = code is None or code < 0 or code in (Exit.requeue, Exit.saved)
-        # One whose process we did not start ourselves has not been tried by us.
+        # One that a driver had begun that was killed is tried once by us, whatever became of it:
+        # it may have failed for that, its Ray having gone with the driver.
         budget = self._backend.retries + (code is None)
         if lost and self._starts[trial.number] <= budget:
             return True

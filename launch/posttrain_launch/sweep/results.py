@@ -72,7 +72,8 @@ def shared_overrides(trials: list[Trial]) -> set[str]:
 
 def winner_command(sweep: Sweep, overrides: list[str]) -> str:
     """The command that trains as a trial did, in a run folder of its own."""
-    words = ["posttrain", "train", *overrides]
+    verb = "submit" if sweep.backend.get("kind") == "slurm_array" else "train"
+    words = ["posttrain", verb, *overrides]
     for flag, value in (
         ("--config-dir", sweep.config_dir),
         ("--config-path", sweep.config_path),

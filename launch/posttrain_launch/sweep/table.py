@@ -24,13 +24,17 @@ def table_text(results: dict[str, Any]) -> str:
             trial["state"],
             loss_of_log(trial["value"]),
             "-" if trial["step"] is None else str(trial["step"]),
-            f"{trial['cost_s']:.0f}" if trial["seconds"] else "-",
+            _seconds(trial["cost_s"]) if trial["seconds"] else "-",
             "-" if trial["memory_bytes"] is None else memory(trial["memory_bytes"]),
             trial["folder"],
         )
         for trial in results["trials"]
     ]
     return text_table(heads, rows, names=3)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def results_text(results: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from posttrain_launch.sweep.folder import Sweep, read_trials, trial_folder, write_sweep
 from ray_runs import wait_until
 
@@ -113,6 +114,22 @@ def test_a_signal_has_the_trial_save_and_the_sweep_goes_on_later(tmp_path):
     assert len(steps(trial_folder(folder, 0))) < 30
     assert drive(folder) == (0, {"0": "done", "1": "done"})
     assert steps(trial_folder(folder, 0)) == list(range(1, 31))
+
+
+@pytest.mark.parametrize(
+    ("given", "starts", "state"),
+    [
+        (["fails=75", "recovers=1"], 2, "done"),  # its machines failed
+        (["fails=85", "recovers=1"], 2, "done"),  # it saved before a time limit
+        (["fails=75"], 2, "failed"),  # once and no more
+        (["fails=2", "recovers=1"], 1, "failed"),
+    ],
+)
+def test_a_trial_is_started_again_if_its_exit_code_says_so(given, starts, state, tmp_path):
+    folder = make(tmp_path, ["lr=1", "steps=2", *given])
+    assert drive(folder)[1] == {"0": state}
+    assert (trial_folder(folder, 0) / "starts").read_text() == "start\n" * starts
+    assert steps(trial_folder(folder, 0)) == [1, 2]
 
 
 def test_a_trial_that_fails_does_not_end_the_sweep_and_stays_failed(tmp_path):

@@ -145,3 +145,16 @@ def test_a_folder_that_is_no_sweep_and_flags_of_the_other_kind(words, tmp_path, 
     assert "is no sweep" in capsys.readouterr().err
     assert main(["report", str(tmp_path), "--metric", "eval/loss"]) == 1
     assert "--metric: sorts the trials of a sweep" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("launcher", "kind"), [("slurm_array", "Slurm"), ("ray", "Ray"), ("basic", "Local")]
+)
+def test_a_launcher_says_which_cluster_there_is(launcher, kind, capsys):
+    assert main(["train", f"hydra/launcher={launcher}", "--cfg", "job", "-p", "cluster"]) == 0
+    shown = capsys.readouterr().out
+    assert ("gpus_per_node" in shown, "workers" in shown) == {
+        "Slurm": (True, True),
+        "Ray": (False, True),
+        "Local": (False, False),
+    }[kind]

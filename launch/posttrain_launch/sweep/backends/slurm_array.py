@@ -7,6 +7,7 @@ The sweep's process only looks: ended or killed, it leaves the jobs as they are.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from posttrain_launch.failures import FAILED, STOPPED
 from posttrain_launch.run.job_record import new_record, write_job
 from posttrain_launch.sweep.folder import Sweep, Trial
 from posttrain_launch.sweep.states import code_of_last_start, was_stopped
+
+# A network file system may show a file that another node has written this much later.
+GRACE_S = 60.0
 
 
 def restore(sweep: Sweep, options: Mapping[str, Any], *, debug: bool = False) -> SlurmArray:
@@ -41,6 +45,7 @@ class SlurmArray:
         self._sweep, self._at_once, self.waits = sweep, at_once, waits
         self._queue = ArrayQueue(sweep.folder)
         self._folders: dict[int, Path] = {}
+        self._left: dict[int, float] = {}  # when a job was found to have left the queue
 
     def start(self, trials: Sequence[Trial]) -> None:
         """Submit those that no job in the queue drives."""
@@ -76,8 +81,19 @@ class SlurmArray:
         return render_array(config, self._sweep.name, self._sweep.folder, numbers, self._at_once)
 
     def running(self) -> set[int]:
-        """Those that have a job in the queue."""
-        return set(self._queue.tasks()) & set(self._folders)
+        """Those that have a job in the queue, or of whose end nothing can be seen yet."""
+        queued = set(self._queue.tasks())
+        now = time.monotonic()
+        for number in self._folders:
+            if number in queued:
+                self._left.pop(number, None)
+            else:
+                self._left.setdefault(number, now)
+        return {
+            number
+            for number, folder in self._folders.items()
+            if number in queued or (now < self._left[number] + GRACE_S and not has_ended(folder))
+        }
 
     def code(self, number: int) -> int | None:
         """What the job's driver left; a job that was ended before that has failed."""
@@ -93,3 +109,9 @@ class SlurmArray:
 
     def close(self) -> None:
         """There is nothing to free."""
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether a run folder says how its last start ended."""
+    is_done = (folder / "FINISHED").is_file() or was_stopped(folder)
+    return is_done or code_of_last_start(folder) is not None
