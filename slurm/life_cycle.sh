@@ -28,7 +28,7 @@ kill "$clock" 2>/dev/null
 
 # What now? One line, ACTION CODE; where Python cannot run any more, what the driver's code says.
 ask=("${wrap[@]}" python3 -P -m posttrain_launch.lifecycle.after "$POSTTRAIN_RUN" --code "$code"
-  --signal "$signal" "${ray_ended[@]}" --state "$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null)")
+  --signal "$signal" "${ray_ended[@]}" --state "$(scontrol show job -o "$POSTTRAIN_JOB" 2>/dev/null)")
 if [ ${#srun_options[@]} -gt 0 ]; then
   ask=(srun "${srun_options[@]}" --overlap --nodes=1 --ntasks=1 --nodelist="$POSTTRAIN_HEAD" "${ask[@]}")
 fi
@@ -51,18 +51,25 @@ timeout 30 srun --overlap --output=/dev/null bash -c '
   rm -rf "$POSTTRAIN_TEMP"'
 rm -f "$RAY_AUTH_TOKEN_PATH" "$POSTTRAIN_HEAD_FILE" "$POSTTRAIN_DEADLINE_FILE"
 
+# Until Slurm ends this script, or for so many seconds; whether it does.
+ended_by_slurm() {
+  for _ in $(seq "$1"); do
+    [ $signal != TERM ] || return 0
+    sleep 1
+  done
+  return 1
+}
 if [ "$action" = wait ]; then
   # Slurm queues a preempted job again only if the script is still there when its grace time ends;
   # then TERM comes. If it does not come at all, the preemption was called off.
-  for _ in $(seq 600); do
-    [ $signal = TERM ] && exit "$job_code"
-    sleep 1
-  done
-  log "Slurm has not ended the job within 600 s: back into the queue"
-  action=requeue
+  if ! ended_by_slurm 600; then
+    log "Slurm has not ended the job within 600 s: back into the queue"
+    action=requeue
+  fi
 fi
 if [ "$action" = requeue ]; then
-  # Refused where Slurm has queued the job already: it is started once.
-  scontrol requeue "$SLURM_JOB_ID"
+  # Refused where Slurm has queued the job already: it is started once. A script that leaves before
+  # Slurm ends it may be taken for the end of the job that waits: FAILED.
+  scontrol requeue "$POSTTRAIN_JOB" && ended_by_slurm 60
 fi
 exit "$job_code"

@@ -5,15 +5,15 @@
 queue_without() { # nodes...
   local excluded
   echo "$*" >>"$excluded_before"
-  excluded=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\) .*/\1/p')
+  excluded=$(scontrol show job -o "$POSTTRAIN_JOB" | sed -n 's/.* ExcNodeList=\([^ ]*\) .*/\1/p')
   case $excluded in '' | '(null)') excluded= ;; *) excluded=$excluded, ;; esac
   excluded=$excluded$(IFS=, && echo "$*")
   log "back into the queue without $*"
   # Only a job that waits can be changed, and a requeue ends this script.
   trap '' TERM
-  scontrol requeue "$SLURM_JOB_ID" || exit 1
-  scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded" ||
-    scontrol hold "$SLURM_JOB_ID" # else it may come to the same node again
+  scontrol requeue "$POSTTRAIN_JOB" || exit 1
+  scontrol update "JobId=$POSTTRAIN_JOB" "ExcNodeList=$excluded" ||
+    scontrol hold "$POSTTRAIN_JOB" # else it may come to the same node again
   exit 75
 }
 

@@ -14,7 +14,7 @@ export POSTTRAIN_HEAD_FILE=$POSTTRAIN_RUN/ray/head-$SLURM_JOB_ID
 export POSTTRAIN_DEADLINE_FILE=$POSTTRAIN_RUN/ray/end-$SLURM_JOB_ID
 write_end() {
   local end
-  end=$(squeue -h -j "$SLURM_JOB_ID" -o %e 2>/dev/null) # NONE without a limit
+  end=$(squeue -h -j "$POSTTRAIN_JOB" -o %e 2>/dev/null) # NONE without a limit
   end=$(date -d "$end" +%s 2>/dev/null) && echo "$end" >"$POSTTRAIN_DEADLINE_FILE"
 }
 write_end

@@ -20,6 +20,9 @@ refuse() { # what is wrong; how to fix it
   exit 1
 }
 
+# As Slurm's commands have it: of the last task of an array, SLURM_JOB_ID means all of them.
+export POSTTRAIN_JOB=${POSTTRAIN_JOB:-$SLURM_JOB_ID}
+
 mkdir -p "$POSTTRAIN_RUN/ray" "$POSTTRAIN_RUN/logs" 2>/dev/null
 (: >"$POSTTRAIN_RUN/ray/.written-$SLURM_JOB_ID") 2>/dev/null || refuse \
   "the run folder cannot be written: $POSTTRAIN_RUN" \
@@ -35,6 +38,7 @@ rm -f "$POSTTRAIN_RUN/ray/.written-$SLURM_JOB_ID"
   kill -TERM $$
 ) &
 site_watch=$!
+trap 'kill -TERM "$site_watch" 2>/dev/null' EXIT
 
 find_module_command() { # a job's shell is no login shell
   local file
@@ -60,6 +64,7 @@ for site_line in "${site_setup[@]}"; do
   eval "$site_line" || refuse "a line of cluster.setup failed with exit code $?: $site_line" \
     "try it on a node: srun --nodes=1 --pty bash"
 done
+trap - EXIT
 kill -TERM "$site_watch" 2>/dev/null
 wait "$site_watch" 2>/dev/null
 

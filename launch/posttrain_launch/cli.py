@@ -59,6 +59,21 @@ VERBS: dict[str, Verb] = {
         "cluster.submit",
         hydra=True,
     ),
+    "status": Verb(
+        "where runs stand: state, step, loss, speed, time left, restarts and why",
+        "posttrain status --watch",
+        "cluster.status",
+    ),
+    "cancel": Verb(
+        "end a run so that it saves first and does not come back; --now: at once",
+        "posttrain cancel outputs/demo/20260101-120000",
+        "cluster.cancel",
+    ),
+    "logs": Verb(
+        "show the logs of a run, the first failing rank's first; --follow as they grow",
+        "posttrain logs outputs/demo/20260101-120000",
+        "cluster.logs",
+    ),
     "run": Verb(
         "go on with the run of a run folder, or start a frozen one",
         "posttrain run outputs/demo/20260101-120000",

@@ -24,3 +24,4 @@ class LoggingConfig:
     wandb: WandbMode = WandbMode.auto
     project: str = "posttrain"  # W&B project
     entity: str | None = None  # W&B team or user; null: the key's default
+    group: str | None = None  # W&B group of this run; null: none, or of a trial its sweep

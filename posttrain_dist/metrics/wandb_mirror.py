@@ -138,6 +138,7 @@ def _start(settings: dict[str, Any], run_folder: Path, *, online: bool = False) 
         mode="online" if online else "offline",
         project=settings["project"],
         entity=settings["entity"],
+        group=settings["group"],
         id=settings["id"],
         name=settings["name"],
         dir=str(run_folder),

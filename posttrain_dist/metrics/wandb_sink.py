@@ -99,6 +99,7 @@ class WandbSink:
             "mode": mode,
             "project": config.project,
             "entity": config.entity,
+            "group": config.group,
             "id": run_id,
             "name": name,
             "start_step": start_step,

@@ -16,7 +16,6 @@ import pytest
 from posttrain_launch.cli import VERBS, main
 from ray_runs import processes_of, wait_until
 
-from posttrain_dist.config import RunConfig
 from posttrain_dist.files import read_rows
 
 BASE = ["data.max_length=128", "train.batch_size=2", "train.dtype=float32", "optimizer.lr=1e-2"]
@@ -172,20 +171,6 @@ def test_a_second_driver_is_refused(words, tmp_path, capsys):
     assert "another process drives this run" in capsys.readouterr().err
 
 
-def test_a_sweep_goes_on_after_a_failed_trial(words, tmp_path, capfd):
-    sweep = [w for w in words if not w.startswith("data.train")]
-    rows = next(w for w in words if w.startswith("data.train"))
-    trials = f"data.train=/no/rows,{rows.removeprefix('data.train=')}"
-    assert main(["train", "-m", *sweep, "train.steps=1", trials]) == 1
-    shown = capfd.readouterr()
-    assert "error: /no/rows: no file has this name" in shown.err
-    assert "Traceback" not in shown.err
-    lines = [line for line in shown.out.splitlines() if line.startswith("data.train=")]
-    assert [("failed" in line, "done" in line) for line in lines] == [(True, False), (False, True)]
-    assert (run_folder(tmp_path) / "FINISHED").is_file()  # and the other trial made no folder
-    assert not (Path.cwd() / "multirun").exists()
-
-
 def test_inspect_marks_what_is_supervised(words, capsys):
     assert main(["inspect", *words]) == 0
     text = capsys.readouterr().out
@@ -262,21 +247,6 @@ def test_each_trial_of_a_sweep_is_a_command_of_its_own(words, tmp_path, capfd):
     for job, number in zip(jobs, nodes, strict=True):
         typed = json.loads((job.parent / "run.json").read_text())["command"]
         assert f"cluster.nodes={number} " in typed and " -m " not in typed
-
-
-@pytest.mark.slow
-def test_a_sweep_over_rank_alpha_and_rate_ends_in_one_table(words, tmp_path, capsys):
-    more = ["tuning=lora", "tuning.rank=2,4", "tuning.alpha=4,8", "optimizer.lr=1e-3,3e-3"]
-    words = [word for word in words if not word.startswith("optimizer.lr=")]
-    assert main(["train", "-m", *words, *more, "train.steps=2"]) == 0
-    shown = capsys.readouterr().out
-    table = [line for line in shown.splitlines() if line.startswith("tuning.rank")]
-    assert len(table) == 8, shown[-2000:]
-    frozen = [(Path(line.split()[-1]) / "config.yaml").read_text() for line in table]
-    configs = [RunConfig.from_yaml(text) for text in frozen]
-    found = [(c.tuning.rank, c.tuning.alpha, c.optimizer.lr) for c in configs]
-    assert found == [(r, a, lr) for r in (2, 4) for a in (4, 8) for lr in (1e-3, 3e-3)]
-    assert len({float(line.split()[-2]) for line in table}) > 1  # their held-out losses
 
 
 def test_chat_answers_each_line_of_a_pipe(tiny_llama, capsys, monkeypatch):

@@ -88,7 +88,7 @@ def test_a_hang_up_asks_for_a_save_unless_it_is_ignored(before, asked, tmp_path:
     posted: list[str] = []
     outside = signal.signal(signal.SIGHUP, before)
     try:
-        with stop_request.stopped_by_signals(tmp_path, posted.append):
+        with stop_request.stopped_by_signals(tmp_path, log=posted.append):
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGHUP)  # of the shell and of the terminal
         assert signal.getsignal(signal.SIGHUP) is before
@@ -100,7 +100,7 @@ def test_a_hang_up_asks_for_a_save_unless_it_is_ignored(before, asked, tmp_path:
 
 def test_a_folder_that_takes_no_stop_file_does_not_end_the_run(tmp_path: Path) -> None:
     posted: list[str] = []
-    with stop_request.stopped_by_signals(tmp_path / "removed", posted.append):
+    with stop_request.stopped_by_signals(tmp_path / "removed", log=posted.append):
         os.kill(os.getpid(), signal.SIGTERM)
     (line,) = posted
     assert line.startswith("SIGTERM: cannot ask the run to save: ")

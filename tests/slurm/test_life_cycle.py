@@ -28,9 +28,8 @@ pytestmark = [
     pytest.mark.skipif(missing() is not None, reason=str(missing())),
 ]
 
-STEPS, SAVE_EVERY = 600, 100
-LONG_STEPS = 1500  # Slurm looks at time limits every 30 s
-DISTURBED_AT = 150  # a step between two saves
+SAVE_EVERY = 100
+AFTER = 50  # steps of a start before it is disturbed, between two saves
 NODES = 2
 
 
@@ -44,7 +43,7 @@ def words(tiny_llama, rows_file) -> list[str]:
         f"train.save_every={SAVE_EVERY}",
         "train.batch_size=4",
         "train.dtype=float32",
-        "train.log_every=10",
+        "train.log_every=1",
         "optimizer.lr=0.003",
         "logging.wandb=offline",
         f"cluster.workers={NODES}",
@@ -77,10 +76,12 @@ def undisturbed(tmp_path_factory, run_workers):
 # ------------------------------------------------------------------------------- disturbances
 
 
-def time_limit(cluster: Cluster, job: str) -> None:
-    """Of two minutes; it is raised once the job is in the queue again."""
+def time_limit(cluster: Cluster, job: str) -> float:
+    """Of two minutes; it is raised once the job is in the queue again. The moment of that."""
     waited(lambda: cluster.state(job) != "RUNNING", 90, Path())
+    ended = time.monotonic()
     cluster.login("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+    return ended
 
 
 def signal(cluster: Cluster, job: str) -> None:
@@ -107,16 +108,16 @@ def come_back(cluster: Cluster, job: str, *words: str) -> None:
 
 
 FAULTS = {
-    "the time limit": time_limit,
-    "scancel --signal": signal,
+    "scancel --signal=USR1": signal,
     "scontrol requeue": requeue,
     "preemption": preempt,
-    "a worker node goes off": lambda cluster, job: (
-        power_off(cluster, 2),
+    "the time limit": time_limit,
+    "a worker node loses its power": lambda cluster, job: (
+        cluster.fault("power-off", "2"),
         come_back(cluster, job, "boot", "2"),
     ),
-    "the head node goes off": lambda cluster, job: (
-        power_off(cluster, 1),
+    "the head node loses its power": lambda cluster, job: (
+        cluster.fault("power-off", "1"),
         come_back(cluster, job, "boot", "1"),
     ),
     "a cable is pulled": lambda cluster, job: (
@@ -129,28 +130,52 @@ FAULTS = {
     ),
     "the controller restarts": lambda cluster, job: cluster.fault("restart-controller"),
 }
-# Cause of the first start, as its line says; None: it left no word.
+# Cause of the start that ends, where it can say one.
 CAUSES = {
     "the time limit": "time_limit",
-    "scancel --signal": "time_limit",
+    "scancel --signal=USR1": "time_limit",
     "preemption": "preempted",
 }
-UNDISTURBED = ("the controller restarts",)
-SAVED = ("the time limit", "scancel --signal", "preemption")
+SAVED = tuple(CAUSES)
+GOES_ON = ("the controller restarts",)
+# One run each; its faults come one after the other.
+RUNS = {
+    "signal": ["scancel --signal=USR1"],
+    "requeue": ["scontrol requeue"],
+    "preemption": ["preemption"],
+    "limit": ["the time limit"],
+    "worker and slurmd": [
+        "the controller restarts",
+        "a worker node loses its power",
+        "slurmd is killed",
+    ],
+    "head and cable": ["the head node loses its power", "a cable is pulled"],
+}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_disturbed_run_ends_as_if_it_had_not_been(fault, words, undisturbed, cluster, tmp_path):
-    steps, own = STEPS, ["cluster.time=00:30:00"]
-    if fault == "preemption":
+@pytest.mark.parametrize("name", RUNS)
+def test_a_disturbed_run_ends_as_if_it_had_not_been(name, words, undisturbed, cluster, tmp_path):
+    faults = RUNS[name]
+    steps, own = 300 + 300 * len(faults), ["cluster.time=00:30:00"]
+    if name == "preemption":
         own += ["cluster.partition=low"]
-    if fault == "the time limit":  # the signal comes at the last look that leaves 45 s
-        steps, own = LONG_STEPS, ["cluster.time=00:02:00", "cluster.extra=['--signal=B:USR1@45']"]
+    if name == "limit":  # Slurm looks every 30 s: the signal comes at the last look that leaves 45
+        steps, own = 1500, ["cluster.time=00:02:00", "cluster.extra=['--signal=B:USR1@45']"]
     job, folder = cluster.submit(*words, f"train.steps={steps}", *own, root=tmp_path)
-    waited(lambda: step_of(folder) >= DISTURBED_AT, 150, folder)
-    began = time.monotonic()
-    FAULTS[fault](cluster, job)
-    row = follow(cluster, job, folder, began)
+    rows = []
+    for fault in faults:
+        begins_at = max((start["before"] for start in starts.read(folder)), default=0)
+        waited(lambda at=begins_at + AFTER: step_of(folder) >= at, 150, folder)
+        began, reached = time.monotonic(), step_of(folder)
+        moment = FAULTS[fault](cluster, job)
+        began = moment if isinstance(moment, float) else began
+        if fault in GOES_ON:
+            assert step_of(folder) > reached
+            rows.append({"disturbance": fault, "recovery_s": 0.0, "wasted_steps": 0})
+        else:
+            rows.append({"disturbance": fault, **recovery(cluster, job, folder, began)})
+    waited(lambda: cluster.state(job) not in LIVE, 120, folder)
+    print("\n".join(map(json.dumps, rows)))
     assert cluster.state(job) == "COMPLETED", last_words(folder)
 
     # Every step once, every sample once, the same weights.
@@ -163,38 +188,37 @@ def test_a_disturbed_run_ends_as_if_it_had_not_been(fault, words, undisturbed, c
     names = [each.name for each in (folder / "wandb").glob("*run-*")]
     assert {name.rsplit("-", 1)[1] for name in names} == {lineage["wandb_id"]}
 
-    # One start more, and not two.
+    # One start more for each fault, and not two.
     found = starts.read(folder)
-    assert len(found) == (1 if fault in UNDISTURBED else 2), found
+    again = [fault for fault in faults if fault not in GOES_ON]
+    assert len(found) == len(again) + 1, found
     assert found[-1]["cause"] == "finished"
     assert [each["restart_count"] for each in found] == list(range(len(found)))
-    if fault in CAUSES:
-        assert found[0]["cause"] == CAUSES[fault]
-    if fault in SAVED:
-        assert row["wasted_steps"] == 0
-    assert row["wasted_steps"] <= SAVE_EVERY
+    for fault, start in zip(again, found, strict=False):
+        if fault in CAUSES:
+            assert start["cause"] == CAUSES[fault]
+    for row in rows:
+        assert row["wasted_steps"] <= (0 if row["disturbance"] in SAVED else SAVE_EVERY)
     assert cluster.of_jobs() == []
-    print(json.dumps({"disturbance": fault, **row}))
 
 
-def follow(cluster: Cluster, job: str, folder: Path, began: float) -> dict[str, float]:
-    """Wait for the end of a job; Slurm's hold of a job that is queued again, 121 s, is lifted.
+def recovery(cluster: Cluster, job: str, folder: Path, began: float) -> dict[str, float]:
+    """Wait until a step is logged that had not been; Slurm's hold of 121 s is lifted.
 
     Returns:
-        recovery_s: from the disturbance until a step is logged that had not been.
+        recovery_s: from the disturbance until then.
         wasted_steps: that were made twice.
     """
-    reached, recovered = step_of(folder), 0.0
-    end = time.monotonic() + 230
-    while (state := cluster.state(job)) in LIVE:
-        assert time.monotonic() < end, f"{state}\n{last_words(folder)}"
-        if state == "PENDING":
+    count, reached = len(starts.read(folder)), 0
+    end = time.monotonic() + 150
+    while time.monotonic() < end:
+        if cluster.state(job) == "PENDING":
             cluster.lift_hold(job)
-        second = len(starts.read(folder)) > 1
-        reached = reached if second else max(reached, step_of(folder))
-        if not recovered and step_of(folder) > reached and (second or state == "RUNNING"):
-            recovered = time.monotonic() - began
+        found = starts.read(folder)
+        if len(found) == count:
+            reached = max(reached, step_of(folder))
+        elif step_of(folder) > reached:
+            wasted = reached - found[-1]["before"]
+            return {"recovery_s": round(time.monotonic() - began, 1), "wasted_steps": wasted}
         time.sleep(0.5)
-    found = starts.read(folder)
-    wasted = reached - found[-1]["before"] if len(found) > 1 else 0
-    return {"recovery_s": round(recovered, 1), "wasted_steps": wasted}
+    raise AssertionError(f"{cluster.state(job)}\n{last_words(folder)}")

@@ -10,8 +10,8 @@ from posttrain_dist.config import RunConfig, Slurm
 from posttrain_dist.config.cluster import GpuRequest
 from posttrain_dist.config.job_rules import time_limit_s
 from posttrain_dist.errors import ConfigError
-from posttrain_dist.planner.plan_file import read_plan
-from posttrain_launch.lifecycle.lead import FLOOR_S, stop_lead_s, within_limit
+from posttrain_launch.lifecycle.lead import FLOOR_S, within_limit
+from posttrain_launch.lifecycle.measured import lead_of
 
 Options = Mapping[str, str | int | None]
 _LONGEST_SIGNAL_S = 65_535  # that sbatch takes
@@ -63,21 +63,17 @@ def options(
     return [*found, "--requeue" if cluster.requeue else "--no-requeue", *cluster.extra]
 
 
-def signal_lead_s(config: RunConfig, run_folder: Path) -> float:
-    """Seconds before the time limit at which Slurm is to signal: what is known before the start.
+def signal_lead(config: RunConfig, run_folder: Path) -> tuple[float, str]:
+    """Seconds before the time limit at which Slurm is to signal, and what they follow from.
 
-    From the planned times of a save and of a step (plan.json of the run folder); at most half of
-    the time limit. The run itself stops by what it measures; the signal comes where that fails.
+    The lead that is known as the job is written (`lifecycle.measured.lead_of`): of a run that is
+    submitted again, from its measured saves. At most half of the time limit. The driver stops the
+    run by what it measures meanwhile; the signal comes where that fails.
     """
     cluster = config.cluster
     assert isinstance(cluster, Slurm)
-    plan = read_plan(run_folder) if (run_folder / "plan.json").is_file() else {}
-    speed = (plan.get("plan") or {}).get("speed") or {}
-    lead = FLOOR_S
-    if speed:
-        # A plan of a machine that nobody measured is a guess: never below the floor.
-        lead = max(FLOOR_S, stop_lead_s(float(speed["checkpoint_s"]), float(speed["step_s"])))
-    return math.ceil(within_limit(lead, time_limit_s(cluster)))
+    lead_s, source = lead_of(run_folder)
+    return math.ceil(within_limit(lead_s, time_limit_s(cluster))), source
 
 
 def resources(cluster: Slurm) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from posttrain_dist.config import RunConfig, Slurm
 from posttrain_launch.batch.container import command_prefix, srun_options
-from posttrain_launch.batch.job_options import options, signal_lead_s
+from posttrain_launch.batch.job_options import options, signal_lead
 
 # Of slurm/, in this order.
 PARTS = ("site", "environment", "preflight", "ray_steps", "life_cycle")
@@ -23,13 +23,13 @@ def render(config: RunConfig, run_folder: Path) -> str:
     """The text of the job script; `config.cluster` is Slurm."""
     cluster = config.cluster
     assert isinstance(cluster, Slurm)
-    lead_s = signal_lead_s(config, run_folder)
+    lead_s, source = signal_lead(config, run_folder)
     header = options(config.name, cluster, run_folder, lead_s=lead_s)
     return script(
         header,
         variables(config, run_folder),
         arrays(config, run_folder),
-        lead_line(cluster, lead_s),
+        lead_line(cluster, lead_s, source),
     )
 
 
@@ -65,13 +65,13 @@ def arrays(config: RunConfig, run_folder: Path) -> dict[str, list[str]]:
     }
 
 
-def lead_line(cluster: Slurm, lead_s: float) -> str:
+def lead_line(cluster: Slurm, lead_s: float, source: str) -> str:
     """How a run ends at the time limit, as one comment of the script."""
     own = [each for each in cluster.extra if each.startswith("--signal")]
     if own:
         return f"At the signal of cluster.extra ({own[-1]}) the run saves and ends."
     then = "ends and is queued again" if cluster.requeue else "ends"
-    return f"{lead_s:.0f} s before the time limit the run saves, {then}."
+    return f"{lead_s:.0f} s before the time limit ({source}) the run saves, {then}."
 
 
 def script(

@@ -38,6 +38,7 @@ _LIMITS = Cure(
     "cluster",
     "set less (cluster.nodes, cluster.time), or another cluster.qos, as `sacctmgr show qos` allows",
 )
+_NO_LOGIN = Cure("cluster", "submit on a login node of the cluster: this machine has no slurm.conf")
 _CONTROLLER = Cure("cluster", "try again when `scontrol ping` says that the controller is up")
 
 # Parts of what sbatch prints, in lower case; the first that is found counts.
@@ -61,6 +62,7 @@ _ANSWERS: tuple[tuple[str, Cure], ...] = (
     ("reservation", _RESERVATION),
     ("node configuration is not available", _SIZE),
     ("violates", _LIMITS),
+    ("configuration source", _NO_LOGIN),
     ("unable to contact slurm controller", _CONTROLLER),
     ("socket timed out", _CONTROLLER),
 )

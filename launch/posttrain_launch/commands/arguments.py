@@ -42,6 +42,17 @@ def add_run_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a folder outputs/<name>/<time>")
 
 
+def add_root(parser: argparse.ArgumentParser) -> None:
+    """Let the verb take the folder that runs are below."""
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=Path("outputs"),
+        metavar="FOLDER",
+        help="output_root of the runs; default: outputs",
+    )
+
+
 def add_adapters(parser: argparse.ArgumentParser, what: str) -> None:
     """Let the verb take adapters by name.
 

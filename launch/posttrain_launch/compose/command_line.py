@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 
 from posttrain_dist.config import Ray, Slurm
 from posttrain_dist.errors import ConfigError
+from posttrain_launch.compose.formulas.log_range import write_out_log_range
 
 # Flags of single verbs beside Hydra's. A value is written behind some of them, and may be behind
 # others; ADAPTER may be given several times.
@@ -94,6 +95,7 @@ def read_command_line(verb: str, arguments: list[str], debug: bool) -> CommandLi
         print(f"posttrain {__version__}")
         raise SystemExit(0)
     own, faults, arguments = _take_own(OWN_FLAGS.get(verb, ()), arguments)
+    arguments = _with_ranges(arguments, faults)
     # An experiment is no group with a default, so Hydra wants a plus; nobody need know.
     arguments = [f"+{a}" if a.startswith("experiment=") else a for a in arguments]
     words = _Words(arguments)
@@ -137,6 +139,17 @@ def _left_to_the_planner(overrides: list[str]) -> list[str]:
         of_jobs -= {f"cluster.{field.name}" for field in dataclasses.fields(Ray)}
         added.append("cluster=slurm" if keys & of_jobs else "cluster=ray")
     return added
+
+
+def _with_ranges(arguments: list[str], faults: list[ConfigError]) -> list[str]:
+    """The words with each `logrange(...)` written out, those without a fault."""
+    found = []
+    for word in arguments:
+        try:
+            found.append(write_out_log_range(word))
+        except ConfigError as error:
+            faults.append(error)
+    return found
 
 
 def _take_own(

@@ -23,6 +23,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from posttrain_dist.config import GROUPS, RunConfig
 from posttrain_dist.errors import ConfigError
+from posttrain_launch.compose.formulas.relations import resolve_relations, without_relations
+from posttrain_launch.sweep.kinds import register_launchers
+from posttrain_launch.sweep.search.options import register_sweepers
 
 CONF = "pkg://posttrain_launch.conf"
 CONF_FOLDER = Path(__file__).parents[1] / "conf"
@@ -51,6 +54,8 @@ def register_schemas(help_text: str = "") -> None:
             store.store(group=f"schema/{group}", name=kind, node=_schema(option))
     page = {"app_name": "posttrain", "header": "", "footer": "", "template": help_text}
     store.store(group="hydra/help", name="posttrain", node=page)
+    register_launchers()
+    register_sweepers()
 
 
 def _schema(option: type) -> DictConfig:
@@ -71,7 +76,7 @@ def _open_dicts(node: DictConfig) -> None:
 
 
 class _CachingLoader(ConfigLoaderImpl):
-    """Composes the same request once: what is checked is then shown, or run."""
+    """Composes the same request once, relations resolved: what is checked is shown, or run."""
 
     def __init__(self, path: ConfigSearchPath) -> None:
         super().__init__(path)
@@ -88,9 +93,28 @@ class _CachingLoader(ConfigLoaderImpl):
     ) -> DictConfig:
         request = (config_name, list(overrides), run_mode, from_shell, validate_sweep_overrides)
         if request != self._request:
-            self._composed = super().load_configuration(*request)
+            self._composed = self._load(request)
             self._request = request
         return copy.deepcopy(self._composed)  # those who show it take parts out
+
+    def _load(self, request: tuple[Any, ...]) -> DictConfig:
+        config_name, overrides, run_mode, *rest = request
+
+        def compose(words: list[str]) -> DictConfig:
+            loaded: DictConfig = super(_CachingLoader, self).load_configuration(
+                config_name, words, run_mode, *rest
+            )
+            return loaded
+
+        if run_mode is RunMode.RUN:
+            return compose(resolve_relations(overrides, compose))
+        # What a sweep has in common; its trials resolve what follows from their own values.
+        plain = without_relations(overrides, compose)
+        config = compose(plain)
+        if plain != overrides:
+            of_hydra = list(config.hydra.overrides.hydra)
+            config.hydra.overrides.task = [word for word in overrides if word not in of_hydra]
+        return config
 
 
 class Composer:

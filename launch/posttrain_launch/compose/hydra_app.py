@@ -11,25 +11,16 @@ import contextlib
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hydra._internal.utils import get_args_parser
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
 
 from posttrain_dist.errors import ConfigError, PosttrainError
-from posttrain_dist.preflight import check_inputs
 from posttrain_launch.cli import VERBS
 from posttrain_launch.compose.command_line import CommandLine, read_command_line
 from posttrain_launch.compose.composer import Composed, Composer, register_schemas
 from posttrain_launch.compose.misused_words import Words
-from posttrain_launch.compose.paths import with_absolute_paths
 from posttrain_launch.compose.problems import check_sweep, compose_checked
-from posttrain_launch.failures import BAD_CONFIG, STOPPED, print_error
-
-if TYPE_CHECKING:
-    from posttrain_launch.sweep.trials import Sweep
+from posttrain_launch.failures import BAD_CONFIG, print_error
 
 __all__ = ["CommandLine", "compose_command", "read_command_line"]
 
@@ -201,37 +192,14 @@ def _help_page(verb: str, composer: Composer) -> str:
 
 
 def _run_sweep(line: CommandLine, composer: Composer) -> int:
-    """Have Hydra run the trials, and print their table; the exit code."""
-    from posttrain_launch.sweep.trials import Sweep
-
-    sweep = Sweep()
-
-    def run_one(config: DictConfig) -> float | None:
-        hydra = HydraConfig.get()
-        return sweep.trial(config, hydra, lambda composed: _run_trial(line, composed, sweep))  # type: ignore[arg-type]
-
-    try:
-        overrides = [*line.overrides, "hydra.mode=MULTIRUN"]
-        composer.hydra.multirun(composer.config_name, run_one, overrides)
-    except KeyboardInterrupt:
-        if sweep.trials:
-            print(sweep.table())
-        return STOPPED
-    print(sweep.table())
-    return sweep.exit_code()
-
-
-def _run_trial(line: CommandLine, composed: Composed, sweep: Sweep) -> tuple[int, Path | None]:
+    """Run what `-m` stands for; the exit code."""
     if line.verb == "train":
-        from posttrain_launch.run.freeze import freeze
+        from posttrain_launch.sweep.create import create
+        from posttrain_launch.sweep.drive import drive_sweep
 
-        check_inputs(with_absolute_paths(composed.config))
-        folder = freeze(composed, line.typed, force=line.force)
-        code = sweep.run_subprocess(["run", str(folder), "--new"], line.debug)
-        return code, folder if folder.is_dir() else None
-    arguments = [line.verb, *composed.overrides]
-    if line.flags.config_dir is not None:
-        arguments += ["--config-dir", line.flags.config_dir]
-    for flag, values in line.own.items():
-        arguments += [f"{flag}={value}" for value in values] or [flag]
-    return sweep.run_subprocess(arguments, line.debug), None
+        sweep = create(line, composer)
+        if sweep is not None:
+            return drive_sweep(sweep.folder, resumed=False, debug=line.debug)
+    from posttrain_launch.sweep.by_hydra import run_by_hydra
+
+    return run_by_hydra(line, composer)

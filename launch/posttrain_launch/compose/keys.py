@@ -95,6 +95,19 @@ def is_flag(base: DictConfig, key: str) -> bool:
     return isinstance(node, DictConfig) and leaf in node and _hint(node, leaf) is bool
 
 
+def number_type(base: DictConfig, key: str) -> type | None:
+    """int or float where a key of a composed config takes numbers; else None."""
+    *parents, leaf = key.split(".")
+    node: Any = base
+    for part in parents:
+        node = node.get(part) if isinstance(node, DictConfig) and part in node else None
+    if not isinstance(node, DictConfig) or leaf not in node:
+        return None
+    hint = _hint(node, leaf)
+    kinds = {each for each in typing.get_args(hint) or (hint,) if each is not type(None)}
+    return kinds.pop() if kinds in ({int}, {float}) else None
+
+
 # ----------------------------------------------------------------------------- unknown keys
 
 

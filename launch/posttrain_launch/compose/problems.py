@@ -8,6 +8,8 @@ against a config that does.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -24,12 +26,14 @@ from posttrain_dist.errors import ConfigError, PosttrainError, raise_all
 from posttrain_dist.preflight import input_problems
 from posttrain_launch.compose.composer import Composed, Composer, to_composed, without_hydra
 from posttrain_launch.compose.experiment_file import experiment_problems, leaves_of
+from posttrain_launch.compose.formulas.relations import is_relation, relation_problem
 from posttrain_launch.compose.keys import is_flag, is_number, value_problems
 from posttrain_launch.compose.misused_words import Words, word_problems
 from posttrain_launch.compose.paths import with_absolute_paths
 from posttrain_launch.compose.spellings import foreign_template
 from posttrain_launch.compose.tuning_spellings import foreign_option
 
+MOST_COMBINATIONS = 50  # that are composed before a sweep begins, each in 0.3 s
 FAULTS = (
     HydraException,
     OmegaConfBaseException,
@@ -64,7 +68,7 @@ def compose_checked(
         raise_all(_override_problems(composer, overrides, verb=verb, words=words))
     try:
         composed = _compose(composer, overrides)
-    except FAULTS as error:
+    except (*FAULTS, ConfigError) as error:  # ours: of relations between keys
         raise_all(_override_problems(composer, overrides, error, verb=verb))
         raise
     if _holds_loose_flag(composer, overrides, composed):
@@ -85,16 +89,23 @@ def check_sweep(composer: Composer, overrides: list[str], words: Words | None = 
 
 
 def _trial_problems(composer: Composer, overrides: list[str]) -> list[PosttrainError]:
-    """Values that no trial can be started with: each is tried with the first ones of the others."""
+    """What no trial can be started with: each value is tried with the first ones of the others,
+    and then every combination, if they are not too many."""
     choices = [_single(override, text) for text, override in _parse(overrides, [])]
     first = [texts[0] for texts in choices]
-    trials = dict.fromkeys(
+    tried: list[tuple[str, ...]] = [
         (*first[:i], text, *first[i + 1 :]) for i, texts in enumerate(choices) for text in texts
-    )
+    ]
+    if math.prod(map(len, choices)) <= MOST_COMBINATIONS:
+        tried += itertools.product(*choices)
+    trials = dict.fromkeys(tried)
     found: dict[str, PosttrainError] = {}
     for trial in trials:
         with contextlib.suppress(*FAULTS):
-            others = _contradictions(_compose(composer, list(trial)), None)
+            try:
+                others = _contradictions(_compose(composer, list(trial)), None)
+            except ConfigError as error:  # of a relation
+                others = [error]
             found |= {str(problem): problem for problem in others}
     return list(found.values())
 
@@ -169,19 +180,28 @@ def _override_problems(
     if base is not None:
         for override in values:
             bad = [
-                p for v in _values(override) for p in value_problems(base, override.key_or_group, v)
+                p
+                for v in _values(override)
+                for p in _value_problems(base, override.key_or_group, v)
             ]
             found += bad
             if not bad and not sweep:
                 good.append(override.input_line or "")
     if not sweep:
         places = {problem.where for problem in found}
-        with contextlib.suppress(*FAULTS):
+        with contextlib.suppress(*FAULTS, ConfigError):
             others = _contradictions(_compose(composer, good), verb)
             found += [problem for problem in others if problem.where not in places]
     if not found and error is not None:
-        found.append(_from_hydra(error))
+        found.append(error if isinstance(error, PosttrainError) else _from_hydra(error))
     return found
+
+
+def _value_problems(base: DictConfig, key: str, value: Any) -> list[ConfigError]:
+    if is_relation(base, key, value):
+        wrong = relation_problem(base, key, value)
+        return [] if wrong is None else [wrong]
+    return value_problems(base, key, value)
 
 
 def _parse(overrides: list[str], found: list[PosttrainError]) -> Iterator[tuple[str, Override]]:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from posttrain_launch.lifecycle.deadline import stopped_before_end
 from posttrain_launch.lifecycle.decide import Cause
 from posttrain_launch.lifecycle.starts import policy_of, this_job
 from posttrain_launch.ray.child import Job, started
+from posttrain_launch.run.driver_lock import LOCK
 from posttrain_launch.run.recorded_start import cause_of, code_of, recorded_start
 from posttrain_launch.run.stop_request import request_stop, requested_cause, stopped_by_signals
 
@@ -72,7 +74,7 @@ def run_frozen(
             return 0
         log.parent.mkdir(exist_ok=True)
         remove_abandoned()
-        with _exclusive_lock(folder, config), _redirect_output(log, capture_logging=True):
+        with exclusive_lock(folder, config), redirect_output(log, capture_logging=True):
             changed = change(folder, config) if change else contextlib.nullcontext(config)
             with changed as config, recorded_start(folder, policy_of(config)) as start:
                 start.cause = _drive(config, folder, address, out, err)
@@ -122,7 +124,7 @@ def _drive(
         try:
             with _ray_job(config, folder, address) as job:
                 if not is_prepared:
-                    log(_prepare(config, folder, err))
+                    log(prepare_run(config, folder, err))
                     is_prepared = True
                 with Progress(folder, out) as progress, _stops(folder, progress.post):
                     if job is not None:
@@ -130,7 +132,7 @@ def _drive(
                     elif next_choice(folder) is not None:
                         train_apart(config, folder)
                     else:
-                        with _redirect_output(folder / "logs" / "rank-0.log"):
+                        with redirect_output(folder / "logs" / "rank-0.log"):
                             from posttrain_dist.train import train
 
                             train(config, folder)
@@ -162,11 +164,11 @@ def _stops(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
         except OSError as error:
             log(f"{line}; cannot ask the run to save: {error}")
 
-    with stopped_by_signals(folder, log), stopped_before_end(folder, time_limit):
+    with stopped_by_signals(folder, log=log), stopped_before_end(folder, time_limit):
         yield
 
 
-def _prepare(config: RunConfig, folder: Path, err: IO[str]) -> str:
+def prepare_run(config: RunConfig, folder: Path, err: IO[str]) -> str:
     """Prepare the data, and write their report; the counts of it."""
     from posttrain_dist.prepare import prepare
     from posttrain_dist.report.data.prepare_progress import progress_output
@@ -205,15 +207,15 @@ def _record_hashes(folder: Path, inputs: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _exclusive_lock(folder: Path, config: RunConfig) -> Iterator[None]:
-    """Hold the folder against a second driver; the file has the process id of the first.
+def exclusive_lock(folder: Path, config: RunConfig) -> Iterator[None]:
+    """Hold the folder against a second driver; the file says who the first one is.
 
     In a Slurm job the driver of the start before this one may live on for a while: on a node that
     was cut off, until Slurm ends what it finds there.
     """
     in_job = isinstance(config.cluster, Slurm) and this_job().restart_count > 0
     deadline = time.monotonic() + (LOCK_WAIT_S if in_job else 0.0)
-    with (folder / "logs" / "driver.lock").open("a+", encoding="utf-8") as stream:
+    with (folder / LOCK).open("a+", encoding="utf-8") as stream:
         while not _lock(stream):
             if time.monotonic() >= deadline:
                 raise PosttrainError(
@@ -223,7 +225,7 @@ def _exclusive_lock(folder: Path, config: RunConfig) -> Iterator[None]:
                 )
             time.sleep(0.5)
         stream.truncate(0)
-        print(os.getpid(), file=stream, flush=True)
+        print(os.getpid(), platform.node(), file=stream, flush=True)
         yield
 
 
@@ -238,7 +240,7 @@ def _lock(stream: IO[str]) -> bool:
 
 
 @contextlib.contextmanager
-def _redirect_output(path: Path, *, capture_logging: bool = False) -> Iterator[None]:
+def redirect_output(path: Path, *, capture_logging: bool = False) -> Iterator[None]:
     """Send what libraries print (and log and warn) to a file; our own lines go past it."""
     # Left open: handlers that libraries bind to it live on after the run.
     stream = unfailing(path.open("a", buffering=1, encoding="utf-8"))

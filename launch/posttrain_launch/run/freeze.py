@@ -11,6 +11,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.errors import ConfigError, PosttrainError
 from posttrain_dist.files import write_atomic
 from posttrain_dist.planner.job import DataFacts
+from posttrain_dist.planner.plan import Choice
 from posttrain_dist.planner.plan_file import plan_entry, write_plan
 from posttrain_dist.planner.settle import Settled, settle
 from posttrain_dist.prepare import find_prepared
@@ -33,7 +35,14 @@ from posttrain_launch.compose.paths import with_absolute_paths
 PACKAGES = ("posttrain-dist", "torch", "transformers", "deepspeed", "ray", "hydra-core", "wandb")
 
 
-def freeze(composed: Composed, command: str, *, force: bool = False) -> Path:
+def freeze(
+    composed: Composed,
+    command: str,
+    *,
+    force: bool = False,
+    place: Path | None = None,
+    adjust: Callable[[RunConfig, Choice | None], RunConfig] | None = None,
+) -> Path:
     """Plan a run, make its folder `<output_root>/<name>/<time>`, and write what the run is.
 
     config.yaml (every value, absolute paths, the chosen options), overrides.yaml, run.json,
@@ -43,6 +52,8 @@ def freeze(composed: Composed, command: str, *, force: bool = False) -> Path:
     Args:
         command: the command line, kept as the run's lineage.
         force: also make one that cannot fit.
+        place: of a trial of a sweep: the folder to make, in the folder of its sweep.
+        adjust: of a trial: the config once its plan is known.
 
     Returns:
         The absolute path of the folder, which no other process has.
@@ -52,13 +63,14 @@ def freeze(composed: Composed, command: str, *, force: bool = False) -> Path:
             folder cannot be made.
     """
     settled = _settle(complete(with_absolute_paths(composed.config)), composed, force=force)
-    config = settled.config
+    config = settled.config if adjust is None else adjust(settled.config, settled.choice)
     now = datetime.now().astimezone()
-    folder = _new_folder(Path(config.output_root) / config.name, now.strftime("%Y%m%d-%H%M%S"))
+    parent = Path(config.output_root) / config.name if place is None else place.parent
+    folder = _new_folder(parent, place.name if place else now.strftime("%Y%m%d-%H%M%S"))
     config, deepspeed_json = _keep_deepspeed_json(config, folder)
     text = config.to_yaml() + OmegaConf.to_yaml({"choices": dict(sorted(composed.choices.items()))})
     lineage = {
-        "id": f"{config.name}-{folder.name}",
+        "id": "-".join([config.name, *([] if place is None else [parent.name]), folder.name]),
         "name": config.name,
         "created": now.isoformat(timespec="seconds"),
         "command": command,

@@ -46,8 +46,8 @@ def requested_cause(folder: Path) -> Cause:
 
 
 @contextlib.contextmanager
-def stopped_by_signals(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """First signal: ask the run to save and end. A second Ctrl-C: leave.
+def stopped_by_signals(*folders: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """First signal: ask the runs of these folders to save and end. A second Ctrl-C: leave.
 
     In a job of Slurm USR1 and USR2 mean that its time limit is near, and TERM that it is preempted.
     A hang-up that was ignored when we started (`nohup`) stays ignored.
@@ -67,7 +67,8 @@ def stopped_by_signals(folder: Path, log: Callable[[str], None]) -> Iterator[Non
             once_more = "; Ctrl-C once more to leave now" if number == signal.SIGINT else ""
             name = signal.Signals(number).name
             try:
-                request_stop(folder, causes.get(signal.Signals(number), Cause.stopped))
+                for folder in folders:
+                    request_stop(folder, causes.get(signal.Signals(number), Cause.stopped))
                 log(f"{name}: saving and leaving{once_more}")
             except OSError as error:
                 log(f"{name}: cannot ask the run to save: {error}{once_more}")

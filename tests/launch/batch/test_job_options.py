@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from posttrain_launch.batch.container import mounts
-from posttrain_launch.batch.job_options import options, signal_lead_s
+from posttrain_launch.batch.job_options import options, signal_lead
 from posttrain_launch.batch.job_script import render
 
 from posttrain_dist.config import Hardware, ModelConfig, RunConfig, Slurm, complete
@@ -177,19 +177,19 @@ def planned(folder: Path, checkpoint_s: float, step_s: float) -> None:
 
 def test_the_lead_follows_from_the_planned_save_and_step(tmp_path):
     run = slurm_run(time="08:00:00")
-    assert signal_lead_s(run, tmp_path) == 120  # nothing is known
+    assert signal_lead(run, tmp_path) == (120, "nothing is measured yet")
     planned(tmp_path, checkpoint_s=400, step_s=12.5)
-    assert signal_lead_s(run, tmp_path) == 1.5 * 400 + 2 * 12.5 + 30
+    assert signal_lead(run, tmp_path) == (1.5 * 400 + 2 * 12.5 + 30, "planned")
     assert "--signal=B:USR1@655" in header(render(run, tmp_path))
-    assert "\n# 655 s before the time limit the run saves" in render(run, tmp_path)
+    assert "\n# 655 s before the time limit (planned) the run saves" in render(run, tmp_path)
     planned(tmp_path, checkpoint_s=0.2, step_s=0.1)  # a guess is no reason for less
-    assert signal_lead_s(run, tmp_path) == 120
+    assert signal_lead(run, tmp_path) == (120, "planned")
 
 
 def test_half_of_the_time_is_left_to_train(tmp_path):
     planned(tmp_path, checkpoint_s=4000, step_s=1)
-    assert signal_lead_s(slurm_run(time="01:00:00"), tmp_path) == 1800
-    assert signal_lead_s(slurm_run(time="UNLIMITED"), tmp_path) == 6032
+    assert signal_lead(slurm_run(time="01:00:00"), tmp_path)[0] == 1800
+    assert signal_lead(slurm_run(time="UNLIMITED"), tmp_path)[0] == 6032
     planned(tmp_path, checkpoint_s=100_000, step_s=1)  # above what sbatch takes
     assert given(slurm_run(time="10-00"), str(tmp_path))["signal"] == "B:USR1@65535"
 

@@ -54,3 +54,12 @@ def test_an_experiment_fits_and_renders_its_job(name, folder, tmp_path, monkeypa
     layer = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28_672 + 2 * 8192
     assert plan["parameters"] == 2 * 128_256 * 8192 + 80 * layer + 8192
     assert "does not fit" not in (run / "plan.html").read_text()
+
+
+def test_a_plan_for_a_preset_of_slurm_ends_with_its_job(capsys):
+    words = ["model.path=shape:llama3-8b", "hardware=h100x8", "train.tokens=1000000000"]
+    assert main(["plan", *words, "cluster=slurm_gres", "cluster.nodes=2"]) == 0
+    command = capsys.readouterr().out.strip().splitlines()[-1].split()
+    assert command[:2] == ["posttrain", "submit"]
+    assert "cluster=slurm_gres" in command and "cluster=slurm" not in command
+    assert [word for word in command if re.fullmatch(r"cluster\.time=\d+:00:00", word)]

@@ -97,7 +97,7 @@ def test_a_signal_means_what_its_sender_means(number, in_slurm, cause, tmp_path,
     if in_slurm:
         monkeypatch.setenv("SLURM_JOB_ID", "71")
     said = []
-    with stopped_by_signals(tmp_path, said.append):
+    with stopped_by_signals(tmp_path, log=said.append):
         os.kill(os.getpid(), number)
     assert requested_cause(tmp_path) == cause
     assert said[0].startswith(f"{number.name}: saving and leaving")

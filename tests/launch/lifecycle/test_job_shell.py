@@ -29,7 +29,7 @@ SCONTROL = """#!/bin/bash
 case "$1 $2" in
 "show hostnames") echo node1 ;;
 "show job") echo "$STATE" ;;
-requeue*) echo "$2" >>"$POSTTRAIN_RUN/requeued" ;;
+requeue*) echo "$2" >>"$POSTTRAIN_RUN/requeued"; kill -TERM $PPID ;;
 esac
 """
 SQUEUE = "#!/bin/bash\necho 2027-01-31T12:00:00\n"

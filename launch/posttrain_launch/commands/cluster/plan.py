@@ -264,7 +264,7 @@ def _words(line: CommandLine, plan: Plan) -> list[str]:
     left += ["cluster=ray"] if plan.workers == 1 else []
     # Hydra writes `\\:` into the words of a sweep.
     typed = [word.replace("\\:", ":") for word in line.overrides if word not in left]
-    if "cluster=slurm" in typed and not any(word.startswith(TIME) for word in typed):
+    if _is_job(typed) and not any(word.startswith(TIME) for word in typed):
         typed.append(_time_word(plan))
     return command_of({"overrides": []}, typed)
 
@@ -273,10 +273,15 @@ def _command(line: CommandLine, verb: str, plan: Plan) -> str:
     from posttrain_dist.report.plan.plan_figures import command_of
 
     words = command_of(plan.to_json(), _words(line, plan))
-    verb = "submit" if "cluster=slurm" in words else verb
+    verb = "submit" if _is_job(words) else verb
     if verb == "submit" and not any(word.startswith(TIME) for word in words):
         words.append(_time_word(plan))
     return shlex.join(["posttrain", verb, *words])
+
+
+def _is_job(words: list[str]) -> bool:
+    """Whether they choose Slurm, by one of its presets."""
+    return any(word.startswith("cluster=slurm") for word in words)
 
 
 def _time_word(plan: Plan) -> str:

@@ -11,7 +11,8 @@ from posttrain_dist.report.run.plan_section import write_run_plan
 from posttrain_dist.report.run.read import read_run
 from posttrain_dist.run import finished_line
 from posttrain_launch.batch.follow import follow
-from posttrain_launch.batch.submit import submit
+from posttrain_launch.batch.submit import refuse_second_job, submit
+from posttrain_launch.commands.run.run_overrides import change_job
 from posttrain_launch.compose.hydra_app import compose_command, read_command_line
 from posttrain_launch.run.driver import read_frozen
 from posttrain_launch.run.freeze import freeze
@@ -22,11 +23,12 @@ FLAGS = ("--dry-run", "--wait")
 def command(arguments: list[str], debug: bool) -> int:
     """Make the run folder, write its job, and submit that unless it is a dry run.
 
-    Where a run folder is named instead of overrides, that run is sent again, to go on.
+    Where a run folder comes first, that run is sent again, to go on; overrides behind it change
+    how its job is made.
     """
-    named = [word for word in arguments if not word.startswith("-") and _is_folder(word)]
-    if named:
-        return _again(arguments, named[0])
+    others = [word for word in arguments if word not in FLAGS]
+    if others and _names_folder(others[0]):
+        return _again(Path(others[0]).expanduser().absolute(), others[1:], arguments)
     line = read_command_line("submit", arguments, debug)
     composed = compose_command(line)
     dry_run, wait = line.dry_run, "--wait" in line.own
@@ -39,24 +41,22 @@ def command(arguments: list[str], debug: bool) -> int:
     return _send(read_frozen(folder), folder, dry_run=dry_run, wait=wait)
 
 
-def _is_folder(word: str) -> bool:
-    return "=" not in word and Path(word).expanduser().is_dir()
+def _names_folder(word: str) -> bool:
+    """Whether the first word is a run folder, there or not, and neither override nor flag."""
+    if "=" in word or word.startswith(("-", "+")):
+        return False
+    return "/" in word or Path(word).is_dir()
 
 
-def _again(arguments: list[str], named: str) -> int:
-    others = [word for word in arguments if word != named and word not in FLAGS]
-    if others:
-        raise ConfigError(
-            f"cannot stand beside a run folder: {shlex.join(others)}",
-            where=named,
-            fix=f"posttrain submit {shlex.quote(named)}: a run goes on as it was frozen",
-        )
-    folder = Path(named).expanduser().absolute()
-    config = read_frozen(folder)
+def _again(folder: Path, overrides: list[str], arguments: list[str]) -> int:
+    config, dry_run = read_frozen(folder), "--dry-run" in arguments
     if (folder / "FINISHED").is_file():
         print(finished_line(folder))
         return 0
-    return _send(config, folder, dry_run="--dry-run" in arguments, wait="--wait" in arguments)
+    if overrides:
+        refuse_second_job(folder)
+        config = change_job(folder, config, overrides, keep=not dry_run)
+    return _send(config, folder, dry_run=dry_run, wait="--wait" in arguments)
 
 
 def _send(config: RunConfig, folder: Path, *, dry_run: bool, wait: bool) -> int:

@@ -1,7 +1,11 @@
-"""What `posttrain run RUN key=value` may change of a frozen run, and how that is done and kept."""
+"""What `posttrain run RUN key=value` may change of a frozen run, and how that is done and kept.
+
+`posttrain submit RUN cluster.time=...` changes how the run's job is made, and nothing of the run.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import secrets
@@ -16,7 +20,7 @@ from omegaconf import OmegaConf
 
 from posttrain_dist.checkpoint import resume, store
 from posttrain_dist.checkpoint.manifest import read_manifest
-from posttrain_dist.config import GROUPS, RunConfig, complete, problems
+from posttrain_dist.config import GROUPS, Ray, RunConfig, Slurm, complete, problems
 from posttrain_dist.errors import CheckpointError, ConfigError, PosttrainError, raise_all
 from posttrain_dist.files import read_object, write_atomic
 from posttrain_launch.compose.keys import has_key, unknown_key_fix, value_problems
@@ -40,15 +44,36 @@ ALLOWED = (
 )
 
 
-def parse(words: list[str]) -> dict[str, Any]:
+JOB_KEYS = tuple(
+    f"cluster.{name}"
+    for name in sorted(
+        {each.name for each in dataclasses.fields(Slurm)}
+        - {each.name for each in dataclasses.fields(Ray)}
+        - {"nodes", "gpus_per_node"}  # the layout of the run's workers
+    )
+)
+
+
+def parse(
+    words: list[str],
+    *,
+    allowed: tuple[str, ...] = ALLOWED,
+    verb: str = "run",
+    taken: str = ", ".join(ALLOWED),
+) -> dict[str, Any]:
     """The overrides that were typed.
+
+    Args:
+        allowed: keys.
+        verb: that takes them.
+        taken: they, in words.
 
     Raises:
         ConfigError, SeveralErrors: one is no `key=value`, or its key is fixed.
     """
     found: list[PosttrainError] = []
     values: dict[str, Any] = {}
-    base = OmegaConf.structured(complete(RunConfig()))
+    base = OmegaConf.structured(complete(RunConfig(cluster=Slurm())))
     for word in words:
         key, equals, text = word.partition("=")
         try:
@@ -60,13 +85,13 @@ def parse(words: list[str]) -> dict[str, Any]:
         elif not has_key(base, key) and key not in (*GROUPS, "experiment"):
             fix = unknown_key_fix(base, key)
             found.append(ConfigError("unknown key", where=key, fix=fix))
-        elif key not in ALLOWED:
+        elif key not in allowed:
             found.append(
                 ConfigError(
                     "is fixed when a run is made",
                     where=key,
-                    fix=f"posttrain run takes {', '.join(ALLOWED)}; for anything else, another run "
-                    "is started with posttrain train",
+                    fix=f"posttrain {verb} takes {taken}; for anything else, another "
+                    f"run is started with posttrain {'train' if verb == 'run' else verb}",
                 )
             )
     raise_all(found)
@@ -97,6 +122,23 @@ def applied(folder: Path, config: RunConfig, values: dict[str, Any]) -> Iterator
         if _identity(plan) == began:
             _restore(kept, moves)
         raise
+
+
+def change_job(folder: Path, config: RunConfig, words: list[str], *, keep: bool) -> RunConfig:
+    """The run with another way to make its job.
+
+    Args:
+        keep: record the change in its folder.
+
+    Raises:
+        ConfigError, SeveralErrors: a word changes more than that; nothing was changed.
+    """
+    taken = "cluster.time, cluster.partition and the like, but no other cluster.nodes and GPUs"
+    values = parse(words, allowed=JOB_KEYS, verb="submit", taken=taken)
+    changed = _changed(config, values)
+    if keep:
+        _record(folder, changed, values)
+    return changed
 
 
 def _restore(kept: dict[Path, str | None], moves: dict[Path, Path]) -> None:

@@ -1,4 +1,7 @@
-"""`-m`: each trial a run folder and a process of its own; a failed one does not end the sweep."""
+"""`-m` of verbs other than train, and of launchers or sweepers that are not ours: Hydra runs it.
+
+Each trial is a command in a process of its own; a failed one does not end the sweep.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from posttrain_dist.files import read_rows
+from posttrain_dist.preflight import check_inputs
 from posttrain_dist.report.numbers import loss_of_log
 from posttrain_dist.report.text_tables import text_table
-from posttrain_launch.compose.composer import Composed, to_composed
+from posttrain_launch.compose.command_line import CommandLine
+from posttrain_launch.compose.composer import Composed, Composer, to_composed
+from posttrain_launch.compose.paths import with_absolute_paths
 from posttrain_launch.failures import BAD_CONFIG, FAILED, STOPPED, print_error
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class Command:
     """One row of the closing table."""
 
     overrides: list[str]
@@ -32,10 +39,10 @@ class Trial:
 
 
 @dataclass(slots=True)
-class Sweep:
+class Commands:
     """The trials of one `-m` command."""
 
-    trials: list[Trial] = field(default_factory=list)
+    trials: list[Command] = field(default_factory=list)
 
     def trial(
         self,
@@ -55,7 +62,7 @@ class Sweep:
         held_out = last_held_out(folder) if folder is not None else None
         states = {0: "done", STOPPED: "stopped"}
         state = states.get(code, f"failed ({code})")
-        self.trials.append(Trial(overrides, state, code, held_out, folder))
+        self.trials.append(Command(overrides, state, code, held_out, folder))
         if code == STOPPED:
             raise KeyboardInterrupt
         return held_out
@@ -84,6 +91,41 @@ class Sweep:
     def exit_code(self) -> int:
         """0 if every trial came to its end."""
         return FAILED if any(trial.code for trial in self.trials) else 0
+
+
+def run_by_hydra(line: CommandLine, composer: Composer) -> int:
+    """Have Hydra run the trials, and print their table; the exit code."""
+    commands = Commands()
+
+    def run_one(config: DictConfig) -> float | None:
+        hydra: Any = HydraConfig.get()
+        return commands.trial(config, hydra, lambda composed: _run_one(line, composed, commands))
+
+    try:
+        overrides = [*line.overrides, "hydra.mode=MULTIRUN"]
+        composer.hydra.multirun(composer.config_name, run_one, overrides)
+    except KeyboardInterrupt:
+        if commands.trials:
+            print(commands.table())
+        return STOPPED
+    print(commands.table())
+    return commands.exit_code()
+
+
+def _run_one(line: CommandLine, composed: Composed, commands: Commands) -> tuple[int, Path | None]:
+    if line.verb == "train":
+        from posttrain_launch.run.freeze import freeze
+
+        check_inputs(with_absolute_paths(composed.config))
+        folder = freeze(composed, line.typed, force=line.force)
+        code = commands.run_subprocess(["run", str(folder), "--new"], line.debug)
+        return code, folder if folder.is_dir() else None
+    arguments = [line.verb, *composed.overrides]
+    if line.flags.config_dir is not None:
+        arguments += ["--config-dir", line.flags.config_dir]
+    for flag, values in line.own.items():
+        arguments += [f"{flag}={value}" for value in values] or [flag]
+    return commands.run_subprocess(arguments, line.debug), None
 
 
 @contextlib.contextmanager

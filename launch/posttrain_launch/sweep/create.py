@@ -1,0 +1,126 @@
+"""A sweep from what was typed: `posttrain train -m …` becomes sweep.json."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from posttrain_dist.errors import ConfigError
+from posttrain_launch.compose.command_line import CommandLine
+from posttrain_launch.compose.composer import Composer
+from posttrain_launch.sweep.folder import Sweep, is_sweep, write_sweep
+from posttrain_launch.sweep.kinds import BACKENDS, SEARCHES, search_module
+
+# A launcher that has one kind of cluster only: it goes without saying.
+CLUSTERS = {"slurm_array": "slurm", "ray": "ray"}
+
+
+def create(line: CommandLine, composer: Composer) -> Sweep | None:
+    """Make the folder of a sweep; None: launcher or sweeper are not ours, and Hydra runs it.
+
+    Raises:
+        ConfigError: there is no trial, one comes twice, or the folder cannot be made.
+    """
+    composed = _composed(composer, line.overrides)
+    choices = composed.hydra.runtime.choices
+    launcher, sweeper = choices["hydra/launcher"], choices["hydra/sweeper"]
+    if launcher not in BACKENDS and sweeper not in SEARCHES:
+        return None
+    if launcher not in BACKENDS or sweeper not in SEARCHES:
+        if launcher == "basic" or sweeper == "basic":
+            return None
+        ours, where, fix = (
+            (launcher, "hydra/sweeper", f"one of {', '.join(SEARCHES)}")
+            if launcher in BACKENDS
+            else (sweeper, "hydra/launcher", f"one of {', '.join(BACKENDS)}")
+        )
+        raise ConfigError(
+            f"is not of posttrain, and {ours} works with those alone", where=where, fix=f"use {fix}"
+        )
+    overrides = list(composed.hydra.overrides.task)
+    cluster = CLUSTERS.get(launcher)
+    if cluster is not None and not any(text.startswith("cluster=") for text in overrides):
+        overrides.append(f"cluster={cluster}")
+    plain = _plain(composed.hydra.sweeper)
+    search = search_module(sweeper).plan(plain, overrides)
+    folder, name = _place(composed)
+    sweep = Sweep(
+        folder=folder,
+        name=name,
+        command=line.typed,
+        created=datetime.now().astimezone().isoformat(timespec="seconds"),
+        cwd=str(Path.cwd()),
+        config_dir=_absolute(line.flags.config_dir),
+        config_path=_absolute(line.flags.config_path),
+        config_name=line.flags.config_name,
+        shared=[text for text in overrides if not _has_values(text)],
+        force=line.force,
+        metric=search.get("metric", "eval/loss"),
+        direction=search.get("direction", "minimize"),
+        backend={"kind": launcher, **_plain(composed.hydra.launcher)},
+        search=search,
+    )
+    try:
+        write_sweep(sweep)
+    except OSError as error:
+        raise ConfigError(
+            f"the sweep's folder {folder} cannot be made: {error.strerror or error}",
+            where="output_root",
+            fix="set output_root=<a folder that you may write to>",
+        ) from error
+    return sweep
+
+
+def _composed(composer: Composer, overrides: list[str]) -> DictConfig:
+    """With Hydra's part for many runs."""
+    try:
+        return composer.hydra.compose_config(
+            config_name=composer.config_name,
+            overrides=[*overrides, "hydra.mode=MULTIRUN"],
+            run_mode=RunMode.MULTIRUN,
+            with_log_configuration=False,
+        )
+    except HydraException as error:
+        what = " ".join(str(error).split("\n")[:2])
+        raise ConfigError(
+            f"Hydra refuses it: {what}",
+            where="-m",
+            fix=f"hydra/launcher is one of {', '.join(BACKENDS)}, hydra/sweeper one of "
+            f"{', '.join(SEARCHES)}; docs/sweeps.md lists what each takes",
+        ) from error
+
+
+def _has_values(override: str) -> bool:
+    return bool(OverridesParser.create().parse_override(override).is_sweep_override())
+
+
+def _plain(node: Any) -> dict[str, Any]:
+    """The options of a launcher or a sweeper, without the name of its class."""
+    found: Any = OmegaConf.to_container(node, resolve=True)
+    return {key: value for key, value in found.items() if key != "_target_"}
+
+
+def _place(composed: DictConfig) -> tuple[Path, str]:
+    """The folder to make, which is not there, and the sweep's name."""
+    typed = Path(composed.hydra.sweep.dir).expanduser().absolute()
+    if is_sweep(typed):
+        raise ConfigError(
+            f"{typed} is a sweep already",
+            where="hydra.sweep.dir",
+            fix=f"go on with it: posttrain run {typed}",
+        )
+    number, folder = 1, typed
+    while folder.exists():
+        number += 1
+        folder = typed.with_name(f"{typed.name}-{number}")
+    return folder, f"{composed.name}-{folder.name}"
+
+
+def _absolute(path: str | None) -> str | None:
+    return path if path is None or "://" in path else str(Path(path).absolute())
