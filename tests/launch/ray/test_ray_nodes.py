@@ -4,6 +4,7 @@ import contextlib
 import json
 import socket
 import subprocess
+import sys
 import sysconfig
 import threading
 import time
@@ -167,6 +168,44 @@ def test_a_labelled_node_trains_and_the_token_is_nowhere(tiny_llama, rows_file, 
             assert done.returncode == 1
             assert f"error: cluster.address={cluster.address}: " in done.stderr
             assert what in done.stderr and "RAY_AUTH_TOKEN" in done.stderr
+
+
+HOLD = """
+import ray
+ray.init(address="auto", log_to_driver=False)
+holder = ray.remote(num_cpus=1)(type("Holder", (), {"ready": lambda self: True})).remote()
+ray.get(holder.ready.remote())
+print("held", flush=True)
+input()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_places_that_others_hold_are_waited_for_and_then_a_requeue(tiny_llama, rows_file, tmp_path):
+    with ray_cluster() as cluster:
+        cluster.start_head("--num-cpus=1")
+        holder = subprocess.Popen(
+            [sys.executable, "-c", HOLD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=cluster.environment(RAY_ADDRESS=cluster.address),
+        )
+        try:
+            assert holder.stdout.readline() == "held\n"
+            command = words(cluster, tiny_llama, rows_file, tmp_path / "out", steps=3)
+            waits = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "2"}
+            driver = drive(cluster, command, tmp_path / "said", **waits)
+            code = driver.wait(timeout=100)
+        finally:
+            holder.kill()
+        said = (tmp_path / "said").read_text()
+        assert code == Exit.requeue, said
+        assert "error: the Ray cluster: has had no free place for the workers" in said
+        log = (folder_of(tmp_path / "out") / "logs" / "driver.log").read_text()
+        assert "waiting for others to end: free are 0 of 1 CPU" in log
 
 
 @pytest.mark.ray

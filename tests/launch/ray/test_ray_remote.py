@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
@@ -174,12 +175,28 @@ def cluster():
         yield made
 
 
-@pytest.fixture
-def client(cluster, monkeypatch):
-    """This process as one that may use the cluster."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", cluster.token)
-    return cluster
+def of_job(cluster, question: str, folder: Path):
+    """What Ray says of the job of a folder; see the script."""
+    script = Path(__file__).parents[2] / "workers" / "ray_jobs.py"
+    done = subprocess.run(
+        [sys.executable, script, question, folder],
+        env=cluster.environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def wait_for_end(cluster, folder: Path) -> dict:
+    """The state of a job that has ended."""
+
+    def ended():
+        found = of_job(cluster, "state", folder)
+        return found if found["exit_code"] is not None else None
+
+    return wait_until(ended, 120)
 
 
 def submit(cluster, folder: Path, *words: str, **changes: str | None):
@@ -197,65 +214,69 @@ def submit(cluster, folder: Path, *words: str, **changes: str | None):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_job_outlives_its_sender_and_its_losses_are_those_of_a_run_here(
-    client, tiny_llama, rows_file, tmp_path
+    cluster, tiny_llama, rows_file, tmp_path
 ):
     words = options(tiny_llama, rows_file, tmp_path / "out")
     here = [word for word in words if not word.startswith("cluster")]
     subprocess.run([POSTTRAIN, "train", *here], cwd=tmp_path, check=True, capture_output=True)
     [plain] = (tmp_path / "out" / "small").iterdir()
 
-    done = submit(client, tmp_path, *words)
+    done = submit(cluster, tmp_path, *words)
     assert done.returncode == 0, done.stderr
     [folder] = set((tmp_path / "out" / "small").iterdir()) - {plain}
     record = read_job(folder)
-    assert (record.system, record.address) == ("ray", client.api)
+    assert (record.system, record.address) == ("ray", cluster.api)
     # The sender is gone. One that only looks may be killed, too.
     looks = subprocess.Popen(
-        [POSTTRAIN, "submit", f"cluster.address={client.api}", *words, "--wait", "name=other"],
+        [POSTTRAIN, "submit", f"cluster.address={cluster.api}", *words, "--wait", "name=other"],
         cwd=tmp_path,
-        env=client.environment(),
+        env=cluster.environment(),
         stdout=subprocess.PIPE,
         text=True,
     )
     assert looks.stdout.readline().startswith("submitted job ")
     looks.kill()
-    wait_until(lambda: remote.state(record).exit_code is not None, 120)
-    assert remote.state(record).state == "finished"
+    assert wait_for_end(cluster, folder)["state"] == "finished"
     assert (folder / "FINISHED").is_file()
     assert losses(folder) == losses(plain)
-    [printed] = list(remote.tail(record))
+    printed = of_job(cluster, "tail", folder)
     assert f"run folder: {folder}" in printed
-    followed = "".join(remote.tail(record, follow=True))
-    assert followed.count("run folder:") == 1 and followed in printed
+    followed = of_job(cluster, "follow", folder)
+    assert followed.count("run folder:") == 1 and followed.strip() in printed
     [other] = (tmp_path / "out" / "other").iterdir()
     wait_until(lambda: (other / "FINISHED").is_file(), 120)
 
-    everywhere = [*tmp_path.rglob("*"), *client.logs().rglob("*")]
+    everywhere = [*tmp_path.rglob("*"), *cluster.logs().rglob("*")]
     texts = [file for file in everywhere if file.is_file() and not file.is_symlink()]
-    assert [file for file in texts if client.token.encode() in file.read_bytes()] == []
+    assert [file for file in texts if cluster.token.encode() in file.read_bytes()] == []
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_laptop_sends_text_and_stops_what_it_sent(client, tiny_llama, rows_file, tmp_path):
+def test_a_laptop_sends_text_and_stops_what_it_sent(cluster, tiny_llama, rows_file, tmp_path):
     laptop = tmp_path / "laptop"
     laptop.mkdir()
     words = options(tiny_llama, rows_file, tmp_path / "there", steps=5000)
     words += ["cluster.shared_folders=false", f"cluster.program={POSTTRAIN}", "train.save_every=9"]
-    done = submit(client, laptop, *words)
+    done = submit(cluster, laptop, *words)
     assert done.returncode == 0, done.stderr
     [stub] = (laptop / "outputs" / "small").iterdir()
     assert sorted(each.name for each in stub.iterdir()) == ["job.json", "sent.yaml"]
-    record = read_job(stub)
     [folder] = wait_until(lambda: list((tmp_path / "there" / "small").glob("*")), 60)
     wait_until(lambda: (folder / "metrics.jsonl").is_file() and len(losses(folder)) > 2, 120)
-    assert remote.state(record).state == "running"
-
-    assert remote.stop(record)
-    wait_until(lambda: remote.state(record).exit_code is not None, 60)
-    assert remote.state(record) == replace(
-        remote.state(record), state="stopped", exit_code=Exit.stopped
+    assert of_job(cluster, "state", stub)["state"] == "running"
+    again = subprocess.run(
+        [POSTTRAIN, "submit", stub],
+        env=cluster.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
+    assert again.returncode != 0 and "config.yaml" in again.stderr
+
+    assert of_job(cluster, "stop", stub)
+    ended = wait_for_end(cluster, stub)
+    assert (ended["state"], ended["exit_code"]) == ("stopped", Exit.stopped)
     outcome = json.loads((folder / "logs" / "outcome.json").read_text())
     assert outcome["outcome"] == "stopped"
     assert (folder / "checkpoints" / f"step-{outcome['step']:06d}" / "MANIFEST.json").is_file()
@@ -264,22 +285,22 @@ def test_a_laptop_sends_text_and_stops_what_it_sent(client, tiny_llama, rows_fil
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_failure_on_the_cluster_is_the_exit_code_of_who_waits(
-    client, tiny_llama, rows_file, tmp_path
+    cluster, tiny_llama, rows_file, tmp_path
 ):
     words = options(tiny_llama, "/not/there.jsonl", tmp_path / "there")
     words += ["cluster.shared_folders=false", f"cluster.program={POSTTRAIN}"]
-    done = submit(client, tmp_path, *words, "--wait")
+    done = submit(cluster, tmp_path, *words, "--wait")
     assert done.returncode == Exit.failed
     assert "/not/there.jsonl" in done.stdout
 
-    done = submit(client, tmp_path, *words, "--wait", "cluster.program=/no/posttrain")
+    done = submit(cluster, tmp_path, *words, "--wait", "cluster.program=/no/posttrain")
     assert done.returncode == 127 and "set cluster.program" in done.stdout
 
     for changes, what in (
         ({"RAY_AUTH_TOKEN": "wrong"}, "refuses the token"),
         ({"RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN_PATH": None}, "asks for a token"),
     ):
-        done = submit(client, tmp_path, *words, **changes)
+        done = submit(cluster, tmp_path, *words, **changes)
         assert done.returncode == 1
-        assert f"error: cluster.address={client.api}: {what}" in done.stderr
+        assert f"error: cluster.address={cluster.api}: {what}" in done.stderr
         assert "RAY_AUTH_TOKEN_PATH=" in done.stderr and "wrong" not in done.stderr
