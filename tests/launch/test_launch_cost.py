@@ -20,6 +20,7 @@ def test_ray_train_keeps_every_part_but_the_named_ones(tmp_path):
 import json
 import posttrain_dist.config
 from posttrain_launch.ray import trainer as ray_train
+from posttrain_launch.ray.lean_trainer import LeanTrainer
 from ray.train import RunConfig, ScalingConfig, UserCallback
 from ray.train.v2._internal.execution.scaling_policy import create_scaling_policy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -28,7 +29,7 @@ given = {{}}
 DataParallelTrainer._initialize_and_run_controller = lambda self, **all: given.update(all)
 made = {{}}
 callback = ray_train.RefuseRetry(posttrain_dist.config.RunConfig(), None)
-for trainer in (ray_train.LeanTrainer, DataParallelTrainer):
+for trainer in (LeanTrainer, DataParallelTrainer):
     lean = trainer(
         print,
         backend_config=ray_train.PlainConfig(),

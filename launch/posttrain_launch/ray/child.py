@@ -102,9 +102,13 @@ class Job:
             # Short waits, so that a signal handler's exception is seen at once.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.child.wait(timeout=0.5)
+            # A Ray of our own ends with its job: that its head answers no more says nothing.
+            if not self.joined:
+                continue
             # A job that has failed and cannot leave its Ray need not be waited for.
-            stuck = error_file(self.run_folder).exists() and not watch.answers()
-            if stuck or watch.is_lost():
+            if error_file(self.run_folder).exists() and not watch.answers():
+                break
+            if watch.is_lost():
                 leave_training(self.run_folder)
                 raise watch.error(self.run_folder)
         failure = self._failure(code)
@@ -115,12 +119,13 @@ class Job:
             raise watch.error(self.run_folder) from failure
         raise failure
 
-    def _failure(self, code: int) -> PosttrainError | None:
-        """Why the job ended, unless all went well."""
+    def _failure(self, code: int | None) -> PosttrainError | None:
+        """Why the job ended, or cannot end, unless all went well."""
         if error_file(self.run_folder).exists():
             return read_error(error_file(self.run_folder), self.log)
         if code == 0:
             return None
+        assert code is not None, "a job that runs has left no error"
         ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         # Ray ends a process whose head is lost, without an exception in it.
         error = ClusterLost if self.joined else ClusterError

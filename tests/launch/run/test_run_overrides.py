@@ -84,7 +84,7 @@ def test_a_refused_start_leaves_the_run_as_it_was(run, capsys):
         return {n: (run / n).read_bytes() for n in (*run_overrides.WRITTEN, "metrics.jsonl")}
 
     before = files()
-    assert main(["run", str(run), "train.steps=3", "optimizer.lr=1e-4"]) == 1
+    assert main(["run", str(run), "train.steps=3", "optimizer.lr=1e-4"]) == 2
     said = capsys.readouterr()
     assert "error: train.steps: is 3, and the run is at step 4" in said.err
     assert "supervised" not in said.out  # at once, before the data is looked at
@@ -175,10 +175,10 @@ def test_a_checkpoint_of_the_run_itself_is_gone_back_to(run):
         ("template.variables.x=1", 2, "template.variables.x: is fixed when a run is made"),
         ("resume", 2, "resume: is no key=value"),
         ("train.resume=/nowhere", 1, "is no checkpoint of this run (step-000002, step-000004)"),
-        ("train.steps=many", 1, "train.steps: 'many' is not a whole number or null"),
-        ("train.steps=-1", 1, "train.steps: is -1"),
-        ("cluster.max_failures=2", 1, "cluster.max_failures: unknown key"),
-        ("optimizer.lr=1e-4", 1, "is finished"),
+        ("train.steps=many", 2, "train.steps: 'many' is not a whole number or null"),
+        ("train.steps=-1", 2, "train.steps: is -1"),
+        ("cluster.max_failures=2", 2, "cluster.max_failures: unknown key"),
+        ("optimizer.lr=1e-4", 2, "is finished"),
     ],
 )
 def test_what_cannot_change_is_refused_and_nothing_is_touched(finished, word, code, said, capsys):
