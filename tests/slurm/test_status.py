@@ -132,15 +132,10 @@ def test_runs_of_a_real_queue(login):
 
 
 @pytest.mark.slow
-def test_what_belongs_to_others_and_a_controller_that_is_gone(cluster, login):
-    folder, job = login.send("run", OBEYS)
+def test_a_job_of_another_user_is_not_ours_to_end(login):
+    _, job = login.send("run", OBEYS)
     login.wait_for("run", "running")
     as_nobody = "import os; from posttrain_launch.batch.queue import cancel_job; "
     as_nobody += f"os.setgid(65534); os.setuid(65534); cancel_job('{job}')"
     said = login.slurm(str(POSTTRAIN.with_name("python")), "-c", as_nobody, code=1)
     assert f"Slurm refuses to end job {job}" in said
-    cluster("down")
-    shown = json.loads(login.posttrain("status", str(folder), "--json"))
-    (note,) = shown["notes"]
-    assert "Slurm does not answer" in note
-    assert shown["runs"][0]["step"] == 40
