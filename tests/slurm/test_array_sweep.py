@@ -52,7 +52,8 @@ def test_six_trials_on_two_nodes(cluster, tiny_llama, rows_file, tmp_path):
         assert process.poll() is None, log.read_text()
         folder = script().parent
         first = folder / "trial-000"
-        wait_until(lambda: read_job(first) is not None, 60)
+        wait_until(lambda: len(list(folder.glob("trial-*/job.json"))) == 6, 60)
+        wait_until(lambda: "submitted array" in log.read_text(), 10)
         job = read_job(first).id.partition("_")[0]
         # The sweep's process dies; the array lives on, and is found again.
         os.killpg(process.pid, signal.SIGKILL)
