@@ -254,7 +254,8 @@ def _values(override: Override) -> Iterator[Any]:
         yield override.value()
     elif override.is_interval_sweep():
         interval: Any = override.value()
-        yield from (interval.start, interval.end)
+        ends = (interval.start, interval.end)  # floats, also of a key that takes whole numbers
+        yield from (int(end) if float(end).is_integer() else end for end in ends)
     else:
         yield from (v.text if hasattr(v, "text") else v for v in override.sweep_iterator())
 

@@ -112,6 +112,14 @@ def test_a_relation_is_checked_for_every_trial_of_a_grid():
             check_sweep(composer, words)
 
 
+def test_the_ends_of_an_interval_are_values_of_their_key():
+    words = ["tuning=lora", "model.path=x", "tuning.alpha=2*tuning.rank"]
+    with Composer() as composer:
+        check_sweep(composer, [*words, "tuning.rank=interval(4,64)"])
+        with pytest.raises(ConfigError, match=r"4\.5 is not a whole number"):
+            check_sweep(composer, [*words, "tuning.rank=interval(4.5,64)"])
+
+
 def test_a_relation_is_printed_as_its_number(capsys):
     words = ["tuning=lora", "tuning.rank=24", "tuning.alpha=2*tuning.rank"]
     assert main(["train", *words, "--cfg", "job", "--package", "tuning"]) == 0
