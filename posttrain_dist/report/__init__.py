@@ -3,6 +3,7 @@
 numbers, tables, blocks  numbers as text, tables of a terminal, JSON of any shape
 run/                     report.html of a run folder
 plan/                    a plan for the terminal and plan.html, from the planner's JSON
+sweep/                   sweep.html, from the results of a sweep
 data/                    data_report.html and the same for the terminal, from data_report.json
 """
 

@@ -133,6 +133,22 @@ def test_results_are_taken_in_once_and_a_failure_that_ended_well_later_too(tmp_p
     assert found.finished
 
 
+def test_a_metric_that_no_trial_has_ends_the_search_once(tmp_path):
+    found = search_of(tmp_path / "s", [RANKS, LR], metric="eval_channel_loss/poems")
+    first, second = asked(found, tmp_path, 0, free=2)
+    for trial, row, fix in (
+        (first, '{"step": 1, "eval/loss": 2.0, "eval_channel_loss/chat": 3.0, "lr": 1}\n',
+         "its runs have eval/loss, eval_channel_loss/chat"),
+        (second, '{"step": 1, "train/loss": 2.0}\n', "set data.eval or data.eval_fraction"),
+    ):  # fmt: skip
+        trial.folder.mkdir()
+        (trial.folder / "metrics.jsonl").write_text(row)
+        with pytest.raises(PosttrainError, match="without a value of eval_channel_loss/poems") as e:
+            found.tell(trial, State.done, None)
+        assert (e.value.where, e.value.fix) == ("hydra.sweeper.metric", fix)
+        found.tell(trial, State.done, None)
+
+
 def test_what_nobody_runs_is_proposed_again_with_its_values(tmp_path):
     folder = tmp_path / "s"
     found = search_of(folder, [RANKS, LR], n_trials=6)

@@ -14,11 +14,18 @@ import optuna
 from optuna.trial import TrialState
 
 from posttrain_dist.errors import PosttrainError
+from posttrain_dist.files import read_rows
 from posttrain_launch.sweep.base import Proposal
 from posttrain_launch.sweep.folder import State, Sweep, Trial
 from posttrain_launch.sweep.search.journal import FILE, open_study
 from posttrain_launch.sweep.search.methods import is_poor, make_sampler
-from posttrain_launch.sweep.search.options import NAME, OptunaSweeper, checked_options
+from posttrain_launch.sweep.search.options import (
+    CHANNEL,
+    NAME,
+    TOTAL,
+    OptunaSweeper,
+    checked_options,
+)
 from posttrain_launch.sweep.search.space import MOST_COMBINATIONS, Dimension, Space, read_space
 
 NUMBER = "optuna"  # in Trial.extra: Optuna's number of the trial
@@ -188,7 +195,12 @@ class OptunaSearch:
         return poor
 
     def tell(self, trial: Trial, state: State, value: float | None) -> None:
-        """Take in how a trial ended; one that failed and was started again may come to an end."""
+        """Take in how a trial ended; one that failed and was started again may come to an end.
+
+        Raises:
+            PosttrainError: it ran to its end and did not measure what is searched for, nor will any
+                other. Raised once: whoever goes on with the sweep has it run to its end.
+        """
         known = self._frozen(trial)
         is_valued = state is State.done and value is not None and math.isfinite(value)
         if known.state is TrialState.FAIL and is_valued:
@@ -201,6 +213,15 @@ class OptunaSearch:
             self._study.tell(known.number, state=TrialState.PRUNED)
         else:
             self._study.tell(known.number, state=TrialState.FAIL)
+        if state is State.done and value is None:
+            raise self._unmeasured(trial)
+
+    def _unmeasured(self, trial: Trial) -> PosttrainError:
+        rows = read_rows(trial.folder / "metrics.jsonl")
+        keys = sorted({key for row in rows for key in row if key.startswith((TOTAL, CHANNEL))})
+        fix = f"its runs have {', '.join(keys)}" if keys else "set data.eval or data.eval_fraction"
+        what = f"trial {trial.number} ran to its end without a value of {self._options.metric}"
+        return PosttrainError(what, where="hydra.sweeper.metric", fix=fix)
 
     def _add_retold(self, known: optuna.trial.FrozenTrial, value: float | None) -> None:
         trials = self._study.get_trials(deepcopy=False)
