@@ -33,6 +33,9 @@ def test_the_page_says_what_the_data_says():
     text = text_of(sweep_page(data))
     pruned = sum(trial["state"] == "pruned" for trial in data["trials"])
     assert pruned == 8
+    assert "leave it out" not in text
+    shortened = text_of(sweep_page(data | {"winner": f"{data['winner']} train.steps=9"}))
+    assert "train.steps=9 train.steps ends it early: leave it out" in shortened
     for part in (
         "Sweep mini-20261130-090000 completed, 1 failed 2026-11-30 09:00 · 51 trials",
         f"done {50 - pruned} pruned {pruned} failed 1",
@@ -146,6 +149,9 @@ def test_curves_are_of_the_best_and_begin_behind_the_base_model():
     assert len(total["series"]) == 6 and total["series"][-1]["role"] == "t0"
     assert total["series"][-1]["x"] == [20, 40, 60, 80, 100]
     assert total["note"] == "3.000 → 1.000"
+    short = made_sweep()
+    short["trials"][1]["curves"]["eval/loss"][2:] = []
+    assert charts_of(short)[0]["series"][-2]["x"] == [20]
     assert [chart["title"] for chart in channels] == ["chat", "maths", "code"]
     assert channels[1]["series"][-1]["y"][-1] == pytest.approx(1.2)
     data["metric"] = "eval_channel_loss/maths"

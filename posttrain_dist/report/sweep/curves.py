@@ -60,7 +60,7 @@ def _chart(group: str, key: str, title: str, trials: list[Mapping[str, Any]]) ->
 def _trained(points: list[list[float]]) -> list[list[float]]:
     """Without the value before the first step, which all trials have and the scale would follow."""
     later = [point for point in points if point[0] > 0]
-    return later if len(later) > 1 else points
+    return later or points
 
 
 def _ends(series: list[dict[str, Any]]) -> str:
