@@ -1,7 +1,8 @@
 """A search whose driver is killed at every event, each in a process of its own: JSON of the ends.
 
-Usage: killed_search.py FOLDER TRIALS LAST EVERY: kills at each EVERY-th fsync up to LAST, before
-and behind it. One process imports Optuna, and its forks are the drivers.
+Usage: killed_search.py FOLDER RATES TRIALS LAST EVERY: kills at each EVERY-th fsync up to LAST,
+before and behind it. One process imports Optuna, and its forks are the drivers. RATES are the
+values of optimizer.lr, as an override has them.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from posttrain_launch.sweep.search.options import OptunaSweeper
 from posttrain_launch.sweep.search.space import read_space
 from posttrain_launch.sweep.search.study import OptunaSearch
 
-OVERRIDES = ["tuning.rank=4,8,16", "optimizer.lr=tag(log, interval(1e-5,1e-2))", "seed=1"]
-
 
 def value_of(overrides: tuple[str, ...]) -> float:
     """A closed form: best at rank 16 and lr 1e-3."""
@@ -28,10 +27,11 @@ def value_of(overrides: tuple[str, ...]) -> float:
     return abs(lr - 1e-3) * 1e3 + 1 / rank
 
 
-def search(folder: Path, trials: int) -> None:
+def search(folder: Path, rates: str, trials: int) -> None:
     """Drive the search to its end; a trial has run where its folder holds `ran`, a byte a start."""
     options = OptunaSweeper(n_trials=trials, pruner="asha", startup_trials=3, reduction=2)
-    found = OptunaSearch(folder, options, read_space(OVERRIDES))
+    words = ["tuning.rank=4,8,16", f"optimizer.lr={rates}"]
+    found = OptunaSearch(folder, options, read_space(words))
     known = read_trials(folder)
     found.resume(known)
     for trial in known:
@@ -83,14 +83,14 @@ def killed_at(number: int, after: bool, act: Callable[[], None]) -> bool:
     os._exit(0)
 
 
-def main(root: Path, trials: int, last: int, every: int) -> None:
+def main(root: Path, rates: str, trials: int, last: int, every: int) -> None:
     ends = {}
     for number in range(1, last + 1, every):
         for after in (False, True):
             folder = root / f"{number}-{after}"
             folder.mkdir()
-            was_killed = killed_at(number, after, lambda f=folder: search(f, trials))
-            killed_at(0, False, lambda f=folder: search(f, trials))
+            was_killed = killed_at(number, after, lambda f=folder: search(f, rates, trials))
+            killed_at(0, False, lambda f=folder: search(f, rates, trials))
             found = read_trials(folder)
             ends[folder.name] = {
                 "killed": was_killed,
@@ -101,4 +101,4 @@ def main(root: Path, trials: int, last: int, every: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    main(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))

@@ -19,20 +19,26 @@ WORDS = ["tuning.rank=4,8,16", "optimizer.lr=tag(log, interval(1e-5,1e-2))"]
 OPTIONS = OptunaSweeper(n_trials=4, startup_trials=2)
 
 
+# Any rate; and a space of which every trial is tried, where the sampler soon repeats itself.
+RATES = {"tag(log, interval(1e-5,1e-2))": 8, "1e-5,1e-4,1e-3": 9}
+
+
 @pytest.mark.parametrize("every", [16, pytest.param(1, marks=pytest.mark.slow)])
-def test_kills_lose_no_trial_and_start_none_twice(every, tmp_path):
-    words = [str(tmp_path), "8", "64", str(every)]
+@pytest.mark.parametrize("rates", RATES)
+def test_kills_lose_no_trial_and_start_none_twice(rates, every, tmp_path):
+    trials = RATES[rates]
+    words = [str(tmp_path), rates, str(trials), "64", str(every)]
     done = subprocess.run(
         [sys.executable, str(WORKER), *words], capture_output=True, text=True, check=True
     )
     ends = json.loads(done.stdout)
     assert len(ends) == 2 * len(range(1, 65, every))
     undisturbed = ends["1-False"]["overrides"]  # killed before anything was written
-    assert len({tuple(words) for words in undisturbed}) == 8
+    assert len({tuple(words) for words in undisturbed}) == trials
     for name, end in ends.items():
         assert end["killed"], name
         assert end["overrides"] == undisturbed, name
-        assert end["ran"] == ["x"] * 8, name
+        assert end["ran"] == ["x"] * trials, name
 
 
 def driven(folder: Path, most: int) -> list[Trial]:

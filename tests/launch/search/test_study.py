@@ -62,7 +62,7 @@ def test_tpe_finds_what_random_does_not(tmp_path):
                     tmp_path / f"{sampler}{seed}", sampler=sampler, seed=seed, n_trials=30
                 )
             )
-            for seed in range(4)
+            for seed in range(2)
         ]
         means[sampler] = sum(best) / len(best)
     assert means["tpe"] < 0.5 * means["random"]

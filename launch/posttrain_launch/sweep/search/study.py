@@ -139,8 +139,6 @@ class OptunaSearch:
                 return Proposal(overrides, {NUMBER: trial.number})
             trial.set_user_attr(REPEATS, True)
             self._study.tell(trial, state=TrialState.FAIL)
-            if self._space.size <= MOST_COMBINATIONS:
-                self._study.enqueue_trial(self._untried(trial.number))
         raise PosttrainError(
             f"proposed {ATTEMPTS} trials in a row that there are already",
             where=str(self._folder / FILE),
@@ -152,6 +150,9 @@ class OptunaSearch:
             number = self._unclaimed.pop(0)
             known = self._study.get_trials(deepcopy=False)[number]
             return optuna.trial.Trial(self._study, known._trial_id)
+        newest = self._study.get_trials(deepcopy=False)[-1:]
+        if self._space.size <= MOST_COMBINATIONS and any(REPEATS in t.user_attrs for t in newest):
+            self._study.enqueue_trial(self._untried(newest[0].number))
         return self._study.ask()
 
     def _value(self, trial: optuna.Trial, each: Dimension) -> Any:
