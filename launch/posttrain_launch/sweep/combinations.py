@@ -30,7 +30,7 @@ def plan(sweeper: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
             raise ConfigError(
                 "is a range without steps, which holds no list of trials",
                 where=override.key_or_group,
-                fix="write the values (1e-5,3e-5,1e-4), or range(start,stop,step), or add "
+                fix="write the values, logrange(first,last,count), range(start,stop,step), or add "
                 "hydra/sweeper=posttrain_optuna, which searches in it",
             )
     [trials] = BasicSweeper.split_arguments(parsed, None)
