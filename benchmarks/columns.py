@@ -96,6 +96,12 @@ TUNINGS: dict[str, Cell] = {
     "tokens/s": number("tokens_per_s", 0),
     "peak MiB": number("peak_bytes", 0, MIB),
 }
+TOGETHER: dict[str, Cell] = {
+    **texts(trials="trials", arm="arm"),
+    "peak MiB": number("peak_bytes", 0, MIB),
+    "base MiB": number("base_bytes", 0, MIB),
+    "s": number("seconds", 0),
+}
 QLORA: dict[str, Cell] = {
     **texts(arm="arm", tokens="tokens"),
     **{n: number(f"{k}_bytes", 1, 2.0**-30) for n, k in (("peak GiB", "peak"), ("goal", "goal"))},

@@ -36,6 +36,7 @@ from columns import (
     PROFILE,
     QLORA,
     STEP,
+    TOGETHER,
     TUNINGS,
 )
 
@@ -324,6 +325,7 @@ TABLES: dict[str, Table | Goals] = {
         source="deepspeed_overhead", columns=DEEPSPEED, per=("size", "processes", "stage", "tokens")
     ),
     "tunings": Table(source="tunings", columns=TUNINGS, where={"summary": True}, per=("arm",)),
+    "together": Table(source="together", columns=TOGETHER),
     "qlora-70b": Table(source="qlora_70b", columns=QLORA, where={"shape": "70b"}),
     **{
         f"plan-{section}s": Table(

@@ -12,8 +12,11 @@ from posttrain_dist.config.cluster import MAX_MACHINES, Cluster, Slurm
 from posttrain_dist.errors import Rule, at_least
 
 # Not of digits alone: minutes, as which nobody means the 28800 that YAML makes of 8:00:00.
-_TIME = re.compile(r"\d+:\d{1,2}(:\d{1,2})?|\d+-\d{1,2}(:\d{1,2}){0,2}|UNLIMITED|infinite")
+_TIME = re.compile(
+    r"\d+:[0-5]?\d(:[0-5]?\d)?|\d+-([01]?\d|2[0-3])(:[0-5]?\d){0,2}|UNLIMITED|infinite"
+)
 _SECONDS = (1, 60, 3600, 86400)
+MIN_TIME_S = 120
 _MEMORY = re.compile(r"\d+[KMGT]?B?", re.IGNORECASE)
 _NAME = r"[A-Za-z0-9_][\w.+@-]*"
 _NAMES = re.compile(rf"{_NAME}(,{_NAME})*")
@@ -55,13 +58,7 @@ def job_rules(cluster: Cluster) -> list[Rule]:
         at_least("cluster.gpus_per_node", cluster.gpus_per_node, 0, MAX_MACHINES),
         at_least("cluster.start_deadline_s", cluster.start_deadline_s, 1),
         at_least("cluster.preflight_deadline_s", cluster.preflight_deadline_s, 10, 86_400),
-        _form(
-            "time",
-            cluster.time,
-            _TIME,
-            "write hours:minutes:seconds or days-hours:minutes:seconds, such as 08:00:00; in a "
-            'YAML file in quotes, time: "08:00:00", for it is a number there otherwise',
-        ),
+        *_time(cluster),
         _form("memory_per_node", cluster.memory_per_node, _MEMORY, "write a size such as 64G"),
         *_names(cluster),
         *_lists(cluster),
@@ -98,6 +95,22 @@ def time_limit_s(cluster: Slurm) -> int | None:
 def _form(key: str, value: str | None, form: re.Pattern[str], fix: str) -> Rule:
     what = f"is {value!r}, which Slurm does not read"
     return Rule(value is None or bool(form.fullmatch(value)), f"cluster.{key}", what, fix)
+
+
+def _time(cluster: Slurm) -> list[Rule]:
+    fix = (
+        "write hours:minutes:seconds or days-hours:minutes:seconds, such as 08:00:00; in a "
+        'YAML file in quotes, time: "08:00:00", for it is a number there otherwise'
+    )
+    form = _form("time", cluster.time, _TIME, fix)
+    limit_s = time_limit_s(cluster) if form.holds else None
+    long = Rule(
+        limit_s is None or limit_s >= MIN_TIME_S,
+        "cluster.time",
+        f"is {cluster.time!r}, too short for a run to begin, train and save",
+        f"set it to {MIN_TIME_S // 60} minutes or more",
+    )
+    return [form, long]
 
 
 def _names(cluster: Slurm) -> list[Rule]:

@@ -34,6 +34,7 @@ from posttrain_dist.tuning.full import Full
 from posttrain_dist.tuning.lora import Lora
 
 MAX_SEED = (1 << 63) - 1  # torch and numpy take it
+MAX_NAME_BYTES = 200  # a folder's name has 255, and longer ones are made of it
 
 
 def complete(config: RunConfig) -> RunConfig:
@@ -173,10 +174,12 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
             "set eval.generate_rows=0, or objective=sft",
         ),
         Rule(
-            config.name not in ("", ".", "..") and not set(config.name) & set('/\\:*?"<>| '),
+            config.name not in ("", ".", "..")
+            and len(config.name.encode()) <= MAX_NAME_BYTES
+            and not set(config.name) & set('/\\:*?"<>| '),
             "name",
             f"is {config.name!r}: it becomes a folder's name",
-            "use letters, digits, '-', '_' and '.'",
+            f"use letters, digits, '-', '_' and '.', {MAX_NAME_BYTES} bytes at most",
         ),
         Rule(
             not (model.compile and stage3),

@@ -57,9 +57,10 @@ def submit(config: RunConfig, run_folder: Path, dry_run: bool = False) -> str | 
     write_job(run_folder, new_record("slurm", job_id))
     print(f"submitted job {job_id}")
     print(f"  asks for:  {resources(config.cluster)}")
-    print(f"  state:     squeue --job {job_id}")
-    print(f"  progress:  tail -F {shlex.quote(str(run_folder / 'logs' / f'slurm-{job_id}.log'))}")
-    print(f"  cancel:    scancel {job_id}")
+    named = shlex.quote(str(run_folder))
+    print(f"  state:     posttrain status {named}")
+    print(f"  progress:  posttrain logs {named} --follow")
+    print(f"  cancel:    posttrain cancel {named}  (saves first)")
     print(f"  run:       {run_folder}  (done when it holds FINISHED)", flush=True)
     return job_id
 
@@ -78,7 +79,7 @@ def refuse_second_job(run_folder: Path) -> None:
         raise ClusterError(
             f"job {record.id} drives this run already: {state.state}",
             where=str(run_folder),
-            fix=f"wait for it (squeue --job {record.id}), or end it with scancel {record.id}",
+            fix=f"wait for it, or end it: posttrain cancel {shlex.quote(str(run_folder))}",
         )
 
 

@@ -84,7 +84,8 @@ def check_sweep(composer: Composer, overrides: list[str], words: Words | None = 
     Raises:
         PosttrainError, SeveralErrors: all that is wrong.
     """
-    raise_all(_override_problems(composer, overrides, sweep=True, words=words))
+    found = _override_problems(composer, overrides, sweep=True, words=words)
+    raise_all(list({str(problem): problem for problem in found}.values()))  # once for all values
     raise_all(_trial_problems(composer, overrides))
 
 

@@ -88,6 +88,20 @@ class Job:
     log: Path
     joined: bool = False  # a Ray that was there before, and is there afterwards
 
+    def wait_until_joined(self) -> None:
+        """Wait for the tie to a Ray that ran before: where there is none, no data need be prepared.
+
+        Raises:
+            PosttrainError: there is none, or it refuses us.
+        """
+        while (code := self.child.poll()) is None:
+            if address_file(self.run_folder).is_file():
+                return
+            time.sleep(0.1)
+        failure = self._failure(code)
+        if failure is not None:
+            raise failure
+
     def finish(self) -> None:
         """Let it train on the prepared data, and wait for its end.
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 from posttrain_dist.attempts.fall_back import fall_back, next_choice
 from posttrain_dist.attempts.train_apart import train_apart
 from posttrain_dist.config import Local, RunConfig, Slurm
@@ -106,7 +108,15 @@ def read_frozen(folder: Path) -> RunConfig:
             where=str(folder),
             fix="give a folder that `posttrain train` made, such as outputs/<name>/<time>",
         )
-    return RunConfig.from_yaml(path.read_text(encoding="utf-8"))
+    try:
+        return RunConfig.from_yaml(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        what = str(error).strip().splitlines()[0]
+        raise PosttrainError(
+            f"is no frozen config: {what}",
+            where=str(path),
+            fix="bring the file back from a copy, or start a new run",
+        ) from error
 
 
 def _drive(
@@ -123,6 +133,8 @@ def _drive(
     while True:
         try:
             with _ray_job(config, folder, address) as job:
+                if job is not None and job.joined and not isinstance(config.cluster, Slurm):
+                    job.wait_until_joined()
                 if not is_prepared:
                     log(prepare_run(config, folder, err))
                     is_prepared = True

@@ -72,7 +72,10 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _is_of_interest(folder: Path) -> bool:
     try:
-        return (folder / FILE).is_file() or not (folder / "FINISHED").is_file()
+        if (folder / FILE).is_file():
+            return True
+        begun = any((folder / name).exists() for name in ("logs/driver.lock", "metrics.jsonl"))
+        return begun and not (folder / "FINISHED").is_file()  # not what a dry run has left
     except PermissionError:
         return True
 

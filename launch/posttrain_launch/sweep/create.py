@@ -43,6 +43,7 @@ def create(line: CommandLine, composer: Composer) -> Sweep | None:
     overrides = list(composed.hydra.overrides.task)
     plain = _plain(composed.hydra.sweeper)
     search = search_module(sweeper).plan(plain, overrides)
+    _check_pruner(search, composed)
     folder, name = _place(composed)
     sweep = Sweep(
         folder=folder,
@@ -88,6 +89,28 @@ def _composed(composer: Composer, overrides: list[str]) -> DictConfig:
             fix=f"hydra/launcher is one of {', '.join(BACKENDS)}, hydra/sweeper one of "
             f"{', '.join(SEARCHES)}; docs/sweeps.md lists what each takes",
         ) from error
+
+
+def _check_pruner(search: dict[str, Any], composed: DictConfig) -> None:
+    """A trial is given up at an evaluation in the middle, so there must be one.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    every, steps = composed.train.eval_every, composed.train.steps
+    swept = {text.partition("=")[0] for text in composed.hydra.overrides.task if _has_values(text)}
+    if search.get("options", {}).get("pruner", "none") == "none" or swept & {
+        "train.eval_every",
+        "train.steps",
+    }:
+        return
+    if every is None or (steps is not None and every >= steps):
+        raise ConfigError(
+            f"is {search['options']['pruner']}, and no trial is evaluated between its beginning "
+            "and its end",
+            where="hydra.sweeper.pruner",
+            fix="set train.eval_every to a part of the steps",
+        )
 
 
 def _has_values(override: str) -> bool:

@@ -129,11 +129,18 @@ def read_trials(sweep: Path) -> list[Trial]:
     path = sweep / TRIALS
     rows = _whole_lines(path.read_bytes()) if path.is_file() else b""
     found = {}
-    for line in rows.splitlines():
-        row = json.loads(line)
-        number = row["number"]
-        folder = trial_folder(sweep, number)
-        found[number] = Trial(number, tuple(row["overrides"]), folder, row["extra"])
+    for place, line in enumerate(rows.splitlines(), 1):
+        try:
+            row = json.loads(line)
+            number = row["number"]
+            folder = trial_folder(sweep, number)
+            found[number] = Trial(number, tuple(row["overrides"]), folder, row["extra"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise PosttrainError(
+                f"is no trial of a sweep: {line[:40].decode(errors='replace')}",
+                where=f"{path}:{place}",
+                fix="remove the line; run folders trial-… are not touched",
+            ) from error
     return [found[number] for number in sorted(found)]
 
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from posttrain_dist.errors import PosttrainError
+from posttrain_dist.errors import ConfigError, PosttrainError
 from posttrain_dist.files import RowFollower, write_atomic
 from posttrain_launch.failures import BAD_CONFIG, FAILED, STOPPED
 from posttrain_launch.lifecycle.exit_codes import Exit
@@ -43,6 +43,7 @@ from posttrain_launch.sweep.states import (
 )
 
 POLL_S = 0.5
+TOTAL, CHANNEL = "eval/loss", "eval_channel_loss/"  # keys of metrics.jsonl
 ANY_NUMBER = 1_000_000  # of trials, for a backend that queues them itself
 
 
@@ -165,9 +166,25 @@ class Loop:
     def _new_values(self, number: int) -> Iterator[tuple[int, float]]:
         for row in self._followers[number].read():
             value = row.get(self._sweep.metric)
+            if value is None and TOTAL in row:
+                self._refuse_metric(row)
             if isinstance(value, int | float):
                 self._values[number] = float(value)
                 yield row["step"], float(value)
+
+    def _refuse_metric(self, row: Mapping[str, Any]) -> None:
+        """The evaluation before the first step says already what a run measures.
+
+        Raises:
+            ConfigError: it has not what the sweep looks for; what runs saves and leaves first.
+        """
+        self._backend.stop()
+        found = [key for key in row if key.startswith((TOTAL, CHANNEL))]
+        raise ConfigError(
+            f"is {self._sweep.metric}, which no run of this sweep measures",
+            where="hydra.sweeper.metric",
+            fix=f"set it to one of {', '.join(sorted(found))}",
+        )
 
     # ------------------------------------------------------------------------------------ end
 

@@ -36,7 +36,7 @@ def read_results(sweep: Sweep, metric: str | None = None) -> dict[str, Any]:
     """
     metric = metric or sweep.metric
     trials = read_trials(sweep.folder)
-    shared = shared_overrides(trials)
+    shared = shared_overrides(trials) or set(sweep.shared)
     jobs = _jobs(sweep)
     rows = [_row(trial, shared, metric, jobs) for trial in trials]
     sign = -1.0 if sweep.direction == "maximize" else 1.0
@@ -64,7 +64,7 @@ def read_results(sweep: Sweep, metric: str | None = None) -> dict[str, Any]:
 
 
 def shared_overrides(trials: list[Trial]) -> set[str]:
-    """Overrides that every trial has; none of a single trial, which varies nothing."""
+    """Overrides that every trial has; of a single trial nobody can say."""
     if len(trials) < 2:
         return set()
     return set.intersection(*(set(trial.overrides) for trial in trials))

@@ -111,10 +111,18 @@ def test_an_array_changes_options_by_name():
     assert not [each for each in found if each.startswith(("--signal", "--requeue"))]
 
 
-@pytest.mark.parametrize("time", ["30", "28800", "1:2:3:4", "an hour", "", "1h"])
+@pytest.mark.parametrize(
+    "time", ["30", "28800", "1:2:3:4", "an hour", "", "1h", "1:60:00", "99:99:99", "1-25"]
+)
 def test_a_time_that_slurm_would_read_as_another_is_refused(time):
     with pytest.raises(ConfigError, match="hours:minutes:seconds") as refused:
         slurm_run(time=time)
+    assert refused.value.where == "cluster.time"
+
+
+def test_a_time_in_which_nothing_can_be_trained_is_refused():
+    with pytest.raises(ConfigError, match="2 minutes or more") as refused:
+        slurm_run(time="00:01:59")
     assert refused.value.where == "cluster.time"
 
 

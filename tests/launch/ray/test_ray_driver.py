@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from posttrain_launch.cli import main
 from posttrain_launch.ray import child as ray_driver
 from posttrain_launch.ray import temp_folder
 from ray_runs import losses, processes_of, wait_until, worker_groups_started
@@ -289,3 +290,15 @@ def job_of(driver: int) -> int:
             if os.getsid(int(child)) == int(child):
                 return int(child)
     return 0
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_cluster_that_is_not_there_is_named_before_data_are_prepared(
+    tiny_llama, rows_file, tmp_path, capsys
+):
+    words = [f"model.path={tiny_llama}", f"data.train={rows_file}", f"output_root={tmp_path}/out"]
+    assert main(["train", *words, "cluster=ray", "cluster.address=127.0.0.1:9"]) == 1
+    printed = capsys.readouterr()
+    assert "no Ray answers there" in printed.err and "nothing was begun" in printed.err
+    assert "data report" not in printed.out

@@ -218,6 +218,8 @@ def test_without_words_runs_without_a_job_that_are_finished_are_left_out(run, tm
     plain = run.parent / "plain"
     plain.mkdir()
     (plain / "config.yaml").touch()
+    assert [each.folder for each in find_runs([], tmp_path / "outputs")] == [run]  # a dry run
+    (plain / "metrics.jsonl").touch()
     names = [each.name for each in find_runs([], tmp_path / "outputs")]
     assert names == ["chat/20260101-120000", "chat/plain"]
     (plain / "FINISHED").touch()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from posttrain_dist.errors import ConfigError
 from posttrain_launch.commands.arguments import add_run_folder, parser_of
+from posttrain_launch.run.driver import read_frozen
 from posttrain_launch.sweep.folder import PAGE, is_sweep, read_sweep
 
 
@@ -34,5 +35,6 @@ def command(arguments: list[str], debug: bool) -> int:
         )
     from posttrain_dist.report import write_report
 
+    read_frozen(given.run)  # or it is no run folder
     print(write_report(given.run.absolute()))
     return 0
