@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(missing() is not None, reason=str(missing())),
 ]
 RUN = ["data.max_length=128", "train.batch_size=2", "train.dtype=float32", "tuning=lora",
-       "train.steps=300", "train.save_every=50", "train.eval_every=150", "logging.wandb=off",
+       "train.steps=150", "train.save_every=25", "train.eval_every=75", "logging.wandb=off",
        "data.eval_fraction=0.2"]  # fmt: skip
 JOB = ["cluster.gpus_per_node=0", "cluster.cpus_per_node=1", "cluster.network_interface=eth0",
        "cluster.time='00:15:00'", "cluster.preflight=false"]  # fmt: skip
@@ -57,7 +57,7 @@ def test_six_trials_on_two_nodes(cluster, tiny_llama, rows_file, tmp_path):
         job = read_job(first).id.partition("_")[0]
         # The sweep's process dies; the array lives on, and is found again.
         os.killpg(process.pid, signal.SIGKILL)
-        wait_until(lambda: step_of(first) >= 51, 200)
+        wait_until(lambda: step_of(first) >= 26, 200)
         [pid] = drivers_of(first)
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: cluster.state(f"{job}_0") == "PENDING", 60)
@@ -78,14 +78,14 @@ def test_six_trials_on_two_nodes(cluster, tiny_llama, rows_file, tmp_path):
         rows = read_rows(Path(trial["folder"]) / "metrics.jsonl")
         steps = [row["step"] for row in rows]
         assert steps == sorted(set(steps))
-        assert steps[-1] == 300
+        assert steps[-1] == 150
         assert trial["value"] == rows[-1]["eval/loss"]
     # The one whose driver was killed came back, and lost what it had not saved.
     starts = (first / "logs" / "starts.jsonl").read_text().splitlines()
     assert max(json.loads(line)["start"] for line in starts) == 2
     said = "".join(each.read_text() for each in (first / "logs").glob("slurm-*.log"))
     [step] = re.findall(r"going on from step (\d+) with", said)
-    assert 50 <= int(step) < 300
+    assert 25 <= int(step) < 150
 
 
 def drivers_of(run_folder: Path) -> list[int]:

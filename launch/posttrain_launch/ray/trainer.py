@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.train import (
     BackendConfig,
     ControllerError,
@@ -71,7 +72,7 @@ def fit(config: RunConfig, run_folder: Path, places: Places, *, here: bool) -> N
     before = alive_nodes()
     try:
         trainer.fit()
-    except TrainingFailedError as failure:
+    except (TrainingFailedError, RayActorError) as failure:  # the latter: the controller is gone
         error = explain(failure, config, run_folder)
         if not _is_of_input(error):
             error = _of_machines(failure, error, before, run_folder)
@@ -161,8 +162,14 @@ def _of_user(
     return WorkerError(rank, error.what, str(failure), error)
 
 
-def explain(failure: TrainingFailedError, config: RunConfig, run_folder: Path) -> WorkerError:
-    """Ray Train's failure as one line, with the rank that failed first as far as is known."""
+def explain(
+    failure: TrainingFailedError | RayActorError, config: RunConfig, run_folder: Path
+) -> WorkerError:
+    """Ray Train's failure as one line, with the rank that failed first as far as is known.
+
+    Where a process of Ray's own is gone, its controller above all, that is one of the machines: no
+    input makes it, and started again the run goes on.
+    """
     if isinstance(failure, ControllerError):
         cause = failure.controller_failure
         if isinstance(cause, WorkerError):
@@ -172,8 +179,15 @@ def explain(failure: TrainingFailedError, config: RunConfig, run_folder: Path) -
     else:
         cause = failure
     text = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-    log = run_folder / "logs" / "driver.log"
-    error = ClusterError(f"Ray Train failed: {text}", where=str(log), fix="read that log")
+    log = str(run_folder / "logs" / "driver.log")
+    error = ClusterError(f"Ray Train failed: {text}", where=log, fix="read that log")
+    if isinstance(cause, RayActorError) and not cause.actor_init_failed:
+        error = ClusterLost(
+            "a process of Ray that drives the workers was lost (killed, perhaps by the kernel for "
+            "memory, or its node went)",
+            where=log,
+            fix=f"`posttrain run {run_folder}` goes on from the newest checkpoint",
+        )
     return WorkerError(None, text, str(failure), error)
 
 
@@ -191,7 +205,10 @@ def _is_of_input(error: WorkerError) -> bool:
 
 
 def _of_machines(
-    failure: TrainingFailedError, error: WorkerError, before: dict[str, str], run_folder: Path
+    failure: TrainingFailedError | RayActorError,
+    error: WorkerError,
+    before: dict[str, str],
+    run_folder: Path,
 ) -> WorkerError:
     """The failure as one of the machines, where they are why it failed: the run may go on."""
     cause = failure.controller_failure if isinstance(failure, ControllerError) else failure

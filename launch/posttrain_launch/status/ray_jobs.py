@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from posttrain_dist.errors import ClusterError
 from posttrain_launch.batch.queue import QueuedJob
+from posttrain_launch.ray import remote
 from posttrain_launch.run.job_record import JobRecord
 
 SENT = "sent.yaml"  # beside job.json: the run folder is on the cluster, and not seen from here
@@ -20,11 +19,6 @@ STATES = {
     "stopped": "CANCELLED",
     "lost": "NODE_FAIL",
 }
-
-
-def remote() -> Any:
-    """The client of the job API; imported where a run has such a job only."""
-    return importlib.import_module("posttrain_launch.ray.remote")
 
 
 def read_ray(records: Sequence[JobRecord]) -> tuple[dict[str, QueuedJob], list[str]]:
@@ -48,7 +42,7 @@ def read_ray_job(record: JobRecord) -> QueuedJob:
     Raises:
         ClusterError: the cluster cannot be reached, or knows no such job.
     """
-    seen = remote().state(record)
+    seen = remote.state(record)
     reason = seen.reason if seen.state != "running" else ""
     return QueuedJob(record.id, STATES[seen.state], reason)
 

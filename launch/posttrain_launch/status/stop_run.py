@@ -17,11 +17,12 @@ from pathlib import Path
 
 from posttrain_dist.errors import ClusterError, PosttrainError
 from posttrain_launch.batch.queue import ON_NODES, QueuedJob, cancel_job, read_queue
+from posttrain_launch.ray import remote
 from posttrain_launch.run.driver_lock import Driver, find_driver
 from posttrain_launch.run.job_record import JobRecord
 from posttrain_launch.run.stop_request import FILE as STOP
 from posttrain_launch.status.find_runs import Found
-from posttrain_launch.status.ray_jobs import is_elsewhere, read_ray_job, remote
+from posttrain_launch.status.ray_jobs import is_elsewhere, read_ray_job
 from posttrain_launch.status.run_facts import CANCEL
 from posttrain_launch.status.run_state import RunState, status_of
 
@@ -93,7 +94,7 @@ def _queued(record: JobRecord) -> QueuedJob | None:
 def _end(record: JobRecord) -> None:
     """Have its queue end a job."""
     if record.system == "ray":
-        remote().stop(record)
+        remote.stop(record)
     else:
         cancel_job(record.id)
 

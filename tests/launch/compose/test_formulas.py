@@ -87,21 +87,20 @@ def test_text_that_looks_like_a_relation_stays_text():
     assert composed.config.data.train == "data/seed"
 
 
-@pytest.mark.parametrize(
-    ("words", "key", "says"),
-    [
+def test_a_relation_without_a_value_names_key_and_way_out():
+    cases = [
         (["tuning.alpha=2*tuning.rnk"], "tuning.alpha", "did you mean tuning.rank?"),
         (["tuning.alpha=tuning.dropout/0"], "tuning.alpha", "division by zero"),
         (["tuning.rank=tuning.alpha/5"], "tuning.rank", "is not a whole number"),
         (["tuning.rank=2*tuning.alpha", "tuning.alpha=2*tuning.rank"], "tuning.", "itself"),
         (["tuning.alpha=2*tuning.targets"], "tuning.alpha", "tuning.targets, which has none"),
-    ],
-)
-def test_a_relation_without_a_value_names_key_and_way_out(words, key, says):
-    with Composer() as composer, pytest.raises(ConfigError, match=says) as caught:
-        compose_checked(composer, ["tuning=lora", "model.path=x", *words])
-    assert caught.value.where.startswith(key)
-    assert caught.value.fix
+    ]
+    with Composer() as composer:
+        for words, key, says in cases:
+            with pytest.raises(ConfigError, match=says) as caught:
+                compose_checked(composer, ["tuning=lora", "model.path=x", *words])
+            assert caught.value.where.startswith(key)
+            assert caught.value.fix
 
 
 def test_a_relation_is_checked_for_every_trial_of_a_grid():
@@ -153,7 +152,13 @@ def test_a_log_range_is_written_out_and_nothing_else():
         ("1,2,100000", "2 to 1000"),
     ],
 )
-def test_a_log_range_that_is_none_is_refused(inside, says, capsys):
-    assert main(["train", "-m", "model.path=/nowhere", f"optimizer.lr=logrange({inside})"]) == 2
+def test_a_log_range_that_is_none_is_refused(inside, says):
+    with pytest.raises(ConfigError, match=says) as caught:
+        write_out_log_range(f"optimizer.lr=logrange({inside})")
+    assert caught.value.where == "optimizer.lr"
+
+
+def test_a_log_range_that_is_none_ends_the_command(capsys):
+    assert main(["train", "-m", "model.path=/nowhere", "optimizer.lr=logrange(0,1,3)"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: optimizer.lr: ") and says in error
+    assert error.startswith("error: optimizer.lr: ") and "above 0" in error

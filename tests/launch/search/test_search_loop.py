@@ -91,6 +91,7 @@ def _without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "POLL_S", 0)
 
 
+@pytest.mark.slow
 def test_tpe_ends_nearer_to_the_optimum_than_random(tmp_path):
     best = {}
     for sampler in ("tpe", "random"):

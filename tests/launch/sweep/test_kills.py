@@ -84,6 +84,7 @@ def pids_of(folder: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_two_drivers_of_one_sweep(tmp_path):
     folder = make(tmp_path, ["lr=1", "steps=30"])
     command = [sys.executable, str(DRIVER), str(folder), "none"]
@@ -99,6 +100,7 @@ def test_two_drivers_of_one_sweep(tmp_path):
     assert steps(trial_folder(folder, 0)) == list(range(1, 31))
 
 
+@pytest.mark.slow
 def test_a_signal_has_the_trial_save_and_the_sweep_goes_on_later(tmp_path):
     folder = make(tmp_path, ["lr=1", "steps=30"], ["lr=2"])
     command = [sys.executable, str(DRIVER), str(folder), "none"]
@@ -116,26 +118,21 @@ def test_a_signal_has_the_trial_save_and_the_sweep_goes_on_later(tmp_path):
     assert steps(trial_folder(folder, 0)) == list(range(1, 31))
 
 
-@pytest.mark.parametrize(
-    ("given", "starts", "state"),
-    [
+def test_a_trial_is_started_again_if_its_exit_code_says_so_and_the_sweep_goes_on(tmp_path):
+    cases = [
         (["fails=75", "recovers=1"], 2, "done"),  # its machines failed
         (["fails=85", "recovers=1"], 2, "done"),  # it saved before a time limit
         (["fails=75"], 2, "failed"),  # once and no more
         (["fails=2", "recovers=1"], 1, "failed"),
-    ],
-)
-def test_a_trial_is_started_again_if_its_exit_code_says_so(given, starts, state, tmp_path):
-    folder = make(tmp_path, ["lr=1", "steps=2", *given])
-    assert drive(folder)[1] == {"0": state}
-    assert (trial_folder(folder, 0) / "starts").read_text() == "start\n" * starts
-    assert steps(trial_folder(folder, 0)) == [1, 2]
-
-
-def test_a_trial_that_fails_does_not_end_the_sweep_and_stays_failed(tmp_path):
-    folder = make(tmp_path, ["lr=1", "fails=1"], ["lr=2"])
-    for _ in range(2):
-        assert drive(folder) == (1, {"0": "failed", "1": "done"})
-    first = trial_folder(folder, 0)
-    assert (first / "starts").read_text() == "start\n"
-    assert json.loads((first / "failed.json").read_text()) == {"code": 1}
+        ([], 1, "done"),
+    ]
+    trials = [[f"lr={n + 1}", "steps=2", *given] for n, (given, _, _) in enumerate(cases)]
+    folder = make(tmp_path, *trials)
+    for _ in range(2):  # the second time those that failed stay so
+        states = {str(n): state for n, (_, _, state) in enumerate(cases)}
+        assert drive(folder) == (1, states)
+        for number, (_, starts, _) in enumerate(cases):
+            trial = trial_folder(folder, number)
+            assert (trial / "starts").read_text() == "start\n" * starts
+            assert steps(trial) == [1, 2]
+    assert json.loads((trial_folder(folder, 3) / "failed.json").read_text()) == {"code": 2}

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from posttrain_dist.errors import ConfigError
 from posttrain_launch.commands.arguments import add_root, parser_of
+from posttrain_launch.ray import remote
 from posttrain_launch.status.find_runs import Found, find_runs
 from posttrain_launch.status.follow_logs import follow
 from posttrain_launch.status.log_parts import Part, last_lines, log_parts
-from posttrain_launch.status.ray_jobs import is_elsewhere, remote
+from posttrain_launch.status.ray_jobs import is_elsewhere
 from posttrain_launch.status.run_state import survey
 
 LINES = 40
@@ -31,7 +32,7 @@ def command(arguments: list[str], debug: bool) -> int:
         raise ConfigError("has no run folder", where=given.run, fix="give the run folder")
     if run.job is not None and is_elsewhere(run.folder):
         print(f"==> driver: job {run.job.id} on {run.job.address}")
-        for piece in remote().tail(run.job, given.follow):
+        for piece in remote.tail(run.job, given.follow):
             print(piece if given.follow else _last(piece, given.lines), end="", flush=True)
         return 0
     job = run.job.id if run.job is not None else None
