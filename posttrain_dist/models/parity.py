@@ -23,6 +23,9 @@ TOLERANCE = {
 }
 # ... and, divided by the square root of the rows: of few rows two roundings differ by chance.
 CHANCE = {torch.float32: 0.0, torch.bfloat16: 0.5}
+# Of these also what rounding the logits does to the loss: of memorised tokens that may be 1e-3, the
+# difference of logits of 20.
+RELATIVE_TO_LOSS = ("loss", "grad_hidden", "grad_weight")
 
 
 class Distance(NamedTuple):
@@ -39,6 +42,7 @@ class Parity(NamedTuple):
 
     fused: Distance
     eager: Distance
+    rounding: torch.Tensor  # of the loss when its logits are rounded in float32, relative to it
     num_rows: int
 
 
@@ -62,6 +66,7 @@ def compare(
     """
     tensors = (hidden_ND, weight_VD, bias_V)
     run = partial(_run, trained=trained)
+    rounding = _rounding(hidden_ND, weight_VD, bias_V, labels_N, **options)
     fused = run(function, tensors, labels_N, options)
     eager = run(_eager, tensors, labels_N, options)
     options["impl"] = "reference"
@@ -74,7 +79,11 @@ def compare(
         on_host = {k: v.cpu() if hasattr(v, "cpu") else v for k, v in options.items()}
         reference = run(function, moved, labels_N.cpu(), on_host)
         fused, eager = ([tensor.cpu() for tensor in each] for each in (fused, eager))
-    return Parity(_distance(fused, reference), _distance(eager, reference), len(labels_N))
+    loss = reference[0]
+    rounding = rounding.to(loss.device)
+    rounding = torch.where(loss > 0, rounding / loss, rounding)
+    of_fused, of_eager = _distance(fused, reference), _distance(eager, reference)
+    return Parity(of_fused, of_eager, rounding, len(labels_N))
 
 
 def check(found: Parity, dtype: torch.dtype) -> dict[str, float]:
@@ -89,6 +98,8 @@ def check(found: Parity, dtype: torch.dtype) -> dict[str, float]:
         name: TOLERANCE[dtype][name] + chance + 2 * float(value)
         for name, value in found.eager._asdict().items()
     }
+    for name in RELATIVE_TO_LOSS:
+        allowed[name] += float(found.rounding)
     past = [
         f"{name} by {value:.1e} (tolerance {allowed[name]:.0e})"
         for name, value in values.items()
@@ -150,6 +161,32 @@ def _eager(
     nll_N = nn.functional.cross_entropy(logits_NV, labels_N, reduction="none")
     weighted_N = nll_N if token_weight is None else nll_N * token_weight
     return _Eager(weighted_N.sum() / (denominator or 1.0), nll_N)
+
+
+def _rounding(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    labels_N: torch.Tensor,
+    *,
+    denominator: float,
+    token_weight: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    **_: Any,
+) -> torch.Tensor:
+    """By how much the loss may differ when the labels' logits are summed in another order.
+
+    loss = sum w (log sum exp(logits) - logit), and a logit sum_d h_d W_d rounds by up to
+    eps sum_d |h_d W_d|; a gradient, of 1 - exp(-loss), differs by as much.
+    """
+    products_ND = hidden_ND.detach().float() * weight_VD.detach()[labels_N].float()
+    size_N = products_ND.abs().sum(-1)
+    if bias_V is not None:
+        size_N = size_N + bias_V.detach()[labels_N].float().abs()
+    if token_weight is not None:
+        size_N = size_N * token_weight.abs()
+    eps = torch.finfo(torch.float32).eps
+    return size_N.sum() * abs(logit_scale) * eps / (denominator or 1.0)
 
 
 def _distance(ours: list[torch.Tensor], reference: list[torch.Tensor]) -> Distance:

@@ -110,7 +110,8 @@ FAULTS = {
     "scancel --signal=USR1": signal,
     "scontrol requeue": requeue,
     "preemption": preempt,
-    "the time limit": time_limit,
+    "the time limit, seen by the driver": time_limit,
+    "the time limit, by Slurm's signal": time_limit,
     "a worker node loses its power": lambda cluster, job: (
         cluster.fault("power-off", "2"),
         come_back(cluster, job, "boot", "2"),
@@ -131,7 +132,8 @@ FAULTS = {
 }
 # Cause of the start that ends, where it can say one.
 CAUSES = {
-    "the time limit": "time_limit",
+    "the time limit, seen by the driver": "time_limit",
+    "the time limit, by Slurm's signal": "time_limit",
     "scancel --signal=USR1": "time_limit",
     "preemption": "preempted",
 }
@@ -142,24 +144,29 @@ RUNS = {
     "signal": ["scancel --signal=USR1"],
     "requeue": ["scontrol requeue"],
     "preemption": ["preemption"],
-    "limit": ["the time limit"],
+    "driver": ["the time limit, seen by the driver"],
+    "limit": ["the time limit, by Slurm's signal"],
     "controller and worker": ["the controller restarts", "a worker node loses its power"],
     "head": ["the head node loses its power"],
     "cable": ["a cable is pulled"],
     "slurmd": ["slurmd is killed"],
 }
+# Slurm looks every 30 s, so that its signal comes at the last look that leaves as many seconds. The
+# driver leaves some 35 s before the end by itself.
+SIGNAL_S = {"driver": 1, "limit": 45}
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_disturbed_run_ends_as_if_it_had_not_been(name, words, undisturbed, cluster, tmp_path):
     faults = RUNS[name]
-    steps, own = 600, ["cluster.time=00:30:00"]
+    steps, own = 300, ["cluster.time=00:30:00"]
     if name == "preemption":
         own += ["cluster.partition=low"]
     if name == "slurmd":  # its node is given up half a minute later, and trains meanwhile
         steps = 1500
-    if name == "limit":  # Slurm looks every 30 s: the signal comes at the last look that leaves 45
-        steps, own = 1500, ["cluster.time=00:02:00", "cluster.extra=['--signal=B:USR1@45']"]
+    if name in SIGNAL_S:
+        line = f"--signal=B:USR1@{SIGNAL_S[name]}"
+        steps, own = 1500, ["cluster.time=00:02:00", f"cluster.extra=['{line}']"]
     job, folder = cluster.submit(*words, f"train.steps={steps}", *own, root=tmp_path)
     rows = []
     for fault in faults:
@@ -196,9 +203,13 @@ def test_a_disturbed_run_ends_as_if_it_had_not_been(name, words, undisturbed, cl
     for fault, start in zip(again, found, strict=False):
         if fault in CAUSES:
             assert start["cause"] == CAUSES[fault]
+    if name in SIGNAL_S:
+        [log] = (folder / "logs").glob("slurm-*")
+        by = {"driver": "s away: saving and leaving", "limit": "USR1: the time limit is near"}
+        assert {key for key, words in by.items() if words in log.read_text()} == {name}
     for row in rows:
         assert row["wasted_steps"] <= (0 if row["disturbance"] in SAVED else SAVE_EVERY)
-    assert cluster.of_jobs() == []
+    cluster.wait_for_no_process(folder)
 
 
 def recovery(cluster: Cluster, job: str, folder: Path, began: float) -> dict[str, float]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
+from posttrain_launch.lifecycle import starts
 from ray_runs import wait_until
 
 from posttrain_dist.files import read_rows
@@ -106,10 +107,23 @@ class Cluster:
         ]
         return "\n".join(said)
 
-    def lift_hold(self, job: str) -> None:
-        """Let a job that was queued again start at once, if it has not begun meanwhile.
+    def wait_for_start(self, job: str, number: int, run_folder: Path, timeout_s: float) -> None:
+        """Wait for the start of this number, from 1; Slurm's hold of 121 s is lifted.
 
-        Once: a job whose time is set again and again never comes to its turn.
+        Slurm sets the hold only when the last process of the start before has ended.
+        """
+
+        def begun() -> bool:
+            if self.state(job) == "PENDING":
+                self.lift_hold(job)
+            return len(starts.read(run_folder)) >= number
+
+        self.wait(begun, timeout_s, run_folder)
+
+    def lift_hold(self, job: str) -> None:
+        """Let a job that was queued again start at once, if it is held.
+
+        A job whose time is set again and again never comes to its turn.
         """
         with contextlib.suppress(AssertionError, ValueError):
             eligible = datetime.fromisoformat(self.facts(job)["EligibleTime"])
@@ -131,6 +145,13 @@ class Cluster:
         """Commands of the processes that jobs have left on the nodes."""
         words = ("gcs_server", "raylet", "ray::", "posttrain", "srun", "slurmstepd")
         return [each for each in self.processes().values() if any(word in each for word in words)]
+
+    def wait_for_no_process(self, run_folder: Path) -> None:
+        """Slurm counts a job as ended a moment before the last daemon of a step ends."""
+        try:
+            self.wait(lambda: not self.of_jobs(), 30, run_folder)
+        except AssertionError as error:
+            raise AssertionError(f"left on the nodes: {self.of_jobs()}") from error
 
 
 def step_of(run_folder: Path) -> int:
