@@ -53,7 +53,7 @@ def create(line: CommandLine, composer: Composer) -> Sweep | None:
         config_dir=_absolute(line.flags.config_dir),
         config_path=_absolute(line.flags.config_path),
         config_name=line.flags.config_name,
-        shared=[text for text in overrides if not _has_values(text)],
+        shared=shared_texts(overrides),
         force=line.force,
         metric=search.get("metric", "eval/loss"),
         direction=search.get("direction", "minimize"),
@@ -90,8 +90,15 @@ def _composed(composer: Composer, overrides: list[str]) -> DictConfig:
         ) from error
 
 
-def _has_values(override: str) -> bool:
-    return bool(OverridesParser.create().parse_override(override).is_sweep_override())
+def shared_texts(overrides: list[str]) -> list[str]:
+    """The overrides of one value: as typed, and as Hydra writes them into trials."""
+    found: dict[str, None] = {}
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    for text, override in zip(overrides, parsed, strict=True):
+        if not override.is_sweep_override():
+            written = f"{override.get_key_element()}={override.get_value_element_as_str()}"
+            found |= {text: None, written: None}
+    return list(found)
 
 
 def _plain(node: Any) -> dict[str, Any]:
