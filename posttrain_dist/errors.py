@@ -71,14 +71,21 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     On a GPU torch has a class for it; on a CPU, and where a library asks for memory itself, only
     the text says so.
     """
-    if error is None or isinstance(error, PosttrainError):
-        return isinstance(error, OutOfMemory)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
-    text = str(error).lower() if isinstance(error, RuntimeError) else ""
-    return any(each in text for each in _NO_MEMORY) or is_out_of_memory(error.__cause__)
+    seen: list[BaseException] = []
+    # An exception may be raised again as the cause of its own cause.
+    while error is not None and not any(error is each for each in seen):
+        if isinstance(error, PosttrainError):
+            return isinstance(error, OutOfMemory)
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            return True
+        text = str(error).lower() if isinstance(error, RuntimeError) else ""
+        if any(each in text for each in _NO_MEMORY):
+            return True
+        seen.append(error)
+        error = error.__cause__
+    return False
 
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed", "bad_alloc")

@@ -195,7 +195,18 @@ def test_deepspeed_says_the_same(tmp_path: Path) -> None:
 
 def test_a_really_full_device_is_named() -> None:
     with (
-        pytest.raises(OSError, match="No space left on device"),
+        pytest.raises(OSError, match="No space left on device") as raised,
         DigestWriter(Path("/dev/full")) as file,
     ):
         torch.save({"w": torch.ones(50_000)}, file)
+    assert raised.value.__cause__ is not raised.value
+
+
+def test_what_the_disk_refused_is_not_its_own_cause() -> None:
+    with (
+        pytest.raises(OSError, match="No space left") as raised,
+        DigestWriter(Path("/dev/full")) as f,
+    ):
+        f.write(b"x" * 50_000)
+        f.flush()
+    assert raised.value.__cause__ is None

@@ -162,7 +162,7 @@ class DigestWriter(io.BufferedWriter):
             return
         with contextlib.suppress(OSError):  # again what the disk refused
             self.close()
-        if self._fault is not None and isinstance(error, Exception):
+        if self._fault is not None and isinstance(error, Exception) and error is not self._fault:
             raise self._fault from error
 
     def close(self) -> None:

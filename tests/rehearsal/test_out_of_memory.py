@@ -173,6 +173,12 @@ def test_what_counts_as_a_lack_of_memory(error, expected):
     assert is_out_of_memory(error) is expected
 
 
+def test_an_error_that_is_its_own_cause_is_looked_at_once():
+    first, second = OSError(28, "No space left on device"), ValueError("of it")
+    first.__cause__, second.__cause__ = second, first
+    assert not is_out_of_memory(first)
+
+
 def test_the_heaviest_loss_that_is_not_finite_ends_the_rehearsal(base, folder, monkeypatch):
     whole = TokenLoss.loss
 

@@ -84,7 +84,7 @@ def test_six_trials_on_two_nodes(cluster, tiny_llama, rows_file, tmp_path):
     starts = (first / "logs" / "starts.jsonl").read_text().splitlines()
     assert max(json.loads(line)["start"] for line in starts) == 2
     said = "".join(each.read_text() for each in (first / "logs").glob("slurm-*.log"))
-    [step] = re.findall(r"going on from step (\d+) with", said)
+    [step] = re.findall(r"^going on from step (\d+)$", said, re.MULTILINE)
     assert 25 <= int(step) < 150
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from posttrain_dist.config import RunConfig
-from posttrain_dist.run import discard_outcome, finish
+from posttrain_dist.run import discard_outcome, finish, finished_line
 from posttrain_launch.failures import print_error
 from posttrain_launch.lifecycle.deadline import stopped_before_end
 from posttrain_launch.lifecycle.decide import Cause
@@ -32,7 +32,10 @@ def run_together(folders: Sequence[Path], *, debug: bool = False) -> int:
     try:
         given = list(dict.fromkeys(folder.absolute() for folder in folders))
         runs = {folder: read_frozen(folder) for folder in given}
-        runs = {f: config for f, config in runs.items() if not (f / "FINISHED").is_file()}
+        for folder in given:
+            if (folder / "FINISHED").is_file():
+                print(finished_line(folder))
+                del runs[folder]
         codes = _drive(runs, debug) if runs else []
     except Exception as error:
         print_error(error, debug=debug)

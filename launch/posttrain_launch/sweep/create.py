@@ -54,7 +54,7 @@ def create(line: CommandLine, composer: Composer) -> Sweep | None:
         config_dir=_absolute(line.flags.config_dir),
         config_path=_absolute(line.flags.config_path),
         config_name=line.flags.config_name,
-        shared=[text for text in overrides if not _has_values(text)],
+        shared=shared_texts(overrides),
         force=line.force,
         metric=search.get("metric", "eval/loss"),
         direction=search.get("direction", "minimize"),
@@ -98,23 +98,28 @@ def _check_pruner(search: dict[str, Any], composed: DictConfig) -> None:
         ConfigError: there is none.
     """
     every, steps = composed.train.eval_every, composed.train.steps
-    swept = {text.partition("=")[0] for text in composed.hydra.overrides.task if _has_values(text)}
-    if search.get("options", {}).get("pruner", "none") == "none" or swept & {
-        "train.eval_every",
-        "train.steps",
-    }:
+    pruner = search.get("options", {}).get("pruner", "none")
+    overrides = OverridesParser.create().parse_overrides(list(composed.hydra.overrides.task))
+    varied = {each.key_or_group for each in overrides if each.is_sweep_override()}
+    if pruner == "none" or varied & {"train.eval_every", "train.steps"}:
         return
     if every is None or (steps is not None and every >= steps):
         raise ConfigError(
-            f"is {search['options']['pruner']}, and no trial is evaluated between its beginning "
-            "and its end",
+            f"is {pruner}, and no trial is evaluated between its beginning and its end",
             where="hydra.sweeper.pruner",
             fix="set train.eval_every to a part of the steps",
         )
 
 
-def _has_values(override: str) -> bool:
-    return bool(OverridesParser.create().parse_override(override).is_sweep_override())
+def shared_texts(overrides: list[str]) -> list[str]:
+    """The overrides of one value: as typed, and as Hydra writes them into trials."""
+    found: dict[str, None] = {}
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    for text, override in zip(overrides, parsed, strict=True):
+        if not override.is_sweep_override():
+            written = f"{override.get_key_element()}={override.get_value_element_as_str()}"
+            found |= {text: None, written: None}
+    return list(found)
 
 
 def _plain(node: Any) -> dict[str, Any]:

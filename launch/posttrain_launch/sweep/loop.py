@@ -43,6 +43,7 @@ from posttrain_launch.sweep.states import (
 )
 
 POLL_S = 0.5
+ALIKE = 3  # trials that cannot begin, after which the others are not tried
 TOTAL, CHANNEL = "eval/loss", "eval_channel_loss/"  # keys of metrics.jsonl
 ANY_NUMBER = 1_000_000  # of trials, for a backend that queues them itself
 
@@ -71,6 +72,7 @@ class Loop:
         self.was_stopped = False  # by a signal, before its end
         self._active: set[int] = set()
         self._starts: dict[int, int] = {}
+        self._refused: list[str] = []  # of the trials that could not begin
         self._followers: dict[int, RowFollower] = {}
         self._values: dict[int, float] = {}  # the last of each trial
 
@@ -140,8 +142,25 @@ class Loop:
             self._log(f"\ntrial {trial.number}: {self._name(trial)}\nerror: {error}")
             record_failure(trial, BAD_CONFIG, error)
             self._tell(trial)
+            self._refused.append(str(error))
+            self._refuse_all(error)
             return False
         return True
+
+    def _refuse_all(self, error: PosttrainError) -> None:
+        """End a sweep whose first trials all cannot begin, for the same reason.
+
+        Raises:
+            PosttrainError: that reason.
+        """
+        alike = self._refused[-ALIKE:]
+        if self._starts or len(alike) < ALIKE or len(set(alike)) > 1:
+            return
+        raise PosttrainError(
+            f"the first {ALIKE} trials all cannot begin: {error.what}",
+            where=error.where,
+            fix=f"{error.fix}; then `posttrain run {self._sweep.folder} --failed`, or a new sweep",
+        )
 
     def _name(self, trial: Trial) -> str:
         """What it does not share with the others."""

@@ -50,7 +50,10 @@ def is_driven(folder: Path) -> bool:
 
 
 def was_stopped(folder: Path) -> bool:
-    """Whether the last start of a run saved and left because it was to."""
+    """Whether the last start of a run saved and left because it was to, or it was cancelled."""
+    with contextlib.suppress(OSError):
+        if (folder / "STOP").read_text(encoding="utf-8").strip() == "cancel":
+            return True
     with contextlib.suppress(OSError, ValueError):
         return read_object(folder / "logs" / "outcome.json").get("outcome") == "stopped"
     return False

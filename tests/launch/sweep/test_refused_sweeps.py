@@ -11,9 +11,10 @@ from posttrain_launch.cli import main
 from posttrain_launch.compose.composer import Composer
 from posttrain_launch.compose.problems import check_sweep
 from posttrain_launch.sweep.combinations import Combinations
-from posttrain_launch.sweep.folder import Sweep, Trial, read_trials, write_sweep
+from posttrain_launch.sweep.folder import State, Sweep, Trial, read_trials, write_sweep
 from posttrain_launch.sweep.loop import Loop
 from posttrain_launch.sweep.results import read_results
+from posttrain_launch.sweep.states import state_of
 
 from posttrain_dist.errors import ConfigError, PosttrainError, SeveralErrors
 
@@ -73,6 +74,25 @@ def test_a_metric_that_no_run_has_ends_the_sweep_at_its_first_evaluation(tmp_pat
     assert error.value.where == "hydra.sweeper.metric"
     assert "one of eval/loss, eval_channel_loss/a, eval_channel_loss/b" in str(error.value)
     assert backend.stopped and len(read_trials(sweep.folder)) == 1
+
+
+def test_a_sweep_of_which_nothing_can_begin_ends_after_three_trials(tmp_path, capsys):
+    sweep = a_sweep(tmp_path / "s")
+
+    def freeze(trial: Trial) -> None:
+        raise ConfigError("cannot fit: 3 GiB are missing", where="tuning", fix="use larger GPUs")
+
+    search = Combinations([("train.steps=9", f"tuning.rank={rank}") for rank in range(1, 200)])
+    with pytest.raises(PosttrainError, match="the first 3 trials all cannot begin: cannot fit"):
+        Loop(sweep, OneRow(), search, freeze, print).run()
+    assert capsys.readouterr().out.count("cannot fit") == 3
+
+
+def test_a_cancelled_trial_is_stopped_and_not_waiting(tmp_path):
+    trial = Trial(0, (), tmp_path)
+    assert state_of(trial) is State.waiting
+    (tmp_path / "STOP").write_text("cancel\n")
+    assert state_of(trial) is State.stopped
 
 
 def test_a_pruner_without_evaluations_is_refused(tiny_llama, rows_file, tmp_path, capsys):

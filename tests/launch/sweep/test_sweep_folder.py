@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from posttrain_launch.sweep.combinations import Combinations, plan
+from posttrain_launch.sweep.create import shared_texts
 from posttrain_launch.sweep.folder import (
     TRIALS,
     Sweep,
@@ -111,3 +112,12 @@ def test_the_list_goes_on_behind_the_trials_that_there_are(tmp_path):
     assert [each.overrides for each in search.ask(5)] == [("a=3",)]
     assert search.finished
     assert search.ask(1) == []
+
+
+def test_what_all_trials_share_is_known_as_typed_and_as_hydra_writes_it():
+    typed = ["train.save=false", "optimizer.lr=1e-4,1e-3", "cluster.time='00:15:00'", "~seed"]
+    every = set(shared_texts(typed))
+    for trial in plan({}, typed)["trials"]:
+        own = [text for text in trial if text not in every]
+        assert own in (["optimizer.lr=0.0001"], ["optimizer.lr=0.001"])
+    assert "train.save=false" in every

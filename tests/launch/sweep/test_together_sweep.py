@@ -56,8 +56,10 @@ def test_trials_that_differ_in_more_than_their_adapter_train_by_themselves(tmp_p
         trial(3, 2, rank=2, dropout=0.1),
         trial(4, 4, rank=4, dora=True),
     ]
-    found = [[each.number for each in group] for group in groups(trials)]
-    assert found == [[0, 2], [1, 4], [3]]
+    found = groups(trials)
+    numbers = [[each.number for each in group] for group in found.groups]
+    assert numbers == [[0, 2], [1, 4], [3]]
+    assert list(found.alone) == [3] and found.alone[3].startswith("tuning.dropout is 0.1")
 
 
 def test_a_group_size_that_is_none_is_refused(words, capfd):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain_dist.config import RunConfig
@@ -52,7 +53,10 @@ class Together:
 
     def start(self, trials: Sequence[Trial]) -> None:
         """Begin a process for those that can share one, then one for the others."""
-        self._waiting += groups(trials)
+        found = groups(trials)
+        for trial, why in found.alone.items():
+            print(f"trial {trial} trains by itself: {why}", flush=True)
+        self._waiting += found.groups
         self._next()
 
     def running(self) -> set[int]:
@@ -89,18 +93,41 @@ class Together:
         self._processes.start(first, more)
 
 
-def groups(trials: Sequence[Trial]) -> list[list[Trial]]:
-    """The trials in groups that can train together, in their order."""
-    found: list[tuple[RunConfig, list[Trial]]] = []
+@dataclass(slots=True)
+class Groups:
+    """Trials in groups that can train together, in their order."""
+
+    groups: list[list[Trial]] = field(default_factory=list)
+    alone: dict[int, str] = field(default_factory=dict)  # number of one that cannot -> why
+
+
+def groups(trials: Sequence[Trial]) -> Groups:
+    """What of these trials can share a process."""
+    found, firsts = Groups(), list[RunConfig]()
     for trial in trials:
-        config = read_frozen(trial.folder)
-        for first, group in found:
+        config, why = read_frozen(trial.folder), ""
+        for first, group in zip(firsts, found.groups, strict=True):
             try:
                 check_together([first, config])
-            except ConfigError:
+            except ConfigError as error:
+                why = why or f"{error.where} {error.what}"
                 continue
             group.append(trial)
+            found.alone.pop(group[0].number, None)
             break
         else:
-            found.append((config, [trial]))
-    return [group for _, group in found]
+            firsts.append(config)
+            found.groups.append([trial])
+            found.alone |= (
+                {trial.number: why or why_alone(config)} if why or why_alone(config) else {}
+            )
+    return found
+
+
+def why_alone(config: RunConfig) -> str:
+    """Why a run can share a base with no other; empty where it can."""
+    try:
+        check_together([config])
+    except ConfigError as error:
+        return f"{error.where} {error.what}"
+    return ""
