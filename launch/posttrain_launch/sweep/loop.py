@@ -88,7 +88,7 @@ class Loop:
         with _stop_requested() as stop:
             while not stop.is_set():
                 self._take_in_ends(queue)
-                if not (self._start(queue) or (self._active and self._backend.waits)):
+                if not (self._start(queue, stop) or (self._active and self._backend.waits)):
                     break
                 self._observe()
                 stop.wait(POLL_S if self._active else 0)
@@ -100,15 +100,20 @@ class Loop:
 
     # --------------------------------------------------------------------------------- begin
 
-    def _start(self, queue: list[Trial]) -> bool:
-        """Start as many as there is room for; whether there was one."""
+    def _start(self, queue: list[Trial], stop: threading.Event) -> bool:
+        """Start as many as there is room for, none once a stop is requested; whether there was one.
+
+        A stop while folders are made leaves them for whoever goes on with the sweep.
+        """
         slots = self._backend.slots
         free = ANY_NUMBER if slots is None else slots - len(self._active)
         batch = queue[:free] if free > 0 else []
         del queue[: len(batch)]
         if free > len(batch) and not self._search.finished:
             batch += self._propose(free - len(batch))
-        ready = [trial for trial in batch if self._is_ready(trial)]
+        ready = [trial for trial in batch if not stop.is_set() and self._is_ready(trial)]
+        if stop.is_set():
+            return True
         for trial in ready:
             self._log(f"\ntrial {trial.number}: {self._name(trial)}")
             self._starts[trial.number] = self._starts.get(trial.number, 0) + 1

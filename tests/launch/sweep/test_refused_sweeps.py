@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,6 +88,30 @@ def test_a_sweep_of_which_nothing_can_begin_ends_after_three_trials(tmp_path, ca
     with pytest.raises(PosttrainError, match="the first 3 trials all cannot begin: cannot fit"):
         Loop(sweep, OneRow(), search, freeze, print).run()
     assert capsys.readouterr().out.count("cannot fit") == 3
+
+
+def test_a_stop_while_folders_are_made_starts_nothing(tmp_path):
+    sweep, made = a_sweep(tmp_path / "s"), list[int]()
+
+    def freeze(trial: Trial) -> None:
+        trial.folder.mkdir()
+        (trial.folder / "config.yaml").touch()
+        made.append(trial.number)
+        if len(made) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    class Queue(OneRow):
+        slots = None
+
+        def start(self, trials: Sequence[Trial]) -> None:
+            raise AssertionError("nothing is to be submitted any more")
+
+        def running(self) -> set[int]:
+            return set()
+
+    search = Combinations([("train.steps=9", f"tuning.rank={rank}") for rank in range(1, 50)])
+    states = Loop(sweep, Queue(), search, freeze, print).run()
+    assert made == [0, 1] and set(states.values()) == {State.waiting}
 
 
 def test_a_cancelled_trial_is_stopped_and_not_waiting(tmp_path):
