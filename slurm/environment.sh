@@ -23,6 +23,13 @@ rm -f "$RAY_AUTH_TOKEN_PATH"
 POSTTRAIN_TEMP=${TMPDIR:-/tmp}/ray-$SLURM_JOB_ID
 [ ${#POSTTRAIN_TEMP} -le 38 ] || POSTTRAIN_TEMP=/tmp/ray-$SLURM_JOB_ID
 export POSTTRAIN_TEMP
+# What is compiled while a run goes on: on the node, for the locks of network file systems are slow,
+# and below a folder that only we can write to.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$POSTTRAIN_TEMP/triton}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$POSTTRAIN_TEMP/inductor}
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$POSTTRAIN_TEMP/extensions}
+# A rank that dies ends the collectives of the others, which would wait for half an hour.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 # This script runs on the first node. An address, not a name: gRPC has a resolver of its own, which
 # does not always find what the system finds.
