@@ -222,8 +222,7 @@ def recovery(cluster: Cluster, job: str, folder: Path, began: float) -> dict[str
     count, reached = len(starts.read(folder)), 0
     end = time.monotonic() + 150
     while time.monotonic() < end:
-        if cluster.state(job) == "PENDING":
-            cluster.lift_hold(job)
+        cluster.lift_hold_at_end(job)
         found = starts.read(folder)
         if len(found) == count:
             reached = max(reached, step_of(folder))
