@@ -114,8 +114,7 @@ class Cluster:
         """
 
         def begun() -> bool:
-            if self.state(job) == "PENDING":
-                self.lift_hold(job)
+            self.lift_hold_at_end(job)
             return len(starts.read(run_folder)) >= number
 
         self.wait(begun, timeout_s, run_folder)
@@ -129,6 +128,14 @@ class Cluster:
             eligible = datetime.fromisoformat(self.facts(job)["EligibleTime"])
             if (eligible - datetime.now()).total_seconds() > 5:
                 self.login("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def lift_hold_at_end(self, job: str) -> None:
+        """The same once the last process on any node has ended, as that of one that was cut off.
+
+        What Slurm sends to end them goes by the number of the job: it would end the next start.
+        """
+        if self.state(job) == "PENDING" and not self.of_jobs():
+            self.lift_hold(job)
 
     def processes(self) -> dict[int, str]:
         """Everything alive that was started for this cluster or in it: pid -> command."""
