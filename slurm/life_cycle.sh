@@ -70,6 +70,7 @@ fi
 if [ "$action" = requeue ]; then
   # Refused where Slurm has queued the job already: it is started once. A script that leaves before
   # Slurm ends it may be taken for the end of the job that waits: FAILED.
-  scontrol requeue "$POSTTRAIN_JOB" && ended_by_slurm 60
+  # It sends TERM to every process of the job, scontrol's too.
+  (trap '' TERM && scontrol requeue "$POSTTRAIN_JOB") && ended_by_slurm 60
 fi
 exit "$job_code"

@@ -13,9 +13,15 @@ queue_without() { # nodes...
   # nor later than Slurm ends it, or the job that waits may be taken for one that failed.
   ended=0
   trap 'ended=1' TERM
-  scontrol requeue "$POSTTRAIN_JOB" || exit 1
-  scontrol update "JobId=$POSTTRAIN_JOB" "ExcNodeList=$excluded" ||
+  (
+    trap '' TERM # which a requeue sends to every process of the job, scontrol's too
+    scontrol requeue "$POSTTRAIN_JOB" || exit 1
+    for _ in $(seq 10); do
+      scontrol update "JobId=$POSTTRAIN_JOB" "ExcNodeList=$excluded" && exit
+      sleep 0.5
+    done
     scontrol hold "$POSTTRAIN_JOB" # else it may come to the same node again
+  ) || exit 1
   for _ in $(seq 60); do
     [ $ended = 0 ] || break
     sleep 1

@@ -49,7 +49,12 @@ def job_state(job_id: str) -> JobState:
     command = ["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T|%r"]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S
+            command,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            check=False,
+            timeout=_TIMEOUT_S,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _no_answer(str(error)) from error
@@ -137,6 +142,7 @@ def exit_code(job_id: str) -> int:
         ["scontrol", "show", "job", "-o", job_id],
         capture_output=True,
         text=True,
+        encoding="utf-8",
         check=False,
         timeout=_TIMEOUT_S,
     )

@@ -97,6 +97,7 @@ def _query(what: str, names: tuple[str, ...]) -> tuple[list[list[str]], str | No
             command,
             capture_output=True,
             text=True,
+            encoding="utf-8",
             check=False,
             timeout=TIMEOUT_S,
             errors="replace",
@@ -136,7 +137,12 @@ def _xids() -> list[str]:
         return []
     try:
         done = subprocess.run(
-            ["dmesg"], capture_output=True, text=True, check=False, timeout=5, errors="replace"
+            ["dmesg"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+            timeout=5,
         )
     except (OSError, subprocess.TimeoutExpired):
         return []

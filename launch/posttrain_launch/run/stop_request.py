@@ -32,7 +32,10 @@ def request_stop(folder: Path, cause: Cause) -> None:
     Raises:
         OSError: of a full disk, or a folder that was removed.
     """
-    with contextlib.suppress(FileExistsError), (folder / FILE).open("x") as stream:
+    with (
+        contextlib.suppress(FileExistsError),
+        (folder / FILE).open("x", encoding="utf-8") as stream,
+    ):
         stream.write(cause)
 
 
