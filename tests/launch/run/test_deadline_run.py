@@ -29,6 +29,7 @@ def words(tiny_llama, rows_file, tmp_path):
     ]
 
 
+@pytest.mark.slow  # a machine that is busy may not come to its first step in ten seconds
 def test_a_run_stops_before_its_deadline(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("posttrain_launch.lifecycle.deadline.POLL_S", 0.05)
     deadline = time.time() + 14  # half of it trains
