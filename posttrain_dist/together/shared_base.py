@@ -7,7 +7,6 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import nn
 
 
@@ -29,13 +28,3 @@ class SharedBase:
         tensors = chain(self._model.parameters(), self._model.buffers())
         memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
         return copy.deepcopy(self._model, memo)
-
-    def tensors(self) -> set[int]:
-        """Data pointers of what is shared, for tests and reports."""
-        model = self._model
-        assert model is not None, "nothing was loaded yet"
-        return {tensor.data_ptr() for tensor in _tensors(model)}
-
-
-def _tensors(model: nn.Module) -> list[torch.Tensor]:
-    return [*model.parameters(), *model.buffers()]

@@ -80,8 +80,6 @@ def in_node(cluster: Cluster, number: int, *words: str) -> None:
     subprocess.run(["nsenter", f"--target={pid}", "--mount", *words], check=True)
 
 
-# Slurm 22.05 sometimes ends what is left of the job before the node is excluded, or a part of it.
-@pytest.mark.slow
 def test_a_node_that_does_not_see_the_run_folder_is_named_and_left_out(
     made_cluster, tmp_path, monkeypatch
 ):
@@ -103,8 +101,12 @@ def test_a_node_that_does_not_see_the_run_folder_is_named_and_left_out(
     assert "fix: set output_root to storage that all nodes see" in said
     assert "back into the queue without node2" in said
     wait_until(lambda: cluster.facts(job)["ExcNodeList"] == "node2", 20)
-    cluster.login("scontrol", "update", f"JobId={job}", "StartTime=now")  # not in two minutes
-    cluster.wait_for_state(job, "RUNNING", timeout_s=60)
+
+    def runs_again() -> bool:
+        cluster.lift_hold_at_end(job)
+        return cluster.state(job) == "RUNNING"
+
+    wait_until(runs_again, 60)
     commands = cluster.processes().values()
     assert wait_for_end(cluster, job) == "COMPLETED", log_of(folder, job)
     assert cluster.facts(job)["NodeList"] == "node[1,3]"
