@@ -38,7 +38,7 @@ def train_together(runs: Sequence[tuple[RunConfig, Path]]) -> list[Exception | N
         runs: config and run folder; they differ in their adapters and optimizers alone.
 
     Returns:
-        For each run what ended it; None: its training came to its end, or was asked to stop. A run
+        For each run what ended it; None: its training came to its end, or was stopped. A run
         that fails leaves the others alone.
 
     Raises:

@@ -30,7 +30,7 @@ def options(
     Args:
         name: of the job.
         run_folder: where its log goes, and where it begins.
-        lead_s: seconds before the time limit at which the run is asked to save.
+        lead_s: seconds before the time limit at which the run is to save.
         changes: options that replace those, or are added, by their long names: {"array": "0-5%2"};
             None leaves one out.
 

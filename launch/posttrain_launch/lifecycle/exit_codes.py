@@ -13,7 +13,7 @@ class Exit(IntEnum):
     bad_config = 2  # wrong input; nothing was begun
     requeue = 75  # the machines failed, not the run: start it again (EX_TEMPFAIL of sysexits.h)
     saved = 85  # saved and left because the time limit or a preemption was near: start it again
-    stopped = 130  # saved and left because a person asked for it; `posttrain run` goes on
+    stopped = 130  # saved and left because a person stopped it; `posttrain run` goes on
 
     @property
     def starts_again(self) -> bool:

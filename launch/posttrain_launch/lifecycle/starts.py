@@ -57,8 +57,12 @@ def policy_of(config: RunConfig) -> Policy:
     return Policy(requeue=not isinstance(config.cluster, Slurm) or config.cluster.requeue)
 
 
-def begin(run_folder: Path, job: Job) -> int:
-    """Write the first line of a start; its number, from 1."""
+def begin(run_folder: Path, job: Job, runs: int = 1) -> int:
+    """Write the first line of a start; its number, from 1.
+
+    Args:
+        runs: that its processes train together; they share what these cost.
+    """
     number = max((row["start"] for row in read(run_folder)), default=0) + 1
     _append(
         run_folder,
@@ -69,6 +73,7 @@ def begin(run_folder: Path, job: Job) -> int:
             "nodes": job.nodes,
             "began": _now(),
             "step": newest_step(run_folder),
+            **({"runs": runs} if runs > 1 else {}),
         },
     )
     return number

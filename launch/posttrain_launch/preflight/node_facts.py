@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 from posttrain_dist.files import read_object, write_atomic
 from posttrain_launch.preflight.gpu_state import Gpu, GpuState, current_gpus
+from posttrain_launch.run.versions import installed_versions
 
 # Whose versions must be those of all other nodes.
 PACKAGES = (
@@ -65,7 +64,7 @@ def look(run_folder: Path, node: str, start: str) -> NodeFacts:
     return NodeFacts(
         node=node,
         start=start,
-        versions=_versions(),
+        versions=installed_versions(PACKAGES),
         config=hashlib.sha256((run_folder / "config.yaml").read_bytes()).hexdigest(),
         gpus=current_gpus(),
         free_bytes=shutil.disk_usage(run_folder).free,
@@ -108,17 +107,6 @@ def _facts(values: dict[str, Any]) -> NodeFacts:
     state = dict(values["gpus"])
     gpus = GpuState(**{**state, "gpus": [Gpu(**each) for each in state["gpus"]]})
     return NodeFacts(**{**values, "gpus": gpus})
-
-
-def _versions() -> dict[str, str]:
-    """Read from what is installed: importing it all would take seconds."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _free(folder: Path) -> int:

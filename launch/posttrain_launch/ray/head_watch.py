@@ -1,7 +1,7 @@
 """Whether the head of a run's Ray still answers, seen by the driver, which has no tie to it.
 
 The process that holds the tie is of no use here: Ray ends it 61 s after the head is gone, and no
-code of ours runs in between. Workers go on training until Ray ends them, so they are asked to save.
+code of ours runs in between. Workers go on training until Ray ends them, so they save before that.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from posttrain_dist.run import discard_outcome, finish, finished_line
 from posttrain_launch.failures import print_error
 from posttrain_launch.lifecycle.deadline import stopped_before_end
 from posttrain_launch.lifecycle.decide import Cause
+from posttrain_launch.lifecycle.starts import policy_of
 from posttrain_launch.run.driver import exclusive_lock, prepare_run, read_frozen, redirect_output
 from posttrain_launch.run.recorded_start import RecordedStart, cause_of, code_of, recorded_start
 from posttrain_launch.run.stop_request import request_stop, requested_cause, stopped_by_signals
@@ -90,7 +91,10 @@ def _entered(runs: dict[Path, RunConfig]) -> Iterator[dict[Path, RecordedStart]]
         for folder, config in runs.items():
             (folder / "logs").mkdir(exist_ok=True)
             stack.enter_context(exclusive_lock(folder, config))
-        starts = {folder: stack.enter_context(recorded_start(folder)) for folder in runs}
+        starts = {
+            folder: stack.enter_context(recorded_start(folder, policy_of(config), runs=len(runs)))
+            for folder, config in runs.items()
+        }
         first = next(iter(runs)) / "logs" / "driver.log"
         stack.enter_context(redirect_output(first, capture_logging=True))
         yield starts

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import platform
 import secrets
@@ -31,6 +30,7 @@ from posttrain_dist.prepare import find_prepared
 from posttrain_launch.compose.command_line import typed_keys
 from posttrain_launch.compose.composer import Composed
 from posttrain_launch.compose.paths import with_absolute_paths
+from posttrain_launch.run.versions import installed_versions
 
 PACKAGES = ("posttrain-dist", "torch", "transformers", "deepspeed", "ray", "hydra-core", "wandb")
 
@@ -75,7 +75,7 @@ def freeze(
         "created": now.isoformat(timespec="seconds"),
         "command": command,
         "host": platform.node(),
-        "versions": versions(),
+        "versions": installed_versions(PACKAGES),
         "git": git_state(Path(__file__).parents[1]),
         "wandb_id": secrets.token_hex(4),
         "hashes": {"config": hashlib.sha256(text.encode()).hexdigest()},
@@ -144,17 +144,6 @@ def _not_writable(folder: Path, error: OSError) -> ConfigError:
 
 
 # ---------------------------------------------------------------------------------- lineage
-
-
-def versions() -> dict[str, str]:
-    """Python's version and those of the packages that decide a run's numbers."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

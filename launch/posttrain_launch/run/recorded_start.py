@@ -50,14 +50,19 @@ def cause_of(error: BaseException) -> Cause:
 
 
 @contextlib.contextmanager
-def recorded_start(folder: Path, policy: Policy | None = None) -> Iterator[RecordedStart]:
+def recorded_start(
+    folder: Path, policy: Policy | None = None, *, runs: int = 1
+) -> Iterator[RecordedStart]:
     """Write the lines of a start to logs/starts.jsonl; `cause` is to be set inside.
+
+    Args:
+        runs: that this process trains together.
 
     Raises:
         ClusterError: Slurm has started the same job again and again, and no start made progress.
     """
     job, policy = starts.this_job(), policy or Policy()
-    number = starts.begin(folder, job)
+    number = starts.begin(folder, job, runs)
     start = RecordedStart()
     try:
         if job.restart_count:

@@ -40,7 +40,7 @@ def request_stop(folder: Path, cause: Cause) -> None:
 
 
 def requested_cause(folder: Path) -> Cause:
-    """Why a run was asked to end."""
+    """Why a run is to end."""
     try:
         text = (folder / FILE).read_text(encoding="utf-8").strip()
     except OSError:

@@ -36,7 +36,7 @@ def find_runs(words: Sequence[str], root: Path) -> list[Found]:
 
     Raises:
         PosttrainError: one of the words is none of these.
-        ClusterError: only Slurm could know the job, and cannot be asked.
+        ClusterError: only Slurm could know the job, and does not answer.
     """
     root = root.absolute()
     if not words:

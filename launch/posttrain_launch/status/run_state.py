@@ -23,7 +23,7 @@ class RunState(StrEnum):
     pruned = "pruned"  # by the search of a sweep
     running = "running"
     starting = "starting"  # its processes are there, and no step of this start is logged yet
-    stopping = "stopping"  # it was asked to save and leave
+    stopping = "stopping"  # it is to save and leave
     pending = "pending"
     requeued = "requeued"  # waits for its next start
     suspended = "suspended"

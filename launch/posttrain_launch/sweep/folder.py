@@ -8,7 +8,7 @@ outputs/<name>/sweeps/<time>/
   study.journal       of hydra/sweeper=posttrain_optuna
   sweep.html          by `posttrain report <this folder>` and at the end
 
-A trial is never asked how it went by the process that started it: its run folder says so
+How a trial went is not known from the process that started it: its run folder says so
 (`sweep/states.py`), whoever looks and whenever.
 """
 

@@ -8,7 +8,7 @@ called again. What a kill leaves at each point, and what follows then:
     a run folder that never began                started
     a run in the middle, its process alive       watched
     a run in the middle, its process lost        started: it goes on from its newest checkpoint
-    FINISHED                                     told to the search, which may know
+    FINISHED                                     the search takes it in, if it has not yet
 """
 
 from __future__ import annotations

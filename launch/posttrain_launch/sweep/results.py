@@ -3,7 +3,8 @@
 {"name", "folder", "command", "created", "metric", "direction", "keys": [those that vary], "unit":
  "GPU" or "process", "best": number of the best trial or null, "winner": its command or null,
  "trials": [{"number", "overrides", "varied": {key: text}, "state", "error", "value", "step",
-             "total_steps", "seconds", "workers", "cost_s": seconds x GPUs, "memory_bytes",
+             "total_steps", "seconds", "workers", "cost_s": seconds x GPUs, shared by
+             the trials of one process, "memory_bytes": of the whole process,
              "curves": {held-out key of metrics.jsonl: [[step, value], ...]}, "folder", "extra"}]}
 
 Trials come with the best first; those without a value last, by number.
@@ -22,6 +23,7 @@ import yaml
 from posttrain_dist.errors import ClusterError
 from posttrain_dist.files import read_object, read_rows
 from posttrain_launch.batch.array import ArrayQueue, Task
+from posttrain_launch.lifecycle import starts
 from posttrain_launch.sweep.folder import State, Sweep, Trial, read_trials
 from posttrain_launch.sweep.states import read_failure, state_of
 
@@ -125,7 +127,7 @@ def _row(trial: Trial, shared: set[str], metric: str, jobs: dict[int, Task]) -> 
         "seconds": seconds,
         "workers": workers,
         "gpus": gpus * workers,
-        "cost_s": seconds * workers * (gpus or 1),
+        "cost_s": seconds * workers * (gpus or 1) / _runs_together(folder),
         "memory_bytes": int(max(memory)) if memory else None,
         "curves": curves,
         "folder": str(folder),
@@ -146,6 +148,12 @@ def _read(path: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         return read_object(path)
     return {}
+
+
+def _runs_together(folder: Path) -> int:
+    """Runs that its newest start trains in one process."""
+    found = starts.read(folder)
+    return int(found[-1].get("runs", 1)) if found else 1
 
 
 def _gpus_of_worker(folder: Path) -> float:

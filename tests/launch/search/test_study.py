@@ -28,7 +28,7 @@ def search_of(folder: Path, words: list[str], **options) -> study.OptunaSearch:
     return study.OptunaSearch(folder, OptunaSweeper(**options), read_space(words))
 
 
-def asked(found: study.OptunaSearch, folder: Path, number: int, free: int = 1) -> list[Trial]:
+def proposed(found: study.OptunaSearch, folder: Path, number: int, free: int = 1) -> list[Trial]:
     return [
         Trial(number + i, proposal.overrides, trial_folder(folder, number + i), proposal.extra)
         for i, proposal in enumerate(found.ask(free))
@@ -46,7 +46,7 @@ def searched(folder: Path, **options) -> list[Trial]:
     found = search_of(folder, [RANKS, LR], **options)
     trials: list[Trial] = []
     while not found.finished:
-        [trial] = asked(found, folder, len(trials))
+        [trial] = proposed(found, folder, len(trials))
         found.tell(trial, State.done, value_of(trial.overrides))
         trials.append(trial)
     return trials
@@ -83,7 +83,7 @@ def test_a_finite_space_is_searched_through_once(tmp_path):
     found = search_of(tmp_path / "s", words, n_trials=50, startup_trials=2)
     trials: list[Trial] = []
     while not found.finished:
-        trials += (new := asked(found, tmp_path, len(trials), free=3))
+        trials += (new := proposed(found, tmp_path, len(trials), free=3))
         for trial in new:
             found.tell(trial, State.done, float(trial.number))
     every = itertools.product((4, 8), (1, 2, 3), ("0", "0.1"))
@@ -94,7 +94,7 @@ def test_a_finite_space_is_searched_through_once(tmp_path):
 
 def test_no_more_than_n_jobs_at_a_time(tmp_path):
     found = search_of(tmp_path / "s", [RANKS, LR], n_jobs=2, n_trials=5)
-    first = asked(found, tmp_path, 0, free=9)
+    first = proposed(found, tmp_path, 0, free=9)
     assert len(first) == 2
     assert found.ask(9) == []
     found.tell(first[0], State.failed, None)
@@ -103,7 +103,7 @@ def test_no_more_than_n_jobs_at_a_time(tmp_path):
 
 def test_a_launcher_with_any_room_gets_a_few_at_a_time(tmp_path):
     found = search_of(tmp_path / "s", [RANKS, LR], n_trials=20)
-    first = asked(found, tmp_path, 0, free=1_000_000)
+    first = proposed(found, tmp_path, 0, free=1_000_000)
     assert len(first) == 4
     found.tell(first[0], State.done, 1.0)
     assert len(found.ask(1_000_000)) == 1
@@ -117,7 +117,7 @@ def states(folder: Path) -> list[tuple[TrialState, float | None]]:
 def test_results_are_taken_in_once_and_a_failure_that_ended_well_later_too(tmp_path):
     folder = tmp_path / "s"
     found = search_of(folder, [RANKS, LR], n_trials=4, pruner="median")
-    trials = asked(found, folder, 0, free=4)
+    trials = proposed(found, folder, 0, free=4)
     for _ in range(2):
         found.tell(trials[0], State.done, 0.5)
         found.tell(trials[1], State.failed, None)
@@ -135,7 +135,7 @@ def test_results_are_taken_in_once_and_a_failure_that_ended_well_later_too(tmp_p
 
 def test_a_metric_that_no_trial_has_ends_the_search_once(tmp_path):
     found = search_of(tmp_path / "s", [RANKS, LR], metric="eval_channel_loss/poems")
-    first, second = asked(found, tmp_path, 0, free=2)
+    first, second = proposed(found, tmp_path, 0, free=2)
     for trial, row, fix in (
         (first, '{"step": 1, "eval/loss": 2.0, "eval_channel_loss/chat": 3.0, "lr": 1}\n',
          "its runs have eval/loss, eval_channel_loss/chat"),
@@ -152,7 +152,7 @@ def test_a_metric_that_no_trial_has_ends_the_search_once(tmp_path):
 def test_what_nobody_runs_is_proposed_again_with_its_values(tmp_path):
     folder = tmp_path / "s"
     found = search_of(folder, [RANKS, LR], n_trials=6)
-    trials = asked(found, folder, 0, free=4)
+    trials = proposed(found, folder, 0, free=4)
     again = search_of(folder, [RANKS, LR], n_trials=6, n_jobs=6)
     again.resume(trials[:2])
     assert not again.finished
@@ -194,7 +194,7 @@ def test_the_median_gives_up_what_is_worse_than_half(tmp_path):
     found = search_of(
         tmp_path / "s", [RANKS, LR], pruner="median", startup_trials=3, warmup_steps=20
     )
-    trials = asked(found, tmp_path, 0, free=6)
+    trials = proposed(found, tmp_path, 0, free=6)
     for trial, value in zip(trials[:3], (1.0, 2.0, 3.0), strict=True):
         assert observed(found, trial, {0: 9.0, 10: value, 20: value, 30: value}) is None
         found.tell(trial, State.done, value)
@@ -207,7 +207,7 @@ def test_a_decision_to_give_up_outlives_the_driver(tmp_path):
     folder = tmp_path / "s"
     words = [RANKS, LR]
     found = search_of(folder, words, pruner="asha", reduction=2)
-    trials = asked(found, folder, 0, free=2)
+    trials = proposed(found, folder, 0, free=2)
     assert observed(found, trials[0], {10: 1.0, 20: 0.9, 40: 0.8}) is None
     assert observed(found, trials[1], {10: 1.5}) == 10
     again = search_of(folder, words, pruner="asha", reduction=2)

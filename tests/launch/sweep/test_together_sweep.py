@@ -8,6 +8,7 @@ import pytest
 from posttrain_launch.cli import main
 from posttrain_launch.sweep.backends.together import groups
 from posttrain_launch.sweep.folder import State, Trial, read_sweep, read_trials
+from posttrain_launch.sweep.results import read_results
 from posttrain_launch.sweep.states import state_of
 
 from posttrain_dist.config import AdamW, Lora, RunConfig, complete
@@ -34,6 +35,9 @@ def test_trials_of_one_base_share_a_process(words, tmp_path, capfd):
     trials = read_trials(read_sweep(folder).folder)
     assert [state_of(trial) for trial in trials] == [State.done] * 2
     assert pid_of(trials[0].folder) == pid_of(trials[1].folder)
+    # What the one process took is the cost of both.
+    for row in read_results(read_sweep(folder))["trials"]:
+        assert row["cost_s"] == pytest.approx(row["seconds"] / 2) and row["seconds"] > 0
     printed = capfd.readouterr().out
     for trial in trials:
         held_out = read_rows(trial.folder / "metrics.jsonl")[-1]["eval/loss"]

@@ -106,6 +106,6 @@ class Processes:
         if child is not None:
             with contextlib.suppress(ProcessLookupError):
                 child.send_signal(which)
-        else:  # of a driver that was killed: what a signal asks for is asked for by a file
+        else:  # of a driver that was killed: a file requests what a signal would
             with contextlib.suppress(OSError):
                 (self._folders[number] / "STOP").touch()

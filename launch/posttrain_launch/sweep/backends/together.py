@@ -118,9 +118,8 @@ def groups(trials: Sequence[Trial]) -> Groups:
         else:
             firsts.append(config)
             found.groups.append([trial])
-            found.alone |= (
-                {trial.number: why or why_alone(config)} if why or why_alone(config) else {}
-            )
+            if why := why or why_alone(config):
+                found.alone[trial.number] = why
     return found
 
 
