@@ -131,9 +131,12 @@ def count_workers(config: RunConfig, machine: Machine) -> tuple[int, int]:
     if isinstance(config.engine, Single) or isinstance(cluster, Local):
         return 1, 1
     assert isinstance(cluster, Ray)
-    per_node = machine.gpus_per_node if machine.gpu is not None else 0
+    if 0 < cluster.gpus_per_worker < 1:
+        return 1, 1  # no two workers of a run share a GPU
+    on_gpu = machine.gpu is not None and cluster.gpus_per_worker > 0
+    per_node = machine.gpus_per_node if on_gpu else 0
     if isinstance(cluster, Slurm):
-        if cluster.gpus_per_node is not None:
+        if cluster.gpus_per_node is not None and cluster.gpus_per_worker > 0:
             per_node = cluster.gpus_per_node
         workers = cluster.workers or cluster.nodes * max(1, per_node)
         spread = math.ceil(workers / cluster.nodes)

@@ -26,6 +26,7 @@ from posttrain_dist.config.this_machine import cpus_here, host_memory_bytes, loo
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.errors import ClusterError, ConfigError, SeveralErrors
 from posttrain_dist.planner.machine import UnknownMachine, find_machine
+from posttrain_dist.planner.make_job import count_workers
 from posttrain_dist.preflight import check_inputs
 
 GIB = 1 << 30
@@ -279,3 +280,19 @@ def test_what_is_typed_wins_over_the_table():
     assert machine.gpu_memory_bytes == 70 * GIB
     assert machine.link_bytes_s == 200e9
     assert machine.host_link_bytes_s == 64e9
+
+
+@pytest.mark.parametrize(
+    ("cluster", "ranks"),
+    [
+        (Ray(), (8, 8)),
+        (Ray(gpus_per_worker=0.5), (1, 1)),  # one worker, for none shares a GPU with its own
+        (Ray(gpus_per_worker=0), (1, 1)),  # on CPUs, as where there is no GPU
+        (Slurm(nodes=2, gpus_per_node=4), (8, 4)),
+        (Slurm(nodes=2, gpus_per_node=4, gpus_per_worker=0), (2, 1)),
+    ],
+)
+def test_ranks_are_planned_as_ray_places_them(cluster, ranks):
+    hardware = Hardware(gpu="h100", gpus_per_node=8, **DESCRIBED)
+    config = config_of(hardware, cluster)
+    assert count_workers(config, find_machine(config, plans_only=True)) == ranks

@@ -12,6 +12,26 @@ from typing import Any
 from posttrain_dist.files import read_rows
 
 
+def small_run(model: Path, rows: Path, root: Path, steps: int = 3) -> list[str]:
+    """Of a small training of one process on Ray."""
+    return [
+        f"model.path={model}",
+        f"data.train={rows}",
+        f"output_root={root}",
+        "data.max_length=64",
+        "name=small",
+        f"train.steps={steps}",
+        "train.batch_size=4",
+        "optimizer.lr=0.003",
+        "engine=single",
+        "cluster=ray",
+        "cluster.workers=1",
+        "logging.wandb=off",
+        "eval.generate_rows=0",
+        "checkpoint.export=false",
+    ]
+
+
 def losses(folder: Path) -> list[float]:
     """Of its steps."""
     rows = read_rows(folder / "metrics.jsonl")

@@ -16,7 +16,7 @@ from posttrain_launch.ray import head_watch
 from posttrain_launch.ray.child import session_members
 from posttrain_launch.ray.head_watch import HeadWatch, address_file, leave_training
 from ray_cluster import RayCluster, ray_cluster
-from ray_runs import is_worker, losses, processes_of, wait_until
+from ray_runs import is_worker, losses, processes_of, small_run, wait_until
 
 from posttrain_dist.errors import ClusterLost
 
@@ -24,25 +24,8 @@ POSTTRAIN = Path(sysconfig.get_path("scripts")) / "posttrain"
 
 
 def words(cluster: RayCluster, model: Path, rows: Path, root: Path, steps: int) -> list[str]:
-    return [
-        str(POSTTRAIN),
-        "train",
-        f"model.path={model}",
-        f"data.train={rows}",
-        f"output_root={root}",
-        "data.max_length=64",
-        "name=small",
-        f"train.steps={steps}",
-        "train.batch_size=4",
-        "optimizer.lr=0.003",
-        "engine=single",
-        "cluster=ray",
-        "cluster.workers=1",
-        f"cluster.address={cluster.address}",
-        "logging.wandb=off",
-        "eval.generate_rows=0",
-        "checkpoint.export=false",
-    ]
+    run = small_run(model, rows, root, steps)
+    return [str(POSTTRAIN), "train", *run, f"cluster.address={cluster.address}"]
 
 
 def drive(cluster: RayCluster, command: list[str], said: Path, **changes: str | None):

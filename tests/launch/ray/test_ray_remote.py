@@ -14,7 +14,7 @@ from posttrain_launch.ray import remote, token
 from posttrain_launch.ray.jobs import arrival, sending
 from posttrain_launch.run.job_record import read_job
 from ray_cluster import ray_cluster
-from ray_runs import losses, wait_until
+from ray_runs import losses, small_run, wait_until
 
 from posttrain_dist.config import Local, ModelConfig, Ray, RunConfig, ray_rules
 from posttrain_dist.errors import ClusterError, ConfigError, PosttrainError
@@ -22,26 +22,6 @@ from posttrain_dist.preflight import input_problems
 
 POSTTRAIN = Path(sysconfig.get_path("scripts")) / "posttrain"
 API = "http://head:8265"
-
-
-def options(model: Path, rows: Path, root: Path, steps: int = 3) -> list[str]:
-    """Of a small training of one process on Ray."""
-    return [
-        f"model.path={model}",
-        f"data.train={rows}",
-        f"output_root={root}",
-        "data.max_length=64",
-        "name=small",
-        f"train.steps={steps}",
-        "train.batch_size=4",
-        "optimizer.lr=0.003",
-        "engine=single",
-        "cluster=ray",
-        "cluster.workers=1",
-        "logging.wandb=off",
-        "eval.generate_rows=0",
-        "checkpoint.export=false",
-    ]
 
 
 # ------------------------------------------------------------------------------ no Ray needed
@@ -216,7 +196,7 @@ def submit(cluster, folder: Path, *words: str, **changes: str | None):
 def test_a_job_outlives_its_sender_and_its_losses_are_those_of_a_run_here(
     cluster, tiny_llama, rows_file, tmp_path
 ):
-    words = options(tiny_llama, rows_file, tmp_path / "out")
+    words = small_run(tiny_llama, rows_file, tmp_path / "out")
     here = [word for word in words if not word.startswith("cluster")]
     subprocess.run([POSTTRAIN, "train", *here], cwd=tmp_path, check=True, capture_output=True)
     [plain] = (tmp_path / "out" / "small").iterdir()
@@ -256,7 +236,7 @@ def test_a_job_outlives_its_sender_and_its_losses_are_those_of_a_run_here(
 def test_a_laptop_sends_text_and_stops_what_it_sent(cluster, tiny_llama, rows_file, tmp_path):
     laptop = tmp_path / "laptop"
     laptop.mkdir()
-    words = options(tiny_llama, rows_file, tmp_path / "there", steps=5000)
+    words = small_run(tiny_llama, rows_file, tmp_path / "there", steps=5000)
     words += ["cluster.shared_folders=false", f"cluster.program={POSTTRAIN}", "train.save_every=9"]
     done = submit(cluster, laptop, *words)
     assert done.returncode == 0, done.stderr
@@ -287,7 +267,7 @@ def test_a_laptop_sends_text_and_stops_what_it_sent(cluster, tiny_llama, rows_fi
 def test_a_failure_on_the_cluster_is_the_exit_code_of_who_waits(
     cluster, tiny_llama, rows_file, tmp_path
 ):
-    words = options(tiny_llama, "/not/there.jsonl", tmp_path / "there")
+    words = small_run(tiny_llama, "/not/there.jsonl", tmp_path / "there")
     words += ["cluster.shared_folders=false", f"cluster.program={POSTTRAIN}"]
     done = submit(cluster, tmp_path, *words, "--wait")
     assert done.returncode == Exit.failed
