@@ -7,12 +7,19 @@ Shape legend, used in names all over the project:
     N  supervised tokens of the row        D  hidden size
     V  vocabulary                          C  channels
     K  columns of the channel table
+
+A preference is a unit of samples: the prompt, and behind it each answer (`Example.parent`), with
+
+    role_S    -1 of a prompt and in fillers, 0 of an answer, 1 of an answer to another prompt (KTO)
+    value_S   what an answer is worth: of two, the higher one is preferred; 0 of a prompt
+    margin_S  by how much at least, of the preferred one of a pair; else 0
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -71,6 +78,17 @@ class Example:
     extra: Mapping[str, npt.NDArray[np.generic] | float] = field(default_factory=dict)
     # sample_id of the sample whose tokens this one follows: the nearest before it in the row.
     parent: int | None = None
+    # Samples of one unit stand side by side and are never split over packs: a prompt and the
+    # answers to it that are compared. None: the sample is a unit of its own.
+    unit: int | None = None
+
+
+class By(Enum):
+    """Who fills a field of `Batch.extra`."""
+
+    data = "data"  # the prepared data has it
+    model = "model"  # a model that answers are scored by, before the step
+    source = "source"  # whatever else makes batches; data files do not
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +98,12 @@ class Extra:
     Attributes:
         name: `..._N`, one number per supervised token, or `..._S`, one per sample.
         index: int64, where -1 means none, as a filler has it; else float32, where it has 0.
+        by: who fills it.
     """
 
     name: str
     index: bool = False
+    by: By = By.source
 
 
 @dataclass(slots=True)
@@ -107,14 +127,18 @@ class Batch:
     supervised_N: torch.Tensor  # int64, positions in the row whose hidden state is used
     labels_N: torch.Tensor  # int64, the token that each such position predicts
     channel_N: torch.Tensor  # int64, channel of each supervised token
+    sample_N: torch.Tensor  # int64, the sample of the row that each supervised token belongs to
     weight_N: torch.Tensor  # float32; 0 only in padding and fillers
     num_targets: int
     weight_sum: float  # of weight_N, in float64
     sample_id_S: list[int]  # -1 for a filler
     parent_S: list[int]  # an earlier sample of the row; -1: none, the sample is a root
+    unit_S: list[int]  # samples of one unit have one number, from 0
     # What objectives need beyond this: `..._N` per supervised token (0 in padding), `..._S` per
     # sample.
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
+    # The `..._S` of them once more, on the host: to count by, without a device sync.
+    host_S: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:

@@ -27,6 +27,7 @@ from posttrain_dist.engine import (
 )
 from posttrain_dist.engine.ds_config import deepspeed_config
 from posttrain_dist.errors import ConfigError, PosttrainError, Rule, at_least, raise_all
+from posttrain_dist.flow import By
 from posttrain_dist.models import Weights, model_rules
 from posttrain_dist.tuning.auto import AutoTuning
 from posttrain_dist.tuning.base import AdapterTuning, Quantize
@@ -198,7 +199,7 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
     rules.append(optimizer_engine_rule(config.optimizer, engine))
     if isinstance(config.tuning, AdapterTuning):
         rules += _quantize_rules(config, config.tuning)
-    needed = ", ".join(extra.name for extra in config.objective.extra)
+    needed = ", ".join(each.name for each in config.objective.extra if each.by is By.source)
     rules.append(
         Rule(
             not needed,

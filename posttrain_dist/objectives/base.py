@@ -28,11 +28,14 @@ class Objective:
         columns: of its channel table. "loss" must be one, and its `per` a weight; "correct" is
             the accuracy of an evaluation. Every other one becomes a metric below the
             objective's name.
+        own_rows: whether `hidden_ND` are the states of the targets themselves, which a scalar
+            head reads; else of the tokens before them, which predict them.
     """
 
     rows: ClassVar[str] = "messages"
     extra: ClassVar[tuple[Extra, ...]] = ()
     columns: ClassVar[tuple[Column, ...]] = ()
+    own_rows: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -154,9 +154,9 @@ def _source_shares(config: RunConfig, examples: Examples) -> dict[str, dict[str,
     if mixture is None:
         return {}
     drawn = mixture.draw(0, 0)
-    sources, size = examples.sources[drawn], len(config.data.sources)
+    sources, size = examples.units.sources[drawn], len(config.data.sources)
     rows = np.bincount(sources, minlength=size)
-    tokens = np.bincount(sources, examples.supervised[drawn], size)
+    tokens = np.bincount(sources, examples.units.supervised[drawn], size)
     return {
         share.name: {
             "asked": share.target,
@@ -179,26 +179,29 @@ def _first_pack(config: RunConfig, examples: Examples) -> dict[str, Any]:
     added = config.model.add_tokens
     shape = read_shape(config.model.path, added)
     cost = Cost.of_model(shape.hidden_size, shape.num_layers, shape.vocab_size)
+    units = examples.units
     packs = Order(
-        examples.lengths,
+        units.lengths,
         max_length=config.data.max_length,
         window=config.data.pack_window,
         seed=config.seed,
         batch_size=config.train.batch_size,
         mixture=make_mixture(config.data, config.seed, examples),
     ).packs(1)
-    costs = [cost.of(examples.lengths[pack], examples.supervised[pack]).sum() for pack in packs]
+    costs = [cost.of(units.lengths[pack], units.supervised[pack]).sum() for pack in packs]
     pack = packs[assign_packs(np.array(costs), world=1)[0][0]]
     kept = tokenizer_cache(config.data.cache)
     tokenizer = load_tokenizer(resolve(config.model.path), kept, added)
     found: list[list[Any]] = []
-    for sample, index in enumerate(pack.tolist()):
+    samples = [index for unit in pack.tolist() for index in units.samples(unit)]
+    for sample, index in enumerate(samples):
         example = examples[index]
         weight_L = example.weight_L.copy()
-        weight_L[0] = 0  # nothing stands before the first token to predict it from
+        if example.parent is None:
+            weight_L[0] = 0  # nothing stands before the first token to predict it from
         found += [[*p, sample] for p in pieces(example.input_ids_L, weight_L, tokenizer)]
     return {
-        "tokens": int(examples.lengths[pack].sum()),
-        "samples": len(pack),
+        "tokens": int(units.lengths[pack].sum()),
+        "samples": len(samples),
         "pieces": found,
     }

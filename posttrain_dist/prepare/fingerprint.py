@@ -32,7 +32,7 @@ from posttrain_dist.prepare.digests import Digests, state
 # Version of what is written: the files of a prepared folder, and the tokens and masks that a row
 # gives. Raise it with every change of these, also with a fix: entries of the cache that were made
 # before are then prepared again, and a run that was begun keeps its own.
-FORMAT = 8
+FORMAT = 9
 LIBRARIES = ("jinja2", "tokenizers", "transformers")
 TOKENIZER_FILES = (
     "added_tokens.json",

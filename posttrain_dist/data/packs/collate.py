@@ -20,9 +20,12 @@ class Declares(Protocol):
     """An objective, as far as a batch is concerned."""
 
     extra: ClassVar[tuple[Extra, ...]]
+    own_rows: ClassVar[bool]
 
 
-def collate(examples: Sequence[Example], vocab_size: int | None = None) -> Batch:
+def collate(
+    examples: Sequence[Example], vocab_size: int | None = None, *, own_rows: bool = False
+) -> Batch:
     """Lay samples end to end in one row.
 
     The hidden state of token i predicts token i + 1 of the same sample; the last token of a
@@ -31,6 +34,7 @@ def collate(examples: Sequence[Example], vocab_size: int | None = None) -> Batch
     Args:
         examples: a parent stands before the samples that follow it.
         vocab_size: where given, every token must be below it.
+        own_rows: the hidden state of a target itself is used, not that of the token before it.
 
     Raises:
         DataError: a token is out of range, a parent is not in the row, or samples have different
@@ -46,13 +50,16 @@ def collate(examples: Sequence[Example], vocab_size: int | None = None) -> Batch
     parent_S = _parents(examples)
     position_T = np.arange(len(ids_T)) - np.repeat(cu_seqlens_S[:-1], lengths)
     position_T += np.repeat(_before(lengths, parent_S), lengths)
-    predictor_T = np.arange(-1, len(ids_T) - 1)  # whose hidden state predicts each token
+    predictor_T = np.arange(len(ids_T)) - (not own_rows)  # whose hidden state is used
     for sample, parent in enumerate(parent_S):
         first = cu_seqlens_S[sample]
+        if own_rows:
+            continue
         if parent < 0:
             weight_T[first] = 0  # the first token of a root is no target
         else:
             predictor_T[first] = cu_seqlens_S[parent + 1] - 1
+    sample_T = np.repeat(np.arange(len(examples)), lengths)
     target_N = np.flatnonzero(weight_T)
     num_targets = len(target_N)
     # Padding repeats the last target, whose loss is as finite as it is without padding.
@@ -60,6 +67,7 @@ def collate(examples: Sequence[Example], vocab_size: int | None = None) -> Batch
     target_N = _pad(target_N, last)
     weight_N = weight_T[target_N]
     weight_N[num_targets:] = 0
+    extra = _extra(examples, target_N, num_targets)
     return Batch(
         input_ids_T=torch.from_numpy(ids_T),
         position_ids_T=torch.from_numpy(position_T),
@@ -70,12 +78,15 @@ def collate(examples: Sequence[Example], vocab_size: int | None = None) -> Batch
         supervised_N=torch.from_numpy(np.maximum(predictor_T[target_N], 0)),
         labels_N=torch.from_numpy(ids_T[target_N]),
         channel_N=torch.from_numpy(channel_T[target_N].astype(np.int64)),
+        sample_N=torch.from_numpy(sample_T[target_N]),
         weight_N=torch.from_numpy(weight_N),
         num_targets=num_targets,
         weight_sum=float(weight_N.sum(dtype=np.float64)),
         sample_id_S=[example.sample_id for example in examples],
         parent_S=parent_S,
-        extra=_extra(examples, target_N, num_targets),
+        unit_S=_units(examples),
+        extra=extra,
+        host_S={name: extra[name].tolist() for name in extra if name.endswith("_S")},
     )
 
 
@@ -96,6 +107,8 @@ def filler(objective: Declares, channel: int = 0) -> Batch:
         size = len(batch.labels_N) if declared.name.endswith("_N") else 1
         value, dtype = (-1, torch.int64) if declared.index else (0, torch.float32)
         batch.extra[declared.name] = torch.full((size,), value, dtype=dtype)
+        if declared.name.endswith("_S"):
+            batch.host_S[declared.name] = [value] * size
     return batch
 
 
@@ -115,6 +128,21 @@ def _parents(examples: Sequence[Example]) -> list[int]:
         parent_S.append(parent)
         newest[example.sample_id] = index
     return parent_S
+
+
+def _units(examples: Sequence[Example]) -> list[int]:
+    """The unit of each sample, numbered in the row: it may hold one unit twice."""
+    numbers: list[int] = []
+    unit: int | None = None
+    seen: set[int] = set()
+    for example in examples:
+        if unit is None or example.unit != unit or example.sample_id in seen:
+            numbers.append(numbers[-1] + 1 if numbers else 0)
+            unit, seen = example.unit, set()
+        else:
+            numbers.append(numbers[-1])
+        seen.add(example.sample_id)
+    return numbers
 
 
 def _before(lengths: Sequence[int], parent_S: Sequence[int]) -> list[int]:

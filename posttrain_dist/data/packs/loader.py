@@ -62,10 +62,11 @@ class PackedSource:
         self._examples, self._objective, self._mixture = examples, objective, mixture
         self._max_length, self._window, self._rank = max_length, window, rank
         self._vocab_size = vocab_size
-        costs = (cost or Cost()).of(examples.lengths, examples.supervised)
+        self._units = units = examples.units
+        costs = (cost or Cost()).of(units.lengths, units.supervised)
         self._split = MicroBatches(costs, batch_size, micro_batch_size, world)
         self._order = Order(
-            examples.lengths,
+            units.lengths,
             max_length=max_length,
             window=window,
             seed=seed,
@@ -98,7 +99,8 @@ class PackedSource:
 
     def sample_ids(self, k: int) -> list[int]:
         """Ids of the samples of step k over all ranks, in the order of its packs."""
-        ids: list[int] = self._examples.sample_ids[np.concatenate(self._order.packs(k))].tolist()
+        drawn = self._samples(np.concatenate(self._order.packs(k)))
+        ids: list[int] = self._examples.sample_ids[drawn].tolist()
         return ids
 
     def source_amounts(self, k: int) -> dict[str, float]:
@@ -112,12 +114,12 @@ class PackedSource:
         """From a step on: channel -> the share of supervised tokens that the mixture asks for."""
         if self._mixture is None:
             return {}
-        examples = self._examples
+        units = self._units
         return {
             step: dict(
                 zip(
-                    examples.channels,
-                    self._mixture.group_shares(phase, examples.channel_ids, examples.supervised),
+                    self._examples.channels,
+                    self._mixture.group_shares(phase, units.channel_ids, units.supervised),
                     strict=False,
                 )
             )
@@ -128,7 +130,7 @@ class PackedSource:
         """This rank's share of all examples, each exactly once over the ranks; fillers make up
         the same number of batches on every rank. One batch is made at a time.
         """
-        plan = plan_in_order(self._examples.lengths, self._max_length, self._window)
+        plan = plan_in_order(self._units.lengths, self._max_length, self._window)
         return self._assigned([plan[pack] for pack in range(len(plan))])
 
     def heaviest(self, steps: int, memory: RowMemory | None = None) -> list[list[Batch]]:
@@ -139,15 +141,15 @@ class PackedSource:
         A micro-batch comes twice where the run adds up several, so that gradients are there when
         the second one begins.
         """
-        examples, split = self._examples, self._split
-        lengths = examples.lengths.astype(np.int64)
+        units, split = self._units, self._split
+        lengths = units.lengths.astype(np.int64)
         packs = min(steps * split.batch_size, SCANNED_PACKS)
-        keys = (memory or RowMemory()).keys(lengths, examples.supervised)
-        sums = self._order.sums((*keys, lengths**2, examples.supervised), packs)
+        keys = (memory or RowMemory()).keys(lengths, units.supervised)
+        sums = self._order.sums((*keys, lengths**2, units.supervised), packs)
         found = heaviest_rows(self._order, split, sums[: len(keys)], sums[len(keys) :])
         adds_up = -(-split.batch_size // split.world) > split.micro_batch_size
         once = dict.fromkeys(map(tuple, found))
-        return [[self._collate(samples)] * (2 if adds_up else 1) for samples in once]
+        return [[self._collate(units)] * (2 if adds_up else 1) for units in once]
 
     def _assigned(self, packs: Sequence[Ints]) -> Iterator[Batch]:
         shares = self._split.shares(packs)
@@ -158,5 +160,13 @@ class PackedSource:
         for _ in range(most - len(mine)):
             yield filler(self._objective)
 
-    def _collate(self, samples: Sequence[int]) -> Batch:
-        return collate([self._examples[i] for i in samples], self._vocab_size)
+    def _samples(self, units: Sequence[int] | Ints) -> list[int]:
+        """The samples of some units, in order."""
+        return [sample for unit in units for sample in self._units.samples(int(unit))]
+
+    def _collate(self, units: Sequence[int]) -> Batch:
+        return collate(
+            [self._examples[i] for i in self._samples(units)],
+            self._vocab_size,
+            own_rows=self._objective.own_rows,
+        )

@@ -274,4 +274,5 @@ def make_mixture(data: DataConfig, seed: int, examples: Examples) -> Mixture | N
         )
         for name, source in data.sources.items()
     ]
-    return Mixture(examples.sources, examples.supervised, specs, data.mix_by, seed)
+    units = examples.units
+    return Mixture(units.sources, units.supervised, specs, data.mix_by, seed)

@@ -8,6 +8,9 @@
     channels.npy     int16 [samples]       sources.npy    int16 [samples]
     ids.npy          int64 [samples]       truncated.npy  bool [samples]
     supervised.npy   int32 [samples]       targets, so that planning reads no token
+    parents.npy      int32 [samples]       how many samples before it its parent stands; 0: none
+    units.npy        int64 [samples]       samples of one unit follow each other, with one number
+    extra_<name>_S.npy  float32 or int64 [samples]   of `Example.extra`; those that samples have
 
 Weights are kept as runs: a conversation has a few, where one float per token would double the size.
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,7 +41,10 @@ _DTYPES = {
     "ids": np.int64,
     "truncated": np.bool_,
     "supervised": np.int32,
+    "parents": np.int32,
+    "units": np.int64,
 }
+_EXTRA = "extra_"
 _STARTS = {"offsets": "tokens", "run_offsets": "run_lengths"}  # array -> what it cuts
 _HEADER_BYTES = 128
 _NO_TOKEN, _NO_WEIGHT = np.empty(0, np.int32), np.empty(0, np.float32)
@@ -52,7 +59,7 @@ def flatten(examples: Sequence[Example]) -> Arrays:
     """Examples laid end to end: the arrays of a split, without `sources`.
 
     Args:
-        examples: each of one token at least.
+        examples: each of one token at least; `parent` and `unit` count from the first of them.
     """
     lengths_S = np.array([len(each.input_ids_L) for each in examples], np.int64)
     weights = np.concatenate([_NO_WEIGHT, *(each.weight_L for each in examples)])
@@ -64,7 +71,9 @@ def flatten(examples: Sequence[Example]) -> Arrays:
     starts_run[first_S] = True
     runs = np.flatnonzero(starts_run)
     is_target = weights != 0
-    is_target[first_S] = False  # a first token is nobody's target
+    parent_S = [0 if each.parent is None else i - each.parent for i, each in enumerate(examples)]
+    # The first token of a root is nobody's target.
+    is_target[first_S[np.asarray(parent_S, np.int32) == 0]] = False
     num_targets = np.concatenate([[0], np.cumsum(is_target)])
     values = {
         "tokens": np.concatenate([_NO_TOKEN, *(each.input_ids_L for each in examples)]),
@@ -76,8 +85,15 @@ def flatten(examples: Sequence[Example]) -> Arrays:
         "ids": [each.sample_id for each in examples],
         "truncated": [each.truncated for each in examples],
         "supervised": np.diff(num_targets[offsets]),
+        "parents": parent_S,
+        "units": [i if each.unit is None else each.unit for i, each in enumerate(examples)],
     }
-    return {name: np.asarray(value, _DTYPES[name]) for name, value in values.items()}
+    arrays: Arrays = {name: np.asarray(value, _DTYPES[name]) for name, value in values.items()}
+    for name in examples[0].extra if examples else ():
+        column = np.array([each.extra[name] for each in examples])
+        whole = np.issubdtype(column.dtype, np.integer)
+        arrays[_EXTRA + name] = column.astype(np.int64 if whole else np.float32)
+    return arrays
 
 
 class SplitWriter:
@@ -91,6 +107,7 @@ class SplitWriter:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
+        self._folder = folder
         self._files = {name: _ArrayFile(folder / f"{name}.npy", d) for name, d in _DTYPES.items()}
         for name in _STARTS:
             self._files[name].append([0])
@@ -105,10 +122,16 @@ class SplitWriter:
             source: that all of them came from.
         """
         num_samples = len(arrays["ids"])
+        if not num_samples:
+            return
+        for name in arrays.keys() - self._files.keys():  # of `extra`: of the first samples, then
+            assert not self.num_samples, f"{name} is there of some samples only"
+            self._files[name] = _ArrayFile(self._folder / f"{name}.npy", arrays[name].dtype)
         written = {**arrays, "sources": np.full(num_samples, source)}
         for name, end in self._ends.items():
             written[name] = arrays[name][1:] + end
             self._ends[name] = end + int(arrays[name][-1])
+        written["units"] = arrays["units"] + self.num_samples
         for name, file in self._files.items():
             file.append(written[name])
         self.num_samples += num_samples
@@ -163,6 +186,44 @@ class _ArrayFile:
 # ------------------------------------------------------------------------------------- reading
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Units:
+    """What is planned: samples that stay together, in the order that a split has them.
+
+    Most are of one sample. Letter: U units.
+    """
+
+    first: npt.NDArray[np.int64]  # [U + 1] unit u is the samples first[u] to first[u + 1]
+    lengths: npt.NDArray[np.int32]  # [U] tokens
+    supervised: npt.NDArray[np.int32]  # [U] targets
+    channel_ids: npt.NDArray[np.int16]  # [U]
+    sources: npt.NDArray[np.int16]  # [U]
+
+    @classmethod
+    def of(cls, examples: Examples, number_S: npt.NDArray[np.int64]) -> Units:
+        """Of the samples of a split.
+
+        Args:
+            number_S: the unit of each.
+        """
+        starts = np.flatnonzero(np.diff(number_S, prepend=-1))
+        first = np.append(starts, len(number_S))
+        if len(starts) == len(number_S):  # each sample is one
+            lengths, supervised = examples.lengths, examples.supervised
+        else:
+            lengths = np.add.reduceat(examples.lengths, starts, dtype=np.int32)
+            supervised = np.add.reduceat(examples.supervised, starts, dtype=np.int32)
+        channels, sources = examples.channel_ids[starts], examples.sources[starts]
+        return cls(first, lengths, supervised, channels, sources)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def samples(self, unit: int) -> range:
+        """The places of the samples of a unit in the split."""
+        return range(int(self.first[unit]), int(self.first[unit + 1]))
+
+
 class Examples:
     """A prepared split, memory-mapped: `len(examples)`, `examples[i]`."""
 
@@ -182,6 +243,12 @@ class Examples:
         self.sample_ids: npt.NDArray[np.int64] = arrays["ids"][index]
         self.channels = channels  # names; Example.channel is an index into them
         self._arrays, self._index = arrays, index
+        self._extra = {
+            name.removeprefix(_EXTRA): array
+            for name, array in arrays.items()
+            if name.startswith(_EXTRA)
+        }
+        self.units = Units.of(self, arrays["units"][index])
 
     @classmethod
     def open(cls, folder: Path, split: str, channels: list[str] | None = None) -> Examples:
@@ -200,6 +267,10 @@ class Examples:
             arrays = {
                 name: np.load(folder / "samples" / f"{name}.npy", mmap_mode="r", allow_pickle=False)
                 for name in _DTYPES
+            }
+            arrays |= {
+                file.stem: np.load(file, mmap_mode="r", allow_pickle=False)
+                for file in sorted((folder / "samples").glob(f"{_EXTRA}*.npy"))
             }
             _check_sizes(arrays)
             if split == "all":
@@ -222,12 +293,16 @@ class Examples:
         arrays, index = self._arrays, int(self._index[index])
         start, end = arrays["offsets"][index : index + 2].tolist()
         runs = slice(*arrays["run_offsets"][index : index + 2].tolist())
+        before = int(arrays["parents"][index])
         return Example(
             input_ids_L=arrays["tokens"][start:end],
             weight_L=np.repeat(arrays["run_weights"][runs], arrays["run_lengths"][runs]),
             channel=int(arrays["channels"][index]),
             sample_id=int(arrays["ids"][index]),
             truncated=bool(arrays["truncated"][index]),
+            extra={name: array[index] for name, array in self._extra.items()},
+            parent=int(arrays["ids"][index - before]) if before else None,
+            unit=int(arrays["units"][index]),
         )
 
 

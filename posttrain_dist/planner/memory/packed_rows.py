@@ -67,7 +67,7 @@ class PackedRows:
             self._packs[run] = self._sums(config, memory)
         key = (run, train.micro_batch_size, world)
         if key not in self._found:
-            lengths, supervised = self.examples.lengths, self.examples.supervised
+            lengths, supervised = self.examples.units.lengths, self.examples.units.supervised
             cost = Cost.of_model(shape.hidden_size, shape.num_layers, shape.vocab_size)
             costs = cost.of(lengths, supervised)
             split = MicroBatches(costs, train.batch_size, train.micro_batch_size, world)
@@ -83,8 +83,9 @@ class PackedRows:
     def _sums(self, config: RunConfig, memory: RowMemory) -> tuple[Order, Ints]:
         """The packs of a run, and of each the keys of `memory` and what decides among equals."""
         data, train, examples = config.data, config.train, self.examples
+        units = examples.units
         order = Order(
-            examples.lengths,
+            units.lengths,
             max_length=data.max_length,
             window=data.pack_window,
             seed=config.seed,
@@ -96,9 +97,9 @@ class PackedRows:
             most = min(most, train.steps * train.batch_size)
         elif self._least_packs(config, train.epochs or 1.0, train.tokens) <= most:
             order.settle(None, train.epochs, train.tokens)  # else the end is beyond what is seen
-        lengths = examples.lengths.astype(np.int64)
-        keys = memory.keys(lengths, examples.supervised)
-        return order, order.sums((*keys, lengths**2, examples.supervised), most)
+        lengths = units.lengths.astype(np.int64)
+        keys = memory.keys(lengths, units.supervised)
+        return order, order.sums((*keys, lengths**2, units.supervised), most)
 
     def _least_packs(self, config: RunConfig, epochs: float, tokens: int | None = None) -> int:
         """Of so many epochs or tokens, if each were full."""
