@@ -72,11 +72,12 @@ def refuse_auto(config: RunConfig) -> RunConfig:
 
 
 def _with_learning_rate(config: RunConfig) -> RunConfig:
-    """The learning rate of the tuning, where none is set and the tuning is known."""
+    """The learning rate of tuning and objective, where none is set and the tuning is known."""
     optimizer, auto = config.optimizer, isinstance(config.tuning, AutoTuning)
     if auto or not isinstance(optimizer, AdamW) or optimizer.lr is not None:
         return config
-    chosen = dataclasses.replace(optimizer, lr=config.tuning.default_lr)
+    rate = config.objective.learning_rate(config.tuning.default_lr)
+    chosen = dataclasses.replace(optimizer, lr=rate)
     return dataclasses.replace(config, optimizer=chosen)
 
 
@@ -113,6 +114,7 @@ def all_rules(config: RunConfig) -> list[Rule]:
         *eval_rules(config.eval),
         *checkpoint_rules(config.checkpoint),
         *model_rules(config.model),
+        *config.objective.rules(),
         *optimizer_rules(config.optimizer),
         *config.tuning.rules(),
         *engine_rules(config.engine),
@@ -151,6 +153,17 @@ def _added_tokens_rule(config: RunConfig) -> Rule:
         "model.add_tokens",
         "adds tokens, and this tuning would never train their embeddings",
         "use tuning=lora, which trains their rows alone, or tuning=full",
+    )
+
+
+def _dropout_rule(config: RunConfig) -> Rule:
+    dropout = config.tuning.dropout if isinstance(config.tuning, Lora) else 0.0
+    return Rule(
+        config.objective.dropout or dropout == 0,
+        "tuning.dropout",
+        f"is {dropout}, and objective={config.objective.name} compares with a reference, which "
+        "dropout would make random",
+        "set tuning.dropout=0",
     )
 
 
@@ -196,6 +209,7 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
         ),
     ]
     rules.append(_added_tokens_rule(config))
+    rules.append(_dropout_rule(config))
     rules.append(optimizer_engine_rule(config.optimizer, engine))
     if isinstance(config.tuning, AdapterTuning):
         rules += _quantize_rules(config, config.tuning)
