@@ -12,6 +12,7 @@ from posttrain_dist.config.cluster import Ray, cluster_rules
 from posttrain_dist.config.groups import eval_rules, train_rules
 from posttrain_dist.config.hardware import hardware_rules, nodes_rules, with_nodes
 from posttrain_dist.config.job_rules import job_rules
+from posttrain_dist.config.reference_rules import reference_rules
 from posttrain_dist.config.run_config import SLOTS, RunConfig, untouched_slots
 from posttrain_dist.config.value_types import type_problems
 from posttrain_dist.data import data_rules, template_rules
@@ -114,9 +115,9 @@ def all_rules(config: RunConfig) -> list[Rule]:
         *eval_rules(config.eval),
         *checkpoint_rules(config.checkpoint),
         *model_rules(config.model),
-        *config.objective.rules(),
         *optimizer_rules(config.optimizer),
         *config.tuning.rules(),
+        *config.objective.rules(),
         *engine_rules(config.engine),
         *cluster_rules(config.cluster),
         *job_rules(config.cluster),
@@ -159,7 +160,7 @@ def _added_tokens_rule(config: RunConfig) -> Rule:
 def _dropout_rule(config: RunConfig) -> Rule:
     dropout = config.tuning.dropout if isinstance(config.tuning, Lora) else 0.0
     return Rule(
-        config.objective.dropout or dropout == 0,
+        not config.objective.no_dropout or dropout == 0,
         "tuning.dropout",
         f"is {dropout}, and objective={config.objective.name} compares with a reference, which "
         "dropout would make random",
@@ -210,6 +211,7 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
     ]
     rules.append(_added_tokens_rule(config))
     rules.append(_dropout_rule(config))
+    rules += reference_rules(config)
     rules.append(optimizer_engine_rule(config.optimizer, engine))
     if isinstance(config.tuning, AdapterTuning):
         rules += _quantize_rules(config, config.tuning)

@@ -32,9 +32,10 @@ class Objective:
         own_rows: whether `hidden_ND` are the states of the targets themselves, which a scalar
             head reads; else of the tokens before them, which predict them.
         lr_factor: times the learning rate of the tuning, where `optimizer.lr` is null.
-        dropout: whether it may be trained with dropout.
         counts_evaluation: whether an evaluation sums `count` over all held-out rows before it goes
             forward, because `evaluation_denominators` depend on them.
+        no_dropout: whether dropout is switched off, of model and adapter: log-probabilities that
+            are compared would be those of two different random models.
     """
 
     rows: ClassVar[str] = "messages"
@@ -42,8 +43,8 @@ class Objective:
     columns: ClassVar[tuple[Column, ...]] = ()
     own_rows: ClassVar[bool] = False
     lr_factor: ClassVar[float] = 1.0
-    dropout: ClassVar[bool] = True
     counts_evaluation: ClassVar[bool] = False
+    no_dropout: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

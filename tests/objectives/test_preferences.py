@@ -27,6 +27,7 @@ from posttrain_dist.objectives.preference.kto import Kto
 from posttrain_dist.objectives.preference.loss_types import Divergence, LossType
 from posttrain_dist.objectives.preference.orpo import Orpo
 from posttrain_dist.objectives.preference.simpo import Simpo
+from posttrain_dist.objectives.reference_choice import Referenced
 from posttrain_dist.objectives.sft import Sft
 
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("preferences.py"))))
@@ -120,7 +121,7 @@ def plain_pairs(name: str, model, units) -> torch.Tensor:
             per_unit.append(sum(losses) / len(losses))
             best = values.index(max(values))
             nll, tokens = nll - sums[best], tokens + len(logs[best])
-    return sum(per_unit) / len(per_unit) + objective.sft_weight * nll / tokens
+    return sum(per_unit) / len(per_unit) + objective.nll_weight * nll / tokens
 
 
 def plain_kto(model, units) -> torch.Tensor:
@@ -270,16 +271,23 @@ def test_swapping_the_answers_negates_the_margin(policy):
     assert there["eval_dpo/chosen_logprob"] == back["eval_dpo/rejected_logprob"]
 
 
-def test_a_policy_that_is_its_reference_has_margin_0_and_loss_ln_2(policy):
+@pytest.mark.parametrize("name", [n for n, o in OBJECTIVES.items() if isinstance(o, Referenced)])
+def test_a_policy_that_is_its_reference_has_margin_0_and_the_loss_of_the_start(policy, name):
     """Bit for bit: the log-probabilities of the reference are subtracted token by token."""
-    batch = made.batch_of(units_for("sigmoid")[:2])
+    objective, batch = OBJECTIVES[name], made.batch_of(units_for(name))
     with torch.no_grad():
-        hidden = policy.hidden(batch)
-        batch.extra["ref_logprob_N"] = policy.head.logprob(hidden, batch.labels_N).logprob_N
-        found = policy(batch, Dpo(), made.counted([batch], Dpo()))
-    table = dict(zip([c.name for c in Dpo.columns], found.channels_CK.sum(0).tolist(), strict=True))
-    assert table["margin"] == table["accuracy"] == table["chosen_reward"] == 0.0
-    assert float(found.total) == pytest.approx(math.log(2), abs=1e-7)
+        own_N = policy.head.logprob(policy.hidden(batch), batch.labels_N).logprob_N
+        batch.extra |= {"ref_logprob_N": own_N, "old_logprob_N": own_N}
+        found = policy(batch, objective, made.counted([batch], objective))
+    columns = [column.name for column in objective.columns]
+    table = dict(zip(columns, found.channels_CK.sum(0).tolist(), strict=True))
+    assert table["margin"] == table["accuracy"] == 0.0
+    start = objective.start_loss(batch)
+    assert float(found.total) == pytest.approx(start, rel=1e-6)
+    if name == "sigmoid":
+        margin = math.log1p(math.exp(0.7))  # of one pair of four
+        assert start == pytest.approx((3 * math.log(2) + margin) / 4)
+    assert objective.start_loss(filler(objective)) is None
 
 
 def test_for_a_small_beta_the_gradient_is_the_difference_of_the_sft_gradients(policy):

@@ -16,20 +16,23 @@ from posttrain_dist.objectives.preference.loss_types import (
 )
 from posttrain_dist.objectives.preference.pairwise import (
     MAX_WEIGHT,
-    REFERENCE,
     Compared,
     PairObjective,
     beta_rule,
+    sft_weight_rule,
 )
-from posttrain_dist.objectives.preference.reference_choice import Reference
+from posttrain_dist.objectives.reference_choice import REF_LOGPROB, Referenced
 
 if TYPE_CHECKING:
+    import torch
+
     from posttrain_dist.flow import Batch
     from posttrain_dist.objectives.preference.comparisons import Answers, Comparisons
+    from posttrain_dist.objectives.preference.pair_losses import PairScores
 
 
 @dataclass(kw_only=True, slots=True)
-class Dpo(PairObjective):
+class Dpo(PairObjective, Referenced):
     """DPO (Rafailov et al., arXiv:2305.18290) and its family; pair_losses.py has the formulas.
 
     Reference of the default, with logp and ref_logp the sums over the tokens of an answer:
@@ -47,10 +50,14 @@ class Dpo(PairObjective):
     label_smoothing: float = 0.0  # share of the pairs that are labelled the wrong way round
     f_divergence: Divergence = Divergence.reverse_kl
     alpha: float = 0.5  # of f_divergence=alpha, in (0, 1): 0 is the reverse KL, 1 the forward KL
-    reference: Reference = Reference.auto
-    reference_model: str | None = None  # a model folder; null: the model that training begins with
+    sft_weight: float = 0.0  # of the SFT term; 1.0 keeps the better answers likely
 
-    extra: ClassVar[tuple[Extra, ...]] = (*PairObjective.extra, REFERENCE)
+    extra: ClassVar[tuple[Extra, ...]] = (*PairObjective.extra, REF_LOGPROB)
+
+    @property
+    def nll_weight(self) -> float:
+        """`sft_weight`."""
+        return self.sft_weight
 
     @property
     def weights(self) -> dict[LossType, float]:
@@ -64,7 +71,8 @@ class Dpo(PairObjective):
         names = ", ".join(LossType.__members__)
         unknown = [name for name in self.losses if name not in LossType.__members__]
         rules = [
-            *PairObjective.rules(self),
+            *Referenced.rules(self),
+            sft_weight_rule(self.sft_weight),
             beta_rule(self.beta),
             Rule(
                 0 <= self.label_smoothing < 0.5,
@@ -147,11 +155,7 @@ class Dpo(PairObjective):
 
     def compare(self, answers: Answers, pairs: Comparisons) -> Compared:
         """The weighted sum of the losses of each comparison."""
-        from posttrain_dist.objectives.preference.pair_losses import (
-            PAIR_LOSSES,
-            PairScores,
-            score,
-        )
+        from posttrain_dist.objectives.preference.pair_losses import PairScores, score
 
         score_S = score(answers.logratio_S, self.f_divergence, self.alpha)
         mean_S = answers.mean_logratio
@@ -159,5 +163,32 @@ class Dpo(PairObjective):
         scores = PairScores(
             score_S[better_P], score_S[worse_P], mean_S[better_P], mean_S[worse_P], pairs.margin_P
         )
-        losses = [weight * PAIR_LOSSES[each](scores, self) for each, weight in self.weights.items()]
-        return Compared(sum(losses[1:], losses[0]), self.beta * answers.logratio_S)
+        return Compared(self._losses(scores), self.beta * answers.logratio_S)
+
+    def start_loss(self, batch: Batch) -> float | None:
+        """The loss of a batch alone while policy and reference are equal: ln 2 of the default."""
+        import torch
+
+        from posttrain_dist.objectives.preference import comparisons as shared
+        from posttrain_dist.objectives.preference.pair_losses import PairScores
+
+        if not (found := shared.comparisons_of(batch)):
+            return None
+        zero_P = torch.zeros(len(found), dtype=torch.float64)
+        margin_P = zero_P.new_tensor([batch.host_S["margin_S"][each.better] for each in found])
+        weight_P = zero_P.new_tensor([each.weight for each in found])
+        loss_P = self._losses(PairScores(zero_P, zero_P, zero_P, zero_P, margin_P))
+        best_N = shared.token_mask(batch, shared.best_answers(batch))
+        nll_N = torch.where(best_N > 0, -batch.extra[REF_LOGPROB.name].double(), 0.0)
+        sft = float(nll_N.sum() / best_N.sum())
+        return float((loss_P * weight_P).sum() / weight_P.sum()) + self.sft_weight * sft
+
+    def _losses(self, scores: PairScores) -> torch.Tensor:
+        """The weighted sum of the losses of each comparison."""
+        from posttrain_dist.objectives.preference.pair_losses import PAIR_LOSSES
+
+        losses = [
+            weight * PAIR_LOSSES[each](scores, self.beta, self.label_smoothing)
+            for each, weight in self.weights.items()
+        ]
+        return sum(losses[1:], losses[0])

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from posttrain_dist.errors import Rule
-from posttrain_dist.flow import By, Column, Extra, Loss
-from posttrain_dist.objectives.base import Objective
+from posttrain_dist.flow import Column, Extra, Loss
 from posttrain_dist.objectives.preference.pairwise import (
     ANSWER_FIELDS,
     MAX_WEIGHT,
-    REFERENCE,
     beta_rule,
 )
-from posttrain_dist.objectives.preference.reference_choice import Reference
+from posttrain_dist.objectives.reference_choice import OLD_LOGPROB, REF_LOGPROB, Referenced
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +35,7 @@ class KtoCount(NamedTuple):
 
 
 @dataclass(kw_only=True, slots=True)
-class Kto(Objective):
+class Kto(Referenced):
     """KTO (Ethayarajh et al., arXiv:2402.01306).
 
     Reference, with r the sum of log p - log p_ref over the tokens of an answer, and z0 the mean of
@@ -55,14 +53,12 @@ class Kto(Objective):
     desirable_weight: float = 1.0
     # With far fewer of one kind, weigh it so that weight times number is about equal.
     undesirable_weight: float = 1.0
-    reference: Reference = Reference.auto
-    reference_model: str | None = None  # a model folder; null: the model that training begins with
 
     rows: ClassVar[str] = "labels"
     extra: ClassVar[tuple[Extra, ...]] = (
         *ANSWER_FIELDS,
-        REFERENCE,
-        Extra("old_logprob_N", by=By.model),
+        REF_LOGPROB,
+        OLD_LOGPROB,
     )
     columns: ClassVar[tuple[Column, ...]] = (
         Column("loss", per="answers"),
@@ -80,7 +76,6 @@ class Kto(Objective):
         Column("others"),
     )
     lr_factor: ClassVar[float] = 0.1
-    dropout: ClassVar[bool] = False
     counts_evaluation: ClassVar[bool] = True
 
     def rules(self) -> list[Rule]:
@@ -90,6 +85,7 @@ class Kto(Objective):
             "undesirable_weight": self.undesirable_weight,
         }
         return [
+            *Referenced.rules(self),
             beta_rule(self.beta),
             *(
                 Rule(
@@ -112,7 +108,7 @@ class Kto(Objective):
         others = roles.count(shared.OTHER)
         kl = 0.0
         if others:
-            ratio_N = batch.extra["old_logprob_N"] - batch.extra["ref_logprob_N"]
+            ratio_N = batch.extra[OLD_LOGPROB.name] - batch.extra[REF_LOGPROB.name]
             ratio_S = shared.sample_sums(batch, ratio_N)
             is_other_S = batch.extra["role_S"] == shared.OTHER
             kl = float(torch.where(is_other_S, ratio_S, 0.0).sum())
@@ -121,6 +117,13 @@ class Kto(Objective):
     def evaluation_denominators(self, counts: KtoCount) -> KtoCount:
         """Sums are wanted, about the z0 of all held-out rows."""
         return counts._replace(answers=1.0)
+
+    def start_loss(self, batch: Batch) -> float | None:
+        """The loss of a batch alone while policy and reference are equal: r and z0 are 0."""
+        answers = zip(batch.host_S["role_S"], batch.host_S["value_S"], strict=True)
+        values = [value for role, value in answers if role == 0]
+        weights = [self.desirable_weight if v > 0 else self.undesirable_weight for v in values]
+        return sum(weights) / (2 * len(weights)) if weights else None
 
     def loss(
         self, hidden_ND: torch.Tensor, head: Head, batch: Batch, denominators: KtoCount
@@ -135,7 +138,7 @@ class Kto(Objective):
         mine = [i for i, role in enumerate(roles) if role == shared.ANSWER]
         answer_A = shared.host_tensor(mine, torch.int64, device)
         found = head.logprob(hidden_ND, batch.labels_N)
-        answers = shared.answers_of(batch, found.logprob_N, batch.extra["ref_logprob_N"])
+        answers = shared.answers_of(batch, found.logprob_N, batch.extra[REF_LOGPROB.name])
         desirable_A = batch.extra["value_S"][answer_A] > 0
         reward_A = self.beta * answers.logratio_S[answer_A]
         distance_A = reward_A - self.beta * denominators.baseline
@@ -172,6 +175,6 @@ class Kto(Objective):
         roles = batch.host_S["role_S"]
         others = [i for i, role in enumerate(roles) if role == shared.OTHER]
         other_M = shared.host_tensor(others, torch.int64, batch.labels_N.device)
-        ratio_N = batch.extra["old_logprob_N"] - batch.extra["ref_logprob_N"]
+        ratio_N = batch.extra[OLD_LOGPROB.name] - batch.extra[REF_LOGPROB.name]
         ratio_M = shared.sample_sums(batch, ratio_N)[other_M]
         return other_M, {"kl": ratio_M, "others": torch.ones_like(ratio_M)}

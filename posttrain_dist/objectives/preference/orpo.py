@@ -28,7 +28,7 @@ class Orpo(PairObjective):
 
     def rules(self) -> list[Rule]:
         """Ranges."""
-        return [*PairObjective.rules(self), beta_rule(self.beta)]
+        return [beta_rule(self.beta)]
 
     def compare(self, answers: Answers, pairs: Comparisons) -> Compared:
         """The loss of each comparison."""

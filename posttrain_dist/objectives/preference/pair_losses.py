@@ -27,15 +27,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import logsigmoid
 
 from posttrain_dist.objectives.preference.loss_types import Divergence, LossType
-
-if TYPE_CHECKING:
-    from posttrain_dist.objectives.preference.dpo import Dpo
 
 
 class PairScores(NamedTuple):
@@ -72,48 +69,49 @@ def _smoothed(logit: torch.Tensor, smoothing: float) -> torch.Tensor:
     return -(1 - smoothing) * logsigmoid(logit) - smoothing * logsigmoid(-logit)
 
 
-def _sigmoid(pair: PairScores, dpo: Dpo) -> torch.Tensor:
-    return _smoothed(pair.logit(dpo.beta), dpo.label_smoothing)
+def _sigmoid(pair: PairScores, beta: float, smoothing: float) -> torch.Tensor:
+    return _smoothed(pair.logit(beta), smoothing)
 
 
-def _hinge(pair: PairScores, dpo: Dpo) -> torch.Tensor:
-    return torch.relu(1 - pair.logit(dpo.beta))
+def _hinge(pair: PairScores, beta: float, smoothing: float) -> torch.Tensor:
+    return torch.relu(1 - pair.logit(beta))
 
 
-def _ipo(pair: PairScores, dpo: Dpo) -> torch.Tensor:
-    return (pair.mean_difference - 1 / (2 * dpo.beta)) ** 2
+def _ipo(pair: PairScores, beta: float, smoothing: float) -> torch.Tensor:
+    return (pair.mean_difference - 1 / (2 * beta)) ** 2
 
 
-def _robust(pair: PairScores, dpo: Dpo) -> torch.Tensor:
-    logit, smoothing = pair.logit(dpo.beta), dpo.label_smoothing
+def _robust(pair: PairScores, beta: float, smoothing: float) -> torch.Tensor:
+    logit = pair.logit(beta)
     loss = -(1 - smoothing) * logsigmoid(logit) + smoothing * logsigmoid(-logit)
     return loss / (1 - 2 * smoothing)
 
 
-def _sigmoid_norm(pair: PairScores, dpo: Dpo) -> torch.Tensor:
-    return _smoothed(dpo.beta * pair.mean_difference - pair.margin, dpo.label_smoothing)
+def _sigmoid_norm(pair: PairScores, beta: float, smoothing: float) -> torch.Tensor:
+    return _smoothed(beta * pair.mean_difference - pair.margin, smoothing)
 
 
-def _exo_pair(pair: PairScores, dpo: Dpo) -> torch.Tensor:
-    logit, smoothing = pair.logit(dpo.beta), dpo.label_smoothing
+def _exo_pair(pair: PairScores, beta: float, smoothing: float) -> torch.Tensor:
+    logit = pair.logit(beta)
     better = torch.sigmoid(logit) * (logsigmoid(logit) - math.log1p(-smoothing))
     return better + torch.sigmoid(-logit) * (logsigmoid(-logit) - math.log(smoothing))
 
 
-def _sppo_hard(pair: PairScores, dpo: Dpo) -> torch.Tensor:
-    half = 1 / (2 * dpo.beta)
+def _sppo_hard(pair: PairScores, beta: float, smoothing: float) -> torch.Tensor:
+    half = 1 / (2 * beta)
     return (pair.better - half) ** 2 + (pair.worse + half) ** 2
 
 
-def _apo_zero(pair: PairScores, dpo: Dpo) -> torch.Tensor:
-    return torch.sigmoid(-dpo.beta * pair.better) + torch.sigmoid(dpo.beta * pair.worse)
+def _apo_zero(pair: PairScores, beta: float, smoothing: float) -> torch.Tensor:
+    return torch.sigmoid(-beta * pair.better) + torch.sigmoid(beta * pair.worse)
 
 
-def _apo_down(pair: PairScores, dpo: Dpo) -> torch.Tensor:
-    return torch.sigmoid(dpo.beta * pair.better) + torch.sigmoid(-pair.logit(dpo.beta))
+def _apo_down(pair: PairScores, beta: float, smoothing: float) -> torch.Tensor:
+    return torch.sigmoid(beta * pair.better) + torch.sigmoid(-pair.logit(beta))
 
 
-PAIR_LOSSES: dict[LossType, Callable[[PairScores, Dpo], torch.Tensor]] = {
+# (scores, beta, label smoothing) -> the loss of each comparison.
+PAIR_LOSSES: dict[LossType, Callable[[PairScores, float, float], torch.Tensor]] = {
     LossType.sigmoid: _sigmoid,
     LossType.hinge: _hinge,
     LossType.ipo: _ipo,

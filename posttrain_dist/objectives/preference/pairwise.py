@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from posttrain_dist.errors import Rule, at_least
 from posttrain_dist.flow import By, Column, Extra, Loss
 from posttrain_dist.objectives.base import Objective
+from posttrain_dist.objectives.reference_choice import REF_LOGPROB
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from posttrain_dist.objectives.preference.comparisons import Answers, Comparisons
 
 MAX_WEIGHT = 10**6  # of a component, and of beta
-REFERENCE = Extra("ref_logprob_N", by=By.model)
 ANSWER_FIELDS = (Extra("role_S", index=True, by=By.data), Extra("value_S", by=By.data))
 _PER_PAIR = (
     "margin",  # of the rewards
@@ -59,8 +59,6 @@ class PairObjective(Objective):
     `train/loss` is the first of the two, `<objective>/sft_loss` the second without its weight.
     """
 
-    sft_weight: float = 0.0  # of the SFT term; 1.0 keeps the better answers likely
-
     rows: ClassVar[str] = "pairs"
     extra: ClassVar[tuple[Extra, ...]] = (*ANSWER_FIELDS, Extra("margin_S", by=By.data))
     columns: ClassVar[tuple[Column, ...]] = (
@@ -71,11 +69,12 @@ class PairObjective(Objective):
         Column("sft_tokens"),
     )
     lr_factor: ClassVar[float] = 0.1
-    dropout: ClassVar[bool] = False
+    no_dropout: ClassVar[bool] = True
 
-    def rules(self) -> list[Rule]:
-        """Ranges."""
-        return [at_least("objective.sft_weight", self.sft_weight, 0, MAX_WEIGHT)]
+    @property
+    def nll_weight(self) -> float:
+        """`sft_weight`, of those that have one."""
+        return 0.0
 
     def count(self, batch: Batch) -> PairCount:
         """Comparisons, and tokens of the SFT term; both known on the host."""
@@ -98,7 +97,7 @@ class PairObjective(Objective):
         best = shared.best_answers(batch)
         pairs = shared.on_device(batch, shared.comparisons_of(batch))
         found = head.logprob(hidden_ND, batch.labels_N)
-        reference_N = batch.extra["ref_logprob_N"] if REFERENCE in self.extra else None
+        reference_N = batch.extra[REF_LOGPROB.name] if REF_LOGPROB in self.extra else None
         answers = shared.answers_of(batch, found.logprob_N, reference_N)
         compared = self.compare(answers, pairs)
         device = batch.labels_N.device
@@ -117,7 +116,7 @@ class PairObjective(Objective):
         )
         counted_N = shared.token_mask(batch, best)
         nll_N = -found.logprob_N.detach()
-        total = (total + self.sft_weight * sft).float()
+        total = (total + self.nll_weight * sft).float()
         return Loss(total, table, nll_N, found.correct_N, counted_N)
 
 
@@ -144,6 +143,11 @@ def _int64() -> torch.dtype:
     import torch
 
     return torch.int64
+
+
+def sft_weight_rule(weight: float) -> Rule:
+    """The range of `sft_weight`."""
+    return at_least("objective.sft_weight", weight, 0, MAX_WEIGHT)
 
 
 def beta_rule(beta: float) -> Rule:

@@ -11,6 +11,7 @@ from posttrain_dist.objectives.preference.pairwise import (
     Compared,
     PairObjective,
     beta_rule,
+    sft_weight_rule,
 )
 
 if TYPE_CHECKING:
@@ -30,11 +31,17 @@ class Simpo(PairObjective):
 
     beta: float = 2.0
     gamma: float = 1.0  # by how much at least the better answer's reward is to be higher
+    sft_weight: float = 0.0  # of the SFT term; 1.0 keeps the better answers likely
+
+    @property
+    def nll_weight(self) -> float:
+        """`sft_weight`."""
+        return self.sft_weight
 
     def rules(self) -> list[Rule]:
         """Ranges."""
         return [
-            *PairObjective.rules(self),
+            sft_weight_rule(self.sft_weight),
             beta_rule(self.beta),
             at_least("objective.gamma", self.gamma, 0, MAX_WEIGHT),
         ]
