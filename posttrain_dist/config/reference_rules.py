@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from posttrain_dist.config.run_config import RunConfig
 from posttrain_dist.engine import DeepSpeed
-from posttrain_dist.errors import Rule
+from posttrain_dist.errors import ConfigError, Rule
+from posttrain_dist.models.folder import check_folder, load_tokenizer, read_shape, resolve
 from posttrain_dist.objectives.reference_choice import Reference, Referenced
 from posttrain_dist.tuning.auto import AutoTuning
 
@@ -106,6 +110,62 @@ def reference_rules(config: RunConfig) -> list[Rule]:
             "set tuning.ensemble=1",
         ),
     ]
+
+
+def check_named_reference(config: RunConfig) -> None:
+    """See that the reference that is named, if one is, is a model with the policy's tokens.
+
+    Raises:
+        ConfigError: it is an adapter, or has another tokenizer.
+        ModelError: it has no tokenizer.
+    """
+    objective = config.objective
+    if not isinstance(objective, Referenced) or objective.reference_model is None:
+        return
+    folder = Path(objective.reference_model).expanduser()
+    if (folder / "adapter_config.json").is_file():
+        continued = getattr(config.tuning, "init_from", None)
+        own = continued is not None and Path(continued).resolve() == folder.resolve()
+        raise ConfigError(
+            f"{folder} is an adapter"
+            + (", the one that is trained on: it cannot be its own reference" if own else ""),
+            where=_MODEL,
+            fix="leave it out: the reference is then what training starts with"
+            if own
+            else f"write it into a model first: posttrain export {folder} OUT --merge",
+        )
+    named = resolve(objective.reference_model)
+    check_folder(named)
+    own_ids = _ids(resolve(config.model.path), config.model.add_tokens)
+    ids = _ids(named, ())
+    if ids != own_ids:
+        differ = [token for token in {**own_ids, **ids} if ids.get(token) != own_ids.get(token)]
+        raise ConfigError(
+            f"{named} has another tokenizer than the policy: {len(differ)} tokens differ, such as "
+            f"{differ[0]!r}, {_said(own_ids.get(differ[0]))} of the policy and "
+            f"{_said(ids.get(differ[0]))} of the reference",
+            where=_MODEL,
+            fix="name a model with the same tokenizer, such as the one that the policy was made of",
+        )
+    vocab_size = read_shape(str(named)).vocab_size
+    if own_ids and max(own_ids.values()) >= vocab_size:
+        raise ConfigError(
+            f"{named} has a vocab_size of {vocab_size}, and the tokenizer gives ids up to "
+            f"{max(own_ids.values())}",
+            where=_MODEL,
+            fix="name a model that has embeddings of all of these tokens",
+        )
+
+
+def _ids(folder: Path, add_tokens: Sequence[str]) -> dict[str, int]:
+    """Token -> id of a tokenizer, of its special ones too."""
+    backend = load_tokenizer(folder, add_tokens=add_tokens).backend_tokenizer
+    found: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+    return found
+
+
+def _said(token_id: int | None) -> str:
+    return "no token" if token_id is None else f"id {token_id}"
 
 
 def _unrestorable(config: RunConfig) -> str:

@@ -23,8 +23,8 @@ class Objective:
     the forward; `loss` gets the sums, and what it returns is already normalised.
 
     Attributes:
-        rows: what data it reads: "messages", "text", "pairs" (preferences and rankings), "labels"
-            (answers that are good or bad) or "scores".
+        rows: what data it reads: "messages", "text", "pairs" (answers to one prompt that are
+            compared), "labels" (single ones, desirable or not) or "scores".
         extra: what it needs in `Batch.extra`.
         columns: of its channel table. "loss" must be one, and its `per` a weight; "correct" is
             the accuracy of an evaluation. Every other one that no mean is taken by becomes a
@@ -62,6 +62,11 @@ class Objective:
     def rules(self) -> list[Rule]:
         """What must hold among the values of the group."""
         return []
+
+    @property
+    def trains_answers(self) -> bool:
+        """Whether what it trains writes answers to conversations, as generation can show."""
+        return self.rows != "text" and not self.own_rows
 
     def check_extra(self, batch: Batch) -> None:
         """Compare `batch.extra` with what the objective declares.

@@ -15,7 +15,12 @@ from posttrain_dist import dist
 from posttrain_dist.build import PreparedData, make_source
 from posttrain_dist.checkpoint.manifest import Manifest
 from posttrain_dist.config import RunConfig
-from posttrain_dist.config.reference_rules import chosen_reference, is_start, reference_line
+from posttrain_dist.config.reference_rules import (
+    check_named_reference,
+    chosen_reference,
+    is_start,
+    reference_line,
+)
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.data.packs.prefetch import RunSource
 from posttrain_dist.data.prepared.arrays import Examples
@@ -34,7 +39,7 @@ from posttrain_dist.reference.identity import array_key, reference_digest
 from posttrain_dist.reference.live import FilledSource
 from posttrain_dist.reference.log_probs import Score, log_probs
 from posttrain_dist.reference.precomputed import complete
-from posttrain_dist.reference.second_model import SecondModel, check_named
+from posttrain_dist.reference.second_model import SecondModel
 from posttrain_dist.reference.start_check import check_start
 from posttrain_dist.reference.stored import StoredLogProbs
 from posttrain_dist.tuning.lora import Lora
@@ -123,8 +128,7 @@ def open_reference(
     digest = ""
     if REF_LOGPROB.name in names:
         assert isinstance(config.objective, Referenced)
-        if config.objective.reference_model is not None:
-            dist.on_main(lambda: check_named(config))
+        dist.on_main(lambda: check_named_reference(config))
         digest = dist.from_main(lambda: reference_digest(config))
         _say(worker, reference_line(config))
         choice = chosen_reference(config)
