@@ -237,6 +237,7 @@ def test_metrics_are_means_over_comparisons_by_channel(policy, plain):
                 "chosen_logprob": w.sum(),
                 "rejected_logprob": l.sum(),
                 "chosen_reward": rewards[0],
+                "chosen_logratio": rewards[0] / beta,
                 "rejected_reward": rewards[1],
                 "chosen_tokens": len(w),
                 "rejected_tokens": len(l),
