@@ -37,10 +37,19 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """One of the answers that a row compares or rates, and what it is worth."""
+
+    messages: tuple[Message, ...]  # begins with a turn of the assistant
+    value: float  # the higher one is preferred; a score; 1 desirable and 0 undesirable
+    margin: float = 0.0  # by how much at least, of the preferred one of a pair
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """One row as the user wrote it, already validated, whatever format it came in.
 
-    A row holds one of: `messages` (of a preference: what both answers follow), `text`,
+    A row holds one of: `messages` (of a row with `answers`: what each of them follows), `text`,
     `input_ids`.
     """
 
@@ -57,8 +66,7 @@ class Record:
     supervised_from: int = 0  # characters of `text` that are the prompt
     input_ids: tuple[int, ...] = ()
     labels: tuple[int, ...] = ()  # one per token of `input_ids`, the token itself or -100
-    chosen: tuple[Message, ...] = ()  # of a preference: the better answer
-    rejected: tuple[Message, ...] = ()  # ... and the worse one
+    answers: tuple[Answer, ...] = ()  # that are compared or rated; as the row has them
     check: str | None = None  # "exact": the last assistant turn is the one right answer
     reference: dict[str, Any] = field(default_factory=dict)  # other columns of a prompt-only row
     notes: tuple[str, ...] = ()  # the checks that it failed when it was read

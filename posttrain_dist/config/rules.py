@@ -14,7 +14,7 @@ from posttrain_dist.config.hardware import hardware_rules, nodes_rules, with_nod
 from posttrain_dist.config.job_rules import job_rules
 from posttrain_dist.config.run_config import SLOTS, RunConfig, untouched_slots
 from posttrain_dist.config.value_types import type_problems
-from posttrain_dist.data import data_rules, template_rules
+from posttrain_dist.data import answer_rules, data_rules, template_rules
 from posttrain_dist.diagnosis.rule_table import diagnose_problems
 from posttrain_dist.engine import (
     AdamW,
@@ -168,7 +168,7 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
             "set checkpoint.export=true, or eval.generate_rows=0",
         ),
         Rule(
-            not asks or config.objective.rows == "messages",
+            not asks or config.objective.trains_answers,
             "eval.generate_rows",
             f"is {config.eval.generate_rows}, and objective={config.objective.name} reads no "
             "conversations that could be answered",
@@ -195,6 +195,7 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
             "use engine=zero2, or make the weights once with engine=single and load them",
         ),
     ]
+    rules += answer_rules(config.data, config.template, config.objective.rows)
     rules.append(_added_tokens_rule(config))
     rules.append(optimizer_engine_rule(config.optimizer, engine))
     if isinstance(config.tuning, AdapterTuning):

@@ -23,7 +23,8 @@ class Objective:
     the forward; `loss` gets the sums, and what it returns is already normalised.
 
     Attributes:
-        rows: what data it reads: "messages" or "text".
+        rows: what data it reads: "messages", "text", "pairs" (answers to one prompt that are
+            compared), "labels" (single ones, desirable or not) or "scores".
         extra: what it needs in `Batch.extra`.
         columns: of its channel table. "loss" must be one, and its `per` a weight; "correct" is
             the accuracy of an evaluation. Every other one becomes a metric below the
@@ -41,6 +42,11 @@ class Objective:
     def name(self) -> str:
         """What its metrics stand below."""
         return type(self).__name__.lower()
+
+    @property
+    def trains_answers(self) -> bool:
+        """Whether what it trains writes answers to conversations, as generation can show."""
+        return self.rows != "text" and not self.own_rows
 
     def check_extra(self, batch: Batch) -> None:
         """Compare `batch.extra` with what the objective declares.
