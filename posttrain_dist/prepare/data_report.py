@@ -8,7 +8,7 @@ the batches of this run               shares of the sources, the first pack
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from posttrain_dist.config import RunConfig
+from posttrain_dist.data import ANSWERS
 from posttrain_dist.data.chat.checks.check_table import CHECKS
 from posttrain_dist.data.packs.balance import Cost, assign_packs
 from posttrain_dist.data.packs.mixing import make_mixture
@@ -67,6 +68,7 @@ def data_report(config: RunConfig, prepared: Path) -> dict[str, Any]:
         "format": summary.inputs["format"],
         "name": config.name,
         "settings": {
+            "rows": summary.inputs["rows"],
             "format": config.data.format.name,
             "max_length": config.data.max_length,
             "long_rows": config.data.long_rows.name,
@@ -100,6 +102,7 @@ def data_report(config: RunConfig, prepared: Path) -> dict[str, Any]:
                 "rows": [_current(row, paths) for row in failed.get(name, none_failed)["rows"]],
             }
             for name, check in CHECKS.items()
+            if not check.of_answers or summary.inputs["rows"] in ANSWERS
         ],
         "rejected": [
             {**row, "file": paths.get(row["file"], row["file"])} for row in found["rejected"]
@@ -204,4 +207,22 @@ def _first_pack(config: RunConfig, examples: Examples) -> dict[str, Any]:
         "tokens": int(units.lengths[pack].sum()),
         "samples": len(samples),
         "pieces": found,
+        **({"units": _units_of(examples, samples)} if len(units) < len(examples) else {}),
     }
+
+
+def _units_of(examples: Examples, samples: Sequence[int]) -> list[dict[str, Any]]:
+    """Of each sample of a pack: the sample that it follows, what it is, and what it is worth."""
+    found: list[dict[str, Any]] = []
+    prompt = 0
+    for place, index in enumerate(samples):
+        example = examples[index]
+        prompt = place if example.parent is None else prompt
+        follows = None if example.parent is None else prompt
+        worth = {
+            key.removesuffix("_S"): float(example.extra[key])
+            for key in ("role_S", "value_S")
+            if key in example.extra
+        }
+        found.append({"follows": follows, **worth})
+    return found
