@@ -23,7 +23,7 @@ from posttrain_dist.data.packs.mixing import make_mixture
 from posttrain_dist.data.packs.order import Order
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.pieces import pieces
-from posttrain_dist.data.prepared.summary import Summary
+from posttrain_dist.data.prepared.summary import OF_ANSWERS, Summary
 from posttrain_dist.data.read.tables import HF
 from posttrain_dist.data.sources import file_sets
 from posttrain_dist.errors import DataError, PosttrainError
@@ -63,12 +63,12 @@ def data_report(config: RunConfig, prepared: Path) -> dict[str, Any]:
     examples = Examples.open(prepared, "train")
     paths = _current_paths(config, found["files"])
     template, failed = config.template, found["failed"]
+    has_answers = summary.inputs["rows"] in ANSWERS
     none_failed: dict[str, Any] = {"failed": 0, "rows": []}
     return {
         "format": summary.inputs["format"],
         "name": config.name,
         "settings": {
-            "rows": summary.inputs["rows"],
             "format": config.data.format.name,
             "max_length": config.data.max_length,
             "long_rows": config.data.long_rows.name,
@@ -85,10 +85,7 @@ def data_report(config: RunConfig, prepared: Path) -> dict[str, Any]:
             {**file, "path": paths.get(file["path"], file["path"])} for file in found["files"]
         ],
         "channels": summary.channels,
-        "splits": {
-            name: {channel: asdict(counts) for channel, counts in of_split.items()}
-            for name, of_split in summary.splits.items()
-        },
+        "splits": _splits(summary, has_answers),
         "duplicates_moved": summary.duplicates_moved,
         "near_leaks": summary.near_leaks,
         "checks": [
@@ -102,7 +99,7 @@ def data_report(config: RunConfig, prepared: Path) -> dict[str, Any]:
                 "rows": [_current(row, paths) for row in failed.get(name, none_failed)["rows"]],
             }
             for name, check in CHECKS.items()
-            if not check.of_answers or summary.inputs["rows"] in ANSWERS
+            if has_answers or not check.of_answers
         ],
         "rejected": [
             {**row, "file": paths.get(row["file"], row["file"])} for row in found["rejected"]
@@ -114,6 +111,17 @@ def data_report(config: RunConfig, prepared: Path) -> dict[str, Any]:
             for channel, conversations in found["examples"].items()
         },
         "batch": _first_pack(config, examples),
+    }
+
+
+def _splits(summary: Summary, has_answers: bool) -> dict[str, dict[str, dict[str, Any]]]:
+    left_out = () if has_answers else OF_ANSWERS
+    return {
+        name: {
+            channel: {key: n for key, n in asdict(counts).items() if key not in left_out}
+            for channel, counts in of_split.items()
+        }
+        for name, of_split in summary.splits.items()
     }
 
 

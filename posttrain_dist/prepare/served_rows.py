@@ -87,12 +87,12 @@ def _rows_of(
     Args:
         served: whose clock shows the day of training.
     """
-    trained = [
+    readers = [
         reader
         for each, reader in zip(inputs.sets, inputs.readers, strict=True)
         if each.split != "eval"
     ]
-    for reader in trained[:_SETS]:
+    for reader in readers[:_SETS]:
         for record in islice(reader, _LOOKED_AT):
             if isinstance(record, Record) and record.messages and CLOCK not in record.variables:
                 trained = samples.of(content_key(record))

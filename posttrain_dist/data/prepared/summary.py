@@ -10,6 +10,10 @@ from typing import Any
 from posttrain_dist.errors import DataError
 
 
+# Fields of `Counts` that only rows with answers have.
+OF_ANSWERS = ("comparisons", "better", "better_tokens", "worse", "worse_tokens")
+
+
 @dataclass(slots=True)
 class Counts:
     """What became of the rows of one channel in one split."""
