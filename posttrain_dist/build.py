@@ -41,6 +41,7 @@ from posttrain_dist.files import read_object, write_atomic
 from posttrain_dist.flow import Batch
 from posttrain_dist.models import Weights
 from posttrain_dist.models.architectures.known import TRAINED
+from posttrain_dist.models.classifier import classifier_network
 from posttrain_dist.models.finite import refuse_nonfinite
 from posttrain_dist.models.folder import (
     check_folder,
@@ -98,14 +99,20 @@ def open_prepared(folder: Path) -> PreparedData:
     )
 
 
-def make_probe(examples: Examples) -> Batch:
-    """The first tokens of the first sample and of the last, every second one supervised."""
+def make_probe(examples: Examples, *, own_rows: bool = False) -> Batch:
+    """The first tokens of the first sample and of the last, every second one supervised.
+
+    Args:
+        own_rows: see `Objective.own_rows`; the last token alone is then supervised.
+    """
     probes = []
     for example in (examples[0], examples[len(examples) - 1]):
         ids_L = example.input_ids_L[:64]
-        weight_L = (torch.arange(len(ids_L)) % 2 == 1).float().numpy()
-        probes.append(replace(example, input_ids_L=ids_L, weight_L=weight_L))
-    return collate(probes)
+        place_L = torch.arange(len(ids_L))
+        weight_L = (place_L == len(ids_L) - 1 if own_rows else place_L % 2 == 1).float().numpy()
+        probe = replace(example, input_ids_L=ids_L, weight_L=weight_L)
+        probes.append(replace(probe, parent=None, unit=None))
+    return collate(probes, own_rows=own_rows)
 
 
 # -------------------------------------------------------------------------- engine and model
@@ -216,6 +223,7 @@ def build_policy(
         nf4=nf4,
         device=engine.device,
         base=base,
+        scalar=config.objective.own_rows,
     )
     noise = config.train.neftune_alpha
     policy = make_policy(model, len(channels), config.tuning, neftune_alpha=noise)
@@ -332,6 +340,8 @@ def run_manifest(
     folder = resolve(config.model.path)
     found = check_folder(folder, need_weights=False)
     network = network_of(grown_config(folder, found, config.model.add_tokens))
+    if config.objective.own_rows:
+        network = classifier_network(network)
     return Manifest(
         step=0,
         recipe=Recipe(data.channels, _recipe(config, data.fingerprint), network),

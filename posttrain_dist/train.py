@@ -91,7 +91,8 @@ def training(
         # The head is checked, the state of a checkpoint read, the kernels checked.
         engine.train(False)  # no dropout
         _run_once(engine, config.objective)
-        policy.check_head(make_probe(data.train).to(engine.device))
+        probe = make_probe(data.train, own_rows=config.objective.own_rows)
+        policy.check_head(probe.to(engine.device))
         manifest = run_manifest(config, data, process, dtype)
         start = _resume(config, run_folder, engine, manifest, steps)
         if start < steps:
@@ -252,6 +253,8 @@ def _check_parity(policy: Policy, source: PackedSource, step: int, device: torch
     found = dist.on_all(lambda: policy.check_parity(batch))
     if device.type == "cuda":  # so that the reported peak is that of training
         torch.cuda.reset_peak_memory_stats(device)
+    if not found:
+        return
     differences = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
     _log.info("the fused head differs from the reference on the first batch by: %s", differences)
 

@@ -26,6 +26,7 @@ from posttrain_dist.metrics import LoggingConfig
 from posttrain_dist.models import ModelConfig
 from posttrain_dist.objectives.base import Objective
 from posttrain_dist.objectives.pretrain import Pretrain
+from posttrain_dist.objectives.reward import Reward
 from posttrain_dist.objectives.sft import Sft
 from posttrain_dist.tuning.auto import AutoTuning
 from posttrain_dist.tuning.base import Tuning
@@ -98,7 +99,7 @@ class RunConfig:
 
 # The one table of options: group -> name -> dataclass. The first is the default.
 SLOTS: dict[str, dict[str, type]] = {
-    "objective": {"sft": Sft, "pretrain": Pretrain},
+    "objective": {"sft": Sft, "pretrain": Pretrain, "reward": Reward},
     "tuning": {
         "full": Full,
         "lora": Lora,
