@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from posttrain_dist.checkpoint.manifest import Layout, Manifest, Recipe
 from posttrain_dist.config import Dtype, RunConfig, single_process_rule
 from posttrain_dist.data.chat.rendering.served import Served
 from posttrain_dist.data.packs.balance import Cost
-from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.data.packs.mixing import make_mixture
 from posttrain_dist.data.prepared.arrays import Examples
@@ -38,7 +37,6 @@ from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.engine.optimizers import ParameterRules
 from posttrain_dist.engine.update_check import UpdateCheck
 from posttrain_dist.files import read_object, write_atomic
-from posttrain_dist.flow import Batch
 from posttrain_dist.models import Weights
 from posttrain_dist.models.architectures.known import TRAINED
 from posttrain_dist.models.classifier import classifier_network
@@ -97,22 +95,6 @@ def open_prepared(folder: Path) -> PreparedData:
         end_token_ids=summary.end_token_ids,
         served=Served.read(folder),
     )
-
-
-def make_probe(examples: Examples, *, own_rows: bool = False) -> Batch:
-    """The first tokens of the first sample and of the last, every second one supervised.
-
-    Args:
-        own_rows: see `Objective.own_rows`; the last token alone is then supervised.
-    """
-    probes = []
-    for example in (examples[0], examples[len(examples) - 1]):
-        ids_L = example.input_ids_L[:64]
-        place_L = torch.arange(len(ids_L))
-        weight_L = (place_L == len(ids_L) - 1 if own_rows else place_L % 2 == 1).float().numpy()
-        probe = replace(example, input_ids_L=ids_L, weight_L=weight_L)
-        probes.append(replace(probe, parent=None, unit=None))
-    return collate(probes, own_rows=own_rows)
 
 
 # -------------------------------------------------------------------------- engine and model

@@ -16,7 +16,6 @@ from posttrain_dist import dist
 from posttrain_dist.build import (
     build_engine,
     frozen_dtype,
-    make_probe,
     make_source,
     make_update_check,
     model_facts,
@@ -32,6 +31,7 @@ from posttrain_dist.config import RunConfig, complete, refuse_auto
 from posttrain_dist.config.advice import settings_line, warnings
 from posttrain_dist.data.packs.collate import filler
 from posttrain_dist.data.packs.loader import PackedSource
+from posttrain_dist.data.packs.probe import make_probe
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.engine.base import TrainEngine
