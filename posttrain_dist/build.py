@@ -38,6 +38,7 @@ from posttrain_dist.engine.optimizers import ParameterRules
 from posttrain_dist.engine.update_check import UpdateCheck
 from posttrain_dist.files import read_object, write_atomic
 from posttrain_dist.models import Weights
+from posttrain_dist.models.architectures.dropout import switch_off_dropout
 from posttrain_dist.models.architectures.known import TRAINED
 from posttrain_dist.models.classifier import classifier_network
 from posttrain_dist.models.finite import refuse_nonfinite
@@ -207,6 +208,8 @@ def build_policy(
         base=base,
         scalar=config.objective.own_rows,
     )
+    if config.objective.no_dropout:
+        switch_off_dropout(model)
     noise = config.train.neftune_alpha
     policy = make_policy(model, len(channels), config.tuning, neftune_alpha=noise)
     engine.attach(policy)
