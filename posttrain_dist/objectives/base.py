@@ -69,12 +69,16 @@ class Objective:
                 fix="the source of the batches must fill Example.extra; data files do not",
             )
 
-    def rules(self) -> list[Rule]:
-        """What must hold among the values of the group."""
-        return []
-
     def derived(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Metrics of held-out rows that are no quotient of two columns, of one row of the table.
+
+        Args:
+            sums: of every column.
+        """
+        return {}
+
+    def figures(self, sums: Mapping[str, float]) -> dict[str, Any]:
+        """What is drawn of held-out rows, by name, of one row of the table.
 
         Args:
             sums: of every column.

@@ -155,6 +155,15 @@ class Reward(Objective):
         apart = (abs(sums[f"right_{k}"] - sums[f"confidence_{k}"]) for k in range(NUM_BINS))
         return {"calibration_error": sum(apart) / total}
 
+    def figures(self, sums: Mapping[str, float]) -> dict[str, Any]:
+        """Of each bin that has comparisons: their number, mean confidence and share right."""
+        bins = []
+        for k in range(NUM_BINS):
+            if (count := sums[f"bin_{k}"]) > 0:
+                means = {part: sums[f"{part}_{k}"] / count for part in ("confidence", "right")}
+                bins.append({**means, "count": count})
+        return {"calibration": bins} if bins else {}
+
 
 def comparisons(batch: Batch) -> Comparisons:
     """All pairs of answers to one prompt of which one is worth more, on the host."""
