@@ -111,9 +111,9 @@ def training(
             for _ in range(2)
         )
         batches, heldout_batches = reference.source, reference.heldout
-        evaluate = Evaluate(
-            engine, heldout_batches, config.objective, eval_meter, config.train.eval_every
-        )
+        draw = figure_writer(run_folder, data.channels, config.objective)
+        every = config.train.eval_every
+        evaluate = Evaluate(engine, heldout_batches, config.objective, eval_meter, every, draw)
         rate = partial(learning_rate, config.optimizer, total_steps=steps)  # type: ignore[arg-type]
         update_check = make_update_check(config, engine, policy, rate, start)
         Rehearsal(config, run_folder, engine, batches, heldout_batches, meter, manifest).run(

@@ -21,7 +21,7 @@ from posttrain_dist.merge import merge_checkpoint
 from posttrain_dist.metrics import LoggingConfig, WandbMode
 from posttrain_dist.models.folder import check_folder
 from posttrain_dist.models.load import load_base
-from posttrain_dist.objectives.reward import Reward
+from posttrain_dist.objectives.preference.reward import Reward
 from posttrain_dist.objectives.sft import Sft
 from posttrain_dist.preflight import check_inputs
 from posttrain_dist.prepare import prepare

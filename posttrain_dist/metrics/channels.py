@@ -102,7 +102,8 @@ class _Table:
         named = {column.name: column for column in objective.columns}
         self.loss, self.correct = named["loss"], named.get("correct")
         general = [column for column in (self.loss, self.correct) if column is not None]
-        taken = {name for column in general for name in (column.name, column.per)}
+        taken = {column.name for column in general}
+        taken |= {column.per for column in objective.columns if column.per is not None}
         self._own = [c for c in objective.columns if c.name not in taken and not c.part]
         self._derived = objective.derived
 

@@ -20,7 +20,7 @@ from posttrain_dist.models import ModelConfig
 from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
-from posttrain_dist.objectives.reward import Reward, RewardCount, RewardLoss
+from posttrain_dist.objectives.preference.reward import Reward, RewardCount, RewardLoss
 from posttrain_dist.tuning.full import Full
 from posttrain_dist.tuning.ia3 import Ia3
 from posttrain_dist.tuning.lora import Lora
@@ -102,7 +102,7 @@ def test_metrics_of_each_channel_and_the_calibration_error():
     assert metrics["eval_reward/accuracy"] == pytest.approx(3 / 4)
     assert metrics["eval_reward_channel_accuracy/b"] == pytest.approx(1 / 2)
     assert metrics["eval_reward_channel_margin/a"] == pytest.approx(2.0)
-    assert metrics["eval_reward/better"] == pytest.approx(sum(apart) / 4)
+    assert metrics["eval_reward/chosen_reward"] == pytest.approx(sum(apart) / 4)
     # Three bins: 0.88 twice, both right; 0.73 once, wrong; 0.62 once, right.
     p = [1 / (1 + np.exp(-abs(m))) for m in apart]
     error = (2 * (1 - p[0]) + p[1] + (1 - p[3])) / 4
