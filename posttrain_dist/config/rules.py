@@ -73,11 +73,12 @@ def refuse_auto(config: RunConfig) -> RunConfig:
 
 
 def _with_learning_rate(config: RunConfig) -> RunConfig:
-    """The learning rate of the tuning, where none is set and the tuning is known."""
+    """The learning rate of tuning and objective, where none is set and the tuning is known."""
     optimizer, auto = config.optimizer, isinstance(config.tuning, AutoTuning)
     if auto or not isinstance(optimizer, AdamW) or optimizer.lr is not None:
         return config
-    chosen = dataclasses.replace(optimizer, lr=config.tuning.default_lr)
+    rate = config.objective.learning_rate(config.tuning.default_lr)
+    chosen = dataclasses.replace(optimizer, lr=rate)
     return dataclasses.replace(config, optimizer=chosen)
 
 
@@ -156,6 +157,17 @@ def _added_tokens_rule(config: RunConfig) -> Rule:
     )
 
 
+def _dropout_rule(config: RunConfig) -> Rule:
+    dropout = config.tuning.dropout if isinstance(config.tuning, Lora) else 0.0
+    return Rule(
+        not config.objective.no_dropout or dropout == 0,
+        "tuning.dropout",
+        f"is {dropout}, and objective={config.objective.name} compares with a reference, which "
+        "dropout would make random",
+        "set tuning.dropout=0",
+    )
+
+
 def _rules_between_groups(config: RunConfig) -> list[Rule]:
     engine, cluster, model = config.engine, config.cluster, config.model
     stage3 = isinstance(engine, DeepSpeed) and engine.stage == 3
@@ -199,6 +211,7 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
     ]
     rules += answer_rules(config.data, config.template, config.objective.rows)
     rules.append(_added_tokens_rule(config))
+    rules.append(_dropout_rule(config))
     rules += reference_rules(config)
     rules.append(optimizer_engine_rule(config.optimizer, engine))
     if isinstance(config.tuning, AdapterTuning):
