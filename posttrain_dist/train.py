@@ -93,8 +93,7 @@ def training(
         heldout = make_source(config, data.heldout, process, mixed=False) if data.heldout else None
         steps = source.total_steps(config.train.steps, config.train.epochs, config.train.tokens)
 
-        # The head is checked, the reference opened, the state of a checkpoint read, the first batch
-        # checked.
+        # The head is checked, the reference opened, a checkpoint read, the first batch checked.
         _check_head(engine, policy, config.objective, data.train)
         cache = cache_folder(config.data.cache)
         worker = Worker(config, run_folder, process, engine, policy, dtype, data, cache)
