@@ -99,7 +99,8 @@ def test_prompts_that_differ_are_refused_and_not_assumed_equal(
 CLOSES = (  # in the prompt alone stands a closed block of thoughts: whole, no row is right
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}"
+    "{% endif %}"
 )
 
 
