@@ -12,9 +12,10 @@ from posttrain_dist.config.cluster import Ray, cluster_rules
 from posttrain_dist.config.groups import eval_rules, train_rules
 from posttrain_dist.config.hardware import hardware_rules, nodes_rules, with_nodes
 from posttrain_dist.config.job_rules import job_rules
+from posttrain_dist.config.reference_rules import reference_rules
 from posttrain_dist.config.run_config import SLOTS, RunConfig, untouched_slots
 from posttrain_dist.config.value_types import type_problems
-from posttrain_dist.data import data_rules, template_rules
+from posttrain_dist.data import answer_rules, data_rules, template_rules
 from posttrain_dist.diagnosis.rule_table import diagnose_problems
 from posttrain_dist.engine import (
     AdamW,
@@ -72,11 +73,12 @@ def refuse_auto(config: RunConfig) -> RunConfig:
 
 
 def _with_learning_rate(config: RunConfig) -> RunConfig:
-    """The learning rate of the tuning, where none is set and the tuning is known."""
+    """The learning rate of tuning and objective, where none is set and the tuning is known."""
     optimizer, auto = config.optimizer, isinstance(config.tuning, AutoTuning)
     if auto or not isinstance(optimizer, AdamW) or optimizer.lr is not None:
         return config
-    chosen = dataclasses.replace(optimizer, lr=config.tuning.default_lr)
+    rate = config.objective.learning_rate(config.tuning.default_lr)
+    chosen = dataclasses.replace(optimizer, lr=rate)
     return dataclasses.replace(config, optimizer=chosen)
 
 
@@ -115,6 +117,7 @@ def all_rules(config: RunConfig) -> list[Rule]:
         *model_rules(config.model),
         *optimizer_rules(config.optimizer),
         *config.tuning.rules(),
+        *config.objective.rules(),
         *engine_rules(config.engine),
         *cluster_rules(config.cluster),
         *job_rules(config.cluster),
@@ -154,6 +157,17 @@ def _added_tokens_rule(config: RunConfig) -> Rule:
     )
 
 
+def _dropout_rule(config: RunConfig) -> Rule:
+    dropout = config.tuning.dropout if isinstance(config.tuning, Lora) else 0.0
+    return Rule(
+        not config.objective.no_dropout or dropout == 0,
+        "tuning.dropout",
+        f"is {dropout}, and objective={config.objective.name} compares with a reference, which "
+        "dropout would make random",
+        "set tuning.dropout=0",
+    )
+
+
 def _rules_between_groups(config: RunConfig) -> list[Rule]:
     engine, cluster, model = config.engine, config.cluster, config.model
     stage3 = isinstance(engine, DeepSpeed) and engine.stage == 3
@@ -168,7 +182,7 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
             "set checkpoint.export=true, or eval.generate_rows=0",
         ),
         Rule(
-            not asks or config.objective.rows == "messages",
+            not asks or config.objective.trains_answers,
             "eval.generate_rows",
             f"is {config.eval.generate_rows}, and objective={config.objective.name} reads no "
             "conversations that could be answered",
@@ -195,7 +209,8 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
             "use engine=zero2, or make the weights once with engine=single and load them",
         ),
     ]
-    rules.append(_added_tokens_rule(config))
+    rules += answer_rules(config.data, config.template, config.objective.rows)
+    rules += [_added_tokens_rule(config), _dropout_rule(config), *reference_rules(config)]
     rules.append(optimizer_engine_rule(config.optimizer, engine))
     if isinstance(config.tuning, AdapterTuning):
         rules += _quantize_rules(config, config.tuning)

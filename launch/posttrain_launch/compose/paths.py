@@ -9,6 +9,7 @@ from pathlib import Path
 from posttrain_dist.config import RunConfig
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.errors import ModelError
+from posttrain_dist.objectives.reference_choice import Referenced
 from posttrain_dist.tuning.base import AdapterTuning
 
 RESERVED = ("embedded", "tiny_base")  # names of what comes with the package, not paths
@@ -41,6 +42,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     if isinstance(tuning, AdapterTuning) and tuning.init_from is not None:
         made = _made_by_run(tuning.init_from, root, "tuning.init_from")
         tuning = replace(tuning, init_from=made)
+    objective = config.objective
+    if isinstance(objective, Referenced) and objective.reference_model is not None:
+        named = _made_by_run(objective.reference_model, root, "objective.reference_model")
+        objective = replace(objective, reference_model=named)
     engine = config.engine
     if isinstance(engine, DeepSpeed) and engine.config is not None:
         engine = replace(engine, config=_absolute_path(engine.config))
@@ -55,6 +60,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         data=data,
         template=template,
         model=model,
+        objective=objective,
         tuning=tuning,
         engine=engine,
         train=train,
@@ -69,7 +75,11 @@ def _absolute_path(path: str) -> str:
 
 
 # What a key takes of a run -> the folder of it, as `posttrain export` would write it.
-_PARTS = {"model.path": "export", "tuning.init_from": "adapter"}
+_PARTS = {
+    "model.path": "export",
+    "objective.reference_model": "export",
+    "tuning.init_from": "adapter",
+}
 
 
 def _made_by_run(path: str, output_root: str, key: str) -> str:
