@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +26,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from posttrain_dist.data.prepared.trees import joined
+from posttrain_dist.data.prepared.units import Units
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Example
 
@@ -186,44 +187,6 @@ class _ArrayFile:
 # ------------------------------------------------------------------------------------- reading
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Units:
-    """What is planned: samples that stay together, in the order that a split has them.
-
-    Most are of one sample. Letter: U units.
-    """
-
-    first: npt.NDArray[np.int64]  # [U + 1] unit u is the samples first[u] to first[u + 1]
-    lengths: npt.NDArray[np.int32]  # [U] tokens
-    supervised: npt.NDArray[np.int32]  # [U] targets
-    channel_ids: npt.NDArray[np.int16]  # [U]
-    sources: npt.NDArray[np.int16]  # [U]
-
-    @classmethod
-    def of(cls, examples: Examples, number_S: npt.NDArray[np.int64]) -> Units:
-        """Of the samples of a split.
-
-        Args:
-            number_S: the unit of each.
-        """
-        starts = np.flatnonzero(np.diff(number_S, prepend=-1))
-        first = np.append(starts, len(number_S))
-        if len(starts) == len(number_S):  # each sample is one
-            lengths, supervised = examples.lengths, examples.supervised
-        else:
-            lengths = np.add.reduceat(examples.lengths, starts, dtype=np.int32)
-            supervised = np.add.reduceat(examples.supervised, starts, dtype=np.int32)
-        channels, sources = examples.channel_ids[starts], examples.sources[starts]
-        return cls(first, lengths, supervised, channels, sources)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def samples(self, unit: int) -> range:
-        """The places of the samples of a unit in the split."""
-        return range(int(self.first[unit]), int(self.first[unit + 1]))
-
-
 class Examples:
     """A prepared split, memory-mapped: `len(examples)`, `examples[i]`."""
 
@@ -249,7 +212,14 @@ class Examples:
             if name.startswith(_EXTRA)
         }
         self._token_extra: dict[str, npt.NDArray[Any]] = {}
-        self.units = Units.of(self, arrays["units"][index])
+        self.units = Units.of(
+            arrays["units"][index],
+            self.lengths,
+            self.supervised,
+            self.channel_ids,
+            self.sources,
+            arrays["parents"][index],
+        )
 
     @property
     def places(self) -> npt.NDArray[np.int64]:
@@ -337,6 +307,13 @@ class Examples:
             parent=int(arrays["ids"][index - before]) if before else None,
             unit=int(arrays["units"][index]),
         )
+
+    def path(self, index: int) -> Example:
+        """A sample behind all that it follows, as one without a parent."""
+        places = [index]
+        while before := int(self._arrays["parents"][self._index[places[0]]]):
+            places.insert(0, places[0] - before)
+        return joined([self[place] for place in places])
 
 
 def _check_index(index: npt.NDArray[Any], split: str, num_samples: int) -> None:
