@@ -16,7 +16,6 @@ from posttrain_dist import dist
 from posttrain_dist.build import (
     build_engine,
     frozen_dtype,
-    make_probe,
     make_source,
     make_update_check,
     model_facts,
@@ -32,6 +31,8 @@ from posttrain_dist.config import RunConfig, complete, refuse_auto
 from posttrain_dist.config.advice import settings_line, warnings
 from posttrain_dist.data.packs.collate import filler
 from posttrain_dist.data.packs.loader import PackedSource
+from posttrain_dist.data.packs.probe import make_probe
+from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.engine.base import TrainEngine
@@ -40,10 +41,11 @@ from posttrain_dist.engine.state_files import fitting, step_of_file
 from posttrain_dist.errors import CheckpointError
 from posttrain_dist.export import RehearseExport, RunExport
 from posttrain_dist.files import write_atomic
-from posttrain_dist.flow import Batch, StepInfo
+from posttrain_dist.flow import StepInfo
 from posttrain_dist.hooks import EndOnNonfinite, Evaluate, Log, Save
 from posttrain_dist.logs import log_to_file, notify
 from posttrain_dist.loop import Stop, fit
+from posttrain_dist.metrics.figure_file import figure_writer
 from posttrain_dist.metrics.special_tokens import TokenMeter
 from posttrain_dist.models.folder import resolve
 from posttrain_dist.models.policy import Policy
@@ -91,9 +93,8 @@ def training(
         heldout = make_source(config, data.heldout, process, mixed=False) if data.heldout else None
         steps = source.total_steps(config.train.steps, config.train.epochs, config.train.tokens)
 
-        # The head is checked, the reference opened, the state of a checkpoint read, the first batch
-        # checked.
-        _check_head(engine, policy, config.objective, make_probe(data.train))
+        # The head is checked, the reference opened, a checkpoint read, the first batch checked.
+        _check_head(engine, policy, config.objective, data.train)
         cache = cache_folder(config.data.cache)
         worker = Worker(config, run_folder, process, engine, policy, dtype, data, cache)
         reference = open_reference(worker, source, heldout, steps)  # by the weights of the start
@@ -106,7 +107,8 @@ def training(
         new_meter = partial(TokenMeter, data.channels, data.special_tokens, config.objective)
         meter, eval_meter = new_meter(engine.device), new_meter(engine.device)
         batches, held, every = reference.source, reference.heldout, config.train.eval_every
-        evaluate = Evaluate(engine, held, config.objective, eval_meter, every)
+        draw = figure_writer(run_folder, data.channels, config.objective)
+        evaluate = Evaluate(engine, held, config.objective, eval_meter, every, draw)
         rate = partial(learning_rate, config.optimizer, total_steps=steps)  # type: ignore[arg-type]
         update_check = make_update_check(config, engine, policy, rate, start)
         Rehearsal(config, run_folder, engine, batches, held, meter, manifest).run(start, steps)
@@ -239,8 +241,10 @@ def _load(config: RunConfig, engine: TrainEngine, there: Manifest, found: Path) 
 
 
 @torch.no_grad()
-def _check_head(engine: TrainEngine, policy: Policy, objective: Objective, probe: Batch) -> None:
-    """Compare the fused head with the model's own, after a forward through the engine.
+def _check_head(
+    engine: TrainEngine, policy: Policy, objective: Objective, examples: Examples
+) -> None:
+    """Compare the head with the model's own, after a forward through the engine.
 
     Every other use of the policy needs one before it: in it ZeRO-3 finds out which modules read
     the weights of others (DoRA's do), and gathers these from then on, in a plain call too.
@@ -249,7 +253,7 @@ def _check_head(engine: TrainEngine, policy: Policy, objective: Objective, probe
     batch = filler(objective).to(engine.device)
     count = objective.count(batch)
     engine.forward(batch, objective, count._make([1.0] * len(count)))
-    policy.check_head(probe.to(engine.device))
+    policy.check_head(make_probe(examples, own_rows=objective.own_rows).to(engine.device))
 
 
 def _check_first_batch(
@@ -260,8 +264,11 @@ def _check_first_batch(
     """
     batch = source.step(step)[0].to(device)
     found = dist.on_all(lambda: policy.check_parity(batch))
-    differences = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
-    _log.info("the fused head differs from the reference on the first batch by: %s", differences)
+    if found:  # a scalar head is not fused
+        differences = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
+        _log.info(
+            "the fused head differs from its reference on the first batch by: %s", differences
+        )
     reference.check_start(step)
     if device.type == "cuda":  # so that the reported peak is that of training
         torch.cuda.reset_peak_memory_stats(device)
