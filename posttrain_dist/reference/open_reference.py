@@ -36,12 +36,12 @@ from posttrain_dist.objectives.reference_choice import (
     Referenced,
 )
 from posttrain_dist.reference.identity import array_key, reference_digest
+from posttrain_dist.reference.kept_log_probs import StoredLogProbs
 from posttrain_dist.reference.live import FilledSource
 from posttrain_dist.reference.log_probs import Score, log_probs
 from posttrain_dist.reference.precomputed import complete
 from posttrain_dist.reference.second_model import SecondModel
 from posttrain_dist.reference.start_check import check_start
-from posttrain_dist.reference.kept_log_probs import StoredLogProbs
 from posttrain_dist.tuning.lora import Lora
 
 FOLDER = "reference"  # in the run folder

@@ -18,8 +18,8 @@ from posttrain_dist import dist
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.flow import Batch
-from posttrain_dist.reference.log_probs import Score
 from posttrain_dist.reference.kept_log_probs import StoredLogProbs
+from posttrain_dist.reference.log_probs import Score
 
 Ints = npt.NDArray[np.int64]
 _EVERY_S = 30.0  # between lines of progress
@@ -75,6 +75,7 @@ def _values(
 ) -> tuple[Ints, npt.NDArray[np.float32]]:
     """Of this rank's samples: where each target stands in the array of all tokens, its value."""
     number = {int(sample_id): i for i, sample_id in enumerate(subset.sample_ids)}
+    assert len(number) == len(subset), "sample ids are unique"
     starts = subset.starts
     tokens: list[Ints] = [np.empty(0, np.int64)]
     values = [np.empty(0, np.float32)]
