@@ -36,15 +36,16 @@ from posttrain_dist.objectives.reference_choice import (
     Referenced,
 )
 from posttrain_dist.reference.identity import array_key, reference_digest
+from posttrain_dist.reference.kept_log_probs import StoredLogProbs
 from posttrain_dist.reference.live import FilledSource
 from posttrain_dist.reference.log_probs import Score, log_probs
 from posttrain_dist.reference.precomputed import complete
 from posttrain_dist.reference.second_model import SecondModel
 from posttrain_dist.reference.start_check import check_start
-from posttrain_dist.reference.stored import StoredLogProbs
 from posttrain_dist.tuning.lora import Lora
 
 FOLDER = "reference"  # in the run folder
+_PART_TOKENS = 1 << 17  # of a part of the pass, at least
 _log = logging.getLogger(__name__)
 
 
@@ -88,15 +89,15 @@ class RunReference:
         lineage = {**manifest.lineage, "reference_digest": self.digest}
         return replace(manifest, lineage=lineage)
 
-    def check_start(self, start: int) -> None:
-        """See that the policy is its reference where the run begins; collective.
+    def check_start(self, step: int) -> None:
+        """Before step 1, see that the policy is its reference; collective.
 
         Raises:
             TrainingError: it is not, and the reference is to be what training starts with.
         """
         worker = self.worker
         config, objective = worker.config, worker.config.objective
-        if start or not isinstance(objective, Referenced) or not is_start(config):
+        if step > 1 or not isinstance(objective, Referenced) or not is_start(config):
             return
         batch: Batch = self.source.step(1)[0].to(worker.engine.device)
         exact = _is_exact(config, worker)
@@ -183,7 +184,7 @@ def _precompute(worker: Worker, digest: str, source: PackedSource, steps: int) -
         lambda examples: make_source(config, examples, worker.process, mixed=False),
         worker.engine.device,
         # Some packs for every rank in each part.
-        part_tokens=8 * worker.process.world * config.data.max_length,
+        part_tokens=max(_PART_TOKENS, 8 * worker.process.world * config.data.max_length),
         say=partial(_say, worker),
     )
     dist.on_main(lambda: stored.finish(cached))
@@ -202,7 +203,6 @@ def _needed(
 
 
 def _say(worker: Worker, line: str) -> None:
-    _log.info("%s", line)
     if dist.rank() == 0:
         notify(worker.run_folder, line)
 

@@ -14,7 +14,9 @@ from posttrain_dist.files import write_atomic
 from posttrain_dist.report.blocks import blocks, data_blocks
 from posttrain_dist.report.page import MAX_CHANNEL_CHARTS, asset, render
 from posttrain_dist.report.run.alarm_section import alarms_of
+from posttrain_dist.report.run.calibration import calibration_of
 from posttrain_dist.report.run.charts import charts_of
+from posttrain_dist.report.run.compared import compared_charts
 from posttrain_dist.report.run.figures import (
     cards_of,
     channel_rows,
@@ -54,7 +56,7 @@ def write_report(run_folder: Path) -> Path:
 def _render(run: Run) -> str:
     from markupsafe import Markup
 
-    charts = charts_of(run)
+    charts = [*charts_of(run), *compared_charts(run)]
     channels = channel_rows(run)
     lineage = {key: value for key, value in run.lineage.items() if key != "command"}
     if inputs := run.summary.get("inputs"):
@@ -67,6 +69,7 @@ def _render(run: Run) -> str:
         cards=cards_of(run, channels),
         charts=charts,
         drawn=[dataclasses.asdict(chart) for chart in charts],
+        is_compared=any(chart.group == "compared" for chart in charts),
         smoothed=any(len(chart.series) > 2 for chart in charts),
         channels=channels,
         channels_hidden=len(channels) > MAX_CHANNEL_CHARTS,
@@ -74,6 +77,7 @@ def _render(run: Run) -> str:
         has_base=bool(run.matches["before"]) or any(s.get("before") for s in run.samples),
         samples=[sample_of(sample) for sample in run.samples],
         alarms=alarms_of(run.folder),
+        calibration=calibration_of(run.folder),
         data=data_blocks(run.summary),
         data_page="data_report.html" if (run.folder / "data_report.html").is_file() else "",
         plan=plan_of(run),
