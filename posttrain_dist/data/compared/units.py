@@ -1,11 +1,11 @@
 """The tokens of a row -> units of samples: a prompt, then the answers that stay beside it.
 
-rows of the objective   a unit
-----------------------  ---------------------------------------------------------------------------
-pairs                   the prompt and all answers; a ranking above the limit becomes a unit for each
-                        pair of neighbours in rank
-labels                  the prompt, one answer, and an answer to another prompt (role 1)
-scores                  the prompt and all answers; above the limit one of each
+rows    a unit
+------  ----------------------------------------------------------------------------------
+pairs   the prompt and all answers; a ranking above the limit becomes a unit for each pair
+        of neighbours in rank
+labels  the prompt, one answer, and an answer to another prompt (role 1)
+scores  the prompt and all answers; above the limit one of each
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class UnitMaker:
                 yield ready, self._made(answered, others)
 
     def _made(self, row: AnsweredRow, others: Sequence[AnswerTokens]) -> RowExamples:
-        found = RowExamples([], list(row.faults), is_units=True)
+        found = RowExamples([], list(row.faults))
         for said in self._groups(row, others, found.faults):
             fitting = self._fitted(self._prompt_tokens(row, said), said, found.faults)
             if fitting:

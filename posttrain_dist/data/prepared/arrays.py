@@ -289,6 +289,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def extra(self, name: str) -> npt.NDArray[Any] | None:
+        """A field of `Example.extra` of all samples, in their order; null: there is none."""
+        return self._extra[name][self._index] if name in self._extra else None
+
     def __getitem__(self, index: int) -> Example:
         arrays, index = self._arrays, int(self._index[index])
         start, end = arrays["offsets"][index : index + 2].tolist()
