@@ -206,5 +206,6 @@ class _Samples:
         found = []
         for row in np.flatnonzero((self._key_R == np.uint64(key)) & self._train_R)[:_ROWS]:
             first, last = np.searchsorted(self._row_S, [row, row + 1]).tolist()
-            found += [self._examples.path(i) for i in range(first, last)]
+            whole = [i for i in range(first, last) if self._examples[i].weight_L.any()]
+            found += [self._examples.path(i) for i in whole]
         return found
