@@ -29,6 +29,8 @@ from posttrain_dist.models.network.tensors import Network
 from posttrain_dist.models.quantized import check_base
 from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.planner.job import DataFacts, Job, Machine, fullest_row
+from posttrain_dist.planner.objective.answer_rows import answer_row
+from posttrain_dist.planner.objective.objective_facts import HeadKind, ObjectiveFacts
 from posttrain_dist.tuning.base import Tuning
 
 if TYPE_CHECKING:
@@ -79,9 +81,11 @@ def make_job(config: RunConfig, machine: Machine, facts: DataFacts | None = None
         value_bytes=value_bytes,
         row_tokens=row_tokens,
         sample_tokens=longest,
-        row_lengths=fullest_row(row_tokens, longest),
+        row_lengths=(lengths := fullest_row(row_tokens, longest)),
+        row_parents=(-1,) * len(lengths),
         found_rows=(),
         supervised_share=supervised,
+        objective=ObjectiveFacts.of(config.objective),
         attention=choose_attention(config.model.attention, network.shape, machine, value_bytes),
         batch_size=config.train.batch_size,
         micro_batch_size=config.train.micro_batch_size,
@@ -94,10 +98,24 @@ def make_job(config: RunConfig, machine: Machine, facts: DataFacts | None = None
         config=config,
     )
     if facts is None or facts.rows is None:
-        return job
+        return _with_answers(job, known=facts is not None)
     memory = row_memory(job.tuning, network.shape, job.attention, longest)
     found = facts.rows.heaviest(config, network.shape, workers, memory)
     return replace(job, found_rows=found)
+
+
+def _with_answers(job: Job, *, known: bool) -> Job:
+    """With rows of prompts and answers, where the objective compares these.
+
+    Args:
+        known: whether the share of targets is that of the data.
+    """
+    if not job.objective.compares:
+        return job
+    scores = job.objective.head is HeadKind.score
+    row = answer_row(job.row_lengths, one_target=scores)
+    share = job.supervised_share if known else row.supervised / sum(row.lengths)
+    return replace(job.with_row(row.lengths, row.parents), supervised_share=share)
 
 
 def row_memory(tuning: Tuning, shape: ModelShape, attention: str, longest: int) -> RowMemory:

@@ -32,10 +32,12 @@ class PackedRow(NamedTuple):
     Attributes:
         lengths: tokens of each sample, in their order.
         supervised: tokens with a loss.
+        parents: the earlier sample of the row that each follows; -1: none.
     """
 
     lengths: tuple[int, ...]
     supervised: int
+    parents: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -21,12 +21,12 @@ from posttrain_dist.planner.memory.layers.ends import (
     batch_bytes,
     causal_buffer_bytes,
     embed,
-    head_loss,
     num_targets,
     per_layer_inputs,
     rotary,
 )
 from posttrain_dist.planner.memory.layers.features import features_of
+from posttrain_dist.planner.memory.layers.head import head_loss, head_logprob
 from posttrain_dist.planner.memory.layers.layer import run_layer, window_of
 from posttrain_dist.planner.memory.layers.parts import norm
 from posttrain_dist.planner.memory.layers.repeated import run_layers
@@ -34,6 +34,7 @@ from posttrain_dist.planner.memory.ledger import Ledger
 from posttrain_dist.planner.memory.operations import WIDE, dropout, scale, take_rows
 from posttrain_dist.planner.memory.parameters import trained_parameters
 from posttrain_dist.planner.memory.startup import check_parity
+from posttrain_dist.planner.objective.objective_facts import HeadKind
 from posttrain_dist.planner.plan import Item, Phase, PhaseName
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def device_phases(job: Job) -> tuple[Phase, ...]:
 
 def _with_found(job: Job, row: PackedRow) -> Job:
     share = min(1.0, row.supervised / sum(row.lengths))
-    return replace(job.with_row(row.lengths), supervised_share=share)
+    return replace(job.with_row(row.lengths, row.parents), supervised_share=share)
 
 
 def _peak(phases: tuple[Phase, ...]) -> int:
@@ -180,7 +181,8 @@ class _Run:
         hidden = self._backbone(graph, num_rows)
         hidden = graph.part(hidden, hidden.num_bytes)  # row 0 of the output
         name, fast = self._head_name, self._multiplies_fast
-        return head_loss(graph, job, hidden, name, num_rows, fast=fast)
+        run = head_loss if job.objective.head is HeadKind.loss else head_logprob
+        return run(graph, job, hidden, name, num_rows, fast=fast)
 
     @property
     def _head_name(self) -> str:
