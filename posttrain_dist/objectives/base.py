@@ -30,12 +30,15 @@ class Objective:
             objective's name.
         own_rows: whether `hidden_ND` are the states of the targets themselves, which a scalar
             head reads; else of the tokens before them, which predict them.
+        no_dropout: whether dropout is switched off, of model and adapter: log-probabilities that
+            are compared would be those of two different random models.
     """
 
     rows: ClassVar[str] = "messages"
     extra: ClassVar[tuple[Extra, ...]] = ()
     columns: ClassVar[tuple[Column, ...]] = ()
     own_rows: ClassVar[bool] = False
+    no_dropout: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
