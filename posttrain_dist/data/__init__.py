@@ -42,6 +42,7 @@ encode             chat/encoder.py           Record -> Examples, whole or turn b
                    prepared/pieces.py        Example -> text for people, chat/turn_view.py by turns
 prepare            (posttrain_dist.prepare)  all files -> the prepared folder, split and counted
                    prepared/arrays.py        Examples as flat arrays on disk, mapped by workers
+                   prepared/units.py         ... and the sizes of samples that stay together
                    prepared/summary.py       what was found: counts, channels, digests
 mix                packs/mixing.py           weights of sources -> samples of an epoch
 order              packs/order.py            (seed, epoch) -> packs of each step

@@ -63,7 +63,7 @@ class PackedSource:
         self._max_length, self._window, self._rank = max_length, window, rank
         self._vocab_size = vocab_size
         self._units = units = examples.units
-        costs = (cost or Cost()).of(units.lengths, units.supervised)
+        costs = (cost or Cost()).of_units(units)
         self._split = MicroBatches(costs, batch_size, micro_batch_size, world)
         self._order = Order(
             units.lengths,
@@ -142,10 +142,9 @@ class PackedSource:
         the second one begins.
         """
         units, split = self._units, self._split
-        lengths = units.lengths.astype(np.int64)
         packs = min(steps * split.batch_size, SCANNED_PACKS)
-        keys = (memory or RowMemory()).keys(lengths, units.supervised)
-        sums = self._order.sums((*keys, lengths**2, units.supervised), packs)
+        keys = (memory or RowMemory()).keys(units)
+        sums = self._order.sums((*keys, units.causal_pairs(), units.supervised), packs)
         found = heaviest_rows(self._order, split, sums[: len(keys)], sums[len(keys) :])
         adds_up = -(-split.batch_size // split.world) > split.micro_batch_size
         once = dict.fromkeys(map(tuple, found))

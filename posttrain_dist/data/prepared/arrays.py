@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from posttrain_dist.data.prepared.units import Units
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Example
 
@@ -186,44 +186,6 @@ class _ArrayFile:
 # ------------------------------------------------------------------------------------- reading
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Units:
-    """What is planned: samples that stay together, in the order that a split has them.
-
-    Most are of one sample. Letter: U units.
-    """
-
-    first: npt.NDArray[np.int64]  # [U + 1] unit u is the samples first[u] to first[u + 1]
-    lengths: npt.NDArray[np.int32]  # [U] tokens
-    supervised: npt.NDArray[np.int32]  # [U] targets
-    channel_ids: npt.NDArray[np.int16]  # [U]
-    sources: npt.NDArray[np.int16]  # [U]
-
-    @classmethod
-    def of(cls, examples: Examples, number_S: npt.NDArray[np.int64]) -> Units:
-        """Of the samples of a split.
-
-        Args:
-            number_S: the unit of each.
-        """
-        starts = np.flatnonzero(np.diff(number_S, prepend=-1))
-        first = np.append(starts, len(number_S))
-        if len(starts) == len(number_S):  # each sample is one
-            lengths, supervised = examples.lengths, examples.supervised
-        else:
-            lengths = np.add.reduceat(examples.lengths, starts, dtype=np.int32)
-            supervised = np.add.reduceat(examples.supervised, starts, dtype=np.int32)
-        channels, sources = examples.channel_ids[starts], examples.sources[starts]
-        return cls(first, lengths, supervised, channels, sources)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def samples(self, unit: int) -> range:
-        """The places of the samples of a unit in the split."""
-        return range(int(self.first[unit]), int(self.first[unit + 1]))
-
-
 class Examples:
     """A prepared split, memory-mapped: `len(examples)`, `examples[i]`."""
 
@@ -248,7 +210,14 @@ class Examples:
             for name, array in arrays.items()
             if name.startswith(_EXTRA)
         }
-        self.units = Units.of(self, arrays["units"][index])
+        self.units = Units.of(
+            arrays["units"][index],
+            self.lengths,
+            self.supervised,
+            self.channel_ids,
+            self.sources,
+            arrays["parents"][index],
+        )
 
     @classmethod
     def open(cls, folder: Path, split: str, channels: list[str] | None = None) -> Examples:

@@ -10,8 +10,6 @@ import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.packs.balance import Cost
 from posttrain_dist.data.packs.heaviest import MicroBatches, RowMemory, heaviest_rows
@@ -71,7 +69,7 @@ class PackedRows:
         if key not in self._found:
             lengths, supervised = self.examples.units.lengths, self.examples.units.supervised
             cost = Cost.of_model(shape.hidden_size, shape.num_layers, shape.vocab_size)
-            costs = cost.of(lengths, supervised)
+            costs = cost.of_units(self.examples.units)
             split = MicroBatches(costs, train.batch_size, train.micro_batch_size, world)
             order, sums = self._packs[run]
             found = heaviest_rows(order, split, sums[:-_NUM_TIES], sums[-_NUM_TIES:])
@@ -99,9 +97,8 @@ class PackedRows:
             most = min(most, train.steps * train.batch_size)
         elif self._least_packs(config, train.epochs or 1.0, train.tokens) <= most:
             order.settle(None, train.epochs, train.tokens)  # else the end is beyond what is seen
-        lengths = units.lengths.astype(np.int64)
-        keys = memory.keys(lengths, units.supervised)
-        return order, order.sums((*keys, lengths**2, units.supervised), most)
+        keys = memory.keys(units)
+        return order, order.sums((*keys, units.causal_pairs(), units.supervised), most)
 
     def _least_packs(self, config: RunConfig, epochs: float, tokens: int | None = None) -> int:
         """Of so many epochs or tokens, if each were full."""
