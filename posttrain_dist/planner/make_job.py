@@ -99,7 +99,9 @@ def make_job(config: RunConfig, machine: Machine, facts: DataFacts | None = None
     )
     if facts is None or facts.rows is None:
         return _with_answers(job, known=facts is not None)
-    memory = row_memory(job.tuning, network.shape, job.attention, longest)
+    memory = row_memory(
+        job.tuning, network.shape, job.attention, longest, shares=job.objective.compares
+    )
     found = facts.rows.heaviest(config, network.shape, workers, memory)
     return replace(job, found_rows=found)
 
@@ -118,18 +120,21 @@ def _with_answers(job: Job, *, known: bool) -> Job:
     return replace(job.with_row(row.lengths, row.parents), supervised_share=share)
 
 
-def row_memory(tuning: Tuning, shape: ModelShape, attention: str, longest: int) -> RowMemory:
+def row_memory(
+    tuning: Tuning, shape: ModelShape, attention: str, longest: int, *, shares: bool = False
+) -> RowMemory:
     """What a model keeps of a row beside something of each token.
 
     Args:
         attention: as that of a `Job`.
         longest: tokens of the longest sample.
+        shares: samples may follow others, so that sdpa needs masks for them.
     """
     from posttrain_dist.data.packs.heaviest import RowMemory
 
     inserted = tuning.inserted_tokens
     prefix = tuning.virtual_tokens - inserted
-    kept = prefix > 0 or shape.keeps_pairs(longest)
+    kept = shares or prefix > 0 or shape.keeps_pairs(longest)
     pairs = attention == "eager" or (attention == "sdpa" and kept)
     return RowMemory(pairs=pairs, inserted=inserted, prefix=prefix)
 

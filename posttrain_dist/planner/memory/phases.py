@@ -173,6 +173,7 @@ class _Run:
             recording=recording,
         )
         graph.training = recording
+        graph.drops = recording and not self._job.objective.no_dropout
         return graph
 
     def _forward(self, graph: Graph) -> Value:

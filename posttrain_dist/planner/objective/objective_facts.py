@@ -31,6 +31,7 @@ class ObjectiveFacts:
     head: HeadKind = HeadKind.loss
     compares: bool = False
     model_fields: int = 0
+    no_dropout: bool = False
 
     @classmethod
     def of(cls, objective: Objective) -> ObjectiveFacts:
@@ -38,4 +39,6 @@ class ObjectiveFacts:
         compares = objective.rows not in _OF_TEXT
         head = HeadKind.logprob if compares else HeadKind.loss
         fields = sum(each.by is By.model and each.name.endswith("_N") for each in objective.extra)
-        return cls(HeadKind.score if objective.own_rows else head, compares, fields)
+        return cls(
+            HeadKind.score if objective.own_rows else head, compares, fields, objective.no_dropout
+        )

@@ -143,7 +143,7 @@ def _sdpa(
 ) -> Value:
     """torch's own, sample by sample; on a GPU shared heads are repeated before it."""
     num_tokens = samples.num_tokens
-    drops = graph.training and bool(job.network.shape.attention_dropout)
+    drops = graph.drops and bool(job.network.shape.attention_dropout)
     if job.on_gpu:
         k, v = (_repeated(graph, heads, x) for x in (k, v))
     elif heads.width != heads.value_width or drops:
