@@ -109,6 +109,7 @@ class Job:
         workers: ranks of the whole run; local_workers: of one node.
         accumulation: micro-batches of an update, of the rank that has most.
         tokens: of the whole run; None: not known.
+        data_tokens: of the samples that it draws, each once, and held-out ones; None: not known.
         parameters_key: equal for jobs that hold the same parameters and train the same of them.
     """
 
@@ -135,6 +136,7 @@ class Job:
     evaluates: bool
     num_channels: int
     tokens: int | None
+    data_tokens: int | None
     config: RunConfig  # what it was made of, for what is shown
     row_before: tuple[int, ...] = field(init=False, repr=False)
     parameters_key: Hashable = field(init=False, repr=False)

@@ -85,7 +85,7 @@ def make_job(config: RunConfig, machine: Machine, facts: DataFacts | None = None
         row_parents=(-1,) * len(lengths),
         found_rows=(),
         supervised_share=supervised,
-        objective=ObjectiveFacts.of(config.objective),
+        objective=ObjectiveFacts.of(config),
         attention=choose_attention(config.model.attention, network.shape, machine, value_bytes),
         batch_size=config.train.batch_size,
         micro_batch_size=config.train.micro_batch_size,
@@ -94,11 +94,13 @@ def make_job(config: RunConfig, machine: Machine, facts: DataFacts | None = None
         local_workers=local_workers,
         evaluates=_evaluates(config, facts),
         num_channels=facts.channels if facts else 1,
-        tokens=_run_tokens(config, facts),
+        tokens=(tokens := _run_tokens(config, facts)),
+        data_tokens=_data_tokens(tokens, facts),
         config=config,
     )
+    job = _with_answers(job, length, known=facts is not None)
     if facts is None or facts.rows is None:
-        return _with_answers(job, known=facts is not None)
+        return job
     memory = row_memory(
         job.tuning, network.shape, job.attention, longest, shares=job.objective.compares
     )
@@ -106,16 +108,17 @@ def make_job(config: RunConfig, machine: Machine, facts: DataFacts | None = None
     return replace(job, found_rows=found)
 
 
-def _with_answers(job: Job, *, known: bool) -> Job:
+def _with_answers(job: Job, length: int, *, known: bool) -> Job:
     """With rows of prompts and answers, where the objective compares these.
 
     Args:
+        length: tokens of a pack.
         known: whether the share of targets is that of the data.
     """
     if not job.objective.compares:
         return job
     scores = job.objective.head is HeadKind.score
-    row = answer_row(job.row_lengths, one_target=scores)
+    row = answer_row(fullest_row(job.row_tokens, length), one_target=scores)
     share = job.supervised_share if known else row.supervised / sum(row.lengths)
     return replace(job.with_row(row.lengths, row.parents), supervised_share=share)
 
@@ -230,3 +233,11 @@ def _run_tokens(config: RunConfig, facts: DataFacts | None) -> int | None:
     if facts is None or not facts.tokens:
         return None
     return round(facts.tokens * (train.epochs or 1.0))
+
+
+def _data_tokens(run_tokens: int | None, facts: DataFacts | None) -> int | None:
+    """Of the samples that a run draws, and of those that it evaluates."""
+    if facts is None:
+        return None
+    drawn = facts.tokens if run_tokens is None else min(run_tokens, facts.tokens)
+    return drawn + facts.heldout_tokens

@@ -146,7 +146,7 @@ def _row_memory(config: RunConfig) -> RowMemory:
     """What may be kept of a row: of attentions that may run, by that which keeps most."""
     attention = "eager" if config.model.attention is Attention.eager else "sdpa"
     shape = read_shape(config.model.path)
-    shares = ObjectiveFacts.of(config.objective).compares
+    shares = ObjectiveFacts.of(config).compares
     return row_memory(config.tuning, shape, attention, config.data.max_length, shares=shares)
 
 

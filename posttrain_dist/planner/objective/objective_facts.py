@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from posttrain_dist.config import RunConfig
+from posttrain_dist.config.reference_rules import chosen_reference
 from posttrain_dist.flow import By
-from posttrain_dist.objectives.base import Objective
+from posttrain_dist.objectives.reference_choice import OLD_LOGPROB, Reference, Referenced
 
 _OF_TEXT = ("messages", "text")
 
@@ -24,21 +26,54 @@ class ObjectiveFacts:
     """Of one objective.
 
     Attributes:
+        name: of it, as its metrics have it.
         compares: whether its rows are units: a prompt, and answers that follow it.
         model_fields: numbers of each target that a model fills before the step.
+        no_dropout: dropout is switched off.
+        reference: how the log-probabilities of the reference are had; None: there are none.
+        reference_model: a model folder; None: the reference is what training starts with.
+        old_logprob: the policy's own are made before the update, too.
     """
 
+    name: str = "sft"
     head: HeadKind = HeadKind.loss
     compares: bool = False
     model_fields: int = 0
     no_dropout: bool = False
+    reference: Reference | None = None
+    reference_model: str | None = None
+    old_logprob: bool = False
 
     @classmethod
-    def of(cls, objective: Objective) -> ObjectiveFacts:
-        """Of the slot `objective` of a config."""
+    def of(cls, config: RunConfig) -> ObjectiveFacts:
+        """Of a completed config."""
+        objective = config.objective
         compares = objective.rows not in _OF_TEXT
         head = HeadKind.logprob if compares else HeadKind.loss
-        fields = sum(each.by is By.model and each.name.endswith("_N") for each in objective.extra)
+        fields = [each for each in objective.extra if each.by is By.model]
+        referenced = isinstance(objective, Referenced)
         return cls(
-            HeadKind.score if objective.own_rows else head, compares, fields, objective.no_dropout
+            name=objective.name,
+            head=HeadKind.score if objective.own_rows else head,
+            compares=compares,
+            model_fields=len(fields),
+            no_dropout=objective.no_dropout,
+            reference=chosen_reference(config) if referenced else None,
+            reference_model=objective.reference_model if referenced else None,
+            old_logprob=OLD_LOGPROB in fields,
         )
+
+    @property
+    def precomputes(self) -> bool:
+        """Whether the reference's are made in a pass over the samples before step 1."""
+        return self.reference is Reference.precomputed
+
+    @property
+    def policy_passes(self) -> int:
+        """Forwards of the policy's own weights without gradients, of each micro-batch."""
+        return (self.reference is Reference.adapter_off) + self.old_logprob
+
+    @property
+    def has_second_model(self) -> bool:
+        """Whether a second model is on the device: for the whole run, or for the pass before it."""
+        return self.reference is Reference.frozen or self.reference_model is not None

@@ -1,0 +1,51 @@
+"""The log-probabilities of the reference: by which model, how many bytes, how much on disk.
+
+precomputed    a forward of every sample before step 1; a float32 of each token on disk
+adapter_off    a forward of each micro-batch in its step, by the policy without its adapter
+frozen         the same by a second copy, whose weights every rank holds whole
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from posttrain_dist.models.folder import read_network
+from posttrain_dist.objectives.reference_choice import Reference
+from posttrain_dist.planner.job import Job, shared_by
+from posttrain_dist.planner.memory.parameters import stored_parameters
+from posttrain_dist.tuning.full import Full
+
+_NOTHING = "(?!)"  # a pattern that matches no parameter
+_BYTES_OF_TOKEN = 4
+HOW = {
+    Reference.precomputed: "a pass over the samples before step 1",
+    Reference.adapter_off: "the policy without its adapter, in every step",
+    Reference.frozen: "a second copy, in every step",
+}
+
+
+@shared_by("parameters_key", "objective", "row_lengths", "row_parents", "supervised_share")
+def reference_job(job: Job) -> Job | None:
+    """The run with the model of its reference as its policy, of which nothing is trained.
+
+    None: the objective has no reference.
+    """
+    if job.objective.reference is None:
+        return None
+    network = job.network
+    if job.objective.reference_model is not None:
+        network = read_network(job.objective.reference_model, job.model.add_tokens)
+    return replace(job, network=network, tuning=Full(train=_NOTHING))
+
+
+@shared_by("parameters_key", "objective")
+def second_model_bytes(job: Job) -> int:
+    """Weights of the second model of a rank; 0: there is none."""
+    other = reference_job(job) if job.objective.has_second_model else None
+    return 0 if other is None else sum(each.num_bytes for each in stored_parameters(other))
+
+
+def reference_bytes(job: Job) -> int:
+    """What the pass before step 1 writes; 0: there is none, or the data is not known."""
+    tokens = job.data_tokens if job.objective.precomputes else None
+    return (tokens or 0) * _BYTES_OF_TOKEN
