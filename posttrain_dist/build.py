@@ -40,6 +40,7 @@ from posttrain_dist.engine.update_check import UpdateCheck
 from posttrain_dist.files import read_object, write_atomic
 from posttrain_dist.flow import Batch
 from posttrain_dist.models import Weights
+from posttrain_dist.models.architectures.dropout import switch_off_dropout
 from posttrain_dist.models.architectures.known import TRAINED
 from posttrain_dist.models.finite import refuse_nonfinite
 from posttrain_dist.models.folder import (
@@ -104,7 +105,8 @@ def make_probe(examples: Examples) -> Batch:
     for example in (examples[0], examples[len(examples) - 1]):
         ids_L = example.input_ids_L[:64]
         weight_L = (torch.arange(len(ids_L)) % 2 == 1).float().numpy()
-        probes.append(replace(example, input_ids_L=ids_L, weight_L=weight_L))
+        alone = replace(example, input_ids_L=ids_L, weight_L=weight_L, parent=None)
+        probes.append(alone)
     return collate(probes)
 
 
@@ -217,6 +219,8 @@ def build_policy(
         device=engine.device,
         base=base,
     )
+    if config.objective.no_dropout:
+        switch_off_dropout(model)
     noise = config.train.neftune_alpha
     policy = make_policy(model, len(channels), config.tuning, neftune_alpha=noise)
     engine.attach(policy)

@@ -21,6 +21,7 @@ from posttrain_dist.checkpoint.save_times import timed_save
 from posttrain_dist.checkpoint.trained_state import state_writer
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.packs.loader import PackedSource
+from posttrain_dist.data.packs.prefetch import RunSource
 from posttrain_dist.diagnosis.facts import ModelFacts
 from posttrain_dist.diagnosis.monitor import Monitor
 from posttrain_dist.engine.base import TrainEngine
@@ -45,7 +46,7 @@ class Evaluate:
     def __init__(
         self,
         engine: TrainEngine,
-        source: PackedSource | None,
+        source: RunSource | None,
         objective: Any,
         meter: TokenMeter,
         every: int | None,

@@ -14,6 +14,7 @@ from posttrain_dist.config import AutoTuning, Ray, RunConfig, Slurm, problems
 from posttrain_dist.config.cluster import Cluster
 from posttrain_dist.config.hardware import with_nodes
 from posttrain_dist.config.ray_rules import is_job_api, job_api
+from posttrain_dist.config.reference_rules import check_named_reference
 from posttrain_dist.config.rules import single_on_many
 from posttrain_dist.config.this_machine import check_hardware
 from posttrain_dist.data.sources import file_sets
@@ -51,6 +52,7 @@ def input_problems(config: RunConfig, verb: str = "train") -> list[PosttrainErro
         found += _data_faults(config, only_heldout=verb == "evaluate")
     if verb in ("train", "submit"):
         found += _faults(lambda: _check_init_from(config))
+        found += _faults(lambda: check_named_reference(config))
         found += _cluster_faults(config, verb)
         found += _faults(lambda: _check_resume(config.train.resume))
         found += _faults(lambda: resolve_mode(config.logging.wandb))

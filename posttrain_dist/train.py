@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ from posttrain_dist.metrics.special_tokens import TokenMeter
 from posttrain_dist.models.folder import resolve
 from posttrain_dist.models.policy import Policy
 from posttrain_dist.planner.plan_file import planned_lines
+from posttrain_dist.prepare.cache import cache_folder
+from posttrain_dist.reference.open_reference import Worker, open_reference
 from posttrain_dist.rehearsal.out_of_memory import Reached, naming_out_of_memory
 from posttrain_dist.rehearsal.rehearse import Rehearsal
 from posttrain_dist.tuning.adapters.base_check import not_compared
@@ -92,27 +94,36 @@ def training(
         engine.train(False)  # no dropout
         _run_once(engine, config.objective)
         policy.check_head(make_probe(data.train).to(engine.device))
-        manifest = run_manifest(config, data, process, dtype)
+        cache = cache_folder(config.data.cache)
+        worker = Worker(config, run_folder, process, engine, policy, dtype, data, cache)
+        reference = open_reference(worker, source, heldout, steps)  # by the weights of the start
+        manifest = reference.recorded_in(run_manifest(config, data, process, dtype))
         start = _resume(config, run_folder, engine, manifest, steps)
         if start < steps:
             _check_parity(policy, source, start + 1, engine.device)
+            reference.check_start(start)
 
         # Steps, and what happens after each.
         meter, eval_meter = (
             TokenMeter(data.channels, data.special_tokens, config.objective, engine.device)
             for _ in range(2)
         )
-        evaluate = Evaluate(engine, heldout, config.objective, eval_meter, config.train.eval_every)
+        batches, heldout_batches = reference.source, reference.heldout
+        evaluate = Evaluate(
+            engine, heldout_batches, config.objective, eval_meter, config.train.eval_every
+        )
         rate = partial(learning_rate, config.optimizer, total_steps=steps)  # type: ignore[arg-type]
         update_check = make_update_check(config, engine, policy, rate, start)
-        Rehearsal(config, run_folder, engine, source, heldout, meter, manifest).run(start, steps)
+        Rehearsal(config, run_folder, engine, batches, heldout_batches, meter, manifest).run(
+            start, steps
+        )
         export = RunExport(config, run_folder, manifest, data.served, partial(notify, run_folder))
         facts = model_facts(config, policy, source)
-        with Log(config, run_folder, engine, source, facts, start) as log:
+        with closing(reference), Log(config, run_folder, engine, source, facts, start) as log:
             _write_main(run_folder / PLAN, total_steps=steps, start_step=start, **counts)
             updates = fit(
                 engine=engine,
-                source=source,
+                source=batches,
                 objective=config.objective,
                 meter=meter,
                 describe=meter.train_metrics,

@@ -12,6 +12,7 @@ from posttrain_dist.config.cluster import Ray, cluster_rules
 from posttrain_dist.config.groups import eval_rules, train_rules
 from posttrain_dist.config.hardware import hardware_rules, nodes_rules, with_nodes
 from posttrain_dist.config.job_rules import job_rules
+from posttrain_dist.config.reference_rules import reference_rules
 from posttrain_dist.config.run_config import SLOTS, RunConfig, untouched_slots
 from posttrain_dist.config.value_types import type_problems
 from posttrain_dist.data import data_rules, template_rules
@@ -115,6 +116,7 @@ def all_rules(config: RunConfig) -> list[Rule]:
         *model_rules(config.model),
         *optimizer_rules(config.optimizer),
         *config.tuning.rules(),
+        *config.objective.rules(),
         *engine_rules(config.engine),
         *cluster_rules(config.cluster),
         *job_rules(config.cluster),
@@ -196,6 +198,7 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
         ),
     ]
     rules.append(_added_tokens_rule(config))
+    rules += reference_rules(config)
     rules.append(optimizer_engine_rule(config.optimizer, engine))
     if isinstance(config.tuning, AdapterTuning):
         rules += _quantize_rules(config, config.tuning)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +37,9 @@ class Extends(Protocol):
 
     def row_keywords(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
         """More keywords for every attention."""
+
+    def off(self, model: nn.Module) -> AbstractContextManager[None]:
+        """What was inserted does nothing while the context lasts."""
 
 
 class Policy(nn.Module):
@@ -93,6 +97,16 @@ class Policy(nn.Module):
         output = self._backbone(**self._inputs(batch), supervised_N=batch.supervised_N)
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden.index_select(0, batch.supervised_N) if self._keeps_rows else hidden
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """Be the model without what the tuning put into it and before its rows."""
+        tuning, self._tuning = self._tuning, None
+        try:
+            with nullcontext() if tuning is None else tuning.off(self.causal_lm):
+                yield
+        finally:
+            self._tuning = tuning
 
     def forward(self, batch: Batch, objective: Any, denominators: Any) -> Loss:
         """Loss of one micro-batch, divided by the step's global `denominators`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from posttrain_dist.errors import DataError
+from posttrain_dist.errors import DataError, Rule
 from posttrain_dist.flow import Column, Extra, Loss
 
 if TYPE_CHECKING:
@@ -44,6 +44,10 @@ class Objective:
     def name(self) -> str:
         """What its metrics stand below."""
         return type(self).__name__.lower()
+
+    def rules(self) -> list[Rule]:
+        """What must hold among the values of the group."""
+        return []
 
     def check_extra(self, batch: Batch) -> None:
         """Compare `batch.extra` with what the objective declares.

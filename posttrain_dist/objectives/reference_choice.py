@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from posttrain_dist.errors import Rule
 from posttrain_dist.flow import By, Extra
 from posttrain_dist.objectives.base import Objective
+
+if TYPE_CHECKING:
+    from posttrain_dist.flow import Batch
 
 REF_LOGPROB = Extra("ref_logprob_N", by=By.model)
 OLD_LOGPROB = Extra("old_logprob_N", by=By.model)
@@ -47,9 +50,11 @@ class Referenced(Objective):
     extra: ClassVar[tuple[Extra, ...]] = (REF_LOGPROB,)
     no_dropout: ClassVar[bool] = True
 
-    @property
-    def start_loss(self) -> float | None:
-        """The loss where policy and reference are equal; None: it depends on the batch."""
+    def start_loss(self, batch: Batch) -> float | None:
+        """The loss of a batch alone while policy and reference are equal; None: not known.
+
+        Before the first update the loss is compared with it.
+        """
         return None
 
     def rules(self) -> list[Rule]:

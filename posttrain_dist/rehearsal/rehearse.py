@@ -33,7 +33,7 @@ from posttrain_dist.checkpoint.trained_state import state_writer
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.packs.collate import filler
 from posttrain_dist.data.packs.heaviest import RowMemory
-from posttrain_dist.data.packs.loader import PackedSource
+from posttrain_dist.data.packs.prefetch import RunSource
 from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.errors import TrainingError
 from posttrain_dist.flow import Batch
@@ -61,8 +61,8 @@ class Rehearsal:
     config: RunConfig
     run_folder: Path
     engine: TrainEngine
-    source: PackedSource
-    heldout: PackedSource | None
+    source: RunSource
+    heldout: RunSource | None
     meter: Meter
     manifest: Manifest
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from posttrain_dist.config import RunConfig
 from posttrain_dist.engine import DeepSpeed
+from posttrain_dist.objectives.reference_choice import Referenced
 from posttrain_dist.tuning.base import AdapterTuning
 
 RESERVED = ("embedded", "tiny_base")  # names of what comes with the package, not paths
@@ -32,6 +33,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     tuning = config.tuning
     if isinstance(tuning, AdapterTuning) and tuning.init_from is not None:
         tuning = replace(tuning, init_from=_absolute_path(tuning.init_from))
+    objective = config.objective
+    if isinstance(objective, Referenced) and objective.reference_model is not None:
+        named = _absolute_path(objective.reference_model)
+        objective = replace(objective, reference_model=named)
     engine = config.engine
     if isinstance(engine, DeepSpeed) and engine.config is not None:
         engine = replace(engine, config=_absolute_path(engine.config))
@@ -47,6 +52,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         data=data,
         template=template,
         model=model,
+        objective=objective,
         tuning=tuning,
         engine=engine,
         train=train,
