@@ -19,6 +19,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -128,6 +129,7 @@ def measure(
     config: RunConfig,
     sample_tokens: Sequence[int],
     *,
+    parents: Sequence[int] = (),
     supervised_share: float = 1.0,
     accumulation: int = 1,
     process: Process | None = None,
@@ -140,6 +142,8 @@ def measure(
     Args:
         config: completed; `model.weights=random` needs no file but config.json.
         sample_tokens: lengths of the samples of one micro-batch, one packed row.
+        parents: of each the earlier sample that it follows, -1 of a prompt, whose tokens are no
+            targets; empty: none follows another.
         accumulation: such rows of an update.
         process: rank and world of this process; with DeepSpeed the group must be there.
         updates: from the second on the moments are there before the forward.
@@ -160,7 +164,13 @@ def measure(
             channels = [f"channel {i}" for i in range(NUM_CHANNELS)]
             policy = build_policy(config, engine, dtype, channels)
             words = int(policy.config.vocab_size)
-            rows = [_batch(sample_tokens, supervised_share, words, i) for i in range(accumulation)]
+            own_rows = config.objective.own_rows
+            rows = [
+                collate(_units(sample_tokens, parents, words, i, own_rows), own_rows=own_rows)
+                if parents
+                else _batch(sample_tokens, supervised_share, words, i)
+                for i in range(accumulation)
+            ]
             batches = [row.to(engine.device) for row in rows]
             _start_up_checks(config, engine, policy, batches[0])
         gc.collect()
@@ -258,6 +268,33 @@ def _evaluate(config: RunConfig, engine: Any, batch: Batch) -> None:
 def _batch(lengths: Sequence[int], share: float, vocabulary: int, seed: int) -> Batch:
     examples = [_example(n, share, vocabulary, seed=seed + i) for i, n in enumerate(lengths)]
     return collate(examples)
+
+
+def _units(
+    lengths: Sequence[int], parents: Sequence[int], vocabulary: int, seed: int, own_rows: bool
+) -> list[Example]:
+    """Prompts and answers, each worth more than the one after it; every field of an answer."""
+    found: list[Example] = []
+    unit = -1
+    for i, (length, parent) in enumerate(zip(lengths, parents, strict=True)):
+        unit = i if parent < 0 else unit
+        plain = _example(length, 1.0, vocabulary, seed=seed + i)
+        weight_L = plain.weight_L * (parent >= 0)
+        if own_rows:
+            weight_L[:-1] = 0
+        role, value = (-1, 0.0) if parent < 0 else (0, float(len(lengths) - i))
+        found.append(
+            replace(
+                plain,
+                weight_L=weight_L,
+                channel=unit % NUM_CHANNELS,
+                sample_id=i,
+                parent=None if parent < 0 else parent,
+                unit=unit,
+                extra={"role_S": role, "value_S": value, "margin_S": 0.0},
+            )
+        )
+    return found
 
 
 def _example(length: int, share: float, vocabulary: int, seed: int) -> Example:

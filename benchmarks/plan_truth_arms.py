@@ -98,11 +98,13 @@ class Arm:
     """One run; `sample_tokens` are the lengths of the samples of a row.
 
     Attributes:
+        parents: of each sample the earlier one that it follows, -1 of a prompt; empty: none does.
         stage: of DeepSpeed; None: one process without it. `persistent`: its threshold at stage 3.
     """
 
     model: dict[str, Any] = field(default_factory=lambda: LLAMA)
     sample_tokens: Sequence[int] = (512,)
+    parents: Sequence[int] = ()
     supervised_share: float = 0.5
     accumulation: int = 1
     tuning: Tuning = field(default_factory=Full)
@@ -113,6 +115,14 @@ class Arm:
     stage: int | None = None
     workers: int = 1
     persistent: int = 0
+
+    @property
+    def targets(self) -> float:
+        """Supervised tokens of the row: of prompts and answers all of the answers."""
+        if not self.parents:
+            return sum(self.sample_tokens) * self.supervised_share
+        answers = [n for n, p in zip(self.sample_tokens, self.parents, strict=True) if p >= 0]
+        return sum(answers)
 
     @property
     def updates(self) -> int:

@@ -104,7 +104,7 @@ def _reference_passes(job: Job, ledger: Ledger, run: _Run) -> list[_Run]:
     other = reference_job(job) if job.objective.has_second_model else None
     if other is None:
         return found
-    second = _Run(other, ledger, SingleMemory(other, ledger), frozenset())
+    second = _Run(extended(other), ledger, SingleMemory(other, ledger), frozenset())
     return [*(found if job.objective.old_logprob else []), second]
 
 

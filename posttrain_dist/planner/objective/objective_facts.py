@@ -51,15 +51,17 @@ class ObjectiveFacts:
         compares = objective.rows not in _OF_TEXT
         head = HeadKind.logprob if compares else HeadKind.loss
         fields = [each for each in objective.extra if each.by is By.model]
-        referenced = isinstance(objective, Referenced)
+        reference, named = None, None
+        if isinstance(objective, Referenced):
+            reference, named = chosen_reference(config), objective.reference_model
         return cls(
             name=objective.name,
             head=HeadKind.score if objective.own_rows else head,
             compares=compares,
             model_fields=len(fields),
             no_dropout=objective.no_dropout,
-            reference=chosen_reference(config) if referenced else None,
-            reference_model=objective.reference_model if referenced else None,
+            reference=reference,
+            reference_model=named,
             old_logprob=OLD_LOGPROB in fields,
         )
 

@@ -24,17 +24,16 @@ HOW = {
 }
 
 
-@shared_by("parameters_key", "objective", "row_lengths", "row_parents", "supervised_share")
 def reference_job(job: Job) -> Job | None:
-    """The run with the model of its reference as its policy, of which nothing is trained.
+    """The run with the model of its reference as its policy; None: it has no reference.
 
-    None: the objective has no reference.
+    Unless another model is named it is that of the policy, adapters included.
     """
     if job.objective.reference is None:
         return None
-    network = job.network
-    if job.objective.reference_model is not None:
-        network = read_network(job.objective.reference_model, job.model.add_tokens)
+    if job.objective.reference_model is None:
+        return job
+    network = read_network(job.objective.reference_model)
     return replace(job, network=network, tuning=Full(train=_NOTHING))
 
 
