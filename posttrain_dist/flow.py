@@ -37,10 +37,19 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """One of the answers that a row compares or rates, and what it is worth."""
+
+    messages: tuple[Message, ...]  # begins with a turn of the assistant
+    value: float  # the higher one is preferred; a score; 1 desirable and 0 undesirable
+    margin: float = 0.0  # by how much at least, of the preferred one of a pair
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """One row as the user wrote it, already validated, whatever format it came in.
 
-    A row holds one of: `messages` (of a preference: what both answers follow), `text`,
+    A row holds one of: `messages` (of a row with `answers`: what each of them follows), `text`,
     `input_ids`.
     """
 
@@ -57,8 +66,7 @@ class Record:
     supervised_from: int = 0  # characters of `text` that are the prompt
     input_ids: tuple[int, ...] = ()
     labels: tuple[int, ...] = ()  # one per token of `input_ids`, the token itself or -100
-    chosen: tuple[Message, ...] = ()  # of a preference: the better answer
-    rejected: tuple[Message, ...] = ()  # ... and the worse one
+    answers: tuple[Answer, ...] = ()  # that are compared or rated; as the row has them
     check: str | None = None  # "exact": the last assistant turn is the one right answer
     reference: dict[str, Any] = field(default_factory=dict)  # other columns of a prompt-only row
     notes: tuple[str, ...] = ()  # the checks that it failed when it was read
@@ -134,6 +142,7 @@ class Batch:
     sample_id_S: list[int]  # -1 for a filler
     parent_S: list[int]  # an earlier sample of the row; -1: none, the sample is a root
     unit_S: list[int]  # samples of one unit have one number, from 0
+    targets_S: list[int]  # real targets of each sample
     # What objectives need beyond this: `..._N` per supervised token (0 in padding), `..._S` per
     # sample.
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -193,6 +202,9 @@ class Loss(NamedTuple):
     channels_CK: torch.Tensor  # float32 [C, K]
     nll_N: torch.Tensor | None = None  # detached float32, unweighted loss of each token
     correct_N: torch.Tensor | None = None  # bool: no other token exceeds the label
+    # What a token counts in metrics of single tokens; None: `Batch.weight_N`. Of a preference the
+    # tokens of answers that are not wanted count 0.
+    counted_N: torch.Tensor | None = None
 
 
 # ------------------------------------------------------------------------------------- step

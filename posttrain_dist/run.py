@@ -223,7 +223,7 @@ def finish(
     from posttrain_dist.report import write_report
 
     has_made = (folder / made_folder(config)).is_dir()
-    if config.eval.generate_rows > 0 and has_made and config.objective.rows == "messages":
+    if config.eval.generate_rows > 0 and has_made and config.objective.trains_answers:
         from posttrain_dist.evaluation.answers import compare
 
         log("asking the model before and after ...")

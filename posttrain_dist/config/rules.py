@@ -15,7 +15,7 @@ from posttrain_dist.config.job_rules import job_rules
 from posttrain_dist.config.reference_rules import reference_rules
 from posttrain_dist.config.run_config import SLOTS, RunConfig, untouched_slots
 from posttrain_dist.config.value_types import type_problems
-from posttrain_dist.data import data_rules, template_rules
+from posttrain_dist.data import answer_rules, data_rules, template_rules
 from posttrain_dist.diagnosis.rule_table import diagnose_problems
 from posttrain_dist.engine import (
     AdamW,
@@ -73,11 +73,12 @@ def refuse_auto(config: RunConfig) -> RunConfig:
 
 
 def _with_learning_rate(config: RunConfig) -> RunConfig:
-    """The learning rate of the tuning, where none is set and the tuning is known."""
+    """The learning rate of tuning and objective, where none is set and the tuning is known."""
     optimizer, auto = config.optimizer, isinstance(config.tuning, AutoTuning)
     if auto or not isinstance(optimizer, AdamW) or optimizer.lr is not None:
         return config
-    chosen = dataclasses.replace(optimizer, lr=config.tuning.default_lr)
+    rate = config.objective.learning_rate(config.tuning.default_lr)
+    chosen = dataclasses.replace(optimizer, lr=rate)
     return dataclasses.replace(config, optimizer=chosen)
 
 
@@ -156,6 +157,17 @@ def _added_tokens_rule(config: RunConfig) -> Rule:
     )
 
 
+def _dropout_rule(config: RunConfig) -> Rule:
+    dropout = config.tuning.dropout if isinstance(config.tuning, Lora) else 0.0
+    return Rule(
+        not config.objective.no_dropout or dropout == 0,
+        "tuning.dropout",
+        f"is {dropout}, and objective={config.objective.name} compares with a reference, which "
+        "dropout would make random",
+        "set tuning.dropout=0",
+    )
+
+
 def _rules_between_groups(config: RunConfig) -> list[Rule]:
     engine, cluster, model = config.engine, config.cluster, config.model
     stage3 = isinstance(engine, DeepSpeed) and engine.stage == 3
@@ -170,7 +182,7 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
             "set checkpoint.export=true, or eval.generate_rows=0",
         ),
         Rule(
-            not asks or config.objective.rows == "messages",
+            not asks or config.objective.trains_answers,
             "eval.generate_rows",
             f"is {config.eval.generate_rows}, and objective={config.objective.name} reads no "
             "conversations that could be answered",
@@ -197,7 +209,9 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
             "use engine=zero2, or make the weights once with engine=single and load them",
         ),
     ]
+    rules += answer_rules(config.data, config.template, config.objective.rows)
     rules.append(_added_tokens_rule(config))
+    rules.append(_dropout_rule(config))
     rules += reference_rules(config)
     rules.append(optimizer_engine_rule(config.optimizer, engine))
     if isinstance(config.tuning, AdapterTuning):

@@ -9,8 +9,10 @@ read               read/containers.py        path -> units -> (line, byte, JSON 
                    read/tables.py            ... of parquet, CSV and Hugging Face datasets
                    read/json_cells.py        ... JSON in their cells, by its Arrow type
 recognise          formats/recognise.py      keys of the first rows -> Format; row -> Record
+                   formats/shapes.py         ... the table of formats
                    formats/turns.py          ... rows that hold one conversation
-                   formats/pairs.py          ... rows that begin with a prompt
+                   formats/pairs.py          ... a prompt and one answer, a prompt alone
+                   formats/preferences.py    ... answers that are compared or rated
                    formats/plain.py          ... text and tokens
                    formats/loss_weight.py    ... what a turn or a row weighs in the loss
                    formats/nulls.py          ... nulls of tables in tools and their calls
@@ -72,8 +74,14 @@ MAX_LENGTH = 1 << 24  # tokens
 MAX_WINDOW = 1 << 24  # samples
 MAX_WEIGHT = 1_000_000_000
 MAX_PASSES = 10_000  # over the data: each is planned before the first step
+# What an objective may read (`Objective.rows`): rows of answers to a prompt, which become units of
+# samples, and of these the single answers that pairs can be made into.
+ANSWERS = frozenset({"pairs", "labels", "scores"})
+CONVERTS = frozenset({"labels", "scores"})
 
 __all__ = [
+    "ANSWERS",
+    "CONVERTS",
     "MAX_LENGTH",
     "MAX_PASSES",
     "MAX_WINDOW",
@@ -101,6 +109,10 @@ class Format(Enum):
     text = "text"
     tokens = "tokens"
     preference = "preference"
+    ranking = "ranking"
+    scored_answers = "scored_answers"
+    scored_completion = "scored_completion"
+    unpaired = "unpaired"
     prompt = "prompt"
 
 
@@ -154,6 +166,9 @@ class DataConfig:
     on_bad_row: OnBadRow = OnBadRow.error
     max_length: int = 2048  # tokens per pack at most
     long_rows: LongRows = LongRows.truncate
+    # Read pairs where single answers are asked for: the chosen one is desirable (worth 1), the
+    # rejected one is not (0).
+    convert_pairs: bool = False
     pack_window: int = 4096  # samples that packing may reorder among themselves
     workers: int | None = None  # processes that tokenise; null: one per core
     cache: str | None = None  # folder of prepared data; null: posttrain/ in the user's cache
@@ -254,6 +269,32 @@ def template_rules(template: Template) -> list[Rule]:
             "is turns: one sample of each assistant turn, and template.supervise=all also "
             "supervises the other turns",
             "set template.supervise=assistant",
+        ),
+    ]
+
+
+def answer_rules(data: DataConfig, template: Template, rows: str) -> list[Rule]:
+    """What must hold of `data` and `template` for an objective that reads `rows`."""
+    return [
+        Rule(
+            rows not in ANSWERS or data.long_rows is not LongRows.split,
+            "data.long_rows",
+            "is split, and the answers to one prompt stay together: a part of one cannot be "
+            "compared",
+            "set data.long_rows=truncate (the longest answers of a row are cut) or drop",
+        ),
+        Rule(
+            rows not in ANSWERS or template.supervise is Supervise.assistant,
+            "template.supervise",
+            f"is {template.supervise.name}, and answers are compared by all turns of the assistant "
+            "in them",
+            "set template.supervise=assistant",
+        ),
+        Rule(
+            not data.convert_pairs or rows in CONVERTS,
+            "data.convert_pairs",
+            f"makes single answers of pairs, and this objective reads {rows}",
+            "leave it out",
         ),
     ]
 

@@ -11,14 +11,18 @@ FOLDER = Path(__file__).parents[1] / "assets" / "embedded"
 FIXED_CHANNELS = ("arithmetic", "count", "extract", "reverse", "sort")  # one right answer each
 OPEN_CHANNELS = ("docstring", "describe")  # real text, from Python's standard library
 CHANNELS = FIXED_CHANNELS + OPEN_CHANNELS
+# Of its preferences: right against plausibly wrong, and concise against verbose.
+PREFERENCE_CHANNELS = (*FIXED_CHANNELS, "concise")
 SHA256 = {
     "train": "ae64c3deaf5165a1425190cb056e27e538509f03b6d57035b7278a268d57fa91",
     "heldout": "e6df8305065dbd53c3da3cbb1dc8e6ee57c14b4ee1d7ae05bfba58adfd06ad1b",
+    "preferences_train": "03bf601bc13d3537a898a6f1f498293909717dca8a9e5524aa831d5cda0775b4",
+    "preferences_heldout": "109a4b573871783545d8d6b96e98e7296d8a622b5a77e1a73d520549bd086c0f",
 }
 
 
 def split_path(split: str, folder: Path = FOLDER) -> Path:
-    """The JSONL file of "train" or "heldout".
+    """The JSONL file of "train", "heldout", or "preferences_" and either of them.
 
     Raises:
         DataError: no such split, the file is not there, or its SHA-256 is not the pinned one.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain_dist.data import DataConfig, Format
+from posttrain_dist.data import ANSWERS, CONVERTS, DataConfig, Format
 from posttrain_dist.data.embedded import split_path
 from posttrain_dist.data.formats.records import Reader, find_files
 from posttrain_dist.data.read.tables import HF, load_hf
@@ -25,6 +25,9 @@ ACCEPTS = {
         }
     ),
     "text": frozenset({Format.text, Format.tokens}),
+    "pairs": frozenset({Format.preference, Format.ranking, Format.scored_answers}),
+    "labels": frozenset({Format.unpaired}),
+    "scores": frozenset({Format.scored_answers, Format.scored_completion}),
 }
 
 
@@ -36,6 +39,7 @@ class FileSet:
     split: str  # "train" or "eval"
     key: str  # of the configuration, for errors
     path: str
+    converts: bool = False  # pairs are read too, each as two single answers
 
     @property
     def files(self) -> list[Path]:
@@ -60,7 +64,8 @@ class FileSet:
         Raises:
             DataError, ConfigError: the rows are not written in a format that `rows` accepts.
         """
-        return Reader(self.path, format=data.format, columns=data.columns, accepts=ACCEPTS[rows])
+        accepts = ACCEPTS[rows] | ({Format.preference} if self.converts else set())
+        return Reader(self.path, format=data.format, columns=data.columns, accepts=accepts)
 
 
 def file_sets(data: DataConfig, rows: str, *, only_heldout: bool = False) -> list[FileSet]:
@@ -68,7 +73,7 @@ def file_sets(data: DataConfig, rows: str, *, only_heldout: bool = False) -> lis
 
     Args:
         data: what to read.
-        rows: what the objective reads, "messages" or "text".
+        rows: what the objective reads, a key of ACCEPTS.
         only_heldout: leave out the sources where the held-out rows have files of their own.
 
     Raises:
@@ -91,18 +96,21 @@ def file_sets(data: DataConfig, rows: str, *, only_heldout: bool = False) -> lis
     problems: list[PosttrainError] = []
     sets = []
     for name, split, key, path in found:
-        if path == EMBEDDED and rows != "messages":
+        if path == EMBEDDED and rows == "text":
             problems.append(
                 ConfigError(
-                    f"the embedded data holds conversations, and this objective reads {rows} rows",
+                    "the embedded data holds conversations and preferences, and this objective "
+                    f"reads {rows} rows",
                     where=key,
                     fix='give a JSONL file with rows such as {"text": "..."}, or set objective=sft',
                 )
             )
             continue
+        converts = rows in CONVERTS and (data.convert_pairs or path == EMBEDDED)
         if path == EMBEDDED:
-            path = str(split_path("train" if split == "train" else "heldout"))
-        sets.append(FileSet(name, split, key, path))
+            side = "train" if split == "train" else "heldout"
+            path = str(split_path(f"preferences_{side}" if rows in ANSWERS else side))
+        sets.append(FileSet(name, split, key, path, converts))
     raise_all(_once(problems))
     return sets
 

@@ -98,7 +98,8 @@ class _Table:
         named = {column.name: column for column in objective.columns}
         self.loss, self.correct = named["loss"], named.get("correct")
         general = [column for column in (self.loss, self.correct) if column is not None]
-        taken = {name for column in general for name in (column.name, column.per)}
+        taken = {column.name for column in general}
+        taken |= {column.per for column in objective.columns if column.per is not None}
         self._own = [column for column in objective.columns if column.name not in taken]
 
     def place(self, name: str | None) -> int:

@@ -237,10 +237,11 @@ class Policy(nn.Module):
 
 def _mean(losses: list[Loss]) -> Loss:
     """The mean of the losses of one batch; see `Policy.forward`."""
-    total, channels, nll, correct = zip(*losses, strict=True)
+    total, channels, nll, correct, counted = zip(*losses, strict=True)
     return Loss(
         total=torch.stack(total).mean(),
         channels_CK=torch.stack(channels).mean(dim=0),
         nll_N=None if nll[0] is None else torch.stack(nll).mean(dim=0),
         correct_N=None if correct[0] is None else torch.stack(correct).sum(dim=0) * 2 > len(losses),
+        counted_N=counted[0],
     )

@@ -102,7 +102,16 @@ def _encode(
 ) -> bool:
     """Encode all rows into `samples`; whether it was not left early, for too many bad ones."""
     seed = inputs.digest["seed"] or 0  # for the rows that are shown
-    job = Job(inputs.tokenizer, inputs.template, config.data, seed, TEXT_ROWS, inputs.ends)
+    job = Job(
+        inputs.tokenizer,
+        inputs.template,
+        config.data,
+        seed,
+        TEXT_ROWS,
+        inputs.ends,
+        config.objective.rows,
+        config.objective.own_rows,
+    )
     plan = [
         (index, unit)
         for index, reader in enumerate(inputs.readers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -133,25 +133,28 @@ class ChunkBuilder:
         self._key_R: list[int] = []
         self._truncated_R: list[bool] = []
         self._dropped_R: list[bool] = []
-        self._ids_R: list[npt.NDArray[np.int32]] = []  # of the first sample
+        self._ids_R: list[npt.NDArray[np.int32]] = []  # of the first sample, or of all units
 
     def add(self, record: Record, key: int, result: RowExamples) -> int:
         """Take in a row that can be used; its number.
 
         Args:
             key: of its content.
-            result: that the encoder made of it; what has no target is left out.
+            result: that the encoder made of it; what has no target is left out, but for prompts.
         """
         row, examples = len(self._key_R), result.examples
-        kept = [each for each in examples if each.weight_L.any()]
+        kept = [each for each in examples if result.is_units or each.weight_L.any()]
+        near_L = examples[0].input_ids_L if examples else np.empty(0, np.int32)
+        if result.is_units and kept:
+            near_L = np.concatenate([each.input_ids_L for each in kept])
+            kept = [_numbered(each, len(self._examples)) for each in kept]
         self._examples += kept
         self._row_S += [row] * len(kept)
         self._channel_R.append(self._channels.setdefault(record.channel, len(self._channels)))
         self._key_R.append(key)
         self._truncated_R.append(any(each.truncated for each in examples))
         self._dropped_R.append(not kept)
-        nothing = np.empty(0, np.int32)
-        self._ids_R.append(examples[0].input_ids_L if examples else nothing)
+        self._ids_R.append(near_L)
         self.num_tokens += sum(len(each.input_ids_L) for each in kept)
         if result.by_turns and kept:
             sizes = [len(each.input_ids_L) for each in kept]
@@ -175,6 +178,13 @@ class ChunkBuilder:
             dropped_R=np.array(self._dropped_R, np.bool_),
             near_RB=signatures(self._ids_R),
         )
+
+
+def _numbered(example: Example, first: int) -> Example:
+    """A sample of a unit, whose parent and unit count from the first sample of the chunk."""
+    assert example.unit is not None, "of a unit"
+    parent = None if example.parent is None else example.parent + first
+    return replace(example, parent=parent, unit=example.unit + first)
 
 
 def add_place(places: dict[str, list[str]], name: str, more: Sequence[str]) -> None:

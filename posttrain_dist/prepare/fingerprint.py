@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_dist.config import RunConfig
-from posttrain_dist.data import CLOCK, Format, Template
+from posttrain_dist.data import ANSWERS, CLOCK, CONVERTS, Format, Template
 from posttrain_dist.data.chat.rendering.template_choice import TemplateSet, load_templates
 from posttrain_dist.data.formats.records import Reader
 from posttrain_dist.data.sources import FileSet, file_sets
@@ -91,7 +91,7 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
     # A base model without one reads such rows all the same; one of them that is a conversation
     # after all asks for it then.
     bare = template.name == "tokenizer" and not tokenizer.chat_template
-    if rows == "messages" and not (bare and all(each.format in PLAIN for each in readers)):
+    if rows != "text" and not (bare and all(each.format in PLAIN for each in readers)):
         templates = load_templates(template, tokenizer, model_folder, ends)
         if templates.reads_clock():
             date = datetime.now().date().isoformat()
@@ -104,6 +104,8 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
         "format": FORMAT,
         "versions": {name: version(name) for name in LIBRARIES},
         "rows": rows,
+        **({"own_rows": config.objective.own_rows} if rows in ANSWERS else {}),
+        **({"converts": [each.converts for each in sets]} if rows in CONVERTS else {}),
         "only_heldout": only_heldout,
         "max_length": data.max_length,
         "long_rows": data.long_rows.name,

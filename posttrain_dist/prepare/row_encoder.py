@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
-from posttrain_dist.data import DataConfig, Template
+from posttrain_dist.data import ANSWERS, DataConfig, Template
 from posttrain_dist.data.chat.encoder import Encoder, RowExamples
 from posttrain_dist.data.chat.rendering.template_choice import TemplateSet
+from posttrain_dist.data.compared.answer_encoder import AnsweredRow, AnswerEncoder
+from posttrain_dist.data.compared.units import UnitMaker
 from posttrain_dist.data.formats.records import Reader, Rejected, Unit
 from posttrain_dist.errors import PosttrainError
 from posttrain_dist.flow import Record
@@ -32,6 +35,8 @@ class Job:
     seed: int
     text_rows: int  # rows of each channel that are kept as text
     ends: tuple[str, ...] = ()  # tokens at which generation stops, by the model's own config
+    rows: str = "messages"  # what the objective reads
+    own_rows: bool = False  # of an answer only the last token is a target
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +60,24 @@ class RowEncoder:
     def __init__(self, job: Job, templates: TemplateSet | None = None) -> None:
         self._job = job
         self._most_rows = _FIRST_ROWS  # of the next chunk
-        self._encoder = Encoder(
-            job.tokenizer,
-            job.template,
-            max_length=job.data.max_length,
-            long_rows=job.data.long_rows,
-            templates=templates,
-            ends=job.ends,
-        )
+        self._encoder: Encoder | AnswerEncoder
+        if job.rows in ANSWERS:
+            self._encoder = AnswerEncoder(
+                job.tokenizer,
+                job.template,
+                compares=job.rows == "pairs",
+                templates=templates,
+                ends=job.ends,
+            )
+        else:
+            self._encoder = Encoder(
+                job.tokenizer,
+                job.template,
+                max_length=job.data.max_length,
+                long_rows=job.data.long_rows,
+                templates=templates,
+                ends=job.ends,
+            )
 
     def load(self) -> None:
         """Make what is otherwise made with the first rows."""
@@ -73,28 +88,30 @@ class RowEncoder:
 
         At least one chunk, so that a file without rows is known too.
         """
-        rows, more = task.reader.read(task.unit), True
+        job, rows, more = self._job, task.reader.read(task.unit), True
+        units = UnitMaker(job.rows, job.own_rows, job.data.max_length, job.data.long_rows)
         while more:
             # The first ones are small: what is wrong with all rows is known at once.
             most, self._most_rows = self._most_rows, min(8 * self._most_rows, CHUNK_ROWS)
-            texts = BottomK[Record](self._job.text_rows if task.keep_text else 0)
+            texts = BottomK[Record](job.text_rows if task.keep_text else 0)
             facts = RowFacts(task.unit.file, texts)
             builder, num_rows = ChunkBuilder(facts), 0
             while more and builder.num_tokens < CHUNK_TOKENS and num_rows < most:
                 batch, more = _take(rows, min(_BATCH_ROWS, most))
                 num_rows += len(batch)
-                for record, result in self._encoded(batch, facts):
+                made = self._encoded(batch, facts, units)
+                for record, result in chain(made, () if more else units.finish()):
                     key = content_key(record)
                     row = builder.add(record, key, result)
-                    priority = draw_one(key, self._job.seed)
+                    priority = draw_one(key, job.seed)
                     facts.shown.add(record.channel, priority, row, record.where)
                     facts.texts.add(record.channel, 0 if task.in_order else priority, row, record)
             yield builder.finish()
 
     def _encoded(
-        self, batch: list[Record | Rejected], facts: RowFacts
+        self, batch: list[Record | Rejected], facts: RowFacts, units: UnitMaker
     ) -> Iterator[tuple[Record, RowExamples]]:
-        """The rows that are used; the others are counted."""
+        """The rows that are used; the others are counted. Those with answers become units."""
         used = [row for row in batch if isinstance(row, Rejected) or row.weight]
         facts.num_left_out += len(batch) - len(used)
         results = iter(self._encoder.encode_many([r for r in used if isinstance(r, Record)]))
@@ -105,6 +122,8 @@ class RowEncoder:
             result = next(results)
             if isinstance(result, PosttrainError):
                 facts.reject(unusable(result, row))
+            elif isinstance(result, AnsweredRow):
+                yield from units.add(row, result)
             else:
                 yield row, result
 
@@ -120,7 +139,8 @@ def _take(rows: Iterator[Record | Rejected], most: int) -> tuple[list[Record | R
         batch.append(row)
         if isinstance(row, Record):
             num_characters += len(row.text or "") + 8 * len(row.input_ids)
-            num_characters += sum(len(str(turn.get("content"))) for turn in row.messages)
+            turns = chain(row.messages, *(answer.messages for answer in row.answers))
+            num_characters += sum(len(str(turn.get("content"))) for turn in turns)
     return batch, True
 
 

@@ -24,8 +24,8 @@ def content_key(record: Record) -> int:
         record.text,
         record.input_ids,
         record.labels,
-        record.chosen,
-        record.rejected,
+        [[answer.messages, answer.value, answer.margin] for answer in record.answers],
+        [],  # keeps the keys of rows without answers as they were
     ]
     # Rows without variables keep the key that they had before there were any.
     content += [record.variables] if record.variables else []

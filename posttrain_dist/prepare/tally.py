@@ -80,7 +80,10 @@ class Tally:
         self.row_S.append((chunk.row_S + self.num_rows).astype(np.int32))
         self.bands.append(chunk.near_RB)
         lengths_S = np.diff(chunk.examples["offsets"])
-        self.longest = max(self.longest, int(lengths_S.max(initial=0)))
+        before_S = chunk.examples["parents"]  # how many samples before it the prompt stands
+        place_S = np.arange(len(lengths_S))
+        paths_S = lengths_S + np.where(before_S > 0, lengths_S[place_S - before_S], 0)
+        self.longest = max(self.longest, int(paths_S.max(initial=0)))
         self.largest_id = max(self.largest_id, int(chunk.examples["tokens"].max(initial=0)))
         self.ends_file = self.ends_file or facts.ends_file
         self.rejected += facts.rejected[: MAX_REJECTED - len(self.rejected)]

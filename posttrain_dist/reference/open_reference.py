@@ -45,6 +45,7 @@ from posttrain_dist.reference.stored import StoredLogProbs
 from posttrain_dist.tuning.lora import Lora
 
 FOLDER = "reference"  # in the run folder
+_PART_TOKENS = 1 << 17  # of a part of the pass, at least
 _log = logging.getLogger(__name__)
 
 
@@ -183,7 +184,7 @@ def _precompute(worker: Worker, digest: str, source: PackedSource, steps: int) -
         lambda examples: make_source(config, examples, worker.process, mixed=False),
         worker.engine.device,
         # Some packs for every rank in each part.
-        part_tokens=8 * worker.process.world * config.data.max_length,
+        part_tokens=max(_PART_TOKENS, 8 * worker.process.world * config.data.max_length),
         say=partial(_say, worker),
     )
     dist.on_main(lambda: stored.finish(cached))
@@ -202,7 +203,6 @@ def _needed(
 
 
 def _say(worker: Worker, line: str) -> None:
-    _log.info("%s", line)
     if dist.rank() == 0:
         notify(worker.run_folder, line)
 

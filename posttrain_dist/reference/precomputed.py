@@ -22,7 +22,6 @@ from posttrain_dist.reference.log_probs import Score
 from posttrain_dist.reference.stored import StoredLogProbs
 
 Ints = npt.NDArray[np.int64]
-_PART_TOKENS = 1 << 17  # of a part at least: what a kill costs
 _EVERY_S = 30.0  # between lines of progress
 
 
@@ -41,7 +40,7 @@ def complete(
     Args:
         score: makes the reference, where anything is to be computed.
         make_source: batches of some samples, in their order, each once over the ranks.
-        part_tokens: that every rank has work in a part.
+        part_tokens: of a part: what a kill costs, and what the ranks share.
         say: takes lines of progress, on rank 0.
     """
     missing = dist.from_main(lambda: examples.places[~stored.done()[examples.places]])
@@ -50,7 +49,7 @@ def complete(
     rest = examples.subset(missing)
     progress = _Progress(rest, say)
     reference = score()
-    for part in _parts(rest, max(part_tokens, _PART_TOKENS)):
+    for part in _parts(rest, part_tokens):
         subset = rest.subset(part)
         found = _values(subset, make_source(subset), reference, device)
         gathered = dist.gather(found)

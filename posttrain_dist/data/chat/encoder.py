@@ -38,6 +38,8 @@ class RowExamples(NamedTuple):
     examples: list[Example]  # none: the row is left out; `channel` and `sample_id` are -1 yet
     faults: list[str]  # the checks that it fails: names of CHECKS, each once
     by_turns: bool = False  # each example is one turn of a conversation
+    # Prompts and the answers to them; `parent` and `unit` count from the first of these examples.
+    is_units: bool = False
 
 
 class Encoder:
@@ -117,16 +119,20 @@ class Encoder:
         results = self._encode(records)
         for i, result in enumerate(results):
             if isinstance(result, DataError) and records[i].messages:
-                if self._advice is None:
-                    self._advice = VariableAdvice(self._choice, self.templates)
-                results[i] = self._advice.extend(records[i], result)
+                results[i] = self.advised(records[i], result)
         return results
+
+    def advised(self, record: Record, error: DataError) -> DataError:
+        """The error of a conversation, with the variable of its template that would let it pass."""
+        if self._advice is None:
+            self._advice = VariableAdvice(self._choice, self.templates)
+        return self._advice.extend(record, error)
 
     def _encode(self, records: Sequence[Record]) -> list[RowExamples | PosttrainError]:
         form, strict = self._choice.form, self._choice.strict
         if form is not Form.auto:
-            return self._encode_as(records, form, strict)
-        results = self._encode_as(records, Form.conversation, strict=True)
+            return self.encode_as(records, form, strict)
+        results = self.encode_as(records, Form.conversation, strict=True)
         refused = [
             i
             for i, (record, result) in enumerate(zip(records, results, strict=True))
@@ -147,14 +153,14 @@ class Encoder:
         strict: bool,
     ) -> None:
         """Replace the results of some rows."""
-        again = self._encode_as([records[i] for i in refused], form, strict)
+        again = self.encode_as([records[i] for i in refused], form, strict)
         for i, result in zip(refused, again, strict=True):
             results[i] = result
 
-    def _encode_as(
+    def encode_as(
         self, records: Sequence[Record], form: Form, strict: bool
     ) -> list[RowExamples | PosttrainError]:
-        """As `encode_many`, in one form."""
+        """As `encode_many`, in one form: `conversation` or `turns`; errors without more advice."""
         results: list[RowExamples | PosttrainError] = []
         batch: list[tuple[int, SupervisedText]] = []
         num_characters = 0

@@ -95,7 +95,7 @@ class Supervision:
             DataError: the row cannot be used, or a check fails and `strict` is set.
             ModelError, ConfigError: the chat template cannot be used.
         """
-        if record.chosen or record.rejected:
+        if record.answers:
             raise DataError(
                 "is a preference row, and this objective trains on single answers",
                 where=record.where,

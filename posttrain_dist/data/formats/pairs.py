@@ -1,4 +1,4 @@
-"""Rows that begin with a prompt: prompt and completion, preference, prompt alone."""
+"""Rows of a prompt and one answer, and of a prompt alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import decimal
 from typing import Any
 
 from posttrain_dist.data.formats.turns import Turns, read_text, read_turns, require_assistant
-from posttrain_dist.data.prefix import common_prefix_length
 from posttrain_dist.data.read.bad_row import bad_field, kind
 from posttrain_dist.flow import Message
 
@@ -50,71 +49,18 @@ def read_prompt(row: dict[str, Any]) -> tuple[Message, ...]:
     prompt = row["prompt"]
     if isinstance(prompt, str):
         return ({"role": "user", "content": read_text(prompt, "prompt", empty=False)},)
-    turns = _unweighted(read_turns(prompt, "prompt"), "prompt")
+    turns = unweighted(read_turns(prompt, "prompt"), "prompt")
     if turns[-1]["role"] == "assistant":
         raise bad_field("prompt", "ends with an assistant turn", "end it with the user's turn")
     return turns
 
 
-def read_preference(
-    row: dict[str, Any],
-) -> tuple[tuple[Message, ...], tuple[Message, ...], tuple[Message, ...]]:
-    """(what both answers follow, the better answer, the worse one).
-
-    Where the answers are whole conversations, their common beginning is the prompt.
+def unweighted(turns: Turns, path: str) -> tuple[Message, ...]:
+    """The turns, of which none may have a weight.
 
     Raises:
-        BadRow: there is no prompt, the answers are equal, or one is no answer to the prompt.
+        BadRow: one has.
     """
-    chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
-    shared = common_prefix_length(chosen, rejected)
-    if chosen == rejected:
-        raise bad_field("rejected", "is the same as chosen", "remove the row")
-    given = row.get("prompt")
-    if given is None:
-        prompt = chosen[:shared]
-        if not prompt:
-            fix = "add prompt, or write both as conversations that begin with the same turns"
-            raise bad_field("chosen", "has no prompt: it shares no turn with rejected", fix)
-    else:
-        prompt = read_prompt(row)
-        shared = _repeats_prompt(prompt, chosen[:shared], isinstance(given, str))
-        if shared:
-            prompt = chosen[:shared]
-    answers = {"chosen": chosen[shared:], "rejected": rejected[shared:]}
-    for name, answer in answers.items():
-        if not answer or answer[0]["role"] != "assistant":
-            what = (
-                "has no assistant turn after the prompt"
-                if not answer
-                else (f"goes on after the prompt with a {answer[0]['role']} turn")
-            )
-            raise bad_field(name, what, "write two answers to one and the same prompt")
-    return prompt, answers["chosen"], answers["rejected"]
-
-
-def _answer(row: dict[str, Any], name: str) -> tuple[Message, ...]:
-    value = row[name]
-    if isinstance(value, str):
-        return ({"role": "assistant", "content": read_text(value, name, empty=False)},)
-    return _unweighted(read_turns(value, name), name)
-
-
-def _repeats_prompt(prompt: tuple[Message, ...], shared: tuple[Message, ...], text: bool) -> int:
-    """How many turns of the answers repeat the prompt: all that they share, or none."""
-    if not shared or shared[0]["role"] == "assistant":
-        return 0
-    repeats = shared[: len(prompt)] == prompt
-    if text:  # the last question, of a conversation that the answers hold in full
-        questions = [m["content"].strip() for m in shared if m["role"] == "user"]
-        repeats = prompt[0]["content"].strip() in questions
-    if not repeats:
-        fix = "leave prompt out, or write the same turns"
-        raise bad_field("prompt", "is not how chosen and rejected begin", fix)
-    return len(shared)
-
-
-def _unweighted(turns: Turns, path: str) -> tuple[Message, ...]:
     if turns.weights:
         fix = "remove train and weight: answers are compared whole"
         raise bad_field(path, "has turns with train or weight", fix)

@@ -1,167 +1,34 @@
-"""What a row may look like: the table of formats, how one is recognised, and row -> Record."""
+"""How a format is recognised by the keys of rows, and row -> Record."""
 
 from __future__ import annotations
 
 import difflib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from posttrain_dist.data import Format
-from posttrain_dist.data.formats.loss_weight import (
-    ROW_KEYS,
-    SPELLINGS,
-    read_row_weight,
-    refuse_weights,
-)
-from posttrain_dist.data.formats.nulls import NULL_ARGUMENTS, drop_foreign_arguments
-from posttrain_dist.data.formats.pairs import (
-    read_preference,
-    read_prompt,
-    read_prompt_completion,
-    read_reference,
-)
-from posttrain_dist.data.formats.plain import read_plain, read_tokens
+from posttrain_dist.data.formats.loss_weight import SPELLINGS, refuse_weights
+from posttrain_dist.data.formats.shapes import FORMATS, OBJECTIVES, WITH_CHECK
 from posttrain_dist.data.formats.template_kwargs import KEY as TEMPLATE_KWARGS
-from posttrain_dist.data.formats.template_kwargs import read_template_kwargs
-from posttrain_dist.data.formats.turns import Turns, read_alpaca, read_conversation, read_tools
 from posttrain_dist.data.read.bad_row import BadRow, bad_field, kind
 from posttrain_dist.errors import ConfigError, DataError
-from posttrain_dist.flow import Message, Record
+from posttrain_dist.flow import Record
 
 CHANNEL_KEYS = ("task_type", "channel", "data_source", "dataset", "source")  # the first one counts
 _MAX_NAME = 100  # characters of a channel's name
-# Keys that would change what is trained; any other unknown key is the user's own note.
-_NEVER = ("functions", "documents", "images", "videos", "audios")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The keys of one format, and the function that reads a Record's fields from such a row."""
-
-    needs: tuple[str, ...]
-    may: tuple[str, ...]  # keys that are read where they are there
-    example: str
-    read: Callable[[dict[str, Any]], dict[str, Any]]  # row -> fields of Record
-    never: tuple[str, ...] = _NEVER
-    # Keys that would give the row a weight, which it cannot have; null: it can.
-    weightless: tuple[str, ...] | None = (*ROW_KEYS, *SPELLINGS)
-
-
-def _of_turns(row: dict[str, Any], **turns: tuple[Message, ...]) -> dict[str, Any]:
-    """The fields of a Record whose turns are these, by field."""
-    tools = read_tools(row.get("tools"))
-    filled: dict[str, Any] = {"tools": tools, "variables": read_template_kwargs(row)}
-    for name, messages in turns.items():
-        filled[name], has_null = drop_foreign_arguments(messages, tools)
-        filled |= {"notes": (NULL_ARGUMENTS,)} if has_null else {}
-    return filled
-
-
-def _conversation(row: dict[str, Any], turns: Turns) -> dict[str, Any]:
-    filled = _of_turns(row, messages=turns.messages)
-    return filled | {"weights": turns.weights, "weight": read_row_weight(row)}
-
-
-def _prompt_completion(row: dict[str, Any]) -> dict[str, Any]:
-    pair = read_prompt_completion(row)
-    if isinstance(pair, Turns):
-        return _conversation(row, pair)
-    for name in ("tools", TEMPLATE_KWARGS):
-        if row.get(name):
-            fix = f"remove {name}"
-            raise bad_field(name, "needs prompt and completion as lists of turns", fix)
-    return {"text": pair[0], "supervised_from": pair[1], "weight": read_row_weight(row)}
-
-
-def _tokens(row: dict[str, Any]) -> dict[str, Any]:
-    input_ids, labels = read_tokens(row)
-    return {"input_ids": input_ids, "labels": labels}
-
-
-def _preference(row: dict[str, Any]) -> dict[str, Any]:
-    prompt, chosen, rejected = read_preference(row)
-    return _of_turns(row, messages=prompt, chosen=chosen, rejected=rejected)
-
-
-def _prompt(row: dict[str, Any]) -> dict[str, Any]:
-    used = {"prompt", "tools", "task_type", "check", "train", TEMPLATE_KWARGS}
-    reference = read_reference(row, used)
-    return _of_turns(row, messages=read_prompt(row)) | {"reference": reference}
-
-
-_ROW = (*ROW_KEYS, TEMPLATE_KWARGS)
-_TURNS = '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
-# In the order of errors; a format stands before those whose keys are part of its own.
-FORMATS: dict[Format, Shape] = {
-    Format.messages: Shape(
-        ("messages",),
-        ("tools", *_ROW),
-        '{"messages": ' + _TURNS + ', "task_type": "..."}',
-        lambda row: _conversation(row, read_conversation(row, "messages")),
-        weightless=None,
-    ),
-    Format.sharegpt: Shape(
-        ("conversations",),
-        ("tools", "system", *_ROW),
-        '{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}',
-        lambda row: _conversation(row, read_conversation(row, "conversations")),
-        weightless=None,
-    ),
-    Format.alpaca: Shape(
-        ("instruction", "output"),
-        ("input", "system", "history", *_ROW),
-        '{"instruction": "...", "input": "...", "output": "..."}',
-        lambda row: _conversation(row, read_alpaca(row)),
-        weightless=None,
-    ),
-    Format.prompt_completion: Shape(
-        ("prompt", "completion"),
-        ("tools", *_ROW),
-        '{"prompt": "...", "completion": "..."}',
-        _prompt_completion,
-        weightless=None,
-    ),
-    Format.text: Shape(
-        ("text",),
-        (),
-        '{"text": "...", "task_type": "..."}',
-        lambda row: {"text": read_plain(row)},
-        (*_NEVER, "tools", TEMPLATE_KWARGS),
-    ),
-    Format.tokens: Shape(
-        ("input_ids",),
-        ("labels", "attention_mask"),
-        '{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}',
-        _tokens,
-        (*_NEVER, "completion_mask", "assistant_masks", "position_ids", TEMPLATE_KWARGS),
-    ),
-    Format.preference: Shape(
-        ("chosen", "rejected"),
-        ("prompt", "tools", TEMPLATE_KWARGS),
-        '{"prompt": "...", "chosen": "...", "rejected": "..."}',
-        _preference,
-    ),
-    Format.prompt: Shape(
-        ("prompt",),
-        ("tools", TEMPLATE_KWARGS),
-        '{"prompt": "...", "answer": "..."}',
-        _prompt,
-        ("images", "videos", "audios"),
-        ("train",),  # whatever else it holds is its reward's
-    ),
+# What data sets call the columns of rows with answers; the first that is there is proposed.
+_THEIR_NAMES = {
+    "prompt": ("question", "instruction", "query", "input", "context"),
+    "chosen": ("chosen_response", "response_chosen", "preferred", "accepted"),
+    "rejected": ("rejected_response", "response_rejected", "dispreferred"),
+    "completion": ("response", "answer", "output", "generation"),
+    "answers": ("responses", "completions", "generations", "candidates"),
+    "scores": ("ratings", "rewards"),
+    "score": ("overall_score", "helpfulness", "rating", "reward", "quality"),
 }
-# The objective that trains on a format; `tokens` is read by each, the last two by none yet.
-OBJECTIVES: dict[Format, str] = {
-    Format.messages: "sft",
-    Format.sharegpt: "sft",
-    Format.alpaca: "sft",
-    Format.prompt_completion: "sft",
-    Format.text: "pretrain",
-}
-_WITH_CHECK = {Format.messages, Format.sharegpt, Format.alpaca, Format.prompt_completion}
+_CONVERTED = {Format.unpaired, Format.scored_completion}  # what data.convert_pairs makes of pairs
 
 
 # ------------------------------------------------------------------------------- recognition
@@ -218,15 +85,40 @@ def _nothing_fits(keys: Set[str], wanted: list[Format], where: str) -> DataError
     example = Format.prompt_completion if Format.prompt_completion in wanted else wanted[0]
     pairs = ", ".join(f"{name}: YOURS" for name in FORMATS[example].needs)
     names = f"set data.columns where the keys have other names: 'data.columns={{{pairs}}}'"
-    other = or_objective(others[0]).removeprefix(", or ") if others else ""
+    renamed = _renamed(keys, wanted) if not others or others == [Format.prompt] else ""
+    other = or_other(others[0], wanted).removeprefix(", or ") if others else ""
     if others and not other:
         what += ", which no objective here trains on yet"
+    if renamed:
+        other, names = f"set 'data.columns={{{renamed}}}' if these keys hold it", ""
     fix = f"{other}{'; ' if other else ''}this objective reads rows such as{examples}"
-    return DataError(what, where=where, fix=fix + ("" if others else f"\n  or {names}"))
+    return DataError(what, where=where, fix=fix + ("" if others or renamed else f"\n  or {names}"))
 
 
-def or_objective(format: Format) -> str:
-    """The end of an advice: the objective that does read a format; empty where there is none."""
+def _renamed(keys: Set[str], wanted: Iterable[Format]) -> str:
+    """The columns by which rows of answers would fit a format; empty where none would."""
+    for format in wanted:
+        absent = [name for name in FORMATS[format].needs if name not in keys]
+        found = {
+            name: theirs
+            for name in absent
+            if (theirs := next((n for n in _THEIR_NAMES.get(name, ()) if n in keys), None))
+        }
+        if found and len(found) == len(absent) and format not in WITH_CHECK:
+            return ", ".join(f"{ours}: {theirs}" for ours, theirs in found.items())
+    return ""
+
+
+def or_other(format: Format, wanted: Iterable[Format]) -> str:
+    """The end of an advice on rows of a format that is not wanted; empty where there is none.
+
+    It names the objective that does read them, or the setting by which they are converted.
+    """
+    if format is Format.preference and _CONVERTED & set(wanted):
+        return (
+            ", or set data.convert_pairs=true, which makes single answers of pairs: the chosen "
+            "one desirable (worth 1), the rejected one not (0)"
+        )
     name = OBJECTIVES.get(format)
     return f", or set objective={name}, which reads {format.name} rows" if name else ""
 
@@ -298,7 +190,9 @@ def rename(row: Any, columns: Mapping[str, str]) -> Any:
 
 def _check_exact(format: Format, filled: dict[str, Any]) -> None:
     messages = filled.get("messages")
-    if format not in _WITH_CHECK or not messages:
+    if format is Format.preference:  # the chosen answer is the right one
+        return
+    if format not in WITH_CHECK or not messages:
         what = f"needs messages, and this is a {format.name.replace('_', '-')} row"
         raise bad_field("check", what, "remove check")
     if messages[-1]["role"] != "assistant":

@@ -13,13 +13,13 @@ from typing import Any
 
 from posttrain_dist.data import Format
 from posttrain_dist.data.formats.recognise import (
-    FORMATS,
     check_columns,
-    or_objective,
+    or_other,
     recognise,
     rename,
     to_record,
 )
+from posttrain_dist.data.formats.shapes import FORMATS
 from posttrain_dist.data.read import containers, tables
 from posttrain_dist.data.read.bad_row import BadFile, BadRow, Rejected, errors_by_cause
 from posttrain_dist.data.read.containers import Unit, find_files
@@ -64,7 +64,7 @@ class Reader:
             names = ", ".join(f.name for f in FORMATS if f in accepts)
             what = f"is {format.name}, and this objective reads {names}"
             raise ConfigError(
-                what, where="data.format", fix=f"use one of {names}{or_objective(format)}"
+                what, where="data.format", fix=f"use one of {names}{or_other(format, accepts)}"
             )
         self.format = format
 

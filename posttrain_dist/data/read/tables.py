@@ -31,7 +31,10 @@ _CLOSE = "look for a quote that is not closed: the row is longer than any that i
 HF = "hf:"  # hf:<owner>/<name>[:<split>], or hf:<folder>[:<split>]
 
 Cell = tuple[int, int | None, dict[str, Any] | BadRow]  # row or line, byte, what stands there
-NESTED = ("messages", "conversations", "tools", "history", "input_ids", "labels", "attention_mask")
+NESTED = (
+    *("messages", "conversations", "tools", "history", "answers", "ranks", "scores"),
+    *("input_ids", "labels", "attention_mask"),
+)
 MAYBE_NESTED = ("prompt", "completion", "chosen", "rejected")
 _TURNS = ("messages", "conversations", *MAYBE_NESTED)
 _LIST_OF_OBJECTS = re.compile(r"""\s*\[\s*\{\s*["'}]""")  # as JSON and Python write its beginning

@@ -17,6 +17,7 @@ class Check:
     fix: str
     allowed: float = 0.0  # share of the rows that may fail without an alarm
     refused_if_all: bool = False  # a warning, but no row that passes is no accident
+    of_answers: bool = False  # made where a row has answers to one prompt, only there
 
 
 CHECKS: dict[str, Check] = {
@@ -131,6 +132,36 @@ CHECKS: dict[str, Check] = {
         "warning",
         "The row was cut before its first supervised token, so it is left out.",
         "set data.long_rows=split (several samples of it) or drop, or raise data.max_length",
+    ),
+    "common_prompt": Check(
+        "error",
+        "The answers of a row follow one prompt, which is computed once: the tokens before the "
+        "first target must be the same in all of them.",
+        "write the answers alike: all with thoughts or all without (template.thinking=none leaves "
+        "them out, close begins each with an empty block), no white space at their beginning; "
+        "else remove the row",
+        of_answers=True,
+    ),
+    "equal_answers": Check(
+        "warning",
+        "Behind the cut at data.max_length both answers are the same: nothing is left to compare, "
+        "so the pair is left out.",
+        "raise data.max_length, or set data.long_rows=drop",
+        of_answers=True,
+    ),
+    "long_ranking": Check(
+        "warning",
+        "Prompt and answers of a ranking are longer than data.max_length, so it is compared in "
+        "pairs of neighbours in rank, each with the prompt for itself.",
+        "nothing is to be done where pairs will do; else raise data.max_length",
+        of_answers=True,
+    ),
+    "no_other_answer": Check(
+        "warning",
+        "No row of the same file has another prompt, so no answer to another prompt stands beside "
+        "this one: it adds nothing to the estimate of the KL divergence.",
+        "put rows of several prompts into each file",
+        of_answers=True,
     ),
     "control_tokens": Check(
         "warning",

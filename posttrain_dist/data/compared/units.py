@@ -1,0 +1,185 @@
+"""The tokens of a row -> units of samples: a prompt, then the answers that stay beside it.
+
+rows of the objective   a unit
+----------------------  ---------------------------------------------------------------------------
+pairs                   the prompt and all answers; a ranking above the limit becomes a unit for each
+                        pair of neighbours in rank
+labels                  the prompt, one answer, and an answer to another prompt (role 1)
+scores                  the prompt and all answers; above the limit one of each
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+
+from posttrain_dist.data import LongRows
+from posttrain_dist.data.chat.encoder import RowExamples
+from posttrain_dist.data.compared.answer_encoder import AnsweredRow, AnswerTokens
+from posttrain_dist.data.compared.other_answers import OtherAnswers
+from posttrain_dist.flow import Example, Record
+
+_LATER = -1  # channels and samples have numbers once the rows of all files are known
+_PROMPT, _ANSWER, _OTHER = -1, 0, 1  # role_S
+
+Said = tuple[int, AnswerTokens]  # role, answer
+
+
+class UnitMaker:
+    """Makes units of the rows of one unit of a file, in their order.
+
+    Args:
+        rows: what the objective reads: "pairs", "labels" or "scores".
+        own_rows: the only target of an answer is its last token.
+        max_length: tokens of a unit at most.
+        long_rows: what becomes of longer ones: `truncate` or `drop`.
+    """
+
+    def __init__(self, rows: str, own_rows: bool, max_length: int, long_rows: LongRows) -> None:
+        self._rows, self._own_rows = rows, own_rows
+        self._max_length, self._long_rows = max_length, long_rows
+        self._others = OtherAnswers() if rows == "labels" else None
+
+    def add(self, record: Record, row: AnsweredRow) -> Iterator[tuple[Record, RowExamples]]:
+        """The rows that are ready with this one."""
+        if self._others is None:
+            yield record, self._made(row, [])
+            return
+        for ready, answered, others in self._others.add(record, row):
+            yield ready, self._made(answered, others)
+
+    def finish(self) -> Iterator[tuple[Record, RowExamples]]:
+        """The rows that are left when there are no more."""
+        if self._others is not None:
+            for ready, answered, others in self._others.finish():
+                yield ready, self._made(answered, others)
+
+    def _made(self, row: AnsweredRow, others: Sequence[AnswerTokens]) -> RowExamples:
+        found = RowExamples([], list(row.faults), is_units=True)
+        for said in self._groups(row, others, found.faults):
+            fitting = self._fitted(len(row.prompt_L), said, found.faults)
+            if fitting:
+                found.examples.extend(self._unit(row, fitting, len(found.examples), found.faults))
+        return found
+
+    def _groups(
+        self, row: AnsweredRow, others: Sequence[AnswerTokens], faults: list[str]
+    ) -> list[list[Said]]:
+        """The answers that stand in one unit."""
+        answers: list[Said] = [(_ANSWER, answer) for answer in row.answers]
+        if self._rows == "labels":
+            if not others:
+                _note(faults, "no_other_answer")
+                return [[each] for each in answers]
+            return [[each, (_OTHER, others[i % len(others)])] for i, each in enumerate(answers)]
+        if self._rows == "scores":
+            return [answers] if self._fits(row, answers) else [[each] for each in answers]
+        if len(answers) == 2 or self._fits(row, answers):
+            return [answers]
+        _note(faults, "long_ranking")
+        ordered = sorted(answers, key=lambda each: -each[1].value)
+        values = sorted({answer.value for answer in row.answers}, reverse=True)
+        above = dict(pairwise(values))  # value -> the next lower one
+        return [
+            [one, other]
+            for one in ordered
+            for other in ordered
+            if above.get(one[1].value) == other[1].value
+        ]
+
+    def _fits(self, row: AnsweredRow, said: Sequence[Said]) -> bool:
+        total = len(row.prompt_L) + sum(len(answer.ids_L) for _, answer in said)
+        return total <= self._max_length
+
+    def _fitted(self, prompt_tokens: int, said: list[Said], faults: list[str]) -> list[Said]:
+        """The answers, cut to what the prompt leaves; none: the unit is left out."""
+        lengths = [len(answer.ids_L) for _, answer in said]
+        room = self._max_length - prompt_tokens
+        if sum(lengths) <= room:
+            return said
+        if self._long_rows is LongRows.drop:
+            return []
+        if room < len(said):
+            _note(faults, "truncated_target")
+            return []
+        cut = [
+            (role, _cut(answer, length))
+            for (role, answer), length in zip(said, _even(lengths, room), strict=True)
+        ]
+        if any(not answer.weight_L.any() for _, answer in cut):
+            _note(faults, "truncated_target")
+            return []
+        compared = [answer for role, answer in cut if role == _ANSWER]
+        if self._rows == "pairs" and np.array_equal(compared[0].ids_L, compared[1].ids_L):
+            _note(faults, "equal_answers")
+            return []
+        if not all(answer.ends for _, answer in cut):
+            _note(faults, "end_of_turn")
+        return cut
+
+    def _unit(
+        self, row: AnsweredRow, said: Sequence[Said], first: int, faults: list[str]
+    ) -> list[Example]:
+        """The samples; `parent` and `unit` count from the first one of the row."""
+        truncated = any(answer.truncated for _, answer in said)
+        nothing_L = np.zeros(len(row.prompt_L), np.float32)
+        extra = {"role_S": _PROMPT, "value_S": 0.0, "margin_S": 0.0}
+        found = [Example(row.prompt_L, nothing_L, _LATER, _LATER, truncated, extra, unit=first)]
+        for role, answer in said:
+            weight_L = answer.weight_L
+            if self._own_rows:
+                weight_L = np.zeros(len(weight_L), np.float32)
+                weight_L[-1] = 1
+                if not answer.ends:
+                    _note(faults, "end_of_turn")
+            is_own = role == _ANSWER
+            extra = {
+                "role_S": role,
+                "value_S": answer.value if is_own else 0.0,
+                "margin_S": answer.margin if is_own else 0.0,
+            }
+            found.append(
+                Example(
+                    answer.ids_L,
+                    weight_L,
+                    _LATER,
+                    _LATER,
+                    answer.truncated,
+                    extra,
+                    parent=first,
+                    unit=first,
+                )
+            )
+        return found
+
+
+def _even(lengths: Sequence[int], room: int) -> list[int]:
+    """Lengths that fill `room`: the longest are cut, all to one length (the first to one more)."""
+    cap, left = 0, room
+    for done, length in enumerate(sorted(lengths)):
+        cap = left // (len(lengths) - done)
+        if length > cap:
+            break
+        left -= length
+    kept = [min(length, cap) for length in lengths]
+    spare = room - sum(kept)
+    for i, length in enumerate(lengths):
+        if spare and length > kept[i]:
+            kept[i] += 1
+            spare -= 1
+    return kept
+
+
+def _cut(answer: AnswerTokens, length: int) -> AnswerTokens:
+    if length == len(answer.ids_L):
+        return answer
+    ids_L, weight_L = answer.ids_L[:length].copy(), answer.weight_L[:length].copy()
+    return replace(answer, ids_L=ids_L, weight_L=weight_L, ends=False, truncated=True)
+
+
+def _note(faults: list[str], name: str) -> None:
+    if name not in faults:
+        faults.append(name)
