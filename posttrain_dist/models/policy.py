@@ -20,6 +20,7 @@ from posttrain_dist.models.embeddings.neftune import EmbeddingNoise
 from posttrain_dist.models.head import Head, HeadKernels
 from posttrain_dist.models.last_layer import select_supervised_rows
 from posttrain_dist.models.shape import ModelShape
+from posttrain_dist.models.varlen import RowKeys
 
 
 class Extends(Protocol):
@@ -223,6 +224,8 @@ class Policy(nn.Module):
         if embeds_TD is not None:
             tokens = {"inputs_embeds": embeds_TD[None]}
         more = {} if self._tuning is None else self._tuning.row_keywords(self.causal_lm, batch)
+        if max(batch.parent_S) >= 0 and "prefix" not in more:
+            more = {**more, "row_keys": RowKeys.of(batch)}
         return {
             **tokens,
             **more,
