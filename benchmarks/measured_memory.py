@@ -17,7 +17,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -25,6 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import measured_reference
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -40,7 +41,7 @@ from posttrain_dist.dist import Process
 from posttrain_dist.flow import Batch, Example
 
 NUM_CHANNELS = 2
-BACKWARD = "backward"
+BACKWARD, REFERENCE = "backward", "reference log-probabilities"
 
 
 class StorageCounter(TorchDispatchMode):
@@ -172,8 +173,12 @@ def measure(
                 for i in range(accumulation)
             ]
             batches = [row.to(engine.device) for row in rows]
+            before, live = measured_reference.scores_of(config, engine, policy, dtype, NUM_CHANNELS)
             _start_up_checks(config, engine, policy, batches[0])
         gc.collect()
+        with counter.phase(REFERENCE) if before or live else nullcontext():
+            for batch in batches:
+                measured_reference.fill(batch, {**before, **live})
         with counter.phase("evaluation"):
             _evaluate(config, engine, batches[0])
         for update in range(updates):
@@ -181,7 +186,7 @@ def measure(
             start = getattr(counter, "total", 0)
             tracer: Any = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             with tracer if traced else nullcontext():
-                highest = _counted_update(config, engine, batches, counter)
+                highest = _counted_update(config, engine, batches, live, counter)
         with counter.phase("evaluation"):
             _evaluate(config, engine, batches[0])
         with counter.phase("save"), TemporaryDirectory() as folder:
@@ -193,7 +198,7 @@ def measure(
     if not on_gpu:
         start = counter.total
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as tracer_alone:
-            _update(config, engine, batches)
+            _update(config, engine, batches, live)
         peak = start + _traced_peak(tracer_alone, BACKWARD)
         counter.peaks[BACKWARD] = min(peak, counter.peaks[BACKWARD])
     found = _found(counter, policy)
@@ -216,11 +221,13 @@ def _found(counter: Any, policy: Any) -> dict[str, Any]:
     return found
 
 
-def _counted_update(config: RunConfig, engine: Any, batches: list[Batch], counter: Any) -> int:
+def _counted_update(
+    config: RunConfig, engine: Any, batches: list[Batch], live: Mapping[str, Any], counter: Any
+) -> int:
     """One step of the loop; the most bytes of it."""
     before = dict(counter.peaks)
     counter.peaks.clear()
-    _update(config, engine, batches, counter.phase)
+    _update(config, engine, batches, live, counter.phase)
     highest = max(counter.peaks.values())
     for name, peak in before.items():
         counter.peaks[name] = max(peak, counter.peaks.get(name, 0))
@@ -231,10 +238,15 @@ def _update(
     config: RunConfig,
     engine: Any,
     batches: list[Batch],
+    live: Mapping[str, Any],
     phase: Callable[[str], AbstractContextManager[Any]] = record_function,
 ) -> None:
     """One step of the loop, phase by phase."""
     objective: Any = config.objective
+    if live:
+        with phase(REFERENCE):
+            for batch in batches:
+                measured_reference.fill(batch, live)
     counts = [objective.count(batch) for batch in batches]
     denominators = counts[0]._make([sum(values) for values in zip(*counts, strict=True)])
     engine.train(True)
