@@ -33,10 +33,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from posttrain_dist import dist
-from posttrain_dist.build import build_policy, make_engine, make_probe, pick_dtype
+from posttrain_dist.build import build_policy, make_engine, pick_dtype
 from posttrain_dist.checkpoint.trained_state import save_trained
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.packs.collate import collate, filler
+from posttrain_dist.data.packs.probe import make_probe
 from posttrain_dist.dist import Process
 from posttrain_dist.flow import Batch, Example
 

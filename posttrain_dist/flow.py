@@ -186,6 +186,7 @@ class Column:
 
     name: str
     per: str | None = None  # another column
+    part: bool = False  # of what `Objective.derived` makes, and no metric itself
 
 
 class Loss(NamedTuple):

@@ -23,6 +23,7 @@ from posttrain_dist.errors import ConfigError, PosttrainError, SeveralErrors, ra
 from posttrain_dist.metrics.wandb_sink import resolve_mode
 from posttrain_dist.models import Weights
 from posttrain_dist.models.architectures.positions import check_row_length
+from posttrain_dist.models.classifier import check_kind
 from posttrain_dist.models.folder import check_folder, resolve
 from posttrain_dist.models.quantized import check_base
 from posttrain_dist.tuning.base import AdapterTuning
@@ -75,6 +76,7 @@ def _check_model(config: RunConfig, *, trains: bool, plans: bool) -> None:
     model = check_folder(folder, need_weights=not (fresh or plans))
     adapters = isinstance(config.tuning, AdapterTuning | AutoTuning) or not trains
     check_base(model, folder, adapters=adapters, fresh=fresh)
+    check_kind(model, folder, scalar=config.objective.own_rows)
     check_row_length(model, config.data.max_length, config.tuning.virtual_tokens)
     config.tuning.check_network(model)
 

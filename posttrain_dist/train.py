@@ -16,7 +16,6 @@ from posttrain_dist import dist
 from posttrain_dist.build import (
     build_engine,
     frozen_dtype,
-    make_probe,
     make_source,
     make_update_check,
     model_facts,
@@ -32,6 +31,7 @@ from posttrain_dist.config import RunConfig, complete, refuse_auto
 from posttrain_dist.config.advice import settings_line, warnings
 from posttrain_dist.data.packs.collate import filler
 from posttrain_dist.data.packs.loader import PackedSource
+from posttrain_dist.data.packs.probe import make_probe
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.engine.base import TrainEngine
@@ -44,6 +44,7 @@ from posttrain_dist.flow import StepInfo
 from posttrain_dist.hooks import EndOnNonfinite, Evaluate, Log, Save
 from posttrain_dist.logs import log_to_file, notify
 from posttrain_dist.loop import Stop, fit
+from posttrain_dist.metrics.figures import figure_writer
 from posttrain_dist.metrics.special_tokens import TokenMeter
 from posttrain_dist.models.folder import resolve
 from posttrain_dist.models.policy import Policy
@@ -93,7 +94,8 @@ def training(
         # The head is checked, the state of a checkpoint read, the kernels checked.
         engine.train(False)  # no dropout
         _run_once(engine, config.objective)
-        policy.check_head(make_probe(data.train).to(engine.device))
+        probe = make_probe(data.train, own_rows=config.objective.own_rows)
+        policy.check_head(probe.to(engine.device))
         cache = cache_folder(config.data.cache)
         worker = Worker(config, run_folder, process, engine, policy, dtype, data, cache)
         reference = open_reference(worker, source, heldout, steps)  # by the weights of the start
@@ -109,9 +111,9 @@ def training(
             for _ in range(2)
         )
         batches, heldout_batches = reference.source, reference.heldout
-        evaluate = Evaluate(
-            engine, heldout_batches, config.objective, eval_meter, config.train.eval_every
-        )
+        draw = figure_writer(run_folder, data.channels, config.objective)
+        every = config.train.eval_every
+        evaluate = Evaluate(engine, heldout_batches, config.objective, eval_meter, every, draw)
         rate = partial(learning_rate, config.optimizer, total_steps=steps)  # type: ignore[arg-type]
         update_check = make_update_check(config, engine, policy, rate, start)
         Rehearsal(config, run_folder, engine, batches, heldout_batches, meter, manifest).run(
@@ -263,6 +265,8 @@ def _check_parity(policy: Policy, source: PackedSource, step: int, device: torch
     found = dist.on_all(lambda: policy.check_parity(batch))
     if device.type == "cuda":  # so that the reported peak is that of training
         torch.cuda.reset_peak_memory_stats(device)
+    if not found:
+        return
     differences = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
     _log.info("the fused head differs from the reference on the first batch by: %s", differences)
 

@@ -30,6 +30,7 @@ from posttrain_dist.engine.ds_config import deepspeed_config
 from posttrain_dist.errors import ConfigError, PosttrainError, Rule, at_least, raise_all
 from posttrain_dist.flow import By
 from posttrain_dist.models import Weights, model_rules
+from posttrain_dist.models.classifier import SCORE
 from posttrain_dist.tuning.auto import AutoTuning
 from posttrain_dist.tuning.base import AdapterTuning, Quantize
 from posttrain_dist.tuning.full import Full
@@ -48,7 +49,16 @@ def complete(config: RunConfig) -> RunConfig:
     config = dataclasses.replace(config, **untouched_slots(config))
     raise_all(_wrong_slots(config) or list(type_problems(config)) or problems(config))
     config = dataclasses.replace(config, cluster=with_nodes(config.cluster, config.hardware))
-    return _with_learning_rate(config)
+    return _with_learning_rate(_with_scalar_head(config))
+
+
+def _with_scalar_head(config: RunConfig) -> RunConfig:
+    """The new head of a reward model is trained in full, beside LoRA too."""
+    tuning = config.tuning
+    if not (config.objective.own_rows and isinstance(tuning, Lora)):
+        return config
+    modules = list(dict.fromkeys([*tuning.modules_to_save, SCORE]))
+    return dataclasses.replace(config, tuning=dataclasses.replace(tuning, modules_to_save=modules))
 
 
 def refuse_auto(config: RunConfig) -> RunConfig:
@@ -157,6 +167,15 @@ def _added_tokens_rule(config: RunConfig) -> Rule:
     )
 
 
+def _scalar_head_rule(config: RunConfig) -> Rule:
+    return Rule(
+        not config.objective.own_rows or isinstance(config.tuning, Full | Lora | AutoTuning),
+        "tuning",
+        "would keep the new head of the reward model as it was drawn",
+        "use tuning=lora, which trains the head in full beside it, or tuning=full",
+    )
+
+
 def _dropout_rule(config: RunConfig) -> Rule:
     dropout = config.tuning.dropout if isinstance(config.tuning, Lora) else 0.0
     return Rule(
@@ -211,6 +230,7 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
     ]
     rules += answer_rules(config.data, config.template, config.objective.rows)
     rules.append(_added_tokens_rule(config))
+    rules.append(_scalar_head_rule(config))
     rules.append(_dropout_rule(config))
     rules += reference_rules(config)
     rules.append(optimizer_engine_rule(config.optimizer, engine))

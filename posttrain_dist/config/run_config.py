@@ -28,6 +28,7 @@ from posttrain_dist.objectives.base import Objective
 from posttrain_dist.objectives.preference.dpo import Dpo
 from posttrain_dist.objectives.preference.kto import Kto
 from posttrain_dist.objectives.preference.orpo import Orpo
+from posttrain_dist.objectives.preference.reward import Reward
 from posttrain_dist.objectives.preference.simpo import Simpo
 from posttrain_dist.objectives.pretrain import Pretrain
 from posttrain_dist.objectives.sft import Sft
@@ -109,6 +110,7 @@ SLOTS: dict[str, dict[str, type]] = {
         "orpo": Orpo,
         "simpo": Simpo,
         "kto": Kto,
+        "reward": Reward,
     },
     "tuning": {
         "full": Full,

@@ -16,6 +16,7 @@ from posttrain_dist.models.architectures.failures import named_failures
 from posttrain_dist.models.architectures.known import DROPS_KEYWORDS, KEEPS_ROWS, TRAINED
 from posttrain_dist.models.architectures.packing_check import check_packing
 from posttrain_dist.models.architectures.row_keywords import hand_row_to_attention
+from posttrain_dist.models.classifier.scalar_head import ScalarHead, compare_alone, head_module
 from posttrain_dist.models.embeddings.neftune import EmbeddingNoise
 from posttrain_dist.models.head import Head, HeadKernels
 from posttrain_dist.models.last_layer import select_supervised_rows
@@ -47,7 +48,8 @@ class Policy(nn.Module):
     """A causal LM as `forward(batch, objective, denominators) -> Loss`.
 
     Args:
-        causal_lm: a transformers `…ForCausalLM` with a backbone and an output embedding.
+        causal_lm: a transformers `…ForCausalLM` with a backbone and an output embedding, or of a
+            reward model a `…ForSequenceClassification` of one label.
         kernels: the fused operations of the head, handed over by the assembly.
         num_channels: C, rows of the channel table.
         tuning: what extends the rows, and embeds them; None: nothing does.
@@ -73,11 +75,15 @@ class Policy(nn.Module):
             if config.model_type in DROPS_KEYWORDS:
                 hand_row_to_attention(self._backbone)
             select_supervised_rows(self._backbone, self._keeps_rows)
-            lm_head: nn.Module = causal_lm.get_output_embeddings()  # type: ignore[operator]
         self._noise: EmbeddingNoise | None = None
         if neftune_alpha:
             self._noise = EmbeddingNoise(neftune_alpha, causal_lm.get_input_embeddings())  # type: ignore[operator]
-        self.head = Head(lm_head, self.shape, kernels, num_channels)
+        module = head_module(causal_lm)
+        self.head: Any
+        if causal_lm.get_output_embeddings() is None:  # type: ignore[operator]
+            self.head = ScalarHead(module, num_channels)
+        else:
+            self.head = Head(module, self.shape, kernels, num_channels)
 
     @property
     def _backbone(self) -> nn.Module:
@@ -141,11 +147,15 @@ class Policy(nn.Module):
         A softcap or logit scale that the fused head does not know, or a last layer that does more
         than the shortened one, would train another model than the one that is served. Of an
         architecture that docs/models.md does not list, each sample of the row is compared with
-        itself alone under transformers' own attention, too.
+        itself alone under transformers' own attention, too, and so is every reward.
 
         Raises:
             ModelError: a token's loss differs by more than rounding, or the model's code fails.
         """
+        if isinstance(self.head, ScalarHead):
+            with self._named_failures():
+                reward_N = self.head.reward(self.hidden(batch))
+                return compare_alone(self.causal_lm, batch, reward_N)
         with self._named_failures():
             labels_N = batch.labels_N.repeat(self.copies)
             fused = self.head.loss(self.hidden(batch), labels_N, denominator=1.0).nll_N
@@ -194,12 +204,15 @@ class Policy(nn.Module):
     def check_parity(self, batch: Batch) -> dict[str, float]:
         """The fused head beside its reference on targets of `batch`; see models/parity.py.
 
-        Collective over ranks that share a sharded head. A batch without targets differs by 0.
+        Collective over ranks that share a sharded head. A batch without targets differs by 0, and
+        of a scalar head there is no fused operation to compare.
 
         Raises:
             ModelError: loss, a token's loss or a gradient differs by more than rounding.
         """
-        dtype: torch.dtype = self.head.module.weight.dtype  # type: ignore[assignment]
+        if isinstance(self.head, ScalarHead):
+            return {}
+        dtype: torch.dtype = self.head.module.weight.dtype
         places_N = parity.some_targets(batch)
         weight_N = batch.weight_N[places_N]
         with self._named_failures():

@@ -9,6 +9,8 @@ from posttrain_dist.errors import DataError, Rule
 from posttrain_dist.flow import Column, Extra, Loss
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from posttrain_dist.flow import Batch
@@ -85,6 +87,22 @@ class Objective:
                 where=f"samples {batch.sample_id_S[:4]}",
                 fix="the source of the batches must fill Example.extra; data files do not",
             )
+
+    def derived(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Metrics of held-out rows that are no quotient of two columns, of one row of the table.
+
+        Args:
+            sums: of every column.
+        """
+        return {}
+
+    def figures(self, sums: Mapping[str, float]) -> dict[str, Any]:
+        """What is drawn of held-out rows, by name, of one row of the table.
+
+        Args:
+            sums: of every column.
+        """
+        return {}
 
     def count(self, batch: Batch) -> NamedTuple:
         """The share of this micro-batch in each of the step's denominators.

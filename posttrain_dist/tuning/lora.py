@@ -18,6 +18,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from posttrain_dist.errors import ConfigError, Rule, at_least
+from posttrain_dist.models.classifier import SCORE
 from posttrain_dist.tuning.base import AdapterTuning, Quantize, above_zero, names_rule
 from posttrain_dist.tuning.saved_adapter import SavedAdapter
 
@@ -185,7 +186,8 @@ class Lora(AdapterTuning):
                 fix="set tuning.init=zero_b, or use the model in 16 bits",
             )
         by_word = isinstance(self.targets, str) and self.targets in WORDS
-        if by_word and not self.modules_to_save and surely_fits(network, self.rank):
+        named = [name for name in self.modules_to_save if name != SCORE]  # of a reward model
+        if by_word and not named and surely_fits(network, self.rank):
             return
         model = empty_model(network)
         if model is not None:

@@ -14,6 +14,7 @@ from posttrain_dist.files import write_atomic
 from posttrain_dist.report.blocks import blocks, data_blocks
 from posttrain_dist.report.page import MAX_CHANNEL_CHARTS, asset, render
 from posttrain_dist.report.run.alarm_section import alarms_of
+from posttrain_dist.report.run.calibration import calibration_of
 from posttrain_dist.report.run.charts import charts_of
 from posttrain_dist.report.run.figures import (
     cards_of,
@@ -74,6 +75,7 @@ def _render(run: Run) -> str:
         has_base=bool(run.matches["before"]) or any(s.get("before") for s in run.samples),
         samples=[sample_of(sample) for sample in run.samples],
         alarms=alarms_of(run.folder),
+        calibration=calibration_of(run.folder),
         data=data_blocks(run.summary),
         data_page="data_report.html" if (run.folder / "data_report.html").is_file() else "",
         plan=plan_of(run),
