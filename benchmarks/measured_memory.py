@@ -267,7 +267,8 @@ def _start_up_checks(config: RunConfig, engine: Any, policy: Any, batch: Batch) 
     nothing = filler(objective).to(engine.device)
     count = objective.count(nothing)
     engine.forward(nothing, objective, count._make([1.0] * len(count)))
-    policy.check_head(make_probe([_example(64, 1.0, 64, seed=9)] * 2).to(engine.device))  # type: ignore[arg-type]
+    probe = make_probe([_example(64, 1.0, 64, seed=9)] * 2, own_rows=objective.own_rows)  # type: ignore[arg-type]
+    policy.check_head(probe.to(engine.device))
     policy.check_parity(batch)
 
 

@@ -32,6 +32,7 @@ from posttrain_dist.models import Checkpointing, Weights
 from posttrain_dist.objectives.base import Objective
 from posttrain_dist.objectives.preference.dpo import Dpo
 from posttrain_dist.objectives.preference.kto import Kto
+from posttrain_dist.objectives.preference.reward import Reward
 from posttrain_dist.objectives.reference_choice import Reference
 from posttrain_dist.objectives.sft import Sft
 from posttrain_dist.tuning.base import AdapterTuning, Tuning
@@ -68,7 +69,7 @@ class Arm:
         if not self.parents:
             return sum(self.sample_tokens) * self.supervised_share
         answers = [n for n, p in zip(self.sample_tokens, self.parents, strict=True) if p >= 0]
-        return sum(answers)
+        return len(answers) if self.objective.own_rows else sum(answers)
 
     @property
     def updates(self) -> int:
@@ -194,6 +195,10 @@ PREFERENCES: dict[str, Arm] = {
     "dpo gemma2": _pairs(model=GEMMA2, **_GROUP),
     "dpo prompt": _pairs(tuning=Prompt(tokens=64)),
     "dpo prefix": _pairs(tuning=Prefix(tokens=64)),
+    "reward": _pairs(Reward()),
+    "reward tied bf16": _pairs(Reward(), model=_llama(tie_word_embeddings=True), dtype=_BF16),
+    "reward lora": _pairs(Reward(), tuning=Lora(rank=16)),
+    "reward zero-3": _pairs(Reward(), model=ZERO, stage=3, workers=2),
     "kto lora": _pairs(Kto(), tuning=Lora(rank=16)),
     **{f"dpo zero-{s}": _pairs(model=ZERO, stage=s, workers=2) for s in range(4)},
     "dpo zero-2 frozen": _pairs(Dpo(reference=Reference.frozen), model=ZERO, stage=2, workers=2),

@@ -31,6 +31,7 @@ from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.planner.job import DataFacts, Job, Machine, fullest_row
 from posttrain_dist.planner.objective.answer_rows import answer_row
 from posttrain_dist.planner.objective.objective_facts import HeadKind, ObjectiveFacts
+from posttrain_dist.planner.objective.scored_network import scored_network
 from posttrain_dist.tuning.base import Tuning
 
 if TYPE_CHECKING:
@@ -145,10 +146,13 @@ def row_memory(
 def read_network(config: RunConfig) -> Network:
     """The network of `model.path`, with the vocabulary that `model.add_tokens` makes.
 
+    A reward model has a head of one row.
+
     Raises:
         ModelError, SeveralErrors: the folder has no config.json of a dense causal LM.
     """
-    return network_of_folder(config.model.path, config.model.add_tokens)
+    network = network_of_folder(config.model.path, config.model.add_tokens)
+    return scored_network(network) if config.objective.own_rows else network
 
 
 def count_workers(config: RunConfig, machine: Machine) -> tuple[int, int]:

@@ -27,7 +27,7 @@ from posttrain_dist.planner.memory.layers.ends import (
     rotary,
 )
 from posttrain_dist.planner.memory.layers.features import features_of
-from posttrain_dist.planner.memory.layers.head import head_logprob, head_loss
+from posttrain_dist.planner.memory.layers.head import head_logprob, head_loss, head_score
 from posttrain_dist.planner.memory.layers.layer import run_layer, window_of
 from posttrain_dist.planner.memory.layers.parts import norm
 from posttrain_dist.planner.memory.layers.repeated import run_layers
@@ -188,6 +188,8 @@ class _Run:
 
     def check(self) -> None:
         """The head beside its reference, before the first step."""
+        if self._job.objective.head is HeadKind.score:
+            return  # no fused operation
         graph = self._graph(recording=False)
         hidden = self._backbone(graph, num_targets(self._job))
         graph.kept.clear()
@@ -212,6 +214,8 @@ class _Run:
         hidden = self._backbone(graph, num_rows)
         hidden = graph.part(hidden, hidden.num_bytes)  # row 0 of the output
         name, fast = self._head_name, self._multiplies_fast
+        if job.objective.head is HeadKind.score:
+            return head_score(graph, hidden, name, num_rows)
         run = head_loss if job.objective.head is HeadKind.loss else head_logprob
         return run(graph, job, hidden, name, num_rows, fast=fast)
 

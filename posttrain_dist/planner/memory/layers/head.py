@@ -6,7 +6,7 @@ from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.adapters.head_weight import HeadWeight, head_weight
 from posttrain_dist.planner.memory.autograd import Edge, Graph, Value
 from posttrain_dist.planner.memory.ledger import Block
-from posttrain_dist.planner.memory.operations import WIDE
+from posttrain_dist.planner.memory.operations import WIDE, cast
 from posttrain_dist.planner.plan import Item
 
 # As in posttrain_kernels: passes/chunked.py, passes/matmuls.py and passes/torch_kernels.py.
@@ -193,6 +193,21 @@ def head_logprob(
     ledger.release(statistics)
     del logprob
     return loss
+
+
+def head_score(graph: Graph, hidden: Value, name: str, num_rows: int) -> Value:
+    """One number of every target, in float32, and the loss of them."""
+    wide, size = cast(graph, hidden, WIDE), hidden.size // num_rows
+    trained = name in graph.trained
+    score = graph.op(
+        (wide,),
+        num_rows * WIDE,
+        saves=(wide,) if trained else (),
+        parameters=((name, size * graph.width),) if trained else (),
+        gathers=(name,),
+        width=WIDE,
+    )
+    return graph.op((score,), WIDE, width=WIDE)
 
 
 def _chunked_pass(
