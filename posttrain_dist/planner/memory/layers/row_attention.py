@@ -17,7 +17,6 @@ from posttrain_dist.planner.memory.operations import (
     dropout,
     multiply,
     scale,
-    take_rows,
 )
 from posttrain_dist.planner.plan import Item
 
@@ -188,6 +187,12 @@ def _behind(graph: Graph, before: Value, own: Value, num_bytes: int) -> Value:
     return graph.custom((before, own), num_bytes, back, width=own.width)
 
 
+def _gathered(graph: Graph, x: Value, num_bytes: int) -> Value:
+    """Rows by index; the gradients of one that is taken several times add up in float32."""
+    wide = WIDE // x.width * (num_bytes + x.num_bytes) if x.width < WIDE else 0
+    return graph.op((x,), num_bytes, backward_temporary=wide, width=x.width)
+
+
 class Slot(NamedTuple):
     """Samples that stand at one place of several units; `parent`: the slot that they follow."""
 
@@ -228,7 +233,7 @@ def _whole_row(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Valu
         if heads.prefix_tokens:
             k, v = (_after_prefix(graph, heads, x, job.row_roots) for x in (k, v))
         k, v = (
-            take_rows(graph, x, keys * heads.num_kv * width * x.width)
+            _gathered(graph, x, keys * heads.num_kv * width * x.width)
             for x, width in ((k, heads.width), (v, heads.value_width))
         )
     rows = num_tokens + _FLASH_PADDING_TOKENS * num_samples
