@@ -22,8 +22,6 @@ _PHASES = {
     "build.build_policy": PhaseName.load,
     "train._resume": PhaseName.load,
     "train._check_parity": PhaseName.forward,
-    "open_reference.open_reference": PhaseName.reference,
-    "live.step": PhaseName.reference,
     "loop.evaluate": PhaseName.evaluate,
     "store.save": PhaseName.save,
     "export.write": PhaseName.export,
