@@ -202,7 +202,6 @@ PREFERENCES: dict[str, Arm] = {
     "kto lora": _pairs(Kto(), tuning=Lora(rank=16)),
     **{f"dpo zero-{s}": _pairs(model=ZERO, stage=s, workers=2) for s in range(4)},
     "dpo zero-2 frozen": _pairs(Dpo(reference=Reference.frozen), model=ZERO, stage=2, workers=2),
-    "dpo zero-3 lora": _pairs(model=ZERO, stage=3, workers=2, tuning=Lora(rank=8)),
 }
 CPU: dict[str, Arm] = {
     **PREFERENCES,

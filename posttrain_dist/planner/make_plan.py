@@ -18,7 +18,7 @@ from posttrain_dist.planner.memory.host import (
 from posttrain_dist.planner.memory.parameters import trained_parameters
 from posttrain_dist.planner.memory.phases import device_phases, state_bytes
 from posttrain_dist.planner.methods import engine_name, tuning_name
-from posttrain_dist.planner.objective.reference_passes import HOW, reference_bytes
+from posttrain_dist.planner.objective.reference_passes import HOW, forgets_order, reference_bytes
 from posttrain_dist.planner.plan import Memory, Plan
 from posttrain_dist.planner.speed.step_time import speed_of
 
@@ -97,6 +97,11 @@ def warnings_of(job: Job) -> tuple[str, ...]:
             f"{job.batch_size} packs of a step do not divide by {job.workers} workers: some wait "
             f"for those that have {packs}, and {1 - busy:.0%} of the time is lost; "
             f"train.batch_size={job.workers * packs} would be {packs} for each"
+        )
+    if forgets_order(job):
+        found.append(
+            "the reference runs the policy without its adapter in every step, after which ZeRO-3 "
+            "gathers no weights ahead: objective.reference=precomputed trains faster"
         )
     asked = getattr(job.config.cluster, "workers", None)
     gpus = job.machine.gpus_per_node * getattr(job.config.cluster, "nodes", 1)

@@ -193,6 +193,17 @@ def test_a_live_reference_costs_a_third_of_a_step():
     assert "reference" not in plan_of(Orpo(), **data).speed.terms
 
 
+def test_zero3_gathers_nothing_ahead_behind_a_pass_without_the_adapter():
+    slow, fast = (
+        plan_of(Dpo(reference=choice), tuning=Lora(), engine=DeepSpeed(stage=3))
+        for choice in (Reference.adapter_off, Reference.precomputed)
+    )
+    assert any("objective.reference=precomputed trains faster" in each for each in slow.warnings)
+    assert not any("precomputed" in each for each in fast.warnings)
+    rest = slow.speed.step_s - slow.speed.terms["reference"]
+    assert rest > 1.1 * fast.speed.step_s
+
+
 def test_a_reward_model_has_one_row_for_a_head(tmp_path: Path):
     plan = plan_of(Reward())
     with torch.device("meta"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.models.folder import read_network
 from posttrain_dist.objectives.reference_choice import Reference
 from posttrain_dist.planner.job import Job, shared_by
@@ -42,6 +43,19 @@ def second_model_bytes(job: Job) -> int:
     """Weights of the second model of a rank; 0: there is none."""
     other = reference_job(job) if job.objective.has_second_model else None
     return 0 if other is None else sum(each.num_bytes for each in stored_parameters(other))
+
+
+def forgets_order(job: Job) -> bool:
+    """Whether ZeRO-3 gathers no weights ahead in the passes of training.
+
+    DeepSpeed looks ahead by the order of the modules of one forward with its backward. Without its
+    adapter the policy runs in another order, which that in front of each update replaces; with a
+    third micro-batch it is known again. Until then a part of what was gathered ahead for the other
+    order stays, so that memory is planned as if the order were known: that is no less.
+    """
+    stage3 = isinstance(job.engine, DeepSpeed) and job.engine.stage == 3
+    off = job.objective.reference is Reference.adapter_off
+    return stage3 and off and job.accumulation < 3
 
 
 def reference_bytes(job: Job) -> int:

@@ -9,12 +9,13 @@ step      forward and backward of every micro-batch, what nothing hides, and the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.engine.ds_tuning import LARGEST_LEAF_ELEMENTS
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.disk import checkpoint_bytes
-from posttrain_dist.planner.objective.reference_passes import reference_job
+from posttrain_dist.planner.objective.reference_passes import forgets_order, reference_job
 from posttrain_dist.planner.plan import Speed
 from posttrain_dist.planner.speed.intervals import checkpoint_interval, effective_share
 from posttrain_dist.planner.speed.rates import LAUNCH_S, WAITING, Rates, num_nodes, rates_of
@@ -93,9 +94,10 @@ def step_time(job: Job) -> StepTime:
         return num_bytes / rates.collective + messages if num_bytes else 0.0
 
     hooks = _hooks_s(job)
-    forward = _Pass.of(batch.forward, rates, network_s(sent.forward), hooks)
-    backward = _Pass.of(batch.backward, rates, network_s(sent.backward), hooks)
-    last = _Pass.of(batch.backward, rates, network_s(sent.last_backward), hooks)
+    of = partial(_Pass.of, rates=rates, hooks_s=hooks, hides=not forgets_order(job))
+    forward = of(batch.forward, network_s=network_s(sent.forward))
+    backward = of(batch.backward, network_s=network_s(sent.backward))
+    last = of(batch.backward, network_s=network_s(sent.last_backward))
     passes = again * forward.seconds + (again - 1) * backward.seconds + last.seconds
     references = _references_s(job, batch, rates, network_s(sent.forward))
     passes += again * references
@@ -153,17 +155,22 @@ class _Pass:
     memory_s: float
     start_s: float
     network_s: float
+    hides: bool = True  # what is sent goes beside the work
 
     @classmethod
-    def of(cls, work: Work, rates: Rates, network_s: float, hooks_s: float) -> _Pass:
+    def of(
+        cls, work: Work, rates: Rates, network_s: float, hooks_s: float, *, hides: bool = True
+    ) -> _Pass:
         compute_s = work.products / rates.products + work.attention / rates.attention
         starts_s = work.kernels * LAUNCH_S + hooks_s
-        return cls(compute_s, work.moved / rates.memory, starts_s, network_s)
+        return cls(compute_s, work.moved / rates.memory, starts_s, network_s, hides)
 
     @property
     def seconds(self) -> float:
         """Of the pass, with what cannot hide."""
         device_s = max(self.compute_s + self.memory_s, self.start_s)
+        if not self.hides:
+            return device_s + self.network_s
         hidden_s = min(device_s, self.network_s)
         return max(device_s, self.network_s) + _HIDDEN_COST * hidden_s
 
