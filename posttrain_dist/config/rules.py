@@ -229,9 +229,7 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
         ),
     ]
     rules += answer_rules(config.data, config.template, config.objective.rows)
-    rules.append(_added_tokens_rule(config))
-    rules.append(_scalar_head_rule(config))
-    rules.append(_dropout_rule(config))
+    rules += [_added_tokens_rule(config), _scalar_head_rule(config), _dropout_rule(config)]
     rules += reference_rules(config)
     rules.append(optimizer_engine_rule(config.optimizer, engine))
     if isinstance(config.tuning, AdapterTuning):

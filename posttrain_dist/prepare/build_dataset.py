@@ -16,6 +16,7 @@ from posttrain_dist.data import LongRows, OnBadRow, Thinking
 from posttrain_dist.data.chat.checks.check_table import CHECKS
 from posttrain_dist.data.chat.rendering.template_choice import TemplateSet
 from posttrain_dist.data.chat.thoughts import chosen_thoughts
+from posttrain_dist.data.compared.answer_encoder import as_conversation, best_answer
 from posttrain_dist.data.formats.records import Unit
 from posttrain_dist.data.prepared.arrays import SplitWriter
 from posttrain_dist.data.prepared.summary import Summary
@@ -241,13 +242,15 @@ def _texts(tally: Tally, split: Split) -> list[Record]:
 def _row(record: Record, templates: TemplateSet | None, thinking: Thinking) -> dict[str, Any]:
     """A row as `apply_chat_template` is asked with it, with the thoughts that are trained on."""
     row: dict[str, Any] = {"task_type": record.channel}
+    if record.answers:
+        record = as_conversation(record, best_answer(record))
     if record.text is not None:
         row["text"] = record.text
     elif templates is None:
-        row["messages"] = record.messages
+        row["messages"] = record.conversation
     else:
         template = templates.of(record.where, record.tools, record.variables)
-        messages = chosen_thoughts(record.messages, thinking)
+        messages = chosen_thoughts(record.conversation, thinking)
         row["messages"] = template.as_given(messages, record.where)
     row |= {"tools": record.tools} if record.tools else {}
     row |= {"chat_template_kwargs": dict(record.variables)} if record.variables else {}

@@ -8,7 +8,7 @@ the batches of this run               shares of the sources, the first pack
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from posttrain_dist.config import RunConfig
+from posttrain_dist.data import ANSWERS
 from posttrain_dist.data.chat.checks.check_table import CHECKS
 from posttrain_dist.data.packs.balance import Cost, assign_packs
 from posttrain_dist.data.packs.mixing import make_mixture
 from posttrain_dist.data.packs.order import Order
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.pieces import pieces
-from posttrain_dist.data.prepared.summary import Summary
+from posttrain_dist.data.prepared.summary import OF_ANSWERS, Summary
 from posttrain_dist.data.read.tables import HF
 from posttrain_dist.data.sources import file_sets
 from posttrain_dist.errors import DataError, PosttrainError
@@ -62,6 +63,7 @@ def data_report(config: RunConfig, prepared: Path) -> dict[str, Any]:
     examples = Examples.open(prepared, "train")
     paths = _current_paths(config, found["files"])
     template, failed = config.template, found["failed"]
+    has_answers = summary.inputs["rows"] in ANSWERS
     none_failed: dict[str, Any] = {"failed": 0, "rows": []}
     return {
         "format": summary.inputs["format"],
@@ -83,10 +85,7 @@ def data_report(config: RunConfig, prepared: Path) -> dict[str, Any]:
             {**file, "path": paths.get(file["path"], file["path"])} for file in found["files"]
         ],
         "channels": summary.channels,
-        "splits": {
-            name: {channel: asdict(counts) for channel, counts in of_split.items()}
-            for name, of_split in summary.splits.items()
-        },
+        "splits": _splits(summary, has_answers),
         "duplicates_moved": summary.duplicates_moved,
         "near_leaks": summary.near_leaks,
         "checks": [
@@ -100,6 +99,7 @@ def data_report(config: RunConfig, prepared: Path) -> dict[str, Any]:
                 "rows": [_current(row, paths) for row in failed.get(name, none_failed)["rows"]],
             }
             for name, check in CHECKS.items()
+            if has_answers or not check.of_answers
         ],
         "rejected": [
             {**row, "file": paths.get(row["file"], row["file"])} for row in found["rejected"]
@@ -111,6 +111,17 @@ def data_report(config: RunConfig, prepared: Path) -> dict[str, Any]:
             for channel, conversations in found["examples"].items()
         },
         "batch": _first_pack(config, examples),
+    }
+
+
+def _splits(summary: Summary, has_answers: bool) -> dict[str, dict[str, dict[str, Any]]]:
+    left_out = () if has_answers else OF_ANSWERS
+    return {
+        name: {
+            channel: {key: n for key, n in asdict(counts).items() if key not in left_out}
+            for channel, counts in of_split.items()
+        }
+        for name, of_split in summary.splits.items()
     }
 
 
@@ -205,4 +216,22 @@ def _first_pack(config: RunConfig, examples: Examples) -> dict[str, Any]:
         "tokens": int(units.lengths[pack].sum()),
         "samples": len(samples),
         "pieces": found,
+        **({"units": _units_of(examples, samples)} if len(units) < len(examples) else {}),
     }
+
+
+def _units_of(examples: Examples, samples: Sequence[int]) -> list[dict[str, Any]]:
+    """Of each sample of a pack: the sample that it follows, what it is, and what it is worth."""
+    found: list[dict[str, Any]] = []
+    prompt = 0
+    for place, index in enumerate(samples):
+        example = examples[index]
+        prompt = place if example.parent is None else prompt
+        follows = None if example.parent is None else prompt
+        worth = {
+            key.removesuffix("_S"): float(example.extra[key])
+            for key in ("role_S", "value_S")
+            if key in example.extra
+        }
+        found.append({"follows": follows, **worth})
+    return found

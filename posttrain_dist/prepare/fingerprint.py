@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_dist.config import RunConfig
-from posttrain_dist.data import ANSWERS, CLOCK, CONVERTS, Format, Template
+from posttrain_dist.data import ANSWERS, CLOCK, Format, Template
 from posttrain_dist.data.chat.rendering.template_choice import TemplateSet, load_templates
 from posttrain_dist.data.formats.records import Reader
 from posttrain_dist.data.sources import FileSet, file_sets
@@ -104,8 +104,7 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
         "format": FORMAT,
         "versions": {name: version(name) for name in LIBRARIES},
         "rows": rows,
-        **({"own_rows": config.objective.own_rows} if rows in ANSWERS else {}),
-        **({"converts": [each.converts for each in sets]} if rows in CONVERTS else {}),
+        **_of_answers(config, sets),
         "only_heldout": only_heldout,
         "max_length": data.max_length,
         "long_rows": data.long_rows.name,
@@ -125,6 +124,7 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
             for each in sets
         },
         "tokenizer": _of_tokenizer(model_folder, digests),
+        **({} if data.share_prompt else {"share_prompt": False}),
         **({"add_tokens": list(config.model.add_tokens)} if config.model.add_tokens else {}),
     }
     digests.save()
@@ -166,6 +166,14 @@ def _generation_ends(model_folder: Path, tokenizer: ModelTokenizer) -> tuple[str
 def _of_tokenizer(folder: Path, digests: Digests) -> dict[str, str]:
     there = (name for name in TOKENIZER_FILES if (folder / name).is_file())
     return {name: digests.of(folder / name) for name in there}
+
+
+def _of_answers(config: RunConfig, sets: list[FileSet]) -> dict[str, Any]:
+    """What decides the units of rows with answers, beside what decides all rows."""
+    if config.objective.rows not in ANSWERS:
+        return {}
+    converts = [each.converts for each in sets]
+    return {"own_rows": config.objective.own_rows, "converts": converts}
 
 
 def _of_template(template: Template) -> dict[str, Any]:

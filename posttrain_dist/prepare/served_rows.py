@@ -115,7 +115,7 @@ def _row(
         return None
     found, missed = None, -1
     # apply_chat_template takes no empty conversation, and leaves out what is null.
-    chosen = chosen_thoughts(record.messages, choice.thinking)
+    chosen = chosen_thoughts(record.conversation, choice.thinking)
     given = [{key: v for key, v in each.items() if v is not None} for each in chosen]
     template = served.of(record.where, record.tools, record.variables)
     for turn in _asked(given):
@@ -196,5 +196,5 @@ class _Samples:
         found = []
         for row in np.flatnonzero((self._key_R == np.uint64(key)) & self._train_R)[:_ROWS]:
             first, last = np.searchsorted(self._row_S, [row, row + 1]).tolist()
-            found += [self._examples[i] for i in range(first, last)]
+            found += [self._examples.path(i) for i in range(first, last)]
         return found

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from posttrain_dist.data.compared.comparisons import compared
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.pieces import pieces
 from posttrain_dist.data.prepared.summary import Counts, Summary
+from posttrain_dist.flow import Example
 from posttrain_dist.metrics.watched_tokens import special_tokens
 from posttrain_dist.prepare.fingerprint import Inputs
 from posttrain_dist.prepare.similar import near_duplicates, near_leaks
@@ -26,6 +28,7 @@ EDGES = np.array(sorted({round(2.0 ** (i / 8)) for i in range(8 * 24 + 1)}), np.
 # Samples that show how turns end: so many stretches all over the split, of so many samples each.
 # Every place that is read keeps pages of the mapped files in memory.
 _STRETCHES, _LENGTH = 8, 25
+MAX_ANSWERS = 8  # of a row, that the report shows
 _OF_THOUGHTS = re.compile("think|thought|reason", re.IGNORECASE)
 
 
@@ -77,11 +80,12 @@ def _counts(
         "samples": np.bincount(examples.channel_ids, minlength=size),
         "tokens": np.bincount(examples.channel_ids, examples.lengths, size),
         "supervised": np.bincount(examples.channel_ids, examples.supervised, size),
+        **compared(examples, size),
     }
     return {
         channel: Counts(
             **{name: int(values[i]) for name, values in {**of_rows, **of_samples}.items()},
-            lengths=_histogram(examples.lengths[examples.channel_ids == i]),
+            lengths=_histogram(examples.units.lengths[examples.units.channel_ids == i]),
         )
         for i, channel in enumerate(tally.channels)
         if of_rows["rows"][i]
@@ -89,7 +93,7 @@ def _counts(
 
 
 def _histogram(lengths: npt.NDArray[np.int64]) -> list[list[int]]:
-    """[upper edge, samples] of each bin from the first used to the last, and of the one before."""
+    """[upper edge, units] of each bin from the first used to the last, and of the one before."""
     if not len(lengths):
         return []
     bins = np.bincount(np.searchsorted(EDGES, lengths), minlength=len(EDGES))
@@ -162,7 +166,8 @@ def findings(inputs: Inputs, tally: Tally, folder: Path) -> dict[str, Any]:
         turns: rows that are trained turn by turn, as `TurnCost` has it.
         failed: check -> number of rows that fail it, and the places of the first ones.
         rejected: the first rows that could not be used.
-        examples: channel -> conversations, with their tokens as text.
+        examples: channel -> conversations, with their tokens as text; those with `answers` end
+            before these.
     """
     return {
         "files": [
@@ -198,15 +203,36 @@ def _examples(inputs: Inputs, tally: Tally, folder: Path) -> dict[str, list[dict
         first = int(np.searchsorted(row_S, row))
         if first == len(row_S) or row_S[first] != row:
             continue  # nothing is left of the row
-        example = samples[first]
         split = next((name for name, side in sides.items() if first in side), "left out")
-        found.setdefault(channel, []).append(
-            {
-                "where": place,
-                "split": split,
-                "tokens": len(example.input_ids_L),
-                "supervised": int(np.count_nonzero(example.weight_L)),
-                "pieces": pieces(example.input_ids_L, example.weight_L, inputs.tokenizer),
-            }
-        )
+        behind = int(np.searchsorted(row_S, row, "right"))
+        shown = _shown([samples[i] for i in range(first, behind)], inputs)
+        found.setdefault(channel, []).append({"where": place, "split": split, **shown})
     return found
+
+
+def _shown(examples: list[Example], inputs: Inputs) -> dict[str, Any]:
+    """The first sample of a row; of units the first prompt, and the answers of all of them."""
+    example, *others = examples
+    found = _sample(example, inputs)
+    if "role_S" in example.extra:
+        found["answers"] = [
+            {
+                "role": int(other.extra["role_S"]),
+                "value": float(other.extra["value_S"]),
+                "margin": float(other.extra["margin_S"]),
+                "truncated": other.truncated,
+                **_sample(other, inputs),
+            }
+            for other in others[:MAX_ANSWERS]
+            if other.parent is not None
+        ]
+        found["supervised"] = sum(answer["supervised"] for answer in found["answers"])
+    return found
+
+
+def _sample(example: Example, inputs: Inputs) -> dict[str, Any]:
+    return {
+        "tokens": len(example.input_ids_L),
+        "supervised": int(np.count_nonzero(example.weight_L)),
+        "pieces": pieces(example.input_ids_L, example.weight_L, inputs.tokenizer),
+    }

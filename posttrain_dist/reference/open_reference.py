@@ -36,12 +36,12 @@ from posttrain_dist.objectives.reference_choice import (
     Referenced,
 )
 from posttrain_dist.reference.identity import array_key, reference_digest
+from posttrain_dist.reference.kept_log_probs import StoredLogProbs
 from posttrain_dist.reference.live import FilledSource
 from posttrain_dist.reference.log_probs import Score, log_probs
 from posttrain_dist.reference.precomputed import complete
 from posttrain_dist.reference.second_model import SecondModel
 from posttrain_dist.reference.start_check import check_start
-from posttrain_dist.reference.stored import StoredLogProbs
 from posttrain_dist.tuning.lora import Lora
 
 FOLDER = "reference"  # in the run folder
@@ -89,15 +89,15 @@ class RunReference:
         lineage = {**manifest.lineage, "reference_digest": self.digest}
         return replace(manifest, lineage=lineage)
 
-    def check_start(self, start: int) -> None:
-        """See that the policy is its reference where the run begins; collective.
+    def check_start(self, step: int) -> None:
+        """Before step 1, see that the policy is its reference; collective.
 
         Raises:
             TrainingError: it is not, and the reference is to be what training starts with.
         """
         worker = self.worker
         config, objective = worker.config, worker.config.objective
-        if start or not isinstance(objective, Referenced) or not is_start(config):
+        if step > 1 or not isinstance(objective, Referenced) or not is_start(config):
             return
         batch: Batch = self.source.step(1)[0].to(worker.engine.device)
         exact = _is_exact(config, worker)

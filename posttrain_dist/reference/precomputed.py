@@ -18,8 +18,8 @@ from posttrain_dist import dist
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.flow import Batch
+from posttrain_dist.reference.kept_log_probs import StoredLogProbs
 from posttrain_dist.reference.log_probs import Score
-from posttrain_dist.reference.stored import StoredLogProbs
 
 Ints = npt.NDArray[np.int64]
 _EVERY_S = 30.0  # between lines of progress

@@ -12,6 +12,13 @@ import torch
 
 from posttrain_dist.data.packs.collate import collate, filler
 from posttrain_dist.flow import Batch, Example
+from posttrain_dist.loop import fit
+from posttrain_dist.metrics.channels import ChannelMeter
+from posttrain_dist.objectives.preference.dpo import Dpo
+from posttrain_dist.objectives.preference.kto import Kto
+from posttrain_dist.objectives.preference.loss_types import Divergence, LossType
+from posttrain_dist.objectives.preference.orpo import Orpo
+from posttrain_dist.objectives.preference.simpo import Simpo
 
 Unit = list[Example]
 # value, role, margin of each answer of a unit
@@ -73,6 +80,78 @@ def swapped(each: Unit) -> Unit:
     prompt, *answers = each
     turned = [replace(a, extra={**a.extra, "value_S": -a.extra["value_S"]}) for a in answers]
     return [prompt, *turned]
+
+
+TAKES_MARGIN = ("sigmoid", "hinge", "robust", "sigmoid_norm", "smoothed", "sft", "simpo", "js")
+OBJECTIVES = {
+    "sigmoid": Dpo(beta=0.3),
+    "smoothed": Dpo(beta=0.3, label_smoothing=0.2),
+    "hinge": Dpo(beta=0.01, loss_type=LossType.hinge),
+    "ipo": Dpo(beta=0.4, loss_type=LossType.ipo),
+    "robust": Dpo(beta=0.3, loss_type=LossType.robust, label_smoothing=0.2),
+    "sigmoid_norm": Dpo(beta=2.0, loss_type=LossType.sigmoid_norm),
+    "exo_pair": Dpo(beta=0.1, loss_type=LossType.exo_pair, label_smoothing=0.05),
+    "sppo_hard": Dpo(beta=0.3, loss_type=LossType.sppo_hard),
+    "apo_zero": Dpo(beta=0.1, loss_type=LossType.apo_zero),
+    "apo_down": Dpo(beta=0.1, loss_type=LossType.apo_down),
+    "forward_kl": Dpo(beta=0.01, f_divergence=Divergence.forward_kl),
+    "js": Dpo(beta=0.3, f_divergence=Divergence.js),
+    "alpha": Dpo(beta=0.3, f_divergence=Divergence.alpha, alpha=0.2),
+    "sft": Dpo(beta=0.3, sft_weight=0.5),
+    "sum": Dpo(beta=0.3, losses={"sigmoid": 0.5, "ipo": 2.0}),
+    "orpo": Orpo(beta=0.2),
+    "simpo": Simpo(beta=2.0, gamma=0.5),
+    "kto": Kto(beta=0.05, undesirable_weight=1.5),
+}
+
+
+def units_for(name: str) -> list[Unit]:
+    """A step for the objective of this name: ties, a ranking and a margin among them."""
+    if name == "kto":
+        kinds = [GOOD, BAD, BAD, GOOD, BAD]
+    else:
+        margin = PAIR_WITH_MARGIN if name in TAKES_MARGIN else PAIR
+        kinds = [PAIR, RANKING, margin, TIED, PAIR]
+    return [unit(i, kind, channel=i % 2) for i, kind in enumerate(kinds, 1)]
+
+
+class Cut:
+    """A source of one step: this rank's micro-batches of `units`."""
+
+    prefetchable = True
+
+    def __init__(
+        self, units: Sequence[Unit], objective: Any, rank: int = 0, world: int = 1
+    ) -> None:
+        self._batches = cut(units, world, 2, objective)[rank]
+
+    def step(self, k: int) -> list[Batch]:
+        return self._batches
+
+    def sample_ids(self, k: int) -> list[int]:
+        return []
+
+
+def first_steps(
+    engine: Any, names: Iterable[str], rank: int = 0, world: int = 1
+) -> dict[str, tuple[float, float]]:
+    """Loss and norm of the gradient of each objective, from one engine whose weights stay."""
+    found = {}
+    for name in names:
+        objective = OBJECTIVES[name]
+        meter = ChannelMeter(["a", "b"], objective, engine.device)
+        infos = fit(
+            engine=engine,
+            source=Cut(units_for(name), objective, rank, world),
+            objective=objective,
+            meter=meter,
+            describe=meter.train_metrics,
+            learning_rate=lambda step: 0.0,
+            steps=1,
+        )
+        metrics = [info.metrics for info in infos][-1]
+        found[name] = (metrics["train/loss"], metrics["train/grad_norm"])
+    return found
 
 
 # ------------------------------------------------------------------------- plain PyTorch, float64

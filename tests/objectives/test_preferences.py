@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import runpy
 from pathlib import Path
@@ -24,35 +25,13 @@ from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
 from posttrain_dist.objectives.preference.dpo import Dpo
 from posttrain_dist.objectives.preference.kto import Kto
-from posttrain_dist.objectives.preference.loss_types import Divergence, LossType
-from posttrain_dist.objectives.preference.orpo import Orpo
-from posttrain_dist.objectives.preference.simpo import Simpo
+from posttrain_dist.objectives.preference.loss_types import LossType
 from posttrain_dist.objectives.reference_choice import Referenced
 from posttrain_dist.objectives.sft import Sft
 
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("preferences.py"))))
 CPU, CHANNELS = torch.device("cpu"), ["a", "b"]
-TAKES_MARGIN = ("sigmoid", "hinge", "robust", "sigmoid_norm", "smoothed", "sft", "simpo", "js")
-OBJECTIVES = {
-    "sigmoid": Dpo(beta=0.3),
-    "smoothed": Dpo(beta=0.3, label_smoothing=0.2),
-    "hinge": Dpo(beta=0.01, loss_type=LossType.hinge),
-    "ipo": Dpo(beta=0.4, loss_type=LossType.ipo),
-    "robust": Dpo(beta=0.3, loss_type=LossType.robust, label_smoothing=0.2),
-    "sigmoid_norm": Dpo(beta=2.0, loss_type=LossType.sigmoid_norm),
-    "exo_pair": Dpo(beta=0.1, loss_type=LossType.exo_pair, label_smoothing=0.05),
-    "sppo_hard": Dpo(beta=0.3, loss_type=LossType.sppo_hard),
-    "apo_zero": Dpo(beta=0.1, loss_type=LossType.apo_zero),
-    "apo_down": Dpo(beta=0.1, loss_type=LossType.apo_down),
-    "forward_kl": Dpo(beta=0.01, f_divergence=Divergence.forward_kl),
-    "js": Dpo(beta=0.3, f_divergence=Divergence.js),
-    "alpha": Dpo(beta=0.3, f_divergence=Divergence.alpha, alpha=0.2),
-    "sft": Dpo(beta=0.3, sft_weight=0.5),
-    "sum": Dpo(beta=0.3, losses={"sigmoid": 0.5, "ipo": 2.0}),
-    "orpo": Orpo(beta=0.2),
-    "simpo": Simpo(beta=2.0, gamma=0.5),
-    "kto": Kto(beta=0.05, undesirable_weight=1.5),
-}
+OBJECTIVES, units_for = made.OBJECTIVES, made.units_for
 
 
 def plain_pair_loss(name: str, w, l, rw, rl, nw: int, nl: int, m: float):  # noqa: E741
@@ -143,15 +122,6 @@ def plain_kto(model, units) -> torch.Tensor:
     return sum(losses) / len(losses)
 
 
-def units_for(name: str) -> list:
-    if name == "kto":
-        kinds = [made.GOOD, made.BAD, made.BAD, made.GOOD, made.BAD]
-    else:
-        margin = made.PAIR_WITH_MARGIN if name in TAKES_MARGIN else made.PAIR
-        kinds = [made.PAIR, made.RANKING, margin, made.TIED, made.PAIR]
-    return [made.unit(i, kind, channel=i % 2) for i, kind in enumerate(kinds, 1)]
-
-
 @pytest.fixture(scope="module")
 def policy(tiny_llama):
     model = load_model(
@@ -237,6 +207,7 @@ def test_metrics_are_means_over_comparisons_by_channel(policy, plain):
                 "chosen_logprob": w.sum(),
                 "rejected_logprob": l.sum(),
                 "chosen_reward": rewards[0],
+                "chosen_logratio": rewards[0] / beta,
                 "rejected_reward": rewards[1],
                 "chosen_tokens": len(w),
                 "rejected_tokens": len(l),
@@ -360,3 +331,28 @@ def test_special_tokens_are_measured_on_the_better_answers_alone(policy):
     better = torch.tensor([i in (1, 4) for i in batch.sample_N.tolist()])
     better[batch.num_targets :] = False
     assert torch.equal(found.counted_N.bool(), better) and 0 < int(better.sum()) < batch.num_targets
+
+
+SAMPLED = ("sft", "kto", "orpo")
+EVERY = [
+    pytest.param(stage, world, tuple(OBJECTIVES), marks=pytest.mark.slow, id=f"zero{stage}-{world}")
+    for stage in range(4)
+    for world in (1, 2, 3)
+]
+
+
+@pytest.mark.parametrize(
+    ("stage", "world", "names"), [pytest.param(3, 2, SAMPLED, id="sampled"), *EVERY]
+)
+def test_ranks_and_shards_change_neither_loss_nor_gradient(
+    policy, tiny_llama, run_workers, stage, world, names
+):
+    """Each objective on real processes; with three ranks one of them runs a filler."""
+    engine = SingleEngine(AdamW(), CPU)
+    engine.attach(policy)
+    wanted = made.first_steps(engine, names)
+    (output, *_) = run_workers("step_preferences.py", world, tiny_llama, stage, *names)
+    found = json.loads(output.split("FIRST STEPS ")[1].splitlines()[0])
+    assert tuple(found) == names
+    for name, (loss, norm) in wanted.items():
+        assert found[name] == pytest.approx([loss, norm], rel=2e-5), name

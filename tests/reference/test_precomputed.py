@@ -15,8 +15,8 @@ from stored_passes import expected, fill, negative_ids, opened, source_of, write
 
 from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.flow import Batch
+from posttrain_dist.reference.kept_log_probs import LOGPROB
 from posttrain_dist.reference.precomputed import _values
-from posttrain_dist.reference.stored import LOGPROB
 
 WORKER = Path(__file__).parents[1] / "workers" / "fill_reference.py"
 

@@ -35,11 +35,11 @@ def write_pairs(path: Path, count: int = 24, seed: int = 0) -> Path:
     return path
 
 
-def pairs_config(model: Path, rows: Path, objective: Any, **groups: Any) -> RunConfig:
+def pairs_config(folder: Path, rows: Path, objective: Any, **groups: Any) -> RunConfig:
     """Four steps in float32; `groups` are those of RunConfig, `train` keywords of its own."""
     steps = {"steps": 4, "batch_size": 2, "dtype": Dtype.float32, **groups.pop("train", {})}
     values: dict[str, Any] = {
-        "model": ModelConfig(path=str(model)),
+        "model": ModelConfig(path=str(folder)),
         "data": DataConfig(
             train=str(rows), max_length=96, eval_fraction=0.25, cache=str(rows.parent / "cache")
         ),

@@ -12,8 +12,8 @@ from posttrain_dist.data.prepared.arrays import Examples, SplitWriter, flatten
 from posttrain_dist.flow import Batch, By, Example, Extra
 from posttrain_dist.objectives.base import TokenLoss
 from posttrain_dist.objectives.reference_choice import REF_LOGPROB
+from posttrain_dist.reference.kept_log_probs import StoredLogProbs
 from posttrain_dist.reference.precomputed import complete
-from posttrain_dist.reference.stored import StoredLogProbs
 
 
 class Compared(TokenLoss):

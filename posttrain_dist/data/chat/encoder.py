@@ -38,8 +38,14 @@ class RowExamples(NamedTuple):
     examples: list[Example]  # none: the row is left out; `channel` and `sample_id` are -1 yet
     faults: list[str]  # the checks that it fails: names of CHECKS, each once
     by_turns: bool = False  # each example is one turn of a conversation
-    # Prompts and the answers to them; `parent` and `unit` count from the first of these examples.
-    is_units: bool = False
+
+    @property
+    def is_units(self) -> bool:
+        """Whether these are prompts, and answers to them behind each.
+
+        `parent` and `unit` count from the first of these examples.
+        """
+        return any(example.unit is not None for example in self.examples)
 
 
 class Encoder:

@@ -1,4 +1,4 @@
-"""Rows of answers to one prompt: pairs, rankings, answers with scores, and single ones with a label.
+"""Rows of answers to one prompt: pairs, rankings, answers with scores or with a label.
 
 row -> (prompt, answers), each answer with what it is worth
 """
@@ -228,10 +228,9 @@ def _margin(row: dict[str, Any]) -> float:
     known = [score is not None and score == score for score in scores]
     if not any(known):
         return 0.0
-    for name, score, is_known in zip(_SCORES, scores, known, strict=True):
-        if not is_known:
-            what = "is not there, and the other answer has a score"
-            raise bad_field(name, what, "write both scores, or none")
+    if not all(known):
+        what = "is not there, and the other answer has a score"
+        raise bad_field(_SCORES[known.index(False)], what, "write both scores, or none")
     better, worse = (_number(s, name) for s, name in zip(scores, _SCORES, strict=True))
     if worse > better:
         what = f"is {worse:g}, and that of the chosen answer is {better:g}"

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from posttrain_dist.data.prepared.trees import joined
 from posttrain_dist.data.prepared.units import Units
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Example
@@ -290,6 +291,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def extra(self, name: str) -> npt.NDArray[Any] | None:
+        """A field of `Example.extra` of all samples, in their order; null: there is none."""
+        return self._extra[name][self._index] if name in self._extra else None
+
     def __getitem__(self, index: int) -> Example:
         arrays, index = self._arrays, int(self._index[index])
         start, end = arrays["offsets"][index : index + 2].tolist()
@@ -308,6 +313,13 @@ class Examples:
             parent=int(arrays["ids"][index - before]) if before else None,
             unit=int(arrays["units"][index]),
         )
+
+    def path(self, index: int) -> Example:
+        """A sample behind all that it follows, as one without a parent."""
+        places = [index]
+        while before := int(self._arrays["parents"][self._index[places[0]]]):
+            places.insert(0, places[0] - before)
+        return joined([self[place] for place in places])
 
 
 def _check_index(index: npt.NDArray[Any], split: str, num_samples: int) -> None:

@@ -10,6 +10,10 @@ from typing import Any
 from posttrain_dist.errors import DataError
 
 
+# Fields of `Counts` that only rows with answers have.
+OF_ANSWERS = ("comparisons", "better", "better_tokens", "worse", "worse_tokens")
+
+
 @dataclass(slots=True)
 class Counts:
     """What became of the rows of one channel in one split."""
@@ -23,6 +27,13 @@ class Counts:
     duplicates: int = 0  # rows whose content stood in a row before
     near_duplicates: int = 0  # rows that are much like a row before
     lengths: list[list[int]] = field(default_factory=list)  # [tokens at most, samples]
+    # Of rows with answers. Better and worse: of each comparison its two answers; of single ones
+    # with a label those that are desirable, and the others.
+    comparisons: int = 0
+    better: int = 0  # answers
+    better_tokens: int = 0
+    worse: int = 0
+    worse_tokens: int = 0
 
 
 @dataclass(slots=True)

@@ -68,27 +68,44 @@ def repeat_beginnings(tree: Sequence[Example]) -> list[Example]:
         path = [index]
         while (parent := tree[path[0]].parent) is not None:
             path.insert(0, parent)
-        weights = [
-            np.zeros_like(tree[i].weight_L) if i in counted else tree[i].weight_L for i in path
+        once = [
+            replace(tree[i], weight_L=np.zeros_like(tree[i].weight_L)) if i in counted else tree[i]
+            for i in path
         ]
         counted.update(path)
-        found.append(
-            replace(
-                leaf,
-                input_ids_L=np.concatenate([tree[i].input_ids_L for i in path]),
-                weight_L=np.concatenate(weights),
-                truncated=any(tree[i].truncated for i in path),
-                extra={
-                    name: np.concatenate([np.asarray(tree[i].extra[name]) for i in path])
-                    if name.endswith("_L")
-                    else value
-                    for name, value in leaf.extra.items()
-                },
-                parent=None,
-                unit=None if leaf.unit is None else 0,
-            )
-        )
+        found.append(replace(joined(once), unit=None if leaf.unit is None else 0))
     return found
+
+
+def joined(path: Sequence[Example]) -> Example:
+    """Samples that follow each other as one without a parent; its `extra` is the last one's."""
+    last = path[-1]
+    extra = {
+        name: np.concatenate([np.asarray(each.extra[name]) for each in path])
+        if name.endswith("_L")
+        else value
+        for name, value in last.extra.items()
+    }
+    return replace(
+        last,
+        input_ids_L=np.concatenate([each.input_ids_L for each in path]),
+        weight_L=np.concatenate([each.weight_L for each in path]),
+        truncated=any(each.truncated for each in path),
+        extra=extra,
+        parent=None,
+    )
+
+
+def numbered(samples: Sequence[Example], first: int) -> list[Example]:
+    """The same samples where `parent` and `unit` count from `first` samples before them on."""
+    return [
+        replace(
+            each,
+            parent=None if each.parent is None else each.parent + first,
+            unit=None if each.unit is None else each.unit + first,
+        )
+        for each in samples
+    ]
 
 
 # ------------------------------------------------------------------------------------ the tree

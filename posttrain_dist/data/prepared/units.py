@@ -7,6 +7,7 @@ these and its own. Letters: S samples of a split, U units.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -110,9 +111,7 @@ class Units:
         return np.add.reduceat(values_S, self.first[:-1]) if len(self) else values_S
 
 
-def tokens_before(
-    lengths: npt.NDArray[np.int32], parents: npt.NDArray[np.int32]
-) -> npt.NDArray[np.int32]:
+def tokens_before(lengths: npt.NDArray[Any], parents: npt.NDArray[np.int32]) -> npt.NDArray[Any]:
     """[S] tokens that each sample follows: those of its parent, and of the parent's parents.
 
     Args:

@@ -129,7 +129,8 @@ def channel_table(
     Args:
         num_channels: C.
         columns: of the objective; each is in one of the sums.
-        sums: samples [M] and, of each column, the value [M] to add in the channel of each.
+        sums: samples [M] and, by name, the value [M] to add in the channel of each; what is no
+            column is left out.
     """
     channel_S = batch.sample_N.new_zeros(len(batch.sample_id_S))
     channel_S = channel_S.scatter(0, batch.sample_N, batch.channel_N)
@@ -138,6 +139,8 @@ def channel_table(
     for sample_M, values in sums:
         channel_M = channel_S[sample_M]
         for name, value_M in values.items():
+            if name not in places:
+                continue
             table[:, places[name]].index_add_(0, channel_M, value_M.detach().double())
     return table.float()
 

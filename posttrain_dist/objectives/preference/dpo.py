@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from posttrain_dist.errors import DataError, Rule
-from posttrain_dist.flow import Extra
+from posttrain_dist.flow import Column, Extra
 from posttrain_dist.objectives.preference.loss_types import (
     WITH_DIVERGENCE,
     WITH_MARGIN,
@@ -53,6 +53,10 @@ class Dpo(PairObjective, Referenced):
     sft_weight: float = 0.0  # of the SFT term; 1.0 keeps the better answers likely
 
     extra: ClassVar[tuple[Extra, ...]] = (*PairObjective.extra, REF_LOGPROB)
+    columns: ClassVar[tuple[Column, ...]] = (
+        *PairObjective.columns,
+        Column("chosen_logratio", per="comparisons"),  # log p - that of the reference
+    )
 
     @property
     def nll_weight(self) -> float:

@@ -72,6 +72,7 @@ class Kto(Referenced):
         ),
         Column("desirable"),
         Column("undesirable"),
+        Column("desirable_logratio", per="desirable"),  # log p - that of the reference
         Column("kl", per="others"),
         Column("others"),
     )
@@ -157,6 +158,7 @@ class Kto(Referenced):
                 kind: kind_A,
                 f"{kind}_logprob": answers.logprob_S[answer_A] * kind_A,
                 f"{kind}_reward": reward_A * kind_A,
+                f"{kind}_logratio": answers.logratio_S[answer_A] * kind_A,
                 f"{kind}_tokens": answers.tokens_S[answer_A] * kind_A,
             }
         table = shared.channel_table(

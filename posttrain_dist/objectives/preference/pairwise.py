@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MAX_WEIGHT = 10**6  # of a component, and of beta
 ANSWER_FIELDS = (Extra("role_S", index=True, by=By.data), Extra("value_S", by=By.data))
+# Of each comparison; beside these, where there is a reference, "chosen_logratio".
 _PER_PAIR = (
     "margin",  # of the rewards
     "accuracy",  # share of comparisons with a margin above 0
@@ -133,6 +134,7 @@ def _pair_columns(
         "margin": margin_P,
         "accuracy": margin_P > 0,
         "raw_accuracy": logprob_S[better_P] > logprob_S[worse_P],
+        "chosen_logratio": answers.logratio_S.detach()[better_P],
     }
     for name, of_S in (("logprob", logprob_S), ("reward", reward_S), ("tokens", answers.tokens_S)):
         values |= {f"chosen_{name}": of_S[better_P], f"rejected_{name}": of_S[worse_P]}

@@ -16,6 +16,7 @@ from posttrain_dist.report.page import MAX_CHANNEL_CHARTS, asset, render
 from posttrain_dist.report.run.alarm_section import alarms_of
 from posttrain_dist.report.run.calibration import calibration_of
 from posttrain_dist.report.run.charts import charts_of
+from posttrain_dist.report.run.compared import compared_charts
 from posttrain_dist.report.run.figures import (
     cards_of,
     channel_rows,
@@ -55,7 +56,7 @@ def write_report(run_folder: Path) -> Path:
 def _render(run: Run) -> str:
     from markupsafe import Markup
 
-    charts = charts_of(run)
+    charts = [*charts_of(run), *compared_charts(run)]
     channels = channel_rows(run)
     lineage = {key: value for key, value in run.lineage.items() if key != "command"}
     if inputs := run.summary.get("inputs"):
@@ -68,6 +69,7 @@ def _render(run: Run) -> str:
         cards=cards_of(run, channels),
         charts=charts,
         drawn=[dataclasses.asdict(chart) for chart in charts],
+        is_compared=any(chart.group == "compared" for chart in charts),
         smoothed=any(len(chart.series) > 2 for chart in charts),
         channels=channels,
         channels_hidden=len(channels) > MAX_CHANNEL_CHARTS,

@@ -18,7 +18,7 @@ from posttrain_dist.data.chat.token_weights import token_weights
 from posttrain_dist.data.chat.turn_spans import turn_spans
 from posttrain_dist.data.tokens.text_tokens import TextTokens
 from posttrain_dist.errors import ConfigError, DataError, ModelError
-from posttrain_dist.flow import Record
+from posttrain_dist.flow import Answer, Record
 
 one = runpy.run_path(str(Path(__file__).with_name("supervised_text.py")))["one"]
 
@@ -359,7 +359,7 @@ def test_rows_of_other_objectives_are_refused(tokenizer_of: TokenizerOf) -> None
     tokenizer = tokenizer_of(MARKED)
     answer = ({"role": "assistant", "content": "x"},)
     with pytest.raises(DataError, match=r"rows\.jsonl:7: is a preference row"):
-        encode(tokenizer, replace(CHAT, chosen=answer, rejected=answer))
+        encode(tokenizer, replace(CHAT, answers=(Answer(answer, 1.0), Answer(answer, 0.0))))
     with pytest.raises(DataError, match=r"rows\.jsonl:7: holds a prompt and no answer"):
         encode(tokenizer, record(("user", "?")))
     with pytest.raises(DataError, match=r"holds a prompt and no answer"):

@@ -172,7 +172,9 @@ Q, A, R, B, C = user("q"), answer("a"), user("r"), answer("b"), answer("c")
 )
 def test_preference(tmp_path: Path, row: dict[str, Any], wanted: tuple[Any, ...]) -> None:
     record = one(tmp_path, Format.preference, row)
-    assert tuple(map(list, (record.messages, record.chosen, record.rejected))) == wanted
+    better, worse = record.answers
+    assert tuple(map(list, (record.messages, better.messages, worse.messages))) == wanted
+    assert (better.value, better.margin, worse.value, worse.margin) == (1, 0, 0, 0)
 
 
 def test_prompt_keeps_the_other_columns(tmp_path: Path) -> None:

@@ -182,8 +182,8 @@ def test_both_answers_of_a_preference(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     (found,) = Reader(f"{tmp_path}/a.jsonl", format=Format.preference)
     assert isinstance(found, Record) and found.notes == (NULL_ARGUMENTS,)
-    made = [answer[0]["tool_calls"][0]["function"]["arguments"]
-            for answer in (found.chosen, found.rejected)]  # fmt: skip
+    made = [answer.messages[0]["tool_calls"][0]["function"]["arguments"]
+            for answer in found.answers]  # fmt: skip
     assert made == [{"amount": "1"}, {"amount": None}]
 
 

@@ -31,6 +31,10 @@ OTHERS: dict[Format, dict[str, Any]] = {
     Format.text: {"text": "x"},
     Format.tokens: {"input_ids": [1, 2]},
     Format.preference: {"prompt": "q", "chosen": "a", "rejected": "b"},
+    Format.ranking: {"prompt": "q", "answers": ["a", "b"]},
+    Format.scored_answers: {"prompt": "q", "answers": ["a", "b"], "scores": [1, 0]},
+    Format.scored_completion: {"prompt": "q", "completion": "a", "score": 1},
+    Format.unpaired: {"prompt": "q", "completion": "a", "label": True},
     Format.prompt: {"prompt": "q"},
 }
 TRAINED = [(format, row) for format, rows in CONVERSATIONS.items() for row in rows]

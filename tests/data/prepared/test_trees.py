@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from targets import targets
 
 from posttrain_dist.data.prepared.trees import LEAST_SHARED, repeat_beginnings, share_beginnings
 from posttrain_dist.flow import Example
@@ -34,21 +34,6 @@ def conversation(seed: int) -> list[Example]:
         history += said[int(draw.integers(0, len(said) + 1)) :]
         history += draw.integers(0, 9, int(draw.integers(0, 8))).tolist()
     return made
-
-
-def targets(samples: Sequence[Example]) -> Counter[tuple[int, ...]]:
-    """Tokens before and with each target -> its weight, added up."""
-    found: Counter[tuple[int, ...]] = Counter()
-    for each in samples:
-        before: tuple[int, ...] = ()
-        above = each.parent
-        while above is not None:
-            before = (*samples[above].input_ids_L.tolist(), *before)
-            above = samples[above].parent
-        ids = (*before, *each.input_ids_L.tolist())
-        for place in np.flatnonzero(each.weight_L):
-            found[ids[: len(before) + int(place) + 1]] += float(each.weight_L[place])
-    return found
 
 
 @pytest.mark.parametrize("seed", range(20))

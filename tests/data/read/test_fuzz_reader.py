@@ -48,7 +48,17 @@ ROWS: dict[Format, list[dict[str, Any]]] = {
     Format.prompt_completion: [{"prompt": "@", "completion": "b@"}],
     Format.text: [{"text": "a@"}],
     Format.tokens: [{"input_ids": [5, 6], "labels": [-100, 6]}, {"input_ids": [1]}],
-    Format.preference: [{"prompt": "a@", "chosen": "b@", "rejected": "c@"}],
+    Format.preference: [
+        {"prompt": "a@", "chosen": "b@", "rejected": "c@"},
+        {"prompt": "a@", "chosen": "b@", "rejected": "c", "margin": 0.5, "system": "@"},
+    ],
+    Format.ranking: [
+        {"prompt": "a@", "answers": ["b@", "c@", [{"role": "assistant", "content": "d@"}]]},
+        {"prompt": "a@", "answers": ["b", "c"], "ranks": [2, 1]},
+    ],
+    Format.scored_answers: [{"prompt": "a@", "answers": ["b@", "c@"], "scores": [0.5, -1]}],
+    Format.scored_completion: [{"prompt": "a@", "completion": "b@", "score": 7}],
+    Format.unpaired: [{"prompt": "a@", "completion": "b@", "label": True}],
     Format.prompt: [{"prompt": "a@", "answer": 7}],
 }
 TEXTS = [
@@ -80,6 +90,9 @@ GARBAGE = [
     b'{"messages":[[]],"tools":"["}', b'{"messages":[{"role":[],"content":""}]}',
     b'{"messages":[{"role":"assistant","tool_calls":[{"name":"f","arguments":"[" }]}]}',
     b'{"prompt":[],"completion":""}', b'{"prompt":[[]],"chosen":[{}],"rejected":"x"}',
+    b'{"prompt":"a","answers":[[]],"scores":[1e400]}', b'{"prompt":"a","answers":{},"ranks":1}',
+    b'{"prompt":"a","completion":"b","label":"x","score":%s}' % (b"9" * 400),
+    b'{"prompt":"a","answers":["b","c"],"scores":[%s,true]}' % (b"9" * 400),
 ]  # fmt: skip
 
 
@@ -177,7 +190,8 @@ def check(path: Path, format: Format, content: bytes, good: set[int]) -> None:
             assert isinstance(value, dict)
             json.dumps(value, ensure_ascii=False).encode()  # no half of a surrogate pair
             of_row = "".join(texts_of(value))
-            for message in (*row.messages, *row.chosen, *row.rejected):
+            answers = (message for answer in row.answers for message in answer.messages)
+            for message in (*row.messages, *answers):
                 assert message["content"] in of_row or format is Format.alpaca
         else:
             number = row.line
