@@ -69,7 +69,6 @@ def _render(run: Run) -> str:
         cards=cards_of(run, channels),
         charts=charts,
         drawn=[dataclasses.asdict(chart) for chart in charts],
-        is_compared=any(chart.group == "compared" for chart in charts),
         smoothed=any(len(chart.series) > 2 for chart in charts),
         channels=channels,
         channels_hidden=len(channels) > MAX_CHANNEL_CHARTS,
