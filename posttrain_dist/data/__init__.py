@@ -44,6 +44,8 @@ encode             chat/encoder.py           Record -> Examples, whole or turn b
                    prepared/pieces.py        Example -> text for people, chat/turn_view.py by turns
 prepare            (posttrain_dist.prepare)  all files -> the prepared folder, split and counted
                    prepared/arrays.py        Examples as flat arrays on disk, mapped by workers
+                   prepared/trees.py         ... samples of a row that begin alike, as trees
+                   prepared/units.py         ... and the sizes of samples that stay together
                    prepared/summary.py       what was found: counts, channels, digests
 mix                packs/mixing.py           weights of sources -> samples of an epoch
 order              packs/order.py            (seed, epoch) -> packs of each step
@@ -168,6 +170,9 @@ class DataConfig:
     # Read pairs where single answers are asked for: the chosen one is desirable (worth 1), the
     # rejected one is not (0).
     convert_pairs: bool = False
+    # Compute what samples of a row begin with, such as the prompt of its answers, once; false: in
+    # each of them, for the same loss.
+    share_prompt: bool = True
     pack_window: int = 4096  # samples that packing may reorder among themselves
     workers: int | None = None  # processes that tokenise; null: one per core
     cache: str | None = None  # folder of prepared data; null: posttrain/ in the user's cache

@@ -4,9 +4,9 @@ With prefix tuning, to the prefix of its layer before that: keys and values in t
 
 Registered with transformers' AttentionInterface, so that the model classes stay untouched. The
 sample bounds travel as keywords through the backbone: `cu_seqlens` and `parent_S` (host integers),
-and for kernels `bounds_S` (int32 on the device) and `max_seqlen`. No [T, T] mask is built, and no
-mask function is registered: transformers then makes none, nor waits for the device to look for
-packs.
+and for kernels `bounds_S` (int32 on the device), `max_seqlen` and, where samples follow others,
+`row_keys`. No [T, T] mask is built, and no mask function is registered: transformers then makes
+none, nor waits for the device to look for packs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ VARLEN, FLASH = "posttrain_varlen", "posttrain_flash"
 
 _log = logging.getLogger(__name__)
 
-ROW_KEYWORDS = ("cu_seqlens", "bounds_S", "max_seqlen", "parent_S", "prefix")
+ROW_KEYWORDS = ("cu_seqlens", "bounds_S", "max_seqlen", "parent_S", "row_keys", "prefix")
 # What layers hand to their attention beside its own keywords: the row, and what attention inside
 # a sample does not depend on. Whatever else there is would be left out without a word.
 _KNOWN = {
@@ -71,6 +71,7 @@ def _for_transformers(attend: Callable[..., torch.Tensor]) -> Callable[..., Any]
         **row: Any,
     ) -> tuple[torch.Tensor, None]:
         _refuse_unknown(module, attention_mask, row)
+        prefix: RowPrefix | None = row.get("prefix")
         args = AttentionArgs(
             scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
             dropout=dropout,
@@ -80,8 +81,8 @@ def _for_transformers(attend: Callable[..., torch.Tensor]) -> Callable[..., Any]
             bounds_S=row.get("bounds_S"),
             max_seqlen=row.get("max_seqlen"),
             parent_S=row.get("parent_S"),
-            prefix=row.get("prefix"),
-            prefix_kv=_layer_prefix(module, row.get("prefix"), key, value),
+            keys=row.get("row_keys") if prefix is None else prefix.keys,
+            prefix_kv=_layer_prefix(module, prefix, key, value),
         )
         return attend(query, key, value, args), None
 

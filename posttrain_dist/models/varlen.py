@@ -3,6 +3,10 @@
 torch's own `torch.nn.attention.varlen` (from torch 2.11: scale and window, as used here) goes
 before the package flash-attn, which caps logits and drops out too. Sample s of the row [T, H, d]
 is [bounds[s], bounds[s + 1]); a window of W tokens is (W - 1, 0), itself and W - 1 before it.
+
+Keys that several samples attend to, those of a shared prompt, are gathered once for each; queries,
+projections and the MLP run once. Merging two partial results by their logsumexp would be silently
+wrong here: the kernels ignore the gradient of the logsumexp in backward.
 """
 
 from __future__ import annotations
@@ -12,12 +16,13 @@ import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from posttrain_dist.errors import ModelError
 from posttrain_dist.flow import Batch
 from posttrain_dist.models.shape import ModelShape
 
@@ -91,38 +96,62 @@ def _varlen_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
+class RowKeys(NamedTuple):
+    """Which keys each sample of a row attends to, for kernels of a whole row.
+
+    Those of its path: the prefix of its root, the samples that it follows, itself. They are
+    gathered from the k · R keys of prefixes, of R roots, with the T keys of tokens behind them.
+    """
+
+    place_U: torch.Tensor  # int64, where each of them stands, sample by sample
+    bounds_S: torch.Tensor  # int32, where those of a sample begin
+    max_seqlen: int  # keys of the longest path
+    num_roots: int  # R
+
+    @classmethod
+    def of(cls, batch: Batch, prefix: int = 0) -> RowKeys:
+        """Of the samples of `batch`, with so many keys before each root."""
+        num_roots = sum(parent < 0 for parent in batch.parent_S)
+        path_S: list[npt.NDArray[np.int64]] = []
+        given = 0  # prefixes
+        for (start, end), parent in zip(pairwise(batch.cu_seqlens_S), batch.parent_S, strict=True):
+            if parent >= 0:
+                before = path_S[parent]
+            else:
+                before = np.arange(given, given + prefix)
+                given += prefix
+            path_S.append(np.append(before, np.arange(start, end) + prefix * num_roots))
+        lengths = [len(path) for path in path_S]
+        bounds = np.array([0, *accumulate(lengths)], np.int32)
+        return cls(
+            _on(batch.bounds_S.device, np.concatenate(path_S)),
+            _on(batch.bounds_S.device, bounds),
+            max(lengths),
+            num_roots,
+        )
+
+
+def _on(device: torch.device, values: npt.NDArray[Any]) -> torch.Tensor:
+    """An array on `device`; the host does not wait for the copy."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class RowPrefix(NamedTuple):
     """Keys and values that every root of a row, and who follows it, attends to before its own.
 
-    k of them in each of L layers; the keys are taken as they are, without rotation. R roots.
+    k of them in each of L layers; the keys are taken as they are, without rotation.
     """
 
     kv_L: tuple[torch.Tensor, ...]  # float32 [2, H, k, d] of each layer
-    # For kernels of a whole row, with the k · R keys of prefixes before the T of tokens:
-    place_U: torch.Tensor  # int64, where each of the k · R + T keys stands, sample by sample
-    bounds_S: torch.Tensor  # int32, where the keys of samples begin
-    max_seqlen: int  # keys of the longest sample
+    keys: RowKeys  # with k before each root
 
     @classmethod
     def of(cls, kv_L: tuple[torch.Tensor, ...], batch: Batch) -> RowPrefix:
         """Of the samples of `batch`."""
-        num = kv_L[0].shape[2]
-        roots = sum(parent < 0 for parent in batch.parent_S)
-        places: list[int] = []
-        bounds, given = [0], 0
-        for (start, end), parent in zip(pairwise(batch.cu_seqlens_S), batch.parent_S, strict=True):
-            if parent < 0:
-                places += range(given, given + num)
-                given += num
-            places += range(num * roots + start, num * roots + end)
-            bounds.append(len(places))
-        device = batch.bounds_S.device
-        return cls(
-            kv_L,
-            torch.tensor(places).to(device, non_blocking=True),
-            torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True),
-            max(end - start for start, end in pairwise(bounds)),
-        )
+        return cls(kv_L, RowKeys.of(batch, kv_L[0].shape[2]))
 
 
 class AttentionArgs(NamedTuple):
@@ -136,24 +165,8 @@ class AttentionArgs(NamedTuple):
     bounds_S: torch.Tensor | None  # the same, int32 on the device; for kernels of a whole row
     max_seqlen: int | None
     parent_S: list[int] | None = None  # the sample that each one follows; -1: none
-    prefix: RowPrefix | None = None
+    keys: RowKeys | None = None  # None: each sample attends to itself alone
     prefix_kv: torch.Tensor | None = None  # of this layer: float32 [2, H, k, d]
-
-    @property
-    def bounds(self) -> tuple[torch.Tensor, int]:
-        """Where samples begin, and how long the longest is.
-
-        Raises:
-            ModelError: samples follow others, whose keys a kernel of a whole row cannot share.
-        """
-        if self.parent_S is not None and max(self.parent_S) >= 0:
-            raise ModelError(
-                "the kernels for packed rows cannot share a prompt between its answers",
-                where="model.attention",
-                fix="use model.attention=sdpa (eager for a model that caps its attention logits)",
-            )
-        assert self.bounds_S is not None and self.max_seqlen is not None, "they come with the row"
-        return self.bounds_S, self.max_seqlen
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -162,7 +175,7 @@ class AttentionArgs(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """Queries, keys and values [T, H, d] of a row, and their bounds: those of keys may differ."""
+    """Queries [T, H, d] of a row, their keys and values, and the bounds of both."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -174,24 +187,44 @@ class _Row(NamedTuple):
 
     @classmethod
     def of(cls, heads_first: Iterable[torch.Tensor], args: AttentionArgs) -> _Row:
-        """Of [1, H, T, d], with the prefix before the keys of each sample.
+        """Of [1, H, T, d], with the keys of what each sample follows before its own.
 
         Where a sample has more keys than queries, both kernels align their causal mask and window
-        to the last of each (bottom right), so that the prefix lies before the sample.
+        to the last of each (bottom right), so that those keys lie before the sample.
         """
         q, k, v = (x[0].transpose(0, 1) for x in heads_first)
-        bounds_S, longest = args.bounds
-        if args.prefix is None or args.prefix_kv is None:
+        bounds_S, longest, keys = args.bounds_S, args.max_seqlen, args.keys
+        assert bounds_S is not None and longest is not None, "they come with the row"
+        if keys is None:
+            assert max(args.parent_S or [-1]) < 0, "a sample that follows another has more keys"
             return cls(q, k, v, bounds_S, bounds_S, longest, longest)
-        roots = (len(args.prefix.place_U) - len(k)) // max(1, args.prefix_kv.shape[2])
-
-        def spliced(own: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        if args.prefix_kv is not None:
             # Repeated in float32, in which the gradients of all samples are added up.
-            before = own.transpose(0, 1).repeat(roots, 1, 1).to(tokens.dtype)
-            return torch.cat([before, tokens]).index_select(0, args.prefix.place_U)  # type: ignore[union-attr]
+            before = (x.transpose(0, 1).repeat(keys.num_roots, 1, 1) for x in args.prefix_kv)
+            k, v = (torch.cat([b.to(x.dtype), x]) for b, x in zip(before, (k, v), strict=True))
+        k, v = (_Gather.apply(x, keys.place_U) for x in (k, v))  # type: ignore[no-untyped-call]
+        return cls(q, k, v, bounds_S, keys.bounds_S, longest, keys.max_seqlen)
 
-        k, v = spliced(args.prefix_kv[0], k), spliced(args.prefix_kv[1], v)
-        return cls(q, k, v, bounds_S, args.prefix.bounds_S, longest, args.prefix.max_seqlen)
+
+class _Gather(torch.autograd.Function):
+    """x[places]; the gradients of a row that is taken several times add up in float32 at least.
+
+    Hundreds of answers to one prompt would be lost in the rounding of a bfloat16 sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        ctx.num_rows = len(x)
+        return x.index_select(0, places)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (places,) = ctx.saved_tensors
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = grad.new_zeros((ctx.num_rows, *grad.shape[1:]), dtype=wide)
+        return total.index_add_(0, places, grad.to(wide)).to(grad.dtype), None
 
 
 def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttentionArgs) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from posttrain_dist.data.chat.encoder import RowExamples
 from posttrain_dist.data.formats.records import Rejected
 from posttrain_dist.data.prepared.arrays import Arrays, flatten
+from posttrain_dist.data.prepared.trees import numbered, share_beginnings
 from posttrain_dist.flow import Example, Record
 from posttrain_dist.prepare.similar import signatures
 
@@ -62,7 +63,7 @@ class TurnCost:
 
     rows: int = 0
     samples: int = 0
-    tokens: int = 0  # of these samples
+    tokens: int = 0  # of these samples; what they share is counted once
     whole: int = 0  # tokens of the longest sample of each row: about those of the conversation
 
     def add(self, other: TurnCost) -> None:
@@ -121,10 +122,15 @@ class Chunk:
 
 
 class ChunkBuilder:
-    """Collects rows until there are enough for a Chunk."""
+    """Collects rows until there are enough for a Chunk.
 
-    def __init__(self, facts: RowFacts) -> None:
-        self.facts = facts
+    Args:
+        capacity: tokens of a unit in which turns of a row share what they begin with; null: they
+            share nothing.
+    """
+
+    def __init__(self, facts: RowFacts, capacity: int | None = None) -> None:
+        self.facts, self._capacity = facts, capacity
         self.num_tokens = 0
         self._examples: list[Example] = []
         self._row_S: list[int] = []
@@ -147,7 +153,13 @@ class ChunkBuilder:
         near_L = examples[0].input_ids_L if examples else np.empty(0, np.int32)
         if result.is_units and kept:
             near_L = np.concatenate([each.input_ids_L for each in kept])
-            kept = [_numbered(each, len(self._examples)) for each in kept]
+        if result.by_turns and kept:
+            cost = TurnCost(1, len(kept), whole=max(len(each.input_ids_L) for each in kept))
+            kept = share_beginnings(kept, self._capacity) if self._capacity else kept
+            cost.tokens = sum(len(each.input_ids_L) for each in kept)
+            self.facts.turns.add(cost)
+        if any(each.unit is not None for each in kept[:1]):
+            kept = numbered(kept, len(self._examples))
         self._examples += kept
         self._row_S += [row] * len(kept)
         self._channel_R.append(self._channels.setdefault(record.channel, len(self._channels)))
@@ -156,9 +168,6 @@ class ChunkBuilder:
         self._dropped_R.append(not kept)
         self._ids_R.append(near_L)
         self.num_tokens += sum(len(each.input_ids_L) for each in kept)
-        if result.by_turns and kept:
-            sizes = [len(each.input_ids_L) for each in kept]
-            self.facts.turns.add(TurnCost(1, len(kept), sum(sizes), max(sizes)))
         if not kept:
             add_place(self.facts.dropped_places, record.channel, [record.where])
         for check in sorted(result.faults):
@@ -178,13 +187,6 @@ class ChunkBuilder:
             dropped_R=np.array(self._dropped_R, np.bool_),
             near_RB=signatures(self._ids_R),
         )
-
-
-def _numbered(example: Example, first: int) -> Example:
-    """A sample of a unit, whose parent and unit count from the first sample of the chunk."""
-    assert example.unit is not None, "of a unit"
-    parent = None if example.parent is None else example.parent + first
-    return replace(example, parent=parent, unit=example.unit + first)
 
 
 def add_place(places: dict[str, list[str]], name: str, more: Sequence[str]) -> None:

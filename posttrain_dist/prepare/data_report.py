@@ -199,7 +199,8 @@ def _first_pack(config: RunConfig, examples: Examples) -> dict[str, Any]:
         batch_size=config.train.batch_size,
         mixture=make_mixture(config.data, config.seed, examples),
     ).packs(1)
-    costs = [cost.of(units.lengths[pack], units.supervised[pack]).sum() for pack in packs]
+    costs_U = cost.of_units(units)
+    costs = [costs_U[pack].sum() for pack in packs]
     pack = packs[assign_packs(np.array(costs), world=1)[0][0]]
     kept = tokenizer_cache(config.data.cache)
     tokenizer = load_tokenizer(resolve(config.model.path), kept, added)

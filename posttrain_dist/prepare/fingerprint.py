@@ -124,6 +124,7 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
             for each in sets
         },
         "tokenizer": _of_tokenizer(model_folder, digests),
+        **({} if data.share_prompt else {"share_prompt": False}),
         **({"add_tokens": list(config.model.add_tokens)} if config.model.add_tokens else {}),
     }
     digests.save()

@@ -89,13 +89,14 @@ class RowEncoder:
         At least one chunk, so that a file without rows is known too.
         """
         job, rows, more = self._job, task.reader.read(task.unit), True
-        units = UnitMaker(job.rows, job.own_rows, job.data.max_length, job.data.long_rows)
+        capacity, share = job.data.max_length, job.data.share_prompt
+        units = UnitMaker(job.rows, job.own_rows, capacity, job.data.long_rows, share)
         while more:
             # The first ones are small: what is wrong with all rows is known at once.
             most, self._most_rows = self._most_rows, min(8 * self._most_rows, CHUNK_ROWS)
             texts = BottomK[Record](job.text_rows if task.keep_text else 0)
             facts = RowFacts(task.unit.file, texts)
-            builder, num_rows = ChunkBuilder(facts), 0
+            builder, num_rows = ChunkBuilder(facts, capacity if share else None), 0
             while more and builder.num_tokens < CHUNK_TOKENS and num_rows < most:
                 batch, more = _take(rows, min(_BATCH_ROWS, most))
                 num_rows += len(batch)

@@ -206,21 +206,6 @@ class _Samples:
         found = []
         for row in np.flatnonzero((self._key_R == np.uint64(key)) & self._train_R)[:_ROWS]:
             first, last = np.searchsorted(self._row_S, [row, row + 1]).tolist()
-            found += _joined([self._examples[i] for i in range(first, last)])
+            whole = [i for i in range(first, last) if self._examples[i].weight_L.any()]
+            found += [self._examples.path(i) for i in whole]
         return found
-
-
-def _joined(examples: Sequence[Example]) -> list[Example]:
-    """Samples of a row; each answer with its prompt before it, as a conversation."""
-    found, prompt = [], None
-    for example in examples:
-        if example.parent is None:
-            prompt = example
-        if not example.weight_L.any():
-            continue
-        if example.parent is not None and prompt is not None:
-            ids_L = np.concatenate([prompt.input_ids_L, example.input_ids_L])
-            weight_L = np.concatenate([prompt.weight_L, example.weight_L])
-            example = replace(example, input_ids_L=ids_L, weight_L=weight_L)
-        found.append(example)
-    return found

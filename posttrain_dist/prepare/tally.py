@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posttrain_dist.data.formats.records import Rejected
+from posttrain_dist.data.prepared.units import tokens_before
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Record
 from posttrain_dist.prepare.chunk import (
@@ -80,9 +81,7 @@ class Tally:
         self.row_S.append((chunk.row_S + self.num_rows).astype(np.int32))
         self.bands.append(chunk.near_RB)
         lengths_S = np.diff(chunk.examples["offsets"])
-        before_S = chunk.examples["parents"]  # how many samples before it the prompt stands
-        place_S = np.arange(len(lengths_S))
-        paths_S = lengths_S + np.where(before_S > 0, lengths_S[place_S - before_S], 0)
+        paths_S = lengths_S + tokens_before(lengths_S, chunk.examples["parents"])
         self.longest = max(self.longest, int(paths_S.max(initial=0)))
         self.largest_id = max(self.largest_id, int(chunk.examples["tokens"].max(initial=0)))
         self.ends_file = self.ends_file or facts.ends_file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from forests import examples
 from posttrain_kernels import linear_cross_entropy, linear_logprob
 from small_configs import small_config
 from transformers import AutoModelForCausalLM
@@ -12,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.errors import ModelError
 from posttrain_dist.flow import Batch, Example
+from posttrain_dist.models.architectures.packing_check import check_packing
 from posttrain_dist.models.attention import SDPA, register
 from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.policy import Policy
@@ -51,6 +53,16 @@ def test_an_unknown_architecture_that_is_exact_passes_and_stays_as_it_was(batch,
     assert policy.check_head(batch) < 1e-4
     assert policy.config._attn_implementation == SDPA
     assert torch.equal(policy.causal_lm(**policy._inputs(batch)).logits, before)
+
+
+def test_samples_that_follow_others_are_compared_behind_them(nothing_known):
+    policy, rows = policy_of("llama"), collate(examples("tree"))
+    assert policy.check_head(rows) < 1e-4
+    # Attention that leaves the parents out is another one.
+    inputs = policy._inputs(rows)
+    logits_TV = policy.causal_lm(**{**inputs, "parent_S": None}).logits[0].detach()
+    with pytest.raises(ModelError, match="LlamaForCausalLM computes other logits for a sample"):
+        check_packing(policy.causal_lm, inputs, logits_TV)
 
 
 def test_an_unknown_architecture_that_ignores_positions_is_refused(batch, monkeypatch):

@@ -3,80 +3,116 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from forests import FORESTS, alone, chain, check_equal, examples
 from posttrain_kernels import linear_cross_entropy, linear_logprob
 
 from posttrain_dist.data.packs.collate import collate
-from posttrain_dist.errors import ModelError
-from posttrain_dist.flow import Example
-from posttrain_dist.models import Attention, ModelConfig
-from posttrain_dist.models import varlen as kernels
+from posttrain_dist.models import Attention, Checkpointing, ModelConfig
+from posttrain_dist.models.attention import VARLEN
 from posttrain_dist.models.head import HeadKernels
 from posttrain_dist.models.load import load_model
 from posttrain_dist.models.policy import Policy
 from posttrain_dist.objectives.base import TokenCount, TokenLoss
+from posttrain_dist.tuning.lora import Lora
 
 # Windows so short that a child's queries do not see all of its parent.
 CASES = {
     "Llama": (Attention.sdpa, {}),
     "Llama eager": (Attention.eager, {}),
+    "Qwen3": (Attention.sdpa, {}),
     "Mistral": (Attention.sdpa, {"sliding_window": 6}),
     "Gemma2": (
         Attention.eager,
         {"sliding_window": 6, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0},
     ),
 }
-# sample id -> (tokens, parent): two answers of a prompt, one that goes on, a root between them.
-TREE = {7: (9, None), 8: (4, 7), 9: (8, None), 10: (6, 7), 11: (5, 10), 12: (1, 7)}
 
 
-@pytest.fixture(params=CASES)
-def case(request, tmp_path, builders):
-    attention, changes = CASES[request.param]
-    name = request.param.partition(" ")[0]
-    return builders.model(tmp_path / "model", architecture=name, **changes), attention
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, builders):
+    """Model folders by case, each made once."""
+    made = {}
+
+    def folder(case):
+        if case not in made:
+            target = tmp_path_factory.mktemp("model")
+            name, changes = case.partition(" ")[0], CASES[case][1]
+            made[case] = builders.model(target, architecture=name, **changes)
+        return made[case]
+
+    return folder
 
 
-def examples() -> list[Example]:
-    draw = np.random.default_rng(0)
-    made = []
-    for sample_id, (length, parent) in TREE.items():
-        weight_L = draw.choice([0.0, 0.5, 1.0], length).astype(np.float32)
-        weight_L[0] = 0 if parent is None else 2.0  # which the parent's last token predicts
-        ids_L = draw.integers(5, 200, length).astype(np.int32)
-        made.append(Example(ids_L, weight_L, sample_id % 2, sample_id, parent=parent))
-    return made
+def policy_of(folder, attention, tuning=None, **options) -> Policy:
+    model = load_model(
+        ModelConfig(path=str(folder), attention=attention, **options),
+        folder,
+        dtype=torch.float32,
+        seed=0,
+        materialise=nullcontext(),
+        attach=(lambda model: None) if tuning is None else tuning.attach,
+    )
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if tuning is not None and tuning.trained(name):
+                parameter.normal_(std=0.2, generator=draw)
+    kernels = HeadKernels(linear_cross_entropy, linear_logprob)
+    return Policy(model, kernels, num_channels=2, tuning=tuning).train()
 
 
-def chain(rows: dict[int, Example], sample_id: int) -> list[Example]:
-    """A sample behind all that it follows."""
-    row = rows[sample_id]
-    return [*(chain(rows, row.parent) if row.parent is not None else []), row]
+@pytest.mark.parametrize("kind", FORESTS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_tree_equals_each_of_its_paths_alone(folders, case, kind):
+    check_equal(policy_of(folders(case), CASES[case][0]), examples(kind))
 
 
-def test_losses_and_gradients_are_those_of_parent_and_child_alone(case):
+def test_recomputed_trees_are_the_same(folders):
+    recompute = Checkpointing.full
+    policy = policy_of(folders("Mistral"), Attention.sdpa, activation_checkpointing=recompute)
+    check_equal(policy, examples("tree"), together=True)
+
+
+def test_trees_under_lora_are_the_same(folders):
+    policy = policy_of(folders("Llama"), Attention.sdpa, Lora(rank=4, alpha=8))
+    check_equal(policy, examples("group"))
+
+
+def test_channels_have_the_sums_of_their_samples_alone(folders):
+    policy = policy_of(folders("Llama"), Attention.sdpa)
+    rows = examples("pairs")
+    tables = [
+        sum(policy(collate(each), TokenLoss(), TokenCount(3.0)).channels_CK for each in batches)
+        for batches in ([rows], [[row] for row in alone(rows)])
+    ]
+    torch.testing.assert_close(*tables, rtol=1e-6, atol=0)
+    assert tables[0].any(dim=1).all(), "both channels have targets"
+
+
+@pytest.mark.parametrize("case", ["Llama", "Gemma2"])
+def test_losses_and_gradients_are_those_of_transformers(folders, case):
     import transformers
 
-    folder, attention = case
-    batch = collate(examples())
-    assert batch.parent_S == [-1, 0, -1, 0, 3, 0]
-    starts = batch.cu_seqlens_S[:-1]
-    assert batch.position_ids_T[starts].tolist() == [0, 9, 0, 9, 15, 9]
-    config = ModelConfig(path=str(folder), attention=attention)
-    model = load_model(config, folder, dtype=torch.float32, seed=0, materialise=nullcontext())
-    policy = Policy(model, HeadKernels(linear_cross_entropy, linear_logprob), num_channels=2)
+    rows = examples("tree")
+    batch = collate(rows)
+    assert batch.parent_S == [-1, 0, 0, 2, 2, 4, 4, -1]
+    assert batch.position_ids_T[batch.cu_seqlens_S[:-1]].tolist() == [0, 14, 14, 23, 23, 31, 31, 0]
+    policy = policy_of(folders(case), CASES[case][0])
     loss = policy(batch, TokenLoss(), TokenCount(3.0))
     loss.total.backward()
 
-    own = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    rows = {row.sample_id: row for row in examples()}
+    own = transformers.AutoModelForCausalLM.from_pretrained(
+        folders(case), attn_implementation="eager"
+    )
     expected, total = [], torch.zeros(())
-    for row in rows.values():
-        whole = chain(rows, row.sample_id)
-        ids = torch.from_numpy(np.concatenate([r.input_ids_L for r in whole])).long()
+    for row in rows:
+        ids = np.concatenate([each.input_ids_L for each in chain(rows, row.sample_id)])
+        ids = torch.from_numpy(ids).long()
         logits = own(input_ids=ids[None]).logits[0]
         nll = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
         nll = torch.cat([torch.zeros(1), nll])[-len(row.input_ids_L) :]
@@ -88,23 +124,74 @@ def test_losses_and_gradients_are_those_of_parent_and_child_alone(case):
     torch.testing.assert_close(nll_N, torch.cat(expected), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss.total, total, rtol=1e-5, atol=0)
     gradients = dict(own.named_parameters())
-    for name, parameter in model.named_parameters():
+    for name, parameter in policy.causal_lm.named_parameters():
         distance = (parameter.grad - gradients[name].grad).norm()
         assert distance <= 1e-5 * gradients[name].grad.norm(), name
 
 
 def test_a_parent_is_the_nearest_one_before():
     """The same prompt twice in a row, as an epoch that draws it twice may have it."""
-    prompt, answer = examples()[:2]
+    prompt, answer = examples("pairs")[:2]
     batch = collate([prompt, answer, prompt, answer])
     assert batch.parent_S == [-1, 0, -1, 2]
-    assert batch.num_tokens == 2 * (9 + 4)
+    assert batch.num_tokens == 2 * (17 + 5)
 
 
-@pytest.mark.parametrize("kernel", [kernels.varlen, kernels.flash_attention])
-def test_kernels_of_a_whole_row_refuse_it(kernel):
-    bounds_S = torch.tensor([0, 3, 5], dtype=torch.int32)
-    args = kernels.AttentionArgs(0.5, 0.0, None, None, [0, 3, 5], bounds_S, 3, parent_S=[-1, 0])
-    x = torch.zeros(1, 2, 5, 8)
-    with pytest.raises(ModelError, match="cannot share a prompt between its answers"):
-        kernel(x, x, x, args)
+# ------------------------------------------------------------------------ kernels of a whole row
+
+
+def documented(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+    """What the kernel promises, by torch: causal mask and window aligned to the last key."""
+    assert max_q == max(e - s for s, e in pairwise(cu_q.tolist()))
+    assert max_k == max(e - s for s, e in pairwise(cu_k.tolist()))
+    outputs = []
+    for (start, end), (first, last) in zip(
+        pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True
+    ):
+        behind = torch.arange(end - start)[:, None] + last - first - (end - start)
+        seen = torch.arange(last - first) <= behind
+        if window_size[0] >= 0:
+            seen &= torch.arange(last - first) >= behind - window_size[0]
+        own = (x.transpose(0, 1)[None] for x in (q[start:end], k[first:last], v[first:last]))
+        output = torch.nn.functional.scaled_dot_product_attention(
+            *own, attn_mask=seen, scale=scale, enable_gqa=True
+        )
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("case", ["Llama", "Mistral"])
+def test_a_kernel_of_a_whole_row_gets_the_keys_of_every_path(folders, monkeypatch, case):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", documented)
+    monkeypatch.setattr("posttrain_dist.models.varlen._varlen_parameters", frozenset)
+    policy = policy_of(folders(case), Attention.sdpa)
+    policy.causal_lm.set_attn_implementation(VARLEN)
+    check_equal(policy, examples("tree"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", ["Llama", "Mistral"])
+@pytest.mark.parametrize("kind", FORESTS)
+def test_trees_on_a_gpu_are_as_near_to_the_truth_as_their_paths_alone(folders, case, kind):
+    from posttrain_dist.models.varlen import AttentionRequirements, varlen_missing
+
+    if missing := varlen_missing(AttentionRequirements(head_dim=64, dtype=torch.bfloat16)):
+        pytest.skip(missing)
+    rows = examples(kind)
+    exact = policy_of(folders(case), Attention.eager).double()
+    wanted = flat_gradient(exact, alone(rows), "cpu")
+    half = policy_of(folders(case), Attention.eager).bfloat16().cuda()
+    half.causal_lm.set_attn_implementation(VARLEN)
+    shared, usual = (
+        float((flat_gradient(half, each, "cuda") - wanted).norm()) for each in (rows, alone(rows))
+    )
+    assert shared <= 1.5 * usual + 1e-3 * float(wanted.norm())
+
+
+def flat_gradient(policy, rows, device) -> torch.Tensor:
+    policy.zero_grad()
+    batch = collate(rows).to(device)
+    policy(batch, TokenLoss(), TokenCount(7.0)).total.backward()
+    gradients = [p.grad.double().flatten().cpu() for p in policy.causal_lm.parameters()]
+    return torch.cat(gradients)

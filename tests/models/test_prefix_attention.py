@@ -126,7 +126,8 @@ def documented(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, scale):
 
 @pytest.mark.parametrize("name", [VARLEN, FLASH])
 @pytest.mark.parametrize("window", [None, 5])
-def test_what_the_kernels_of_a_row_are_asked_for(monkeypatch, name, window):
+@pytest.mark.parametrize("parents", [(None, None, None), (None, 0, 1), (None, None, 0)])
+def test_what_the_kernels_of_a_row_are_asked_for(monkeypatch, name, window, parents):
     """The kernels need a GPU; their documented contract stands for them, in plain torch."""
 
     def flash(*args, softmax_scale, window_size, causal, dropout_p, softcap):
@@ -139,8 +140,9 @@ def test_what_the_kernels_of_a_row_are_asked_for(monkeypatch, name, window):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", documented)
     monkeypatch.setattr("posttrain_dist.models.varlen._varlen_parameters", frozenset)
     qkv, kv_L = tensors()
-    found = attend(name, batch(), qkv, kv_L, sliding_window=window)
-    compare(found, reference(batch(), qkv, kv_L[LAYER], window), [*qkv, kv_L[LAYER]])
+    row = batch(parents)
+    found = attend(name, row, qkv, kv_L, sliding_window=window)
+    compare(found, reference(row, qkv, kv_L[LAYER], window), [*qkv, kv_L[LAYER]])
 
 
 @pytest.mark.parametrize("name", [SDPA, EAGER, VARLEN])

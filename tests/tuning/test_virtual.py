@@ -24,6 +24,7 @@ from posttrain_dist.data.packs.collate import collate, filler
 from posttrain_dist.errors import ConfigError, ModelError
 from posttrain_dist.flow import Example
 from posttrain_dist.models import Checkpointing
+from posttrain_dist.models.architectures.packing_check import check_packing
 from posttrain_dist.models.architectures.positions import check_row_length
 from posttrain_dist.objectives.base import TokenCount, TokenLoss
 from posttrain_dist.preflight import input_problems
@@ -104,17 +105,20 @@ def test_recomputed_activations_give_the_same_gradients(folder, name):
 @each_tuning
 def test_the_checks_at_the_start_and_fillers_pass(folder, name, monkeypatch):
     policy = policy_of(folder, TUNINGS[name](tokens=3))
-    roots = collate([row for row in examples() if row.parent is None])
-    assert policy.check_head(roots) < 1e-4
+    rows = collate(examples())
+    assert policy.check_head(rows) < 1e-4
     # An architecture that no table vouches for: each sample beside itself alone, prefix and all.
     monkeypatch.setattr("posttrain_dist.models.policy.TRAINED", frozenset())
-    assert policy.check_head(roots) < 1e-4
-    inputs = policy._inputs
-    monkeypatch.setattr(policy, "_inputs", lambda row: inputs(row) | {"parent_S": [-1, 0, 1]})
+    assert policy.check_head(rows) < 1e-4
+
+    def without_parents(model, inputs, logits_TV):
+        check_packing(model, {**inputs, "parent_S": [-1] * len(rows.parent_S)}, logits_TV)
+
+    monkeypatch.setattr("posttrain_dist.models.policy.check_packing", without_parents)
     with pytest.raises(ModelError, match="computes other logits for a sample"):
-        policy.check_head(roots)
+        policy.check_head(rows)
     monkeypatch.undo()
-    assert max(policy.check_parity(roots).values()) < 1e-4
+    assert max(policy.check_parity(rows).values()) < 1e-4
     nothing = policy(filler(TokenLoss()), TokenLoss(), TokenCount(3.0))
     assert float(nothing.total.detach()) == 0
     nothing.total.backward()

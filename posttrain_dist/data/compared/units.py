@@ -20,6 +20,7 @@ from posttrain_dist.data import LongRows
 from posttrain_dist.data.chat.encoder import RowExamples
 from posttrain_dist.data.compared.answer_encoder import AnsweredRow, AnswerTokens
 from posttrain_dist.data.compared.other_answers import OtherAnswers
+from posttrain_dist.data.prepared.trees import numbered, repeat_beginnings
 from posttrain_dist.flow import Example, Record
 
 _LATER = -1  # channels and samples have numbers once the rows of all files are known
@@ -36,10 +37,19 @@ class UnitMaker:
         own_rows: the only target of an answer is its last token.
         max_length: tokens of a unit at most.
         long_rows: what becomes of longer ones: `truncate` or `drop`.
+        share_prompt: whether the prompt is a sample that the answers follow; else it stands
+            before each of them.
     """
 
-    def __init__(self, rows: str, own_rows: bool, max_length: int, long_rows: LongRows) -> None:
-        self._rows, self._own_rows = rows, own_rows
+    def __init__(
+        self,
+        rows: str,
+        own_rows: bool,
+        max_length: int,
+        long_rows: LongRows,
+        share_prompt: bool = True,
+    ) -> None:
+        self._rows, self._own_rows, self._share_prompt = rows, own_rows, share_prompt
         self._max_length, self._long_rows = max_length, long_rows
         self._others = OtherAnswers() if rows == "labels" else None
 
@@ -60,10 +70,16 @@ class UnitMaker:
     def _made(self, row: AnsweredRow, others: Sequence[AnswerTokens]) -> RowExamples:
         found = RowExamples([], list(row.faults))
         for said in self._groups(row, others, found.faults):
-            fitting = self._fitted(len(row.prompt_L), said, found.faults)
+            fitting = self._fitted(self._prompt_tokens(row, said), said, found.faults)
             if fitting:
-                found.examples.extend(self._unit(row, fitting, len(found.examples), found.faults))
+                unit = self._unit(row, fitting, found.faults)
+                unit = unit if self._share_prompt else repeat_beginnings(unit)
+                found.examples.extend(numbered(unit, len(found.examples)))
         return found
+
+    def _prompt_tokens(self, row: AnsweredRow, said: Sequence[Said]) -> int:
+        """That a unit takes beside its answers."""
+        return len(row.prompt_L) * (1 if self._share_prompt else len(said))
 
     def _groups(
         self, row: AnsweredRow, others: Sequence[AnswerTokens], faults: list[str]
@@ -91,7 +107,7 @@ class UnitMaker:
         ]
 
     def _fits(self, row: AnsweredRow, said: Sequence[Said]) -> bool:
-        total = len(row.prompt_L) + sum(len(answer.ids_L) for _, answer in said)
+        total = self._prompt_tokens(row, said) + sum(len(answer.ids_L) for _, answer in said)
         return total <= self._max_length
 
     def _fitted(self, prompt_tokens: int, said: list[Said], faults: list[str]) -> list[Said]:
@@ -120,14 +136,12 @@ class UnitMaker:
             _note(faults, "end_of_turn")
         return cut
 
-    def _unit(
-        self, row: AnsweredRow, said: Sequence[Said], first: int, faults: list[str]
-    ) -> list[Example]:
-        """The samples; `parent` and `unit` count from the first one of the row."""
+    def _unit(self, row: AnsweredRow, said: Sequence[Said], faults: list[str]) -> list[Example]:
+        """The samples; `parent` and `unit` count from the first of them."""
         truncated = any(answer.truncated for _, answer in said)
         nothing_L = np.zeros(len(row.prompt_L), np.float32)
         extra = {"role_S": _PROMPT, "value_S": 0.0, "margin_S": 0.0}
-        found = [Example(row.prompt_L, nothing_L, _LATER, _LATER, truncated, extra, unit=first)]
+        found = [Example(row.prompt_L, nothing_L, _LATER, _LATER, truncated, extra, unit=0)]
         for role, answer in said:
             weight_L = answer.weight_L
             if self._own_rows:
@@ -149,8 +163,8 @@ class UnitMaker:
                     _LATER,
                     answer.truncated,
                     extra,
-                    parent=first,
-                    unit=first,
+                    parent=0,
+                    unit=0,
                 )
             )
         return found

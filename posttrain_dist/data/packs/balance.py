@@ -7,10 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from posttrain_dist.data.prepared.units import Units
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:
     """Work of a sample of l tokens, s of them supervised: token·l + pair·l² + target·s.
+
+    Behind b tokens of others, which are computed once, it is pair·l·(l + 2b).
 
     Only the ratios count. A layer of hidden size d spends 24d² operations a token on matrices and
     2d·l on causal attention, the head 2dV on a supervised token; so pair/token = 1 / (12d) and
@@ -31,10 +35,16 @@ class Cost:
     def of(
         self, lengths: npt.NDArray[np.integer], supervised: npt.NDArray[np.integer]
     ) -> npt.NDArray[np.float64]:
-        """The work of each sample."""
+        """The work of each sample, alone."""
         length = np.asarray(lengths, np.float64)
         cost: npt.NDArray[np.float64] = length * (self.token + self.pair * length)
         return cost + self.target * supervised
+
+    def of_units(self, units: Units) -> npt.NDArray[np.float64]:
+        """The work of each unit."""
+        cost = self.token * units.lengths + self.pair * units.causal_pairs()
+        found: npt.NDArray[np.float64] = cost + self.target * units.supervised
+        return found
 
 
 _SWAPS = 100  # at most, after which ranks are as near as they come

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from posttrain_dist.data.packs.balance import assign_packs
 from posttrain_dist.data.packs.order import Order
 from posttrain_dist.data.packs.packing import Ints
+from posttrain_dist.data.prepared.units import Units
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,7 +25,7 @@ class MicroBatches:
     """How the packs of a step are split.
 
     Attributes:
-        costs: work of each sample.
+        costs: work of each unit.
         batch_size: packs of a step, over all ranks.
         micro_batch_size: packs of one forward on one rank.
         world: number of ranks.
@@ -51,23 +52,23 @@ class RowMemory:
     """What a model keeps of a row beside something of each token, supervised or not.
 
     Attributes:
-        pairs: attention keeps something of each pair of tokens of a sample.
-        inserted: virtual tokens that are put before each sample (prompts).
-        prefix: virtual tokens that stand before the keys of each sample alone.
+        pairs: attention keeps something of each pair of a token and one that it may attend to.
+        inserted: virtual tokens that are put before each root (prompts).
+        prefix: virtual tokens that stand before the keys of each root alone.
     """
 
     pairs: bool = False
     inserted: int = 0
     prefix: int = 0
 
-    def keys(self, lengths: Ints, supervised: Ints) -> list[Ints]:
-        """Of each sample what adds up to the memory of a row, the tokens of the model first."""
-        seen = lengths.astype(np.int64) + self.inserted
-        found = [seen, supervised]  # head and last MLP run on the latter alone
+    def keys(self, units: Units) -> list[Ints]:
+        """Of each unit what adds up to the memory of a row, the tokens of the model first."""
+        # Head and last MLP run on the targets alone.
+        found: list[Ints] = [units.tokens(self.inserted), units.supervised]
         if self.pairs:
-            found.append(seen * (seen + self.prefix))
-        if self.prefix:
-            found.append(seen + self.prefix)
+            found.append(units.pairs(self.inserted, self.prefix))
+        if self.prefix or units.before_S is not None:  # keys stand once more for each sample
+            found.append(units.keys(self.inserted, self.prefix))
         return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from posttrain_dist.data.packs.balance import Cost
 from posttrain_dist.data.packs.collate import Declares, collate, filler
@@ -63,7 +64,7 @@ class PackedSource:
         self._max_length, self._window, self._rank = max_length, window, rank
         self._vocab_size = vocab_size
         self._units = units = examples.units
-        costs = (cost or Cost()).of(units.lengths, units.supervised)
+        costs = (cost or Cost()).of_units(units)
         self._split = MicroBatches(costs, batch_size, micro_batch_size, world)
         self._order = Order(
             units.lengths,
@@ -102,6 +103,15 @@ class PackedSource:
         drawn = self._samples(np.concatenate(self._order.packs(k)))
         ids: list[int] = self._examples.sample_ids[drawn].tolist()
         return ids
+
+    def drawn_units(self, steps: int) -> npt.NDArray[np.bool_]:
+        """Which units of the examples are in a run of `steps` at all."""
+        drawn = np.zeros(len(self._units), np.bool_)
+        for k in range(1, steps + 1):
+            drawn[np.concatenate(self._order.packs(k))] = True
+            if k % 64 == 0 and drawn.all():
+                break
+        return drawn
 
     def source_amounts(self, k: int) -> dict[str, float]:
         """Rows, or supervised tokens, that step k takes from each source of a mixture."""
@@ -142,10 +152,9 @@ class PackedSource:
         the second one begins.
         """
         units, split = self._units, self._split
-        lengths = units.lengths.astype(np.int64)
         packs = min(steps * split.batch_size, SCANNED_PACKS)
-        keys = (memory or RowMemory()).keys(lengths, units.supervised)
-        sums = self._order.sums((*keys, lengths**2, units.supervised), packs)
+        keys = (memory or RowMemory()).keys(units)
+        sums = self._order.sums((*keys, units.causal_pairs(), units.supervised), packs)
         found = heaviest_rows(self._order, split, sums[: len(keys)], sums[len(keys) :])
         adds_up = -(-split.batch_size // split.world) > split.micro_batch_size
         once = dict.fromkeys(map(tuple, found))

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +26,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from posttrain_dist.data.prepared.trees import joined
+from posttrain_dist.data.prepared.units import Units
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Example
 
@@ -186,44 +187,6 @@ class _ArrayFile:
 # ------------------------------------------------------------------------------------- reading
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Units:
-    """What is planned: samples that stay together, in the order that a split has them.
-
-    Most are of one sample. Letter: U units.
-    """
-
-    first: npt.NDArray[np.int64]  # [U + 1] unit u is the samples first[u] to first[u + 1]
-    lengths: npt.NDArray[np.int32]  # [U] tokens
-    supervised: npt.NDArray[np.int32]  # [U] targets
-    channel_ids: npt.NDArray[np.int16]  # [U]
-    sources: npt.NDArray[np.int16]  # [U]
-
-    @classmethod
-    def of(cls, examples: Examples, number_S: npt.NDArray[np.int64]) -> Units:
-        """Of the samples of a split.
-
-        Args:
-            number_S: the unit of each.
-        """
-        starts = np.flatnonzero(np.diff(number_S, prepend=-1))
-        first = np.append(starts, len(number_S))
-        if len(starts) == len(number_S):  # each sample is one
-            lengths, supervised = examples.lengths, examples.supervised
-        else:
-            lengths = np.add.reduceat(examples.lengths, starts, dtype=np.int32)
-            supervised = np.add.reduceat(examples.supervised, starts, dtype=np.int32)
-        channels, sources = examples.channel_ids[starts], examples.sources[starts]
-        return cls(first, lengths, supervised, channels, sources)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def samples(self, unit: int) -> range:
-        """The places of the samples of a unit in the split."""
-        return range(int(self.first[unit]), int(self.first[unit + 1]))
-
-
 class Examples:
     """A prepared split, memory-mapped: `len(examples)`, `examples[i]`."""
 
@@ -241,6 +204,8 @@ class Examples:
         self.channel_ids: npt.NDArray[np.int16] = arrays["channels"][index]
         self.sources: npt.NDArray[np.int16] = arrays["sources"][index]
         self.sample_ids: npt.NDArray[np.int64] = arrays["ids"][index]
+        # How many samples before it its parent stands; 0: none.
+        self.parents: npt.NDArray[np.int32] = arrays["parents"][index]
         self.channels = channels  # names; Example.channel is an index into them
         self._arrays, self._index = arrays, index
         self._extra = {
@@ -248,7 +213,44 @@ class Examples:
             for name, array in arrays.items()
             if name.startswith(_EXTRA)
         }
-        self.units = Units.of(self, arrays["units"][index])
+        self._token_extra: dict[str, npt.NDArray[Any]] = {}
+        self.units = Units.of(
+            arrays["units"][index],
+            self.lengths,
+            self.supervised,
+            self.channel_ids,
+            self.sources,
+            self.parents,
+        )
+
+    @property
+    def places(self) -> npt.NDArray[np.int64]:
+        """Where the samples stand in the arrays."""
+        return self._index
+
+    @property
+    def starts(self) -> npt.NDArray[np.int64]:
+        """Of each sample, where its tokens begin in the array of all tokens."""
+        starts: npt.NDArray[np.int64] = self._arrays["offsets"][self._index]
+        return starts
+
+    @property
+    def num_stored_tokens(self) -> int:
+        """Tokens of the arrays, of other splits too."""
+        return len(self._arrays["tokens"])
+
+    def subset(self, places: npt.NDArray[np.int64]) -> Examples:
+        """Other samples of the same arrays: whole units, by their places there."""
+        return Examples(self._arrays, places, self.channels)
+
+    def add_token_field(self, name: str, values: npt.NDArray[Any]) -> None:
+        """Give `Example.extra` of every sample the field `name_L`.
+
+        Args:
+            values: one number for each token of the arrays.
+        """
+        assert name.endswith("_L") and len(values) == self.num_stored_tokens, name
+        self._token_extra[name] = values
 
     @classmethod
     def open(cls, folder: Path, split: str, channels: list[str] | None = None) -> Examples:
@@ -304,10 +306,20 @@ class Examples:
             channel=int(arrays["channels"][index]),
             sample_id=int(arrays["ids"][index]),
             truncated=bool(arrays["truncated"][index]),
-            extra={name: array[index] for name, array in self._extra.items()},
+            extra={
+                **{name: array[index] for name, array in self._extra.items()},
+                **{name: array[start:end] for name, array in self._token_extra.items()},
+            },
             parent=int(arrays["ids"][index - before]) if before else None,
             unit=int(arrays["units"][index]),
         )
+
+    def path(self, index: int) -> Example:
+        """A sample behind all that it follows, as one without a parent."""
+        places = [index]
+        while before := int(self._arrays["parents"][self._index[places[0]]]):
+            places.insert(0, places[0] - before)
+        return joined([self[place] for place in places])
 
 
 def _check_index(index: npt.NDArray[Any], split: str, num_samples: int) -> None:

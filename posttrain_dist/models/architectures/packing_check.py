@@ -25,8 +25,9 @@ def check_packing(model: Any, inputs: Mapping[str, Any], logits_TV: torch.Tensor
 
     Args:
         model: a transformers causal LM.
-        inputs: keywords that gave `logits_TV`: ids or embeddings, `position_ids`, `cu_seqlens`;
-            a `prefix` is what a sample alone has in its key and value cache.
+        inputs: keywords that gave `logits_TV`: ids or embeddings, `position_ids`, `cu_seqlens`,
+            `parent_S`, behind which samples stand; a `prefix` is what a sample alone has in its
+            key and value cache.
         logits_TV: of the packed row.
 
     Raises:
@@ -36,17 +37,19 @@ def check_packing(model: Any, inputs: Mapping[str, Any], logits_TV: torch.Tensor
     rows["position_ids"] = inputs["position_ids"]
     packed_attention = model.config._attn_implementation
     model.set_attn_implementation("eager")
+    alone: list[torch.Tensor] = []
+    paths: list[list[int]] = []
     try:
-        alone = [
-            model(
-                **{name: row[:, start:end] for name, row in rows.items()},
-                **_cache(inputs.get("prefix")),
-            ).logits
-            for start, end in pairwise(inputs["cu_seqlens"])
-        ]
+        bounds = pairwise(inputs["cu_seqlens"])
+        for (start, end), parent in zip(bounds, inputs["parent_S"], strict=True):
+            paths.append([*(paths[parent] if parent >= 0 else []), *range(start, end)])
+            path = torch.tensor(paths[-1], device=logits_TV.device)
+            sample = {name: row.index_select(1, path) for name, row in rows.items()}
+            logits_PV = model(**sample, **_cache(inputs.get("prefix"))).logits[0]
+            alone.append(logits_PV[start - end :])
     finally:
         model.set_attn_implementation(packed_attention)
-    alone_TV = torch.cat([logits[0] for logits in alone]).float()
+    alone_TV = torch.cat(alone).float()
     difference = float((logits_TV.float() - alone_TV).abs().max())
     largest = max(1.0, float(alone_TV.abs().max()))
     if not difference <= TOLERANCE.get(logits_TV.dtype, HALF) * largest:

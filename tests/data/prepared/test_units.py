@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from posttrain_dist.data.packs.balance import Cost
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.data.prepared.arrays import Examples, SplitWriter, flatten
+from posttrain_dist.data.prepared.units import Units
 from posttrain_dist.flow import By, Example, Extra
 from posttrain_dist.objectives.base import TokenLoss
 
@@ -83,3 +85,47 @@ def test_a_unit_drawn_twice_in_a_row_is_two(tmp_path: Path) -> None:
     assert batch.unit_S == [0, 0, 0, 1, 1, 1]
     assert batch.parent_S == [-1, 0, 0, -1, 3, 3]
     assert batch.supervised_N[:6].tolist() == [3, 4, 5, 9, 10, 11]  # the targets' own states
+
+
+def test_sizes_of_units_are_those_of_their_paths() -> None:
+    """Random trees, against each sample's path one by one."""
+    draw = np.random.default_rng(0)
+    number: list[int] = []
+    parents: list[int] = []
+    for _ in range(40):
+        size = int(draw.integers(1, 7))
+        first = len(number)
+        number += [first] * size
+        for place in range(size):
+            parent = int(draw.integers(-1, place)) if place else -1
+            parents.append(0 if parent < 0 else place - parent)
+    lengths = draw.integers(1, 20, len(number)).astype(np.int32)
+    column = np.arange(len(number), dtype=np.int16)
+    units = Units.of(
+        np.array(number, np.int64),
+        lengths,
+        lengths,
+        column,
+        column,
+        np.array(parents, np.int32),
+    )
+    inserted, prefix = 3, 2
+    tokens, keys, pairs, causal = [], [], [], []
+    for unit in range(len(units)):
+        rows = []
+        for sample in units.samples(unit):
+            own, before, at = int(lengths[sample]), 0, sample
+            while parents[at]:
+                at -= parents[at]
+                before += int(lengths[at])
+            virtual = inserted * (at == sample)
+            rows.append((own + virtual, own + before + inserted + prefix, own * (own + 2 * before)))
+        tokens.append(sum(own for own, _, _ in rows))
+        keys.append(sum(path for _, path, _ in rows))
+        pairs.append(sum(own * path for own, path, _ in rows))
+        causal.append(sum(both for _, _, both in rows))
+    assert units.tokens(inserted).tolist() == tokens
+    assert units.keys(inserted, prefix).tolist() == keys
+    assert units.pairs(inserted, prefix).tolist() == pairs
+    assert units.causal_pairs().tolist() == causal
+    assert Cost(token=0, pair=1, target=0).of_units(units).tolist() == causal
