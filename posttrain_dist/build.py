@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from posttrain_dist.checkpoint.manifest import Layout, Manifest, Recipe
 from posttrain_dist.config import Dtype, RunConfig, single_process_rule
 from posttrain_dist.data.chat.rendering.served import Served
 from posttrain_dist.data.packs.balance import Cost
-from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.data.packs.loader import PackedSource
 from posttrain_dist.data.packs.mixing import make_mixture
 from posttrain_dist.data.prepared.arrays import Examples
@@ -38,9 +37,10 @@ from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.engine.optimizers import ParameterRules
 from posttrain_dist.engine.update_check import UpdateCheck
 from posttrain_dist.files import read_object, write_atomic
-from posttrain_dist.flow import Batch
 from posttrain_dist.models import Weights
+from posttrain_dist.models.architectures.dropout import switch_off_dropout
 from posttrain_dist.models.architectures.known import TRAINED
+from posttrain_dist.models.classifier import classifier_network
 from posttrain_dist.models.finite import refuse_nonfinite
 from posttrain_dist.models.folder import (
     check_folder,
@@ -96,16 +96,6 @@ def open_prepared(folder: Path) -> PreparedData:
         end_token_ids=summary.end_token_ids,
         served=Served.read(folder),
     )
-
-
-def make_probe(examples: Examples) -> Batch:
-    """The first tokens of the first sample and of the last, every second one supervised."""
-    probes = []
-    for example in (examples[0], examples[len(examples) - 1]):
-        ids_L = example.input_ids_L[:64]
-        weight_L = (torch.arange(len(ids_L)) % 2 == 1).float().numpy()
-        probes.append(replace(example, input_ids_L=ids_L, weight_L=weight_L))
-    return collate(probes)
 
 
 # -------------------------------------------------------------------------- engine and model
@@ -216,7 +206,10 @@ def build_policy(
         nf4=nf4,
         device=engine.device,
         base=base,
+        scalar=config.objective.own_rows,
     )
+    if config.objective.no_dropout:
+        switch_off_dropout(model)
     noise = config.train.neftune_alpha
     policy = make_policy(model, len(channels), config.tuning, neftune_alpha=noise)
     engine.attach(policy)
@@ -332,6 +325,8 @@ def run_manifest(
     folder = resolve(config.model.path)
     found = check_folder(folder, need_weights=False)
     network = network_of(grown_config(folder, found, config.model.add_tokens))
+    if config.objective.own_rows:
+        network = classifier_network(network)
     return Manifest(
         step=0,
         recipe=Recipe(data.channels, _recipe(config, data.fingerprint), network),

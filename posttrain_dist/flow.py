@@ -142,6 +142,7 @@ class Batch:
     sample_id_S: list[int]  # -1 for a filler
     parent_S: list[int]  # an earlier sample of the row; -1: none, the sample is a root
     unit_S: list[int]  # samples of one unit have one number, from 0
+    targets_S: list[int]  # real targets of each sample
     # What objectives need beyond this: `..._N` per supervised token (0 in padding), `..._S` per
     # sample.
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -185,6 +186,7 @@ class Column:
 
     name: str
     per: str | None = None  # another column
+    part: bool = False  # of what `Objective.derived` makes, and no metric itself
 
 
 class Loss(NamedTuple):
@@ -201,6 +203,9 @@ class Loss(NamedTuple):
     channels_CK: torch.Tensor  # float32 [C, K]
     nll_N: torch.Tensor | None = None  # detached float32, unweighted loss of each token
     correct_N: torch.Tensor | None = None  # bool: no other token exceeds the label
+    # What a token counts in metrics of single tokens; None: `Batch.weight_N`. Of a preference the
+    # tokens of answers that are not wanted count 0.
+    counted_N: torch.Tensor | None = None
 
 
 # ------------------------------------------------------------------------------------- step

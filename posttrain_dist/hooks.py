@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ from posttrain_dist.checkpoint.save_times import timed_save
 from posttrain_dist.checkpoint.trained_state import state_writer
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.packs.loader import PackedSource
+from posttrain_dist.data.packs.prefetch import RunSource
 from posttrain_dist.diagnosis.facts import ModelFacts
 from posttrain_dist.diagnosis.monitor import Monitor
 from posttrain_dist.engine.base import TrainEngine
@@ -40,18 +42,20 @@ class Evaluate:
     Args:
         source: of the held-out rows; None: there are none.
         every: steps; None: before training and at the end only.
+        draw: called with the step and the channel table of each evaluation.
     """
 
     def __init__(
         self,
         engine: TrainEngine,
-        source: PackedSource | None,
+        source: RunSource | None,
         objective: Any,
         meter: TokenMeter,
         every: int | None,
+        draw: Callable[[int, Any], None] = lambda step, table: None,
     ) -> None:
         self._engine, self._source, self._objective = engine, source, objective
-        self._meter, self._every = meter, every
+        self._meter, self._every, self._draw = meter, every, draw
 
     def __call__(self, info: StepInfo) -> None:
         """Add `eval/...` to the metrics of a step that is due; collective."""
@@ -63,6 +67,7 @@ class Evaluate:
         batches = self._source.eval_batches()
         tables = evaluate(self._engine, batches, self._objective, self._meter)
         info.metrics.update(self._meter.eval_metrics(tables))
+        self._draw(info.step, tables.channels_CK)
 
 
 class Log:

@@ -105,7 +105,9 @@ def fit(
                 return
 
 
-def _reduce(counts: list[Any], stop_requested: Callable[[], Stop]) -> tuple[Any, Stop]:
+def _reduce(
+    counts: list[Any], stop_requested: Callable[[], Stop] = lambda: Stop.none
+) -> tuple[Any, Stop]:
     """Each loss component's global denominator, and rank 0's stop request: one reduction."""
     sums = [sum(values) for values in zip(*counts, strict=True)]
     stop = float(stop_requested()) if dist.rank() == 0 else 0.0
@@ -131,11 +133,15 @@ def evaluate(engine: Any, batches: Iterable[Batch], objective: Any, meter: Meter
     """What `meter` flushes over `batches`, without gradients; collective."""
     engine.train(False)
     with torch.no_grad():
+        whole = None
+        if objective.counts_evaluation:
+            batches = list(batches)
+            whole, _ = _reduce([objective.count(each.to(engine.device)) for each in batches])
         for batch in batches:
             batch = batch.to(engine.device)
             objective.check_extra(batch)
-            count = objective.count(batch)
-            ones = count._make([1.0] * len(count))  # sums are wanted, not a normalised total
-            meter.add(engine.forward(batch, objective, ones), batch)
+            counts = objective.count(batch) if whole is None else whole
+            denominators = objective.evaluation_denominators(counts)
+            meter.add(engine.forward(batch, objective, denominators), batch)
     table, _ = meter.flush()
     return table

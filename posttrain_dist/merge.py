@@ -7,7 +7,7 @@ combine_folders     several LoRA adapter folders -> one
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import CheckpointError, ConfigError, ModelError
 from posttrain_dist.evaluation.merge_choice import MergeChoice, choose_weights
+from posttrain_dist.models.classifier import LM_HEADS, SCORE, is_classifier
 from posttrain_dist.tuning.adapters.combine import Combination, WeightedAdapter, combine
 from posttrain_dist.tuning.adapters.merged_tensors import (
     MergeInto,
@@ -78,14 +79,27 @@ def merge_checkpoint(
         notice(choice.text)
     facts = export.facts
     plain = {k: v for k, v in (facts.network or network).items() if k != "quantization_config"}
+    merge = partial(merged_tensors, base, config.tuning, dtype=wanted, into=choice.into)
     return write_hf_folder(
-        merged_tensors(base, config.tuning, kept, dtype=wanted, into=choice.into),
+        _with_scalar_head(merge, kept) if is_classifier(plain) else merge(kept),
         base,
         target,
         dtype=wanted,
         facts=replace(facts, network=plain, card=_card(export, base, choice)),
         notice=notice,
     )
+
+
+def _with_scalar_head(
+    merge: Callable[[Mapping[str, torch.Tensor]], Iterator[tuple[str, torch.Tensor]]],
+    kept: Mapping[str, torch.Tensor],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """A merged reward model: its own head in place of the base's."""
+    head = f"{SCORE}.weight"
+    for name, tensor in merge({name: tensor for name, tensor in kept.items() if name != head}):
+        if name.partition(".")[0] not in (SCORE, *LM_HEADS):
+            yield name, tensor
+    yield head, kept[head]
 
 
 def _check_base(export: RunExport) -> None:
@@ -122,7 +136,11 @@ def _choose(
     if holds_nf4(network):
         facts = {"merged into": "the NF4 weights of the base, dequantised"}
         return MergeChoice(MergeInto.original, facts, "")
-    if getattr(config.tuning, "quantize", Quantize.none) is Quantize.nf4:
+    quantized = getattr(config.tuning, "quantize", Quantize.none) is Quantize.nf4
+    if quantized and config.objective.own_rows:  # what is measured for the choice is a token loss
+        facts = {"merged into": "the original weights of the base, which was in NF4 in training"}
+        return MergeChoice(MergeInto.original, facts, "")
+    if quantized:
         return choose_weights(config, prepared, kept, dtype)
     return MergeChoice(MergeInto.original, {}, "")
 

@@ -14,6 +14,7 @@ from posttrain_dist.config import AutoTuning, Ray, RunConfig, Slurm, problems
 from posttrain_dist.config.cluster import Cluster
 from posttrain_dist.config.hardware import with_nodes
 from posttrain_dist.config.ray_rules import is_job_api, job_api
+from posttrain_dist.config.reference_rules import check_named_reference
 from posttrain_dist.config.rules import single_on_many
 from posttrain_dist.config.this_machine import check_hardware
 from posttrain_dist.data.sources import file_sets
@@ -22,6 +23,7 @@ from posttrain_dist.errors import ConfigError, PosttrainError, SeveralErrors, ra
 from posttrain_dist.metrics.wandb_sink import resolve_mode
 from posttrain_dist.models import Weights
 from posttrain_dist.models.architectures.positions import check_row_length
+from posttrain_dist.models.classifier import check_kind
 from posttrain_dist.models.folder import check_folder, resolve
 from posttrain_dist.models.quantized import check_base
 from posttrain_dist.tuning.base import AdapterTuning
@@ -51,6 +53,7 @@ def input_problems(config: RunConfig, verb: str = "train") -> list[PosttrainErro
         found += _data_faults(config, only_heldout=verb == "evaluate")
     if verb in ("train", "submit"):
         found += _faults(lambda: _check_init_from(config))
+        found += _faults(lambda: check_named_reference(config))
         found += _cluster_faults(config, verb)
         found += _faults(lambda: _check_resume(config.train.resume))
         found += _faults(lambda: resolve_mode(config.logging.wandb))
@@ -73,6 +76,7 @@ def _check_model(config: RunConfig, *, trains: bool, plans: bool) -> None:
     model = check_folder(folder, need_weights=not (fresh or plans))
     adapters = isinstance(config.tuning, AdapterTuning | AutoTuning) or not trains
     check_base(model, folder, adapters=adapters, fresh=fresh)
+    check_kind(model, folder, scalar=config.objective.own_rows)
     check_row_length(model, config.data.max_length, config.tuning.virtual_tokens)
     config.tuning.check_network(model)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from posttrain_dist import dist
 from posttrain_dist.build import (
     build_engine,
     frozen_dtype,
-    make_probe,
     make_source,
     make_update_check,
     model_facts,
@@ -32,6 +31,8 @@ from posttrain_dist.config import RunConfig, complete, refuse_auto
 from posttrain_dist.config.advice import settings_line, warnings
 from posttrain_dist.data.packs.collate import filler
 from posttrain_dist.data.packs.loader import PackedSource
+from posttrain_dist.data.packs.probe import make_probe
+from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.dist import Process
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.engine.base import TrainEngine
@@ -44,10 +45,14 @@ from posttrain_dist.flow import StepInfo
 from posttrain_dist.hooks import EndOnNonfinite, Evaluate, Log, Save
 from posttrain_dist.logs import log_to_file, notify
 from posttrain_dist.loop import Stop, fit
+from posttrain_dist.metrics.figure_file import figure_writer
 from posttrain_dist.metrics.special_tokens import TokenMeter
 from posttrain_dist.models.folder import resolve
 from posttrain_dist.models.policy import Policy
+from posttrain_dist.objectives.base import Objective
 from posttrain_dist.planner.plan_file import planned_lines
+from posttrain_dist.prepare.cache import cache_folder
+from posttrain_dist.reference.open_reference import RunReference, Worker, open_reference
 from posttrain_dist.rehearsal.out_of_memory import Reached, naming_out_of_memory
 from posttrain_dist.rehearsal.rehearse import Rehearsal
 from posttrain_dist.tuning.adapters.base_check import not_compared
@@ -88,31 +93,32 @@ def training(
         heldout = make_source(config, data.heldout, process, mixed=False) if data.heldout else None
         steps = source.total_steps(config.train.steps, config.train.epochs, config.train.tokens)
 
-        # The head is checked, the state of a checkpoint read, the kernels checked.
-        engine.train(False)  # no dropout
-        _run_once(engine, config.objective)
-        policy.check_head(make_probe(data.train).to(engine.device))
-        manifest = run_manifest(config, data, process, dtype)
+        # The head is checked, the reference opened, a checkpoint read, the first batch checked.
+        _check_head(engine, policy, config.objective, data.train)
+        cache = cache_folder(config.data.cache)
+        worker = Worker(config, run_folder, process, engine, policy, dtype, data, cache)
+        reference = open_reference(worker, source, heldout, steps)  # by the weights of the start
+        manifest = reference.recorded_in(run_manifest(config, data, process, dtype))
         start = _resume(config, run_folder, engine, manifest, steps)
         if start < steps:
-            _check_parity(policy, source, start + 1, engine.device)
+            _check_first_batch(policy, source, reference, start + 1, engine.device)
 
         # Steps, and what happens after each.
-        meter, eval_meter = (
-            TokenMeter(data.channels, data.special_tokens, config.objective, engine.device)
-            for _ in range(2)
-        )
-        evaluate = Evaluate(engine, heldout, config.objective, eval_meter, config.train.eval_every)
+        new_meter = partial(TokenMeter, data.channels, data.special_tokens, config.objective)
+        meter, eval_meter = new_meter(engine.device), new_meter(engine.device)
+        batches, held, every = reference.source, reference.heldout, config.train.eval_every
+        draw = figure_writer(run_folder, data.channels, config.objective)
+        evaluate = Evaluate(engine, held, config.objective, eval_meter, every, draw)
         rate = partial(learning_rate, config.optimizer, total_steps=steps)  # type: ignore[arg-type]
         update_check = make_update_check(config, engine, policy, rate, start)
-        Rehearsal(config, run_folder, engine, source, heldout, meter, manifest).run(start, steps)
+        Rehearsal(config, run_folder, engine, batches, held, meter, manifest).run(start, steps)
         export = RunExport(config, run_folder, manifest, data.served, partial(notify, run_folder))
         facts = model_facts(config, policy, source)
-        with Log(config, run_folder, engine, source, facts, start) as log:
+        with closing(reference), Log(config, run_folder, engine, source, facts, start) as log:
             _write_main(run_folder / PLAN, total_steps=steps, start_step=start, **counts)
             updates = fit(
                 engine=engine,
-                source=source,
+                source=batches,
                 objective=config.objective,
                 meter=meter,
                 describe=meter.train_metrics,
@@ -235,25 +241,37 @@ def _load(config: RunConfig, engine: TrainEngine, there: Manifest, found: Path) 
 
 
 @torch.no_grad()
-def _run_once(engine: TrainEngine, objective: Any) -> None:
-    """A forward through the engine, which every other use of the policy needs before it.
+def _check_head(
+    engine: TrainEngine, policy: Policy, objective: Objective, examples: Examples
+) -> None:
+    """Compare the head with the model's own, after a forward through the engine.
 
-    In it ZeRO-3 finds out which modules read the weights of others (DoRA's do), and gathers these
-    from then on, in a plain call of the policy too.
+    Every other use of the policy needs one before it: in it ZeRO-3 finds out which modules read
+    the weights of others (DoRA's do), and gathers these from then on, in a plain call too.
     """
+    engine.train(False)  # no dropout
     batch = filler(objective).to(engine.device)
     count = objective.count(batch)
     engine.forward(batch, objective, count._make([1.0] * len(count)))
+    policy.check_head(make_probe(examples, own_rows=objective.own_rows).to(engine.device))
 
 
-def _check_parity(policy: Policy, source: PackedSource, step: int, device: torch.device) -> None:
-    """The fused head beside the reference on this rank's first batch of `step`."""
+def _check_first_batch(
+    policy: Policy, source: PackedSource, reference: RunReference, step: int, device: torch.device
+) -> None:
+    """On this rank's first batch of `step`, the fused head beside its own reference, and the policy
+    beside the model that it is compared with.
+    """
     batch = source.step(step)[0].to(device)
     found = dist.on_all(lambda: policy.check_parity(batch))
+    if found:  # a scalar head is not fused
+        differences = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
+        _log.info(
+            "the fused head differs from its reference on the first batch by: %s", differences
+        )
+    reference.check_start(step)
     if device.type == "cuda":  # so that the reported peak is that of training
         torch.cuda.reset_peak_memory_stats(device)
-    differences = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
-    _log.info("the fused head differs from the reference on the first batch by: %s", differences)
 
 
 def _outcome(step: int, steps: int, completed: bool, log: Log) -> dict[str, Any]:

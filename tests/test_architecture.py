@@ -28,6 +28,7 @@ LAYERS = {
         (
             "hooks",
             "rehearsal",
+            "reference",
             "prepare",
             "rollouts",
             "evaluation",

@@ -17,11 +17,13 @@ import torch
 from posttrain_dist import dist
 from posttrain_dist.checkpoint.carried_files import TEMPLATE, TEMPLATE_FOLDER, carry_files
 from posttrain_dist.checkpoint.manifest import with_network
+from posttrain_dist.checkpoint.reward_folder import finish_reward_folder
 from posttrain_dist.checkpoint.served_check import check_served
 from posttrain_dist.data.chat.rendering.served import Served
 from posttrain_dist.data.chat.rendering.template_choice import DEFAULT
 from posttrain_dist.errors import CheckpointError, ModelError, reason
 from posttrain_dist.files import commit_folder, partial_of, read_object
+from posttrain_dist.models.classifier import is_classifier
 from posttrain_dist.models.folder import load_tokenizer
 from posttrain_dist.models.tokenizer.new_tokens import write_tokens
 
@@ -117,7 +119,10 @@ def write_served_files(
     write_tokens(folder, facts.added_tokens)
     if facts.served is not None:
         _write_templates(facts.served, folder)
-    _write_generation_config(source, folder, facts.end_token_ids, notice)
+    if is_classifier(facts.network):
+        finish_reward_folder(folder, source.name, facts.end_token_ids, target, notice)
+    else:
+        _write_generation_config(source, folder, facts.end_token_ids, notice)
     if facts.served is not None:
         check_served(folder, facts.served, target, notice)
 

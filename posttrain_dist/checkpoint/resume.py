@@ -168,6 +168,15 @@ def check_compatible(folder: Path, run: Manifest, steps: int) -> Manifest:
             where=str(folder),
             fix="put the model folder back as it was (model.path), or use train.resume=never",
         )
+    references = [each.lineage.get("reference_digest") for each in (manifest, run)]
+    if all(references) and references[0] != references[1]:
+        raise CheckpointError(
+            f"was trained against another reference model (digest {references[0]}, and "
+            f"{references[1]} now)",
+            where=str(folder),
+            fix="put objective.reference, objective.reference_model and tuning.init_from back as "
+            "they were, and their folders; or use train.resume=never",
+        )
     if manifest.step > steps:
         raise CheckpointError(
             f"is at step {manifest.step}, and this run has {steps} steps",

@@ -12,7 +12,9 @@ def learning_rate_line(config: RunConfig) -> str:
     """Which learning rate a completed config trains with, and whose choice that is."""
     optimizer, tuning = config.optimizer, config.tuning
     assert isinstance(optimizer, AdamW) and optimizer.lr is not None
-    whose = f"of tuning {_name(config)}" if optimizer.lr == tuning.default_lr else "as set"
+    own = config.objective.learning_rate(tuning.default_lr)
+    under = "" if config.objective.lr_factor == 1.0 else f" under {config.objective.name}"
+    whose = f"of tuning {_name(config)}{under}" if optimizer.lr == own else "as set"
     return f"learning rate {optimizer.lr:g} ({whose})"
 
 
@@ -32,10 +34,11 @@ def warnings(config: RunConfig, *, on_cpu: bool) -> list[str]:
     optimizer, tuning = config.optimizer, config.tuning
     assert isinstance(optimizer, AdamW) and optimizer.lr is not None
     found = []
-    if not tuning.whole_model and optimizer.lr * LOW <= tuning.default_lr:
+    own = config.objective.learning_rate(tuning.default_lr)
+    if not tuning.whole_model and optimizer.lr * LOW <= own:
         found.append(
             f"optimizer.lr is {optimizer.lr:g}, a rate of full tuning: tuning={_name(config)} "
-            f"learns at about {tuning.default_lr:g}, which optimizer.lr=null takes, and hardly "
+            f"learns at about {own:g}, which optimizer.lr=null takes, and hardly "
             "moves at this one"
         )
     if optimizer.paged and on_cpu:

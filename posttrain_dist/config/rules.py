@@ -12,6 +12,7 @@ from posttrain_dist.config.cluster import Ray, cluster_rules
 from posttrain_dist.config.groups import eval_rules, train_rules
 from posttrain_dist.config.hardware import hardware_rules, nodes_rules, with_nodes
 from posttrain_dist.config.job_rules import job_rules
+from posttrain_dist.config.reference_rules import reference_rules
 from posttrain_dist.config.run_config import SLOTS, RunConfig, untouched_slots
 from posttrain_dist.config.value_types import type_problems
 from posttrain_dist.data import answer_rules, data_rules, template_rules
@@ -29,6 +30,7 @@ from posttrain_dist.engine.ds_config import deepspeed_config
 from posttrain_dist.errors import ConfigError, PosttrainError, Rule, at_least, raise_all
 from posttrain_dist.flow import By
 from posttrain_dist.models import Weights, model_rules
+from posttrain_dist.models.classifier import SCORE
 from posttrain_dist.tuning.auto import AutoTuning
 from posttrain_dist.tuning.base import AdapterTuning, Quantize
 from posttrain_dist.tuning.full import Full
@@ -47,7 +49,16 @@ def complete(config: RunConfig) -> RunConfig:
     config = dataclasses.replace(config, **untouched_slots(config))
     raise_all(_wrong_slots(config) or list(type_problems(config)) or problems(config))
     config = dataclasses.replace(config, cluster=with_nodes(config.cluster, config.hardware))
-    return _with_learning_rate(config)
+    return _with_learning_rate(_with_scalar_head(config))
+
+
+def _with_scalar_head(config: RunConfig) -> RunConfig:
+    """The new head of a reward model is trained in full, beside LoRA too."""
+    tuning = config.tuning
+    if not (config.objective.own_rows and isinstance(tuning, Lora)):
+        return config
+    modules = list(dict.fromkeys([*tuning.modules_to_save, SCORE]))
+    return dataclasses.replace(config, tuning=dataclasses.replace(tuning, modules_to_save=modules))
 
 
 def refuse_auto(config: RunConfig) -> RunConfig:
@@ -72,11 +83,12 @@ def refuse_auto(config: RunConfig) -> RunConfig:
 
 
 def _with_learning_rate(config: RunConfig) -> RunConfig:
-    """The learning rate of the tuning, where none is set and the tuning is known."""
+    """The learning rate of tuning and objective, where none is set and the tuning is known."""
     optimizer, auto = config.optimizer, isinstance(config.tuning, AutoTuning)
     if auto or not isinstance(optimizer, AdamW) or optimizer.lr is not None:
         return config
-    chosen = dataclasses.replace(optimizer, lr=config.tuning.default_lr)
+    rate = config.objective.learning_rate(config.tuning.default_lr)
+    chosen = dataclasses.replace(optimizer, lr=rate)
     return dataclasses.replace(config, optimizer=chosen)
 
 
@@ -115,6 +127,7 @@ def all_rules(config: RunConfig) -> list[Rule]:
         *model_rules(config.model),
         *optimizer_rules(config.optimizer),
         *config.tuning.rules(),
+        *config.objective.rules(),
         *engine_rules(config.engine),
         *cluster_rules(config.cluster),
         *job_rules(config.cluster),
@@ -151,6 +164,26 @@ def _added_tokens_rule(config: RunConfig) -> Rule:
         "model.add_tokens",
         "adds tokens, and this tuning would never train their embeddings",
         "use tuning=lora, which trains their rows alone, or tuning=full",
+    )
+
+
+def _scalar_head_rule(config: RunConfig) -> Rule:
+    return Rule(
+        not config.objective.own_rows or isinstance(config.tuning, Full | Lora | AutoTuning),
+        "tuning",
+        "would keep the new head of the reward model as it was drawn",
+        "use tuning=lora, which trains the head in full beside it, or tuning=full",
+    )
+
+
+def _dropout_rule(config: RunConfig) -> Rule:
+    dropout = config.tuning.dropout if isinstance(config.tuning, Lora) else 0.0
+    return Rule(
+        not config.objective.no_dropout or dropout == 0,
+        "tuning.dropout",
+        f"is {dropout}, and objective={config.objective.name} compares with a reference, which "
+        "dropout would make random",
+        "set tuning.dropout=0",
     )
 
 
@@ -196,7 +229,8 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
         ),
     ]
     rules += answer_rules(config.data, config.template, config.objective.rows)
-    rules.append(_added_tokens_rule(config))
+    rules += [_added_tokens_rule(config), _scalar_head_rule(config), _dropout_rule(config)]
+    rules += reference_rules(config)
     rules.append(optimizer_engine_rule(config.optimizer, engine))
     if isinstance(config.tuning, AdapterTuning):
         rules += _quantize_rules(config, config.tuning)

@@ -25,6 +25,11 @@ from posttrain_dist.errors import ConfigError
 from posttrain_dist.metrics import LoggingConfig
 from posttrain_dist.models import ModelConfig
 from posttrain_dist.objectives.base import Objective
+from posttrain_dist.objectives.preference.dpo import Dpo
+from posttrain_dist.objectives.preference.kto import Kto
+from posttrain_dist.objectives.preference.orpo import Orpo
+from posttrain_dist.objectives.preference.reward import Reward
+from posttrain_dist.objectives.preference.simpo import Simpo
 from posttrain_dist.objectives.pretrain import Pretrain
 from posttrain_dist.objectives.sft import Sft
 from posttrain_dist.tuning.auto import AutoTuning
@@ -98,7 +103,15 @@ class RunConfig:
 
 # The one table of options: group -> name -> dataclass. The first is the default.
 SLOTS: dict[str, dict[str, type]] = {
-    "objective": {"sft": Sft, "pretrain": Pretrain},
+    "objective": {
+        "sft": Sft,
+        "pretrain": Pretrain,
+        "dpo": Dpo,
+        "orpo": Orpo,
+        "simpo": Simpo,
+        "kto": Kto,
+        "reward": Reward,
+    },
     "tuning": {
         "full": Full,
         "lora": Lora,

@@ -18,6 +18,7 @@ Row = Mapping[str, Any]
 LOSS, HELD_OUT = "train/loss", "eval/loss"
 CHANNEL, HELD_OUT_CHANNEL = "channel_loss/", "eval_channel_loss/"
 SHARE, SPECIAL = "channel_share/", "special_token_loss/"
+PREFERRED = "preferred"  # not a metric: what `preferred_value` gives
 WINDOWS = 4  # windows of rows that are kept
 EVALUATIONS = 16  # evaluations that are kept
 BLOCKS = 64  # blocks whose level is kept
@@ -36,6 +37,22 @@ def number(row: Row, key: str) -> float | None:
 def column(rows: Sequence[Row], key: str) -> list[float]:
     """The finite values of a metric."""
     return [value for row in rows if (value := number(row, key)) is not None]
+
+
+def preferred_value(row: Row) -> float | None:
+    """Log p per token of the answers that a preference prefers, less that of its reference.
+
+    Without a reference log p itself; None: the row has no such answers.
+    """
+    for key in row:
+        objective, _, name = key.partition("/")
+        if name not in ("chosen_tokens", "desirable_tokens") or objective.startswith("eval_"):
+            continue
+        kind, tokens = key.removesuffix("tokens"), number(row, key)
+        total = number(row, f"{kind}logratio")
+        total = number(row, f"{kind}logprob") if total is None else total
+        return total / tokens if total is not None and tokens else None
+    return None
 
 
 def noise(values: Sequence[float]) -> float:
@@ -110,7 +127,8 @@ class History:
     num_mixture_rows: int = 0  # rows with a training loss since then
     rows: deque[Row] = field(default_factory=deque)  # the newest of them
     first_row: Row = field(default_factory=dict)
-    # Values of the first two windows that have them: the loss, and each special token's.
+    # Values of the first two windows that have them: the loss, each special token's, and log p of
+    # preferred answers.
     starts: dict[str, list[float]] = field(default_factory=dict)
     num_special: dict[str, int] = field(default_factory=dict)  # rows with this token's loss
     lowest: Block | None = None  # the whole block of this mixture with the lowest loss
@@ -178,6 +196,11 @@ class History:
                     start.append(value)
                 if key != LOSS:
                     self.num_special[key] = self.num_special.get(key, 0) + 1
+        preferred = preferred_value(row)
+        if preferred is not None:
+            start = self.starts.setdefault(PREFERRED, [])
+            if len(start) < 2 * self.window:
+                start.append(preferred)
         rate = number(row, "train/lr") or 0.0
         if rate > 2 * self.rate_mark:  # still in warm-up: count again from here
             self.rows_at_rate = 0

@@ -10,6 +10,7 @@ from posttrain_dist.diagnosis import (
     rules_channels,
     rules_heldout,
     rules_loss,
+    rules_preferences,
     rules_trend,
 )
 from posttrain_dist.diagnosis.alarms import Alarm
@@ -33,6 +34,7 @@ RULES: dict[str, Rule] = {
     "starved_channel": rules_channels.starved_channel,
     "dominating_channel": rules_channels.dominating_channel,
     "special_tokens": rules_channels.special_tokens,
+    "falling_chosen": rules_preferences.falling_chosen,
 }
 MAX_WINDOW = 1_000_000  # rows
 MAX_LOSS = 100  # nats per token

@@ -42,7 +42,7 @@ def rising_loss(history: History, config: DiagnoseConfig, facts: ModelFacts) -> 
         return
     floor = lowest.levels[LOSS]
     level = min(median(losses), median(losses[-max(3, len(losses) // 3) :]))  # not recovering
-    if level - floor <= RISE * floor:
+    if level - floor <= RISE * abs(floor):
         return
     risen = sum(loss > (level + floor) / 2 for loss in losses)
     if risen < RISEN_ROWS * len(losses):
@@ -130,14 +130,15 @@ def stall(history: History, config: DiagnoseConfig, facts: ModelFacts) -> Iterat
         return
     rate = history.rate_mark
     hint = "the learning rate is 0" if rate == 0 else "the steps are too small to change anything"
+    usual = " (full training about 1e-5, adapters about 2e-4)" if facts.token_loss else ""
     yield Alarm(
         "stall",
         history.last["step"],
         Level.warning,
         f"after {history.num_rows} logged steps {flat}: {hint}, or the model knows these rows "
         "already",
-        "raise optimizer.lr 3 to 10 times (full training about 1e-5, adapters about 2e-4), and "
-        "check that the trainable parameters are those that you mean",
+        f"raise optimizer.lr 3 to 10 times{usual}, and check that the trainable parameters are "
+        "those that you mean",
     )
 
 

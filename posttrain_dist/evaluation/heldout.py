@@ -25,12 +25,22 @@ def evaluate(config: RunConfig, prepared: Path) -> dict[str, Any]:
     from posttrain_dist.data.prepared.arrays import Examples
     from posttrain_dist.dist import Process
     from posttrain_dist.engine import Single
+    from posttrain_dist.errors import ConfigError
     from posttrain_dist.evaluation.adapter_losses import HeldOut
+    from posttrain_dist.flow import By
     from posttrain_dist.loop import evaluate as evaluate_batches
     from posttrain_dist.metrics.channels import ChannelMeter
     from posttrain_dist.models.folder import check_folder, resolve
     from posttrain_dist.models.quantized import holds_nf4
 
+    if needed := [field.name for field in config.objective.extra if field.by is By.model]:
+        raise ConfigError(
+            f"{config.objective.name} compares a model with its reference ({needed[0]}), and of a "
+            "model folder alone nobody knows which that is",
+            where="objective",
+            fix="read eval/... in metrics.jsonl of the run that trained it, or evaluate with "
+            "another objective, such as objective=sft on conversations",
+        )
     fresh = config.model.weights is Weights.random
     network = check_folder(resolve(config.model.path), need_weights=not fresh)
     if config.tuning.whole_model and holds_nf4(network):  # an engine is for what can be trained
@@ -45,9 +55,10 @@ def evaluate(config: RunConfig, prepared: Path) -> dict[str, Any]:
     batches = make_source(config, examples, Process(), mixed=False).eval_batches()
     meter = ChannelMeter(channels, config.objective, engine.device)
     metrics = meter.eval_metrics(evaluate_batches(engine, batches, config.objective, meter))
-    prefix = "eval_channel_loss/"
+    prefix, name = "eval_channel_loss/", config.objective.name
+    accuracy = f"eval_{name}/accuracy" if config.objective.own_rows else "eval/accuracy"
     return {
         "loss": metrics["eval/loss"],
-        "accuracy": metrics["eval/accuracy"],
+        "accuracy": metrics[accuracy],
         "channels": {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)},
     }

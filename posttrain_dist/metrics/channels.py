@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Protocol
 
 import torch
@@ -18,6 +19,9 @@ class Tabulated(Protocol):
     @property
     def name(self) -> str:
         """What its own metrics stand below."""
+
+    def derived(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """See `objectives/base.py`."""
 
 
 class ChannelMeter:
@@ -86,7 +90,7 @@ def eval_metrics(
     for channel, row in zip(channels, table_CK, strict=True):
         if row[weight] > 0:
             metrics[f"eval_channel_loss/{channel}"] = table.mean(table.loss, row)
-    return metrics | table.own_metrics("eval_")
+    return metrics | table.own_metrics("eval_") | table.derived_metrics("eval_")
 
 
 class _Table:
@@ -98,8 +102,10 @@ class _Table:
         named = {column.name: column for column in objective.columns}
         self.loss, self.correct = named["loss"], named.get("correct")
         general = [column for column in (self.loss, self.correct) if column is not None]
-        taken = {name for column in general for name in (column.name, column.per)}
-        self._own = [column for column in objective.columns if column.name not in taken]
+        taken = {column.name for column in general}
+        taken |= {column.per for column in objective.columns if column.per is not None}
+        self._own = [c for c in objective.columns if c.name not in taken and not c.part]
+        self._derived = objective.derived
 
     def place(self, name: str | None) -> int:
         """The index of a column."""
@@ -118,11 +124,27 @@ class _Table:
     def own_metrics(self, prefix: str) -> dict[str, float]:
         """Columns that no other objective has; without those that nothing was counted in."""
         metrics = {}
-        rows = dict(zip(self._channels, self._table_CK, strict=True))
         for column in self._own:
-            for key, row_K in [("", self._table_CK.sum(dim=0)), *rows.items()]:
+            for key, row_K in self._rows():
                 if column.per is not None and not row_K[self._places[column.per]] > 0:
                     continue
-                place = f"_channel_{column.name}/{key}" if key else f"/{column.name}"
-                metrics[f"{prefix}{self._name}{place}"] = self.mean(column, row_K)
+                metrics[prefix + self._key(column.name, key)] = self.mean(column, row_K)
         return metrics
+
+    def derived_metrics(self, prefix: str) -> dict[str, float]:
+        """What the objective makes of several columns."""
+        metrics = {}
+        for key, row_K in self._rows():
+            sums = dict(zip(self._places, row_K.tolist(), strict=True))
+            for name, value in self._derived(sums).items():
+                metrics[prefix + self._key(name, key)] = value
+        return metrics
+
+    def _rows(self) -> list[tuple[str, torch.Tensor]]:
+        """That of all channels, and of each."""
+        each = zip(self._channels, self._table_CK, strict=True)
+        return [("", self._table_CK.sum(dim=0)), *each]
+
+    def _key(self, name: str, channel: str) -> str:
+        place = f"_channel_{name}/{channel}" if channel else f"/{name}"
+        return f"{self._name}{place}"

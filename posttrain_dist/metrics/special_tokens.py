@@ -39,7 +39,8 @@ class SpecialTokenMeter:
             return
         device = self._table.device
         labels_N = batch.labels_N.to(device, non_blocking=True)
-        weight_N = batch.weight_N.to(device, non_blocking=True).double()
+        weight_N = batch.weight_N if loss.counted_N is None else loss.counted_N
+        weight_N = weight_N.to(device, non_blocking=True).double()
         place_N = torch.searchsorted(self._ids_K, labels_N).clamp_(max=len(self.names) - 1)
         row_N = torch.where(self._ids_K[place_N] == labels_N, place_N, len(self.names))
         counted_N = weight_N > 0

@@ -39,7 +39,8 @@ class ModelConfig:
     """The model to train."""
 
     # A Hugging Face folder; `tiny_base` is the small base model that comes with the package, and
-    # `shape:llama3-70b` the sizes of a well-known one, which are planned and not trained.
+    # `shape:llama3-70b` the sizes of a well-known one, which are planned and not trained. On the
+    # command line `run:NAME` is the export of the newest finished run of that name.
     path: str = "tiny_base"
     attention: Attention = Attention.auto
     weights: Weights = Weights.load

@@ -43,7 +43,7 @@ class Head:
         self._scale = shape.logit_scale
         self._softcap = {"softcap": shape.softcap}
         lora = _lora_of(module)
-        module.forward = _forward_of(module) if lora is None else _lora_forward(lora)
+        module.forward = _forward_of(module) if lora is None else _lora_forward(module, lora)
 
     def loss(
         self,
@@ -177,18 +177,25 @@ def _lora_of(module: Any) -> _Lora | None:
     )
 
 
-def _lora_forward(lora: _Lora) -> Callable[..., Any]:
+def _lora_forward(module: Any, lora: _Lora) -> Callable[..., Any]:
     """forward(hidden, operation) of W x + scale B A x, as one product with [W, B].
 
         [x, scale A x] @ [W, B].T = W x + scale B A x
 
     Not with W + scale B A, for in 16 bits a small change of a weight rounds to none.
     """
+
+    def bias_of(base: nn.Module) -> Any:
+        return getattr(base, "bias", None)
+
     parts = [lora.a, lora.b, lora.base, *([] if lora.magnitude is None else [lora.magnitude])]
     for part in parts:
         part.forward = _give_weight(part)
 
     def forward(hidden: torch.Tensor, operation: Callable[..., Any] = nn.functional.linear) -> Any:
+        if module.disable_adapters:
+            return lora.base(hidden, lambda weight: operation(hidden, weight, bias_of(lora.base)))
+
         def descend(*weights: torch.Tensor) -> Any:
             if len(weights) < len(parts):
                 return parts[len(weights)](hidden, lambda weight: descend(*weights, weight))
@@ -198,8 +205,7 @@ def _lora_forward(lora: _Lora) -> Callable[..., Any]:
             if magnitude:
                 factor_V = _row_factor(weight_VD, a_RD, b_VR, magnitude[0], lora.scale)
                 both_VE = both_VE * factor_V[:, None]
-            bias = getattr(lora.base, "bias", None)
-            return operation(torch.cat([hidden, low], dim=-1), both_VE, bias)
+            return operation(torch.cat([hidden, low], dim=-1), both_VE, bias_of(lora.base))
 
         return descend()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from posttrain_dist.models.architectures.failures import named_failures
 from posttrain_dist.models.architectures.known import DROPS_KEYWORDS, KEEPS_ROWS, TRAINED
 from posttrain_dist.models.architectures.packing_check import check_packing
 from posttrain_dist.models.architectures.row_keywords import hand_row_to_attention
+from posttrain_dist.models.classifier.scalar_head import ScalarHead, compare_alone, head_module
 from posttrain_dist.models.embeddings.neftune import EmbeddingNoise
 from posttrain_dist.models.head import Head, HeadKernels
 from posttrain_dist.models.last_layer import select_supervised_rows
@@ -38,12 +40,16 @@ class Extends(Protocol):
     def row_keywords(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
         """More keywords for every attention."""
 
+    def off(self, model: nn.Module) -> AbstractContextManager[None]:
+        """What was inserted does nothing while the context lasts."""
+
 
 class Policy(nn.Module):
     """A causal LM as `forward(batch, objective, denominators) -> Loss`.
 
     Args:
-        causal_lm: a transformers `…ForCausalLM` with a backbone and an output embedding.
+        causal_lm: a transformers `…ForCausalLM` with a backbone and an output embedding, or of a
+            reward model a `…ForSequenceClassification` of one label.
         kernels: the fused operations of the head, handed over by the assembly.
         num_channels: C, rows of the channel table.
         tuning: what extends the rows, and embeds them; None: nothing does.
@@ -69,11 +75,15 @@ class Policy(nn.Module):
             if config.model_type in DROPS_KEYWORDS:
                 hand_row_to_attention(self._backbone)
             select_supervised_rows(self._backbone, self._keeps_rows)
-            lm_head: nn.Module = causal_lm.get_output_embeddings()  # type: ignore[operator]
         self._noise: EmbeddingNoise | None = None
         if neftune_alpha:
             self._noise = EmbeddingNoise(neftune_alpha, causal_lm.get_input_embeddings())  # type: ignore[operator]
-        self.head = Head(lm_head, self.shape, kernels, num_channels)
+        module = head_module(causal_lm)
+        self.head: Any
+        if causal_lm.get_output_embeddings() is None:  # type: ignore[operator]
+            self.head = ScalarHead(module, num_channels)
+        else:
+            self.head = Head(module, self.shape, kernels, num_channels)
 
     @property
     def _backbone(self) -> nn.Module:
@@ -94,6 +104,16 @@ class Policy(nn.Module):
         output = self._backbone(**self._inputs(batch), supervised_N=batch.supervised_N)
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden.index_select(0, batch.supervised_N) if self._keeps_rows else hidden
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """Be the model without what the tuning put into it and before its rows."""
+        tuning, self._tuning = self._tuning, None
+        try:
+            with nullcontext() if tuning is None else tuning.off(self.causal_lm):
+                yield
+        finally:
+            self._tuning = tuning
 
     def forward(self, batch: Batch, objective: Any, denominators: Any) -> Loss:
         """Loss of one micro-batch, divided by the step's global `denominators`.
@@ -127,11 +147,15 @@ class Policy(nn.Module):
         A softcap or logit scale that the fused head does not know, or a last layer that does more
         than the shortened one, would train another model than the one that is served. Of an
         architecture that docs/models.md does not list, each sample of the row is compared with
-        itself alone under transformers' own attention, too.
+        itself alone under transformers' own attention, too, and so is every reward.
 
         Raises:
             ModelError: a token's loss differs by more than rounding, or the model's code fails.
         """
+        if isinstance(self.head, ScalarHead):
+            with self._named_failures():
+                reward_N = self.head.reward(self.hidden(batch))
+                return compare_alone(self.causal_lm, batch, reward_N)
         with self._named_failures():
             labels_N = batch.labels_N.repeat(self.copies)
             fused = self.head.loss(self.hidden(batch), labels_N, denominator=1.0).nll_N
@@ -180,12 +204,15 @@ class Policy(nn.Module):
     def check_parity(self, batch: Batch) -> dict[str, float]:
         """The fused head beside its reference on targets of `batch`; see models/parity.py.
 
-        Collective over ranks that share a sharded head. A batch without targets differs by 0.
+        Collective over ranks that share a sharded head. A batch without targets differs by 0, and
+        of a scalar head there is no fused operation to compare.
 
         Raises:
             ModelError: loss, a token's loss or a gradient differs by more than rounding.
         """
-        dtype: torch.dtype = self.head.module.weight.dtype  # type: ignore[assignment]
+        if isinstance(self.head, ScalarHead):
+            return {}
+        dtype: torch.dtype = self.head.module.weight.dtype
         places_N = parity.some_targets(batch)
         weight_N = batch.weight_N[places_N]
         with self._named_failures():
@@ -226,10 +253,11 @@ class Policy(nn.Module):
 
 def _mean(losses: list[Loss]) -> Loss:
     """The mean of the losses of one batch; see `Policy.forward`."""
-    total, channels, nll, correct = zip(*losses, strict=True)
+    total, channels, nll, correct, counted = zip(*losses, strict=True)
     return Loss(
         total=torch.stack(total).mean(),
         channels_CK=torch.stack(channels).mean(dim=0),
         nll_N=None if nll[0] is None else torch.stack(nll).mean(dim=0),
         correct_N=None if correct[0] is None else torch.stack(correct).sum(dim=0) * 2 > len(losses),
+        counted_N=counted[0],
     )

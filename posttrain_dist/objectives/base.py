@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from posttrain_dist.errors import DataError
+from posttrain_dist.errors import DataError, Rule
 from posttrain_dist.flow import Column, Extra, Loss
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from posttrain_dist.flow import Batch
@@ -27,21 +29,41 @@ class Objective:
             compared), "labels" (single ones, desirable or not) or "scores".
         extra: what it needs in `Batch.extra`.
         columns: of its channel table. "loss" must be one, and its `per` a weight; "correct" is
-            the accuracy of an evaluation. Every other one becomes a metric below the
-            objective's name.
+            the accuracy of an evaluation. Every other one that no mean is taken by becomes a
+            metric below the objective's name.
         own_rows: whether `hidden_ND` are the states of the targets themselves, which a scalar
             head reads; else of the tokens before them, which predict them.
+        lr_factor: times the learning rate of the tuning, where `optimizer.lr` is null.
+        counts_evaluation: whether an evaluation sums `count` over all held-out rows before it goes
+            forward, because `evaluation_denominators` depend on them.
+        no_dropout: whether dropout is switched off, of model and adapter: log-probabilities that
+            are compared would be those of two different random models.
     """
 
     rows: ClassVar[str] = "messages"
     extra: ClassVar[tuple[Extra, ...]] = ()
     columns: ClassVar[tuple[Column, ...]] = ()
     own_rows: ClassVar[bool] = False
+    lr_factor: ClassVar[float] = 1.0
+    counts_evaluation: ClassVar[bool] = False
+    no_dropout: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
         """What its metrics stand below."""
         return type(self).__name__.lower()
+
+    def learning_rate(self, tuning_lr: float) -> float:
+        """The peak learning rate where none is set.
+
+        Args:
+            tuning_lr: that of the tuning, which is for SFT.
+        """
+        return float(f"{tuning_lr * self.lr_factor:.6g}")
+
+    def rules(self) -> list[Rule]:
+        """What must hold among the values of the group."""
+        return []
 
     @property
     def trains_answers(self) -> bool:
@@ -66,6 +88,22 @@ class Objective:
                 fix="the source of the batches must fill Example.extra; data files do not",
             )
 
+    def derived(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Metrics of held-out rows that are no quotient of two columns, of one row of the table.
+
+        Args:
+            sums: of every column.
+        """
+        return {}
+
+    def figures(self, sums: Mapping[str, float]) -> dict[str, Any]:
+        """What is drawn of held-out rows, by name, of one row of the table.
+
+        Args:
+            sums: of every column.
+        """
+        return {}
+
     def count(self, batch: Batch) -> NamedTuple:
         """The share of this micro-batch in each of the step's denominators.
 
@@ -74,6 +112,14 @@ class Objective:
             every batch, fillers too.
         """
         raise NotImplementedError
+
+    def evaluation_denominators(self, counts: Any) -> Any:
+        """What `loss` gets in an evaluation: ones, because sums are wanted.
+
+        Args:
+            counts: of one batch; with `counts_evaluation` the sums over all held-out rows.
+        """
+        return counts._make([1.0] * len(counts))
 
     def loss(self, hidden_ND: torch.Tensor, head: Head, batch: Batch, denominators: Any) -> Loss:
         """Loss of one micro-batch, divided by `denominators`.

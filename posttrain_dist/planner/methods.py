@@ -182,7 +182,8 @@ def _rate(config: RunConfig, kind: str) -> str:
     """The learning rate of a tuning: the typed one where it is meant for this, else its own."""
     assert isinstance(config.optimizer, AdamW)
     rate = config.optimizer.lr if config.optimizer.lr_for == kind else None
-    own = {"full": Full.default_lr, "lora": Lora.default_lr}[kind]
+    tuning_lr = {"full": Full.default_lr, "lora": Lora.default_lr}[kind]
+    own = config.objective.learning_rate(tuning_lr)
     return f"optimizer.lr={own if rate is None else rate!r}"
 
 

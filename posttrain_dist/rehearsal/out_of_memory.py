@@ -21,7 +21,9 @@ from posttrain_dist.planner.plan_file import read_choice
 _PHASES = {
     "build.build_policy": PhaseName.load,
     "train._resume": PhaseName.load,
-    "train._check_parity": PhaseName.forward,
+    "train._check_first_batch": PhaseName.forward,
+    "open_reference._second_model": PhaseName.load,
+    "precomputed.complete": PhaseName.forward,
     "loop.evaluate": PhaseName.evaluate,
     "store.save": PhaseName.save,
     "export.write": PhaseName.export,

@@ -7,6 +7,7 @@ from typing import Any
 
 from posttrain_dist.config import Local, Lora, RunConfig, Single
 from posttrain_dist.errors import ConfigError, Rule
+from posttrain_dist.flow import By
 from posttrain_dist.tuning.lora import LoraInit
 
 # What each run has of its own; groups, or keys of the group `tuning`.
@@ -49,6 +50,10 @@ def _rules(config: RunConfig) -> list[Rule]:
         ("model.compile", config.model.compile, not config.model.compile),
         ("model.add_tokens", config.model.add_tokens, not config.model.add_tokens),
     ]
+    needed = [field.name for field in config.objective.extra if field.by is By.model]
+    values.append(
+        ("objective", config.objective.name, not needed and not config.objective.own_rows)
+    )
     if isinstance(tuning, Lora):
         values += [
             ("tuning.dropout", tuning.dropout, not tuning.dropout),
@@ -61,6 +66,7 @@ def _rules(config: RunConfig) -> list[Rule]:
         "tuning": "lora",
         "tuning.init": "zero_b",
         "model.compile": "false",
+        "objective": "one that needs no reference",
     }
     return [
         Rule(

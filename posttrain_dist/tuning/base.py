@@ -1,5 +1,6 @@
 """Which parameters are trained, and what is inserted for it: the slot, and what Policy asks.
 
+    off         the base model again, while a context lasts
     attach      insert, freeze, continue an adapter; once, while the engine materialises the model
     extend, embed, row_keywords, copies     what a packed row becomes in every forward
     trained, kept, decays, lr_ratio         what the engine and the checkpoints ask, by name
@@ -59,6 +60,16 @@ class Tuning:
         return not self.unmergeable
 
     @property
+    def unrestorable(self) -> str:
+        """Why `off` does not give the base model back; empty if it does."""
+        return "trains the model itself"
+
+    @property
+    def begins_as_base(self) -> bool:
+        """Whether the model that training starts with is the base model."""
+        return True
+
+    @property
     def effect(self) -> str:
         """What of the values nobody reads off the config, for the first lines of a run; or ""."""
         return ""
@@ -106,6 +117,13 @@ class Tuning:
         """
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.trained(name))
+
+    def off(self, model: nn.Module) -> AbstractContextManager[None]:
+        """While the context lasts, what was inserted does nothing; no parameter is touched.
+
+        That of virtual tokens, which stand in the row and not in the model, the policy leaves out.
+        """
+        return nullcontext()
 
     @property
     def copies(self) -> int:
@@ -193,6 +211,16 @@ class AdapterTuning(Tuning):
     default_lr: ClassVar[float] = 1e-4
     whole_model: ClassVar[bool] = False
     marks: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def unrestorable(self) -> str:
+        """Nothing: the base is frozen."""
+        return ""
+
+    @property
+    def begins_as_base(self) -> bool:
+        """Whether no adapter is continued: what is new adds nothing, or multiplies by one."""
+        return self.init_from is None
 
     def trained(self, name: str) -> bool:
         """Whether the parameter `name` was inserted."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -89,6 +89,12 @@ class Ia3(AdapterTuning):
         with _as_plain_linears(model):
             inject(config, model, self.marks)
         _log.info("IA3 on %d linear layers", len(outputs) + len(inputs))
+
+    def off(self, model: nn.Module) -> AbstractContextManager[None]:
+        """The layers give what their frozen linears give."""
+        from posttrain_dist.tuning.injection.inject import switched_off
+
+        return switched_off(model, "ia3_l")
 
     def _find_targets(self, model: nn.Module) -> tuple[list[Linear], list[Linear]]:
         from posttrain_dist.tuning.injection.targets import kinds_of, linears, refuse_head

@@ -12,11 +12,13 @@ import logging
 import math
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from posttrain_dist.errors import ConfigError, Rule, at_least
+from posttrain_dist.models.classifier import SCORE
 from posttrain_dist.tuning.base import AdapterTuning, Quantize, above_zero, names_rule
 from posttrain_dist.tuning.saved_adapter import SavedAdapter
 
@@ -146,6 +148,20 @@ class Lora(AdapterTuning):
         """B learns `lr_ratio_b` times as fast as the rest."""
         return self.lr_ratio_b if "lora_B" in name.split(".") else 1.0
 
+    @property
+    def unrestorable(self) -> str:
+        """What LoRA changes of the base itself."""
+        if self.init is LoraInit.pissa:
+            return "changes the base weights (tuning.init=pissa)"
+        if self.modules_to_save:
+            return f"trains {', '.join(self.modules_to_save)} in full (tuning.modules_to_save)"
+        return ""
+
+    @property
+    def begins_as_base(self) -> bool:
+        """Whether B begins with zeros, and no adapter is continued."""
+        return self.init_from is None and self.init is LoraInit.zero_b
+
     def _saved_in_full(self, name: str) -> bool:
         """Whether the parameter is of one of `modules_to_save`, or of a module inside one."""
         path = name.rpartition(".")[0].split(".")
@@ -170,7 +186,8 @@ class Lora(AdapterTuning):
                 fix="set tuning.init=zero_b, or use the model in 16 bits",
             )
         by_word = isinstance(self.targets, str) and self.targets in WORDS
-        if by_word and not self.modules_to_save and surely_fits(network, self.rank):
+        named = [name for name in self.modules_to_save if name != SCORE]  # of a reward model
+        if by_word and not named and surely_fits(network, self.rank):
             return
         model = empty_model(network)
         if model is not None:
@@ -205,6 +222,12 @@ class Lora(AdapterTuning):
             from posttrain_dist.tuning.injection.pissa import subtract_initial
 
             subtract_initial(model, self.scale)
+
+    def off(self, model: nn.Module) -> AbstractContextManager[None]:
+        """The layers give what their frozen linears give."""
+        from posttrain_dist.tuning.injection.inject import switched_off
+
+        return switched_off(model, "lora_A")
 
     def _peft_config(self, targets: list[str]) -> Any:
         import peft

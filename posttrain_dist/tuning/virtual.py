@@ -46,6 +46,11 @@ class VirtualTuning(AdapterTuning):
         """Always: they are input of the model."""
         return "virtual tokens are input of the model, which none of its weights can take in"
 
+    @property
+    def begins_as_base(self) -> bool:
+        """Never: attention sees them from the first step on."""
+        return False
+
     def rules(self) -> list[Rule]:
         """Ranges; the context of the model is compared when its config.json is read."""
         return [virtual_tokens_rule(self.tokens)]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from posttrain_dist.flow import Loss
 from posttrain_dist.metrics.special_tokens import SpecialTokenMeter, special_token_metrics
 from posttrain_dist.metrics.watched_tokens import MAX_TOKENS, metric_name, special_tokens
 
@@ -166,7 +167,9 @@ def test_sums_of_each_token() -> None:
     tokens = {9: "last", 0: "first", 4: "mid", 500: "never"}
     meter = SpecialTokenMeter(tokens, torch.device("cpu"))
     for batch in batches:
-        loss = SimpleNamespace(
+        loss = Loss(
+            torch.tensor(0.0),
+            torch.zeros(1, 4),
             nll_N=torch.tensor(batch["nll"], dtype=torch.float32),
             correct_N=torch.tensor(batch["correct"], dtype=torch.bool),
         )
@@ -190,10 +193,11 @@ def test_sums_of_each_token() -> None:
 def test_objectives_without_token_losses_add_nothing() -> None:
     meter = SpecialTokenMeter({1: "one"}, torch.device("cpu"))
     batch = SimpleNamespace(labels_N=torch.tensor([1]), weight_N=torch.ones(1))
-    meter.add(SimpleNamespace(nll_N=None, correct_N=None), batch)
+    meter.add(Loss(torch.tensor(0.0), torch.zeros(1, 4)), batch)
     assert meter.flush().tolist() == [[0.0] * 4]
     nothing = SpecialTokenMeter({}, torch.device("cpu"))
-    loss = SimpleNamespace(nll_N=torch.ones(1), correct_N=torch.ones(1, dtype=torch.bool))
+    right = torch.ones(1, dtype=torch.bool)
+    loss = Loss(torch.tensor(0.0), torch.zeros(1, 4), nll_N=torch.ones(1), correct_N=right)
     nothing.add(loss, batch)
     assert nothing.flush().shape == (0, 4)
     assert special_token_metrics(nothing.flush(), nothing.names) == {}

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from posttrain_dist import dist
+from posttrain_dist.flow import Loss
 from posttrain_dist.metrics.special_tokens import TokenMeter
 from posttrain_dist.objectives.base import TokenLoss
 
@@ -19,9 +20,8 @@ device = torch.device("cpu")
 meter = TokenMeter(["all"], {7: "seven", 3: "three"}, TokenLoss(), device)
 for batch in micro_batches[rank::world]:
     columns = {name: torch.tensor(values) for name, values in batch.items()}
-    loss = SimpleNamespace(
-        channels_CK=torch.ones(1, 4), nll_N=columns["nll"], correct_N=columns["correct"]
-    )
+    total = torch.tensor(0.0)
+    loss = Loss(total, torch.ones(1, 4), nll_N=columns["nll"], correct_N=columns["correct"])
     meter.add(
         loss, SimpleNamespace(labels_N=columns["label"], weight_N=columns["weight"], num_tokens=5)
     )

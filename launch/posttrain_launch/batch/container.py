@@ -8,6 +8,7 @@ from pathlib import Path
 from posttrain_dist.config import RunConfig, Slurm
 from posttrain_dist.config.cluster import ContainerRuntime
 from posttrain_dist.errors import ConfigError
+from posttrain_dist.objectives.reference_choice import Referenced
 from posttrain_dist.tuning.base import AdapterTuning
 
 # Ray's sockets: two steps of a job on one node meet there.
@@ -82,6 +83,8 @@ def _needed(config: RunConfig, run_folder: Path) -> Iterator[Path]:
     named += [config.template.name, *(source.path for source in data.sources.values())]
     if isinstance(tuning, AdapterTuning):
         named.append(tuning.init_from)
+    if isinstance(config.objective, Referenced):
+        named.append(config.objective.reference_model)
     for path in named:
         if path and path.startswith("/"):  # else it is a name, such as tiny_base or hf:…
             yield from _folders_of(path)

@@ -129,7 +129,7 @@
     };
   };
 
-  const boxes = [...document.querySelectorAll(".plot")];
+  const boxes = [...document.querySelectorAll(".plot[data-chart]")];
   const widths = new Map();
   const redraw = () => boxes.forEach((box) => {
     if (widths.get(box) === box.clientWidth) return;

@@ -85,6 +85,7 @@ def collate(
         sample_id_S=[example.sample_id for example in examples],
         parent_S=parent_S,
         unit_S=_units(examples),
+        targets_S=np.bincount(sample_T[target_N[:num_targets]], minlength=len(examples)).tolist(),
         extra=extra,
         host_S={name: extra[name].tolist() for name in extra if name.endswith("_S")},
     )

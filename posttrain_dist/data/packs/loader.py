@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from posttrain_dist.data.packs.balance import Cost
 from posttrain_dist.data.packs.collate import Declares, collate, filler
@@ -102,6 +103,15 @@ class PackedSource:
         drawn = self._samples(np.concatenate(self._order.packs(k)))
         ids: list[int] = self._examples.sample_ids[drawn].tolist()
         return ids
+
+    def drawn_units(self, steps: int) -> npt.NDArray[np.bool_]:
+        """Which units of the examples are in a run of `steps` at all."""
+        drawn = np.zeros(len(self._units), np.bool_)
+        for k in range(1, steps + 1):
+            drawn[np.concatenate(self._order.packs(k))] = True
+            if k % 64 == 0 and drawn.all():
+                break
+        return drawn
 
     def source_amounts(self, k: int) -> dict[str, float]:
         """Rows, or supervised tokens, that step k takes from each source of a mixture."""

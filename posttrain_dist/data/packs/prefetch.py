@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 if TYPE_CHECKING:
     import torch
 
+    from posttrain_dist.data.packs.heaviest import RowMemory
     from posttrain_dist.flow import Batch
 
 
@@ -27,6 +29,16 @@ class Source(Protocol):
 
     def sample_ids(self, k: int) -> list[int]:
         """Ids of the samples of step `k` over all ranks."""
+
+
+class RunSource(Source, Protocol):
+    """What a run takes its batches from, beside those of the steps."""
+
+    def eval_batches(self) -> Iterator[Batch]:
+        """This rank's share of all samples, each once over the ranks; as many on every rank."""
+
+    def heaviest(self, steps: int, memory: RowMemory | None = None) -> list[list[Batch]]:
+        """Updates that take the most memory of a run of `steps`; see `PackedSource`."""
 
 
 class Prefetcher:

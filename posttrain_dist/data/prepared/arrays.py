@@ -204,6 +204,8 @@ class Examples:
         self.channel_ids: npt.NDArray[np.int16] = arrays["channels"][index]
         self.sources: npt.NDArray[np.int16] = arrays["sources"][index]
         self.sample_ids: npt.NDArray[np.int64] = arrays["ids"][index]
+        # How many samples before it its parent stands; 0: none.
+        self.parents: npt.NDArray[np.int32] = arrays["parents"][index]
         self.channels = channels  # names; Example.channel is an index into them
         self._arrays, self._index = arrays, index
         self._extra = {
@@ -211,14 +213,44 @@ class Examples:
             for name, array in arrays.items()
             if name.startswith(_EXTRA)
         }
+        self._token_extra: dict[str, npt.NDArray[Any]] = {}
         self.units = Units.of(
             arrays["units"][index],
             self.lengths,
             self.supervised,
             self.channel_ids,
             self.sources,
-            arrays["parents"][index],
+            self.parents,
         )
+
+    @property
+    def places(self) -> npt.NDArray[np.int64]:
+        """Where the samples stand in the arrays."""
+        return self._index
+
+    @property
+    def starts(self) -> npt.NDArray[np.int64]:
+        """Of each sample, where its tokens begin in the array of all tokens."""
+        starts: npt.NDArray[np.int64] = self._arrays["offsets"][self._index]
+        return starts
+
+    @property
+    def num_stored_tokens(self) -> int:
+        """Tokens of the arrays, of other splits too."""
+        return len(self._arrays["tokens"])
+
+    def subset(self, places: npt.NDArray[np.int64]) -> Examples:
+        """Other samples of the same arrays: whole units, by their places there."""
+        return Examples(self._arrays, places, self.channels)
+
+    def add_token_field(self, name: str, values: npt.NDArray[Any]) -> None:
+        """Give `Example.extra` of every sample the field `name_L`.
+
+        Args:
+            values: one number for each token of the arrays.
+        """
+        assert name.endswith("_L") and len(values) == self.num_stored_tokens, name
+        self._token_extra[name] = values
 
     @classmethod
     def open(cls, folder: Path, split: str, channels: list[str] | None = None) -> Examples:
@@ -274,7 +306,10 @@ class Examples:
             channel=int(arrays["channels"][index]),
             sample_id=int(arrays["ids"][index]),
             truncated=bool(arrays["truncated"][index]),
-            extra={name: array[index] for name, array in self._extra.items()},
+            extra={
+                **{name: array[index] for name, array in self._extra.items()},
+                **{name: array[start:end] for name, array in self._token_extra.items()},
+            },
             parent=int(arrays["ids"][index - before]) if before else None,
             unit=int(arrays["units"][index]),
         )

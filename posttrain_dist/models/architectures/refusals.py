@@ -9,6 +9,7 @@ from posttrain_dist.errors import ModelError, PosttrainError
 from posttrain_dist.models.architectures.config_values import value_faults
 from posttrain_dist.models.architectures.known import REFUSED, TRAINED
 from posttrain_dist.models.architectures.native_types import native
+from posttrain_dist.models.classifier import is_classifier, num_labels
 from posttrain_dist.models.quantized import quantisation_fault
 from posttrain_dist.models.shape import ModelShape
 
@@ -77,6 +78,10 @@ def _kind_fault(config: dict[str, Any]) -> tuple[str, str] | None:
 def _name_fault(config: dict[str, Any]) -> tuple[str, str] | None:
     """(what, fix) of a folder that holds another class of a type that has a causal LM."""
     architectures = config.get("architectures") or []
+    if is_classifier(config) and config.get("model_type") in TRAINED:
+        labels = num_labels(config)
+        fix = "a reward model has one: use the causal LM that it was made of"
+        return None if labels == 1 else (f"is a classifier of {labels} labels", fix)
     if architectures and not any("CausalLM" in n or "LMHead" in n for n in architectures):
         return f"is not a causal LM: its architecture is {architectures[0]}", _DENSE
     return None

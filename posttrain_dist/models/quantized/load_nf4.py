@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from posttrain_dist.errors import ModelError
+from posttrain_dist.models.classifier.scalar_head import head_module
 from posttrain_dist.models.layers import decoder_layers
 
 # bitsandbytes, which peft imports too, warns about a kernel of a hub that it cannot have here.
@@ -156,7 +157,7 @@ def prepare_linears(model: nn.Module, dtype: torch.dtype, folder: Path) -> None:
     import bitsandbytes
 
     linears = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
-    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    head = head_module(model)
     if not linears or isinstance(head, bitsandbytes.nn.Linear4bit):
         raise ModelError(
             "holds its head in 4 bits too" if linears else "no layer of it is in NF4",

@@ -14,7 +14,7 @@ from posttrain_dist.report.run.read import Run, Series, column, thin
 class Chart:
     """One panel. `series` holds {"name", "role", "mark", "x", "y"}; a nameless one has no tip."""
 
-    group: str  # section of the page: loss, channel, system
+    group: str  # section of the page: loss, compared, channel, system
     title: str
     label: str  # for a screen reader
     series: list[dict[str, Any]]
@@ -51,12 +51,12 @@ def _loss_chart(run: Run, title: str, group: str, key: str, heldout_key: str) ->
     if trained.x:
         smooth = trained.smoothed()
         if smooth is None:
-            series.append(_drawn(trained, "training", "train", "thin"))
+            series.append(drawn(trained, "training", "train", "thin"))
         else:
-            series.append(_drawn(trained, "", "train", "faint"))
-            series.append(_drawn(smooth, "training", "train", ""))
+            series.append(drawn(trained, "", "train", "faint"))
+            series.append(drawn(smooth, "training", "train", ""))
     if held.x:
-        series.append(_drawn(held, "held-out", "heldout", "dashed"))
+        series.append(drawn(held, "held-out", "heldout", "dashed"))
     if not series:
         return None
     parts = [
@@ -82,11 +82,12 @@ def _system_chart(title: str, values: Series, unit: str = "") -> Chart | None:
         label=f"{title} over {len(values.x)} steps, at most {highest}",
         zero=True,
         area=True,
-        series=[_drawn(values, title.split(" of ")[0].lower(), "train", "thin")],
+        series=[drawn(values, title.split(" of ")[0].lower(), "train", "thin")],
     )
 
 
-def _drawn(values: Series, name: str, role: str, mark: str) -> dict[str, Any]:
+def drawn(values: Series, name: str, role: str, mark: str) -> dict[str, Any]:
+    """One entry of `Chart.series`."""
     kept = thin(values)
     y = [float(f"{value:.6g}") for value in kept.y]
     return {"name": name, "role": role, "mark": mark, "x": kept.x, "y": y}

@@ -14,6 +14,7 @@ from typing import IO, Any
 from posttrain_dist.files import RowFollower
 from posttrain_dist.logs import NOTICES
 from posttrain_dist.report.numbers import clock, loss_of_log, rounded
+from posttrain_dist.report.run.compared import accuracy_text
 
 POLL_S = 0.3
 QUIET_S = 5.0  # least time between two plain lines, the first and the last aside
@@ -104,6 +105,7 @@ def describe(row: dict[str, Any], total: int, left_s: float | None) -> str:
         parts.append(f"loss {loss_of_log(loss)}")
     if (held_out := row.get("eval/loss")) is not None:
         parts.append(f"held-out loss {loss_of_log(held_out)}")
+    parts += accuracy_text(row)
     if (pace := row.get("train/tokens_per_s")) is not None:
         parts.append(f"{rounded(pace)} tokens/s")
     if left_s is not None and total and row["step"] < total:

@@ -14,12 +14,15 @@ from posttrain_dist.files import write_atomic
 from posttrain_dist.report.blocks import blocks, data_blocks
 from posttrain_dist.report.page import MAX_CHANNEL_CHARTS, asset, render
 from posttrain_dist.report.run.alarm_section import alarms_of
+from posttrain_dist.report.run.calibration import calibration_of
 from posttrain_dist.report.run.charts import charts_of
+from posttrain_dist.report.run.compared import compared_charts
 from posttrain_dist.report.run.figures import (
     cards_of,
     channel_rows,
     command_of,
     header_of,
+    loss_of_objective,
     sample_of,
 )
 from posttrain_dist.report.run.plan_section import plan_of, write_run_plan
@@ -54,7 +57,7 @@ def write_report(run_folder: Path) -> Path:
 def _render(run: Run) -> str:
     from markupsafe import Markup
 
-    charts = charts_of(run)
+    charts = [*charts_of(run), *compared_charts(run)]
     channels = channel_rows(run)
     lineage = {key: value for key, value in run.lineage.items() if key != "command"}
     if inputs := run.summary.get("inputs"):
@@ -66,6 +69,7 @@ def _render(run: Run) -> str:
         run=header_of(run),
         cards=cards_of(run, channels),
         charts=charts,
+        loss_is=loss_of_objective(run),
         drawn=[dataclasses.asdict(chart) for chart in charts],
         smoothed=any(len(chart.series) > 2 for chart in charts),
         channels=channels,
@@ -74,6 +78,7 @@ def _render(run: Run) -> str:
         has_base=bool(run.matches["before"]) or any(s.get("before") for s in run.samples),
         samples=[sample_of(sample) for sample in run.samples],
         alarms=alarms_of(run.folder),
+        calibration=calibration_of(run.folder),
         data=data_blocks(run.summary),
         data_page="data_report.html" if (run.folder / "data_report.html").is_file() else "",
         plan=plan_of(run),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_dist.report.numbers import loss_of_log
+from posttrain_dist.report.run.compared import compared_table
 from posttrain_dist.report.run.read import read_run
 from posttrain_dist.report.text_tables import text_table
 
@@ -18,6 +19,7 @@ def run_text(run_folder: Path) -> str:
     run = read_run(run_folder)
     parts = [
         _losses(run.rows),
+        compared_table(run.rows),
         _matches(run.matches["before"], run.matches["after"]),
         _samples(run.samples),
         _places(run_folder),

@@ -86,6 +86,13 @@ from peft import PeftModel; from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")
 model = PeftModel.from_pretrained(base, "<this folder>")"""
 
+_REWARD_LINES = """\
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+base = AutoModelForSequenceClassification.from_pretrained({base}, num_labels=1, dtype="auto")
+base.config.pad_token_id = AutoTokenizer.from_pretrained("<this folder>").pad_token_id
+model = PeftModel.from_pretrained(base, "<this folder>")"""
+
 _ADAPTERS_LINES = """\
 import adapters; from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({base}); adapters.init(model)
@@ -103,10 +110,13 @@ def _code(config: Mapping[str, Any], base: Path, vocab_size: int | None) -> list
     own = config.get("config")
     if isinstance(own, Mapping) and own.get("architecture"):  # which that library has not
         template = _OUR_LINES
+    if config.get("task_type") == "SEQ_CLS":
+        template = _REWARD_LINES
     lines = template.format(base=repr(str(base))).splitlines()
     if vocab_size is not None:
         grow = f"base.resize_token_embeddings({vocab_size}, mean_resizing=False)"
-        lines.insert(2, f"{grow}  # the rows of new tokens are the adapter's")
+        after = next(i for i, line in enumerate(lines) if line.startswith("base = "))
+        lines.insert(after + 1, f"{grow}  # the rows of new tokens are the adapter's")
     return lines
 
 

@@ -37,6 +37,7 @@ class BottleneckLayer(nn.Module):
         options: dict[str, Any] = {"dtype": dtype, "device": device}
         self.down = nn.Linear(hidden_size, width, **options)  # Kaiming uniform, a = sqrt(5)
         self.up = nn.Linear(width, hidden_size, **options)
+        self.off = False  # whether the sublayer leaves it out
         self.scale, self._nonlinearity = scale, getattr(nn.functional, nonlinearity)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
@@ -57,6 +58,8 @@ def add_bottleneck(sublayer: nn.Module, adapter: nn.Module, *, parallel: bool) -
 
     def forward(self: Any, *args: Any, **options: Any) -> Any:
         output = base.forward(self, *args, **options)
+        if self.bottleneck.off:
+            return output
         first = output[0] if isinstance(output, tuple) else output
         first = first + self.bottleneck(args[0] if parallel else first)
         return (first, *output[1:]) if isinstance(output, tuple) else first

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -104,6 +105,20 @@ class Bottleneck(AdapterTuning):
                 )
                 parallel = self.placement is Placement.parallel
                 add_bottleneck(getattr(layer, name), adapter, parallel=parallel)
+
+    @contextmanager
+    def off(self, model: nn.Module) -> Iterator[None]:
+        """The sublayers leave their adapters out."""
+        from posttrain_dist.tuning.bottleneck.bottleneck_layer import BottleneckLayer
+
+        adapters = [each for each in model.modules() if isinstance(each, BottleneckLayer)]
+        for adapter in adapters:
+            adapter.off = True
+        try:
+            yield
+        finally:
+            for adapter in adapters:
+                adapter.off = False
 
     def to_adapter(
         self, kept: Mapping[str, torch.Tensor], network: Mapping[str, Any]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.models.architectures.known import TRAINED
+from posttrain_dist.models.classifier import is_classifier
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +28,7 @@ def surely_fits(network: Mapping[str, Any], rank: int = 1) -> bool:
 
 
 def empty_model(network: Mapping[str, Any]) -> nn.Module | None:
-    """The causal LM of a config.json on the meta device; None: transformers does not know it."""
+    """The model of a config.json on the meta device; None: transformers does not know it."""
     import torch
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -37,10 +38,11 @@ def empty_model(network: Mapping[str, Any]) -> nn.Module | None:
         return None
     plain = {key: value for key, value in network.items() if key != "quantization_config"}
     config = CONFIG_MAPPING[name].from_dict(plain)
-    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
+    auto = transformers.AutoModelForCausalLM
+    if is_classifier(network):
+        auto = transformers.AutoModelForSequenceClassification
+    if type(config) not in auto._model_mapping:
         return None
     with torch.device("meta"):
-        model: nn.Module = transformers.AutoModelForCausalLM.from_config(
-            config, attn_implementation="eager"
-        )
+        model: nn.Module = auto.from_config(config, attn_implementation="eager")
     return model

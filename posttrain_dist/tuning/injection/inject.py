@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +41,22 @@ def quiet_import() -> None:
 def layers_with(model: nn.Module, attribute: str) -> dict[str, Any]:
     """The layers that peft put there, by name: those with `lora_A` or `ia3_l`."""
     return {n: m for n, m in model.named_modules() if ADAPTER in getattr(m, attribute, ())}
+
+
+@contextmanager
+def switched_off(model: nn.Module, attribute: str) -> Iterator[None]:
+    """Let the layers of `layers_with` give what their frozen linears give.
+
+    By the flag that `peft` asks in every forward: its own methods would freeze the adapters too.
+    """
+    layers = list(layers_with(model, attribute).values())
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def file_name(name: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from posttrain_dist.errors import ModelError
+from posttrain_dist.models.classifier import SCORE
 from posttrain_dist.tuning.injection.inject import ADAPTER, file_name, model_name
 from posttrain_dist.tuning.injection.low_rank import TRANSPOSED_TYPES, LowRank, number
 from posttrain_dist.tuning.injection.pissa import INITIAL_A, INITIAL_B
@@ -64,7 +65,7 @@ def to_files(
     rank = 2 * tuning.rank if joined else tuning.rank
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if f"{SCORE}.weight" in kept else "CAUSAL_LM",
         "inference_mode": True,
         "r": rank,
         "lora_alpha": number(tuning.scale * rank if joined else tuning.alpha),

@@ -189,6 +189,7 @@ def _paths(config: RunConfig) -> dict[str, str]:
         "data.cache": config.data.cache,
         "output_root": config.output_root,
         "tuning.init_from": getattr(config.tuning, "init_from", None),
+        "objective.reference_model": getattr(config.objective, "reference_model", None),
         "engine.config": getattr(config.engine, "config", None),
         **{f"data.sources.{name}.path": each.path for name, each in config.data.sources.items()},
     }

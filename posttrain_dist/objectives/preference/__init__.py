@@ -1,0 +1,1 @@
+"""Preferences: objectives that compare answers, and what they share. docs/preferences.md."""

@@ -1,0 +1,190 @@
+"""Log-probabilities of prepared samples as a folder, beside the prepared data and in the cache.
+
+    logprob.npy   float32 [tokens]   one for each token of the prepared arrays; NaN: not a target,
+                                     or not computed
+    done.npy      bool [samples]     whose targets are all there
+    about.json    key                what they depend on
+                  digests            of both files once the pass is over; null until then
+
+A pass fills it part by part, values first: after a kill it goes on behind the last whole part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from posttrain_dist.errors import DataError, reason
+from posttrain_dist.files import commit_folder, digest_of, partial_of, read_object, write_atomic
+
+LOGPROB, DONE, ABOUT = "logprob.npy", "done.npy", "about.json"
+_KEPT_DAYS = 30  # that an entry of the cache stays after its last use
+
+
+class StoredLogProbs:
+    """The folder of one run; on rank 0 alone but for `values`.
+
+    Args:
+        key: what the values depend on: others that are there are removed.
+        num_tokens: of the prepared arrays.
+        num_samples: of the prepared arrays.
+    """
+
+    def __init__(self, folder: Path, key: str, num_tokens: int, num_samples: int) -> None:
+        self.folder, self._key = folder, key
+        self._shapes = {LOGPROB: (num_tokens,), DONE: (num_samples,)}
+
+    def open(self, cached: Path) -> bool:
+        """Have the folder there: as it is, from the cache, or empty.
+
+        Args:
+            cached: the entry of the cache that belongs to the key.
+
+        Returns:
+            Whether values came from the cache.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        if self._fits(self.folder):
+            return False
+        try:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if self._fits(cached) and _digests(cached) is not None:
+                _copy(cached, self.folder)
+                with contextlib.suppress(OSError):
+                    os.utime(cached)  # used now
+                return True
+            self._create()
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+        return False
+
+    def done(self) -> npt.NDArray[np.bool_]:
+        """Of each sample whether its values are there."""
+        found: npt.NDArray[np.bool_] = np.load(self.folder / DONE, allow_pickle=False)
+        return found
+
+    def write(
+        self,
+        tokens: npt.NDArray[np.int64],
+        values: npt.NDArray[np.float32],
+        samples: npt.NDArray[np.int64],
+    ) -> None:
+        """Take in a part: the values of some tokens, which are all that these samples have.
+
+        Raises:
+            DataError: the disk refuses it.
+        """
+        try:
+            self._write_about(None)
+            array = np.load(self.folder / LOGPROB, mmap_mode="r+", allow_pickle=False)
+            array[tokens] = values
+            array.flush()  # before it is said that they are there
+            done = np.load(self.folder / DONE, mmap_mode="r+", allow_pickle=False)
+            done[samples] = True
+            done.flush()
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+
+    def finish(self, cached: Path) -> None:
+        """The pass is over: keep digests, and a copy in the cache where that can be done."""
+        if _digests(self.folder) is not None:
+            return
+        try:
+            files = {name: asdict(digest_of(self.folder / name)) for name in self._shapes}
+            self._write_about(files)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+        with contextlib.suppress(OSError):
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(cached.parent)
+            _copy(self.folder, cached)
+
+    def values(self) -> npt.NDArray[np.float32]:
+        """What `Examples.add_token_field` takes, mapped from the disk; on every rank.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        try:
+            array: npt.NDArray[np.float32] = np.load(
+                self.folder / LOGPROB, mmap_mode="r", allow_pickle=False
+            )
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"the log-probabilities of the reference cannot be read: {error}",
+                where=str(self.folder / LOGPROB),
+                fix="every worker must see the run folder; delete this one to compute them again",
+            ) from error
+        return array
+
+    def _fits(self, folder: Path) -> bool:
+        """Whether a folder holds values of this key, undamaged as far as it is known."""
+        try:
+            if read_object(folder / ABOUT).get("key") != self._key:
+                return False
+            for name, shape in self._shapes.items():
+                if np.load(folder / name, mmap_mode="r", allow_pickle=False).shape != shape:
+                    return False
+            known = _digests(folder) or {}
+            return all(asdict(digest_of(folder / name)) == each for name, each in known.items())
+        except (OSError, ValueError, EOFError, AttributeError):
+            return False
+
+    def _create(self) -> None:
+        partial = partial_of(self.folder)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, dtype, value in ((LOGPROB, np.float32, np.nan), (DONE, np.bool_, False)):
+            array = np.lib.format.open_memmap(
+                partial / name, mode="w+", dtype=dtype, shape=self._shapes[name]
+            )
+            array[:] = value
+            array.flush()
+        self._write_about(None, partial)
+        commit_folder(partial, self.folder)
+
+    def _write_about(self, digests: dict[str, Any] | None, folder: Path | None = None) -> None:
+        about = {"key": self._key, "digests": digests}
+        path = (folder or self.folder) / ABOUT
+        if read_object(path) != about:
+            write_atomic(path, json.dumps(about), to_disk=True)
+
+
+def _digests(folder: Path) -> dict[str, Any] | None:
+    found: dict[str, Any] | None = read_object(folder / ABOUT).get("digests")
+    return found
+
+
+def _copy(source: Path, target: Path) -> None:
+    partial = partial_of(target)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in (LOGPROB, DONE, ABOUT):
+        shutil.copyfile(source / name, partial / name)
+    commit_folder(partial, target, replace=True)
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what has not been used for long."""
+    for entry in cache.iterdir():
+        if time.time() - entry.stat().st_mtime > _KEPT_DAYS * 86400:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _unwritable(folder: Path, error: OSError) -> DataError:
+    return DataError(
+        f"the log-probabilities of the reference cannot be written: {reason(error)}",
+        where=str(folder),
+        fix="make room on the disk of the run folder; the pass goes on where it was",
+    )

@@ -1,0 +1,226 @@
+"""A reward model from its first step to the folder that plain transformers scores answers with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from compared_answers import write
+from safetensors.torch import load_file
+
+from posttrain_dist.config import DataConfig, Dtype, ModelConfig, RunConfig, TrainConfig, complete
+from posttrain_dist.data.packs.collate import collate
+from posttrain_dist.data.prepared.arrays import Examples
+from posttrain_dist.engine import AdamW
+from posttrain_dist.errors import ConfigError, ModelError
+from posttrain_dist.export import export_checkpoint
+from posttrain_dist.files import read_rows
+from posttrain_dist.merge import merge_checkpoint
+from posttrain_dist.metrics import LoggingConfig, WandbMode
+from posttrain_dist.models.folder import check_folder
+from posttrain_dist.models.load import load_base
+from posttrain_dist.objectives.preference.reward import Reward
+from posttrain_dist.objectives.sft import Sft
+from posttrain_dist.preflight import check_inputs
+from posttrain_dist.prepare import prepare
+from posttrain_dist.train import train
+from posttrain_dist.tuning.lora import Lora
+
+END, PAD = 0, 1
+
+
+def make(config: RunConfig, folder, pairs: int = 48, heldout: int = 24):
+    """A run folder whose prepared data are pairs; it is trained."""
+    folder.mkdir(exist_ok=True)
+    prepare(replace(config, objective=Sft()), folder / "prepared")
+    write(folder / "prepared", pairs, heldout)
+    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    train(config, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(tiny_llama, rows_file):
+    return complete(
+        RunConfig(
+            model=ModelConfig(path=str(tiny_llama)),
+            data=DataConfig(train=str(rows_file), max_length=64),
+            objective=Reward(),
+            optimizer=AdamW(lr=3e-3),
+            train=TrainConfig(steps=24, batch_size=2, dtype=Dtype.float32, save_every=12),
+            logging=LoggingConfig(wandb=WandbMode.off),
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def full(config, tmp_path_factory):
+    return make(config, tmp_path_factory.mktemp("full"))
+
+
+@pytest.fixture(scope="module")
+def lora(config, tmp_path_factory):
+    tuned = replace(config, tuning=Lora(rank=4), train=replace(config.train, steps=6))
+    return make(complete(tuned), tmp_path_factory.mktemp("lora"))
+
+
+def conversations(folder):
+    """The held-out answers behind their prompts: token ids, in the order of the split."""
+    examples = Examples.open(folder / "prepared", "eval")
+    prompts, found = {}, []
+    for i in range(len(examples)):
+        each = examples[i]
+        ids = each.input_ids_L.astype("int64").tolist()
+        if each.parent is None:
+            prompts[each.sample_id] = ids
+        else:
+            found.append(prompts[each.parent] + ids)
+    return found
+
+
+def scores(model, conversations, side="right"):
+    """One batch of plain transformers."""
+    longest = max(map(len, conversations))
+    rows, masks = [], []
+    for ids in conversations:
+        fill = [0] * (longest - len(ids))
+        pads, ones = [PAD] * len(fill), [1] * len(ids)
+        rows.append(ids + pads if side == "right" else pads + ids)
+        masks.append(ones + fill if side == "right" else fill + ones)
+    with torch.no_grad():
+        logits = model(torch.tensor(rows), attention_mask=torch.tensor(masks)).logits
+    assert logits.shape == (len(rows), 1)
+    return logits[:, 0]
+
+
+def reload(folder):
+    import transformers
+
+    return transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+
+def test_a_separable_channel_is_learned(full):
+    rows = read_rows(full / "metrics.jsonl")
+    assert rows[-1]["eval_reward/accuracy"] >= 0.95
+    assert {key for key in rows[-1] if key.startswith("eval_reward_channel_accuracy/")}
+    assert rows[-1]["eval/loss"] < 0.3 < rows[0]["eval/loss"]
+
+
+def test_the_export_scores_alone_padded_and_batched_as_training_did(full):
+    model = reload(full / "export")
+    assert type(model).__name__ == "LlamaForSequenceClassification"
+    assert model.config.num_labels == 1 and model.config.pad_token_id == PAD != END
+    ids = conversations(full)
+    right, left = scores(model, ids), scores(model, ids, "left")
+    alone = torch.cat([scores(model, [one]) for one in ids])
+    torch.testing.assert_close(right, alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(left, alone, rtol=1e-5, atol=1e-5)
+    margins = (alone[0::2] - alone[1::2]).double()
+    loss = torch.nn.functional.softplus(-margins).mean().item()
+    last = read_rows(full / "metrics.jsonl")[-1]
+    assert last["eval/loss"] == pytest.approx(loss, rel=1e-5)
+    assert last["eval_reward/margin"] == pytest.approx(margins.mean().item(), rel=1e-5)
+
+
+def test_the_folder_says_how_it_is_asked(full):
+    import transformers
+
+    export = full / "export"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(export)
+    assert tokenizer.pad_token == "<|pad|>" and tokenizer.padding_side == "right"
+    card = (export / "README.md").read_text(encoding="utf-8")
+    assert "'<|end|>'" in card
+    config = json.loads((export / "config.json").read_text())
+    assert config["problem_type"] == "regression"  # vLLM then gives the number itself
+    assert "lm_head.weight" not in load_file(export / "model.safetensors")
+    assert not (export / "generation_config.json").exists()
+
+
+def test_checkpoints_export_the_same_and_a_resumed_run_goes_the_same_way(full, config, tmp_path):
+    again = export_checkpoint(full, tmp_path / "again")
+    first = load_file(full / "export" / "model.safetensors")
+    for name, tensor in load_file(again / "model.safetensors").items():
+        assert torch.equal(tensor, first[name]), name
+    half = replace(
+        config, train=replace(config.train, resume=str(full / "checkpoints/step-000012"))
+    )
+    resumed = make(half, tmp_path / "resumed")
+    for name, tensor in load_file(resumed / "export" / "model.safetensors").items():
+        assert torch.equal(tensor, first[name]), name
+
+
+def test_a_reward_model_is_trained_on_and_answers_nothing(full, config, tmp_path):
+    export = full / "export"
+    model = ModelConfig(path=str(export))
+    drawn = load_base(model, export, dtype=torch.float32, seed=1, scalar=True)
+    assert torch.equal(drawn.score.weight, load_file(export / "model.safetensors")["score.weight"])
+    with pytest.raises(ModelError, match="is a reward model"):
+        check_inputs(replace(config, model=model, objective=Sft()))
+    network = json.loads((export / "config.json").read_text())
+    network["id2label"] = {"0": "a", "1": "b"}
+    (tmp_path / "config.json").write_text(json.dumps(network))
+    with pytest.raises(ModelError, match="a classifier of 2 labels"):
+        check_folder(tmp_path, need_weights=False)
+
+
+def test_a_head_is_drawn_by_the_seed_alone(tiny_llama):
+    model = ModelConfig(path=str(tiny_llama))
+    heads = []
+    for seed, noise in ((3, 0), (3, 1), (4, 1)):
+        torch.manual_seed(noise)
+        loaded = load_base(model, tiny_llama, dtype=torch.float32, seed=seed, scalar=True)
+        heads.append(loaded.score.weight.detach())
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    assert float(heads[0].std()) == pytest.approx(33**-0.5, rel=0.4)
+
+
+def test_a_pattern_that_leaves_out_the_head_is_refused(config, tmp_path):
+    frozen = replace(config, tuning=type(config.tuning)(train="model[.]layers.*"))
+    with pytest.raises(ConfigError, match=r"score\.weight"):
+        make(frozen, tmp_path / "frozen")
+
+
+def test_plain_peft_and_the_merged_folder_score_as_the_trained_adapter(lora, tiny_llama, tmp_path):
+    import transformers
+    from peft import PeftModel
+
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tiny_llama, num_labels=1, pad_token_id=PAD
+    )
+    ids = conversations(lora)
+    adapted = PeftModel.from_pretrained(base, lora / "adapter").eval()
+    found = scores(adapted, ids)
+    margins = (found[0::2] - found[1::2]).double()
+    last = read_rows(lora / "metrics.jsonl")[-1]
+    assert last["eval_reward/margin"] == pytest.approx(margins.mean().item(), rel=1e-4)
+    merged = merge_checkpoint(lora, tmp_path / "merged")
+    torch.testing.assert_close(scores(reload(merged), ids), found, rtol=1e-4, atol=1e-5)
+    assert "lm_head.weight" not in load_file(merged / "model.safetensors")
+
+
+def test_packed_scores_equal_those_of_the_folder(full):
+    """The rows of training themselves: two units in a forest."""
+    examples = Examples.open(full / "prepared", "eval")
+    batch = collate([examples[i] for i in range(6)], own_rows=True)
+    from contextlib import nullcontext
+
+    from posttrain_dist.build import make_policy
+    from posttrain_dist.models.load import load_model
+
+    export = full / "export"
+    model = load_model(
+        ModelConfig(path=str(export)),
+        export,
+        dtype=torch.float32,
+        seed=0,
+        materialise=nullcontext(),
+        scalar=True,
+    )
+    policy = make_policy(model, 2, None).eval()
+    with torch.no_grad():
+        packed = policy.head.reward(policy.hidden(batch))[:4]
+    torch.testing.assert_close(
+        packed, scores(reload(export), conversations(full)[:4]), rtol=1e-5, atol=1e-5
+    )
