@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,22 +12,25 @@ import torch
 from compared_answers import write
 from safetensors.torch import load_file
 
+from posttrain_dist.build import make_policy
 from posttrain_dist.config import DataConfig, Dtype, ModelConfig, RunConfig, TrainConfig, complete
 from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.data.prepared.arrays import Examples
-from posttrain_dist.engine import AdamW
+from posttrain_dist.engine import AdamW, DeepSpeed
 from posttrain_dist.errors import ConfigError, ModelError
 from posttrain_dist.export import export_checkpoint
 from posttrain_dist.files import read_rows
 from posttrain_dist.merge import merge_checkpoint
 from posttrain_dist.metrics import LoggingConfig, WandbMode
+from posttrain_dist.models import Checkpointing
 from posttrain_dist.models.folder import check_folder
-from posttrain_dist.models.load import load_base
+from posttrain_dist.models.load import load_base, load_model
 from posttrain_dist.objectives.preference.reward import Reward
 from posttrain_dist.objectives.sft import Sft
 from posttrain_dist.preflight import check_inputs
 from posttrain_dist.prepare import prepare
 from posttrain_dist.train import train
+from posttrain_dist.tuning.full import Full
 from posttrain_dist.tuning.lora import Lora
 
 END, PAD = 0, 1
@@ -204,11 +209,6 @@ def test_packed_scores_equal_those_of_the_folder(full):
     """The rows of training themselves: two units in a forest."""
     examples = Examples.open(full / "prepared", "eval")
     batch = collate([examples[i] for i in range(6)], own_rows=True)
-    from contextlib import nullcontext
-
-    from posttrain_dist.build import make_policy
-    from posttrain_dist.models.load import load_model
-
     export = full / "export"
     model = load_model(
         ModelConfig(path=str(export)),
@@ -224,3 +224,35 @@ def test_packed_scores_equal_those_of_the_folder(full):
     torch.testing.assert_close(
         packed, scores(reload(export), conversations(full)[:4]), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_zero_stage_trains_the_same_reward_model(config, lora, tmp_path, run_workers, world):
+    """Loss, metrics and weights of few steps, from a causal LM, beside one process."""
+    few = replace(config, train=replace(config.train, steps=4, save_every=None))
+    checkpointed = replace(few.model, activation_checkpointing=Checkpointing.full)
+    single = make(few, tmp_path / "single")
+    folders, expected = [], {}
+    for stage in (0, 1, 2, 3):
+        for tuning in (Full(), Lora(rank=4)):
+            engine = DeepSpeed(stage=stage, persistence_threshold=0)
+            changed = replace(few, engine=engine, tuning=tuning, model=checkpointed)
+            folder = tmp_path / f"{type(tuning).__name__.lower()}-{stage}"
+            folder.mkdir()
+            (folder / "config.yaml").write_text(complete(changed).to_yaml(), encoding="utf-8")
+            shutil.copytree(single / "prepared", folder / "prepared")
+            folders.append(folder)
+            expected[folder] = single if isinstance(tuning, Full) else None
+    adapted = make(complete(replace(few, tuning=Lora(rank=4))), tmp_path / "adapted")
+    run_workers("train_runs.py", world, *folders, timeout_s=600)
+    for folder in folders:
+        want = expected[folder] or adapted
+        ours, theirs = (read_rows(each / "metrics.jsonl")[-1] for each in (folder, want))
+        for key in ("train/loss", "eval/loss", "eval_reward/margin"):
+            assert ours[key] == pytest.approx(theirs[key], rel=2e-4, abs=1e-6), (folder.name, key)
+        part = "export/model" if expected[folder] else "adapter/adapter_model"
+        first, second = (load_file(each / f"{part}.safetensors") for each in (folder, want))
+        assert first.keys() == second.keys()
+        for name in first:
+            torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=2e-5)
