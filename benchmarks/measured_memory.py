@@ -17,13 +17,15 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import measured_reference
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -40,7 +42,7 @@ from posttrain_dist.dist import Process
 from posttrain_dist.flow import Batch, Example
 
 NUM_CHANNELS = 2
-BACKWARD = "backward"
+BACKWARD, REFERENCE = "backward", "reference log-probabilities"
 
 
 class StorageCounter(TorchDispatchMode):
@@ -129,6 +131,7 @@ def measure(
     config: RunConfig,
     sample_tokens: Sequence[int],
     *,
+    parents: Sequence[int] = (),
     supervised_share: float = 1.0,
     accumulation: int = 1,
     process: Process | None = None,
@@ -141,6 +144,8 @@ def measure(
     Args:
         config: completed; `model.weights=random` needs no file but config.json.
         sample_tokens: lengths of the samples of one micro-batch, one packed row.
+        parents: of each the earlier sample that it follows, -1 of a prompt, whose tokens are no
+            targets; empty: none follows another.
         accumulation: such rows of an update.
         process: rank and world of this process; with DeepSpeed the group must be there.
         updates: from the second on the moments are there before the forward.
@@ -161,10 +166,20 @@ def measure(
             channels = [f"channel {i}" for i in range(NUM_CHANNELS)]
             policy = build_policy(config, engine, dtype, channels)
             words = int(policy.config.vocab_size)
-            rows = [_batch(sample_tokens, supervised_share, words, i) for i in range(accumulation)]
+            own_rows = config.objective.own_rows
+            rows = [
+                collate(_units(sample_tokens, parents, words, i, own_rows), own_rows=own_rows)
+                if parents
+                else _batch(sample_tokens, supervised_share, words, i)
+                for i in range(accumulation)
+            ]
             batches = [row.to(engine.device) for row in rows]
+            before, live = measured_reference.scores_of(config, engine, policy, dtype, NUM_CHANNELS)
             _start_up_checks(config, engine, policy, batches[0])
         gc.collect()
+        with counter.phase(REFERENCE) if before or live else nullcontext():
+            for batch in batches:
+                measured_reference.fill(batch, {**before, **live})
         with counter.phase("evaluation"):
             _evaluate(config, engine, batches[0])
         for update in range(updates):
@@ -172,7 +187,7 @@ def measure(
             start = getattr(counter, "total", 0)
             tracer: Any = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             with tracer if traced else nullcontext():
-                highest = _counted_update(config, engine, batches, counter)
+                highest = _counted_update(config, engine, batches, live, counter)
         with counter.phase("evaluation"):
             _evaluate(config, engine, batches[0])
         with counter.phase("save"), TemporaryDirectory() as folder:
@@ -184,7 +199,7 @@ def measure(
     if not on_gpu:
         start = counter.total
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as tracer_alone:
-            _update(config, engine, batches)
+            _update(config, engine, batches, live)
         peak = start + _traced_peak(tracer_alone, BACKWARD)
         counter.peaks[BACKWARD] = min(peak, counter.peaks[BACKWARD])
     found = _found(counter, policy)
@@ -207,11 +222,13 @@ def _found(counter: Any, policy: Any) -> dict[str, Any]:
     return found
 
 
-def _counted_update(config: RunConfig, engine: Any, batches: list[Batch], counter: Any) -> int:
+def _counted_update(
+    config: RunConfig, engine: Any, batches: list[Batch], live: Mapping[str, Any], counter: Any
+) -> int:
     """One step of the loop; the most bytes of it."""
     before = dict(counter.peaks)
     counter.peaks.clear()
-    _update(config, engine, batches, counter.phase)
+    _update(config, engine, batches, live, counter.phase)
     highest = max(counter.peaks.values())
     for name, peak in before.items():
         counter.peaks[name] = max(peak, counter.peaks.get(name, 0))
@@ -222,10 +239,15 @@ def _update(
     config: RunConfig,
     engine: Any,
     batches: list[Batch],
+    live: Mapping[str, Any],
     phase: Callable[[str], AbstractContextManager[Any]] = record_function,
 ) -> None:
     """One step of the loop, phase by phase."""
     objective: Any = config.objective
+    if live:
+        with phase(REFERENCE):
+            for batch in batches:
+                measured_reference.fill(batch, live)
     counts = [objective.count(batch) for batch in batches]
     denominators = counts[0]._make([sum(values) for values in zip(*counts, strict=True)])
     engine.train(True)
@@ -245,7 +267,8 @@ def _start_up_checks(config: RunConfig, engine: Any, policy: Any, batch: Batch) 
     nothing = filler(objective).to(engine.device)
     count = objective.count(nothing)
     engine.forward(nothing, objective, count._make([1.0] * len(count)))
-    policy.check_head(make_probe([_example(64, 1.0, 64, seed=9)] * 2).to(engine.device))  # type: ignore[arg-type]
+    probe = make_probe([_example(64, 1.0, 64, seed=9)] * 2, own_rows=objective.own_rows)  # type: ignore[arg-type]
+    policy.check_head(probe.to(engine.device))
     policy.check_parity(batch)
 
 
@@ -259,6 +282,33 @@ def _evaluate(config: RunConfig, engine: Any, batch: Batch) -> None:
 def _batch(lengths: Sequence[int], share: float, vocabulary: int, seed: int) -> Batch:
     examples = [_example(n, share, vocabulary, seed=seed + i) for i, n in enumerate(lengths)]
     return collate(examples)
+
+
+def _units(
+    lengths: Sequence[int], parents: Sequence[int], vocabulary: int, seed: int, own_rows: bool
+) -> list[Example]:
+    """Prompts and answers, each worth more than the one after it; every field of an answer."""
+    found: list[Example] = []
+    unit = -1
+    for i, (length, parent) in enumerate(zip(lengths, parents, strict=True)):
+        unit = i if parent < 0 else unit
+        plain = _example(length, 1.0, vocabulary, seed=seed + i)
+        weight_L = plain.weight_L * (parent >= 0)
+        if own_rows:
+            weight_L[:-1] = 0
+        role, value = (-1, 0.0) if parent < 0 else (0, float(len(lengths) - i))
+        found.append(
+            replace(
+                plain,
+                weight_L=weight_L,
+                channel=unit % NUM_CHANNELS,
+                sample_id=i,
+                parent=None if parent < 0 else parent,
+                unit=unit,
+                extra={"role_S": role, "value_S": value, "margin_S": 0.0},
+            )
+        )
+    return found
 
 
 def _example(length: int, share: float, vocabulary: int, seed: int) -> Example:

@@ -45,8 +45,10 @@ def predict(arm: arms.Arm, folder: Path) -> dict[str, Any]:
 
     config = arms.config_of(arm, folder)
     job = replace(
-        make_job(config, find_machine(config, plans_only=False)).with_row(arm.sample_tokens),
-        supervised_share=arm.supervised_share,
+        make_job(config, find_machine(config, plans_only=False)).with_row(
+            arm.sample_tokens, arm.parents
+        ),
+        supervised_share=arm.targets / sum(arm.sample_tokens),
         accumulation=arm.accumulation,
         evaluates=True,
     )
@@ -67,6 +69,7 @@ def measure_here(arm: arms.Arm, folder: Path, **options: Any) -> dict[str, Any]:
     return measured_memory.measure(
         arms.config_of(arm, folder),
         arm.sample_tokens,
+        parents=arm.parents,
         supervised_share=arm.supervised_share,
         accumulation=arm.accumulation,
         updates=arm.updates,

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from plan_truth_models import GEMMA2, GPT2, LLAMA, LLAMA_3B, LLAMA_8B, QWEN3, ZERO
+
 from posttrain_dist.config import (
     AdamW,
     Bottleneck,
@@ -27,70 +29,14 @@ from posttrain_dist.config import (
     complete,
 )
 from posttrain_dist.models import Checkpointing, Weights
+from posttrain_dist.objectives.base import Objective
+from posttrain_dist.objectives.preference.dpo import Dpo
+from posttrain_dist.objectives.preference.kto import Kto
+from posttrain_dist.objectives.preference.reward import Reward
+from posttrain_dist.objectives.reference_choice import Reference
+from posttrain_dist.objectives.sft import Sft
 from posttrain_dist.tuning.base import AdapterTuning, Tuning
 from posttrain_dist.tuning.bottleneck.bottleneck_tuning import Placement
-
-LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-    "vocab_size": 4096,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
-QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
-GEMMA2 = LLAMA | {
-    "architectures": ["Gemma2ForCausalLM"],
-    "model_type": "gemma2",
-    "hidden_act": "gelu_pytorch_tanh",
-    "hidden_activation": "gelu_pytorch_tanh",
-    "tie_word_embeddings": True,
-    "attn_logit_softcapping": 50.0,
-    "final_logit_softcapping": 30.0,
-    "query_pre_attn_scalar": 32,
-    "sliding_window": 4096,
-}
-# Deep enough for DeepSpeed's buckets and gathered parameters to come and go.
-ZERO = LLAMA | {"intermediate_size": 688, "num_hidden_layers": 4, "head_dim": 64}
-ZERO |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-GPT2: dict[str, Any] = {
-    "architectures": ["GPT2LMHeadModel"],
-    "model_type": "gpt2",
-    "n_embd": 256,
-    "n_layer": 3,
-    "n_head": 8,
-    "n_positions": 2048,
-    "vocab_size": 4096,
-    "attn_pdrop": 0.0,
-    "resid_pdrop": 0.0,
-    "embd_pdrop": 0.0,
-}
-# Of a Llama 3.2 3B and a 3.1 8B.
-LLAMA_3B = LLAMA | {
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128_256,
-    "max_position_embeddings": 131_072,
-    "tie_word_embeddings": True,
-}
-LLAMA_8B = LLAMA_3B | {
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "tie_word_embeddings": False,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +44,16 @@ class Arm:
     """One run; `sample_tokens` are the lengths of the samples of a row.
 
     Attributes:
+        parents: of each sample the earlier one that it follows, -1 of a prompt; empty: none does.
         stage: of DeepSpeed; None: one process without it. `persistent`: its threshold at stage 3.
     """
 
     model: dict[str, Any] = field(default_factory=lambda: LLAMA)
     sample_tokens: Sequence[int] = (512,)
+    parents: Sequence[int] = ()
     supervised_share: float = 0.5
     accumulation: int = 1
+    objective: Objective = field(default_factory=Sft)
     tuning: Tuning = field(default_factory=Full)
     dtype: Dtype = Dtype.float32
     checkpoint_layers: int = 0
@@ -113,6 +62,14 @@ class Arm:
     stage: int | None = None
     workers: int = 1
     persistent: int = 0
+
+    @property
+    def targets(self) -> float:
+        """Supervised tokens of the row: of prompts and answers all of the answers."""
+        if not self.parents:
+            return sum(self.sample_tokens) * self.supervised_share
+        answers = [n for n, p in zip(self.sample_tokens, self.parents, strict=True) if p >= 0]
+        return len(answers) if self.objective.own_rows else sum(answers)
 
     @property
     def updates(self) -> int:
@@ -125,7 +82,10 @@ def config_of(arm: Arm, folder: Path) -> RunConfig:
     if not (folder / "config.json").is_file():  # ranks read it at the same time
         (folder / "config.json").write_text(json.dumps(arm.model), encoding="utf-8")
     config = RunConfig(
-        name="plan_truth", optimizer=copy.deepcopy(arm.optimizer), tuning=copy.deepcopy(arm.tuning)
+        name="plan_truth",
+        optimizer=copy.deepcopy(arm.optimizer),
+        tuning=copy.deepcopy(arm.tuning),
+        objective=copy.deepcopy(arm.objective),
     )
     config.model.path, config.model.weights = str(folder), Weights.random
     quantized = isinstance(arm.tuning, AdapterTuning) and arm.tuning.quantize is Quantize.nf4
@@ -213,7 +173,38 @@ _ZERO: dict[str, Arm] = {
     "zero-2 prefix": _zero(2, tuning=Prefix(tokens=64), sample_tokens=(256, 256)),
     "zero-3 gemma2": _zero(3, model=GEMMA2),
 }
+
+
+def _pairs(objective: Objective | None = None, **values: Any) -> Arm:
+    """Two prompts with two answers each."""
+    row = {"sample_tokens": (192, 64, 48, 128, 48, 32), "parents": (-1, 0, 0, -1, 3, 3)}
+    return Arm(**{"objective": objective or Dpo(sft_weight=0.5), **row, **values})
+
+
+_GROUP = {"sample_tokens": (256, *(32,) * 8), "parents": (-1, *(0,) * 8)}
+PREFERENCES: dict[str, Arm] = {
+    "dpo": _pairs(),
+    "dpo lora": _pairs(tuning=Lora(rank=16)),
+    "dpo frozen": _pairs(Dpo(reference=Reference.frozen)),
+    "dpo lora frozen bf16": _pairs(Dpo(reference=Reference.frozen), tuning=Lora(), dtype=_BF16),
+    "dpo bf16": _pairs(dtype=_BF16, accumulation=2),
+    "dpo checkpoint 3": _pairs(checkpoint_layers=3),
+    "dpo tied": _pairs(model=_llama(vocab_size=32_768, tie_word_embeddings=True)),
+    "dpo qlora": _pairs(tuning=_qlora(16)),
+    "dpo group of 8": _pairs(**_GROUP),
+    "dpo gemma2": _pairs(model=GEMMA2, **_GROUP),
+    "dpo prompt": _pairs(tuning=Prompt(tokens=64)),
+    "dpo prefix": _pairs(tuning=Prefix(tokens=64)),
+    "reward": _pairs(Reward()),
+    "reward tied bf16": _pairs(Reward(), model=_llama(tie_word_embeddings=True), dtype=_BF16),
+    "reward lora": _pairs(Reward(), tuning=Lora(rank=16)),
+    "reward zero-3": _pairs(Reward(), model=ZERO, stage=3, workers=2),
+    "kto lora": _pairs(Kto(), tuning=Lora(rank=16)),
+    **{f"dpo zero-{s}": _pairs(model=ZERO, stage=s, workers=2) for s in range(4)},
+    "dpo zero-2 frozen": _pairs(Dpo(reference=Reference.frozen), model=ZERO, stage=2, workers=2),
+}
 CPU: dict[str, Arm] = {
+    **PREFERENCES,
     # Lengths.
     "llama": Arm(),
     "llama 1024": Arm(sample_tokens=(1024,)),

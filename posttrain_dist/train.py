@@ -264,11 +264,9 @@ def _check_first_batch(
     """
     batch = source.step(step)[0].to(device)
     found = dist.on_all(lambda: policy.check_parity(batch))
-    if found:  # a scalar head is not fused
-        differences = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
-        _log.info(
-            "the fused head differs from its reference on the first batch by: %s", differences
-        )
+    shown = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
+    if shown:  # a scalar head is not fused
+        _log.info("the fused head differs from the reference on the first batch by: %s", shown)
     reference.check_start(step)
     if device.type == "cuda":  # so that the reported peak is that of training
         torch.cuda.reset_peak_memory_stats(device)

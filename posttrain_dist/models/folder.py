@@ -109,7 +109,7 @@ def read_network(path: str, add_tokens: Sequence[str] = ()) -> Network:
     return _build_network(folder, _state(folder), tuple(add_tokens))
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # the policy's, and a reference's
 def _build_network(
     folder: Path, state: tuple[tuple[str, int, int], ...], add_tokens: tuple[str, ...]
 ) -> Network:

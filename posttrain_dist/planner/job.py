@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from operator import attrgetter
+from operator import add, attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
@@ -14,6 +14,7 @@ from posttrain_dist.data.prepared.summary import Summary
 from posttrain_dist.engine import AdamW, Engine
 from posttrain_dist.models import ModelConfig
 from posttrain_dist.models.network.tensors import Network
+from posttrain_dist.planner.objective.objective_facts import ObjectiveFacts
 from posttrain_dist.tuning.base import Tuning
 
 if TYPE_CHECKING:
@@ -97,13 +98,18 @@ class Job:
         value_bytes: of a weight or activation: 2 in bfloat16, 4 in float32.
         row_tokens: of one micro-batch, the heaviest that is possible: max_length times packs.
         row_lengths: of the samples of that row; as few as possible, each `sample_tokens` long.
+        row_parents: of each the earlier sample of the row that it follows; -1: none.
+        row_before: tokens that each follows: of its parent, and of the parent's parents.
         found_rows: of the prepared data, of which one takes the most memory; empty: not known.
         supervised_share: of the tokens; 1 where the data is not known.
-        sample_tokens: length of the longest sample; max_length where the data is not known.
+        sample_tokens: of the longest sample with those that it follows; max_length where the data
+            is not known.
+        objective: what of it the plan depends on.
         attention: sdpa, eager, varlen or flash: what will run, as `models/attention.py` chooses.
         workers: ranks of the whole run; local_workers: of one node.
         accumulation: micro-batches of an update, of the rank that has most.
         tokens: of the whole run; None: not known.
+        data_tokens: of the samples that it draws, each once, and held-out ones; None: not known.
         parameters_key: equal for jobs that hold the same parameters and train the same of them.
     """
 
@@ -117,8 +123,10 @@ class Job:
     row_tokens: int
     sample_tokens: int
     row_lengths: tuple[int, ...]
+    row_parents: tuple[int, ...]
     found_rows: tuple[PackedRow, ...]
     supervised_share: float
+    objective: ObjectiveFacts
     attention: str
     batch_size: int
     micro_batch_size: int
@@ -128,25 +136,37 @@ class Job:
     evaluates: bool
     num_channels: int
     tokens: int | None
+    data_tokens: int | None
     config: RunConfig  # what it was made of, for what is shown
+    row_before: tuple[int, ...] = field(init=False, repr=False)
     parameters_key: Hashable = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         key = (self.network, repr(self.tuning), self.value_bytes, len(self.model.add_tokens))
         object.__setattr__(self, "parameters_key", key)
+        before = tokens_before(self.row_lengths, self.row_parents)
+        object.__setattr__(self, "row_before", before)
 
     @property
     def on_gpu(self) -> bool:
         """Whether the ranks have GPUs."""
         return self.machine.gpu is not None
 
-    def with_row(self, lengths: Sequence[int]) -> Job:
-        """The same with a row of samples of these lengths."""
+    @property
+    def row_roots(self) -> int:
+        """Samples of the row that follow no other."""
+        return sum(parent < 0 for parent in self.row_parents)
+
+    def with_row(self, lengths: Sequence[int], parents: Sequence[int] = ()) -> Job:
+        """The same with a row of samples of these lengths; `parents`: see `row_parents`."""
+        parents = parents or [-1] * len(lengths)
+        before = tokens_before(lengths, parents)
         return replace(
             self,
             row_tokens=sum(lengths),
-            sample_tokens=max(lengths),
+            sample_tokens=max(map(add, before, lengths)),
             row_lengths=tuple(lengths),
+            row_parents=tuple(parents),
             found_rows=(),
         )
 
@@ -159,6 +179,14 @@ class Job:
         if mode is Checkpointing.selective:
             return min(self.model.checkpoint_layers or 0, len(self.network.layers))
         return len(self.network.layers) if mode is Checkpointing.full else 0
+
+
+def tokens_before(lengths: Sequence[int], parents: Sequence[int]) -> tuple[int, ...]:
+    """Tokens that each sample of a row follows."""
+    before: list[int] = []
+    for parent in parents:
+        before.append(0 if parent < 0 else before[parent] + lengths[parent])
+    return tuple(before)
 
 
 def fullest_row(row_tokens: int, longest: int) -> tuple[int, ...]:

@@ -29,6 +29,9 @@ from posttrain_dist.models.network.tensors import Network
 from posttrain_dist.models.quantized import check_base
 from posttrain_dist.models.shape import ModelShape
 from posttrain_dist.planner.job import DataFacts, Job, Machine, fullest_row
+from posttrain_dist.planner.objective.answer_rows import answer_row
+from posttrain_dist.planner.objective.objective_facts import HeadKind, ObjectiveFacts
+from posttrain_dist.planner.objective.scored_network import scored_network
 from posttrain_dist.tuning.base import Tuning
 
 if TYPE_CHECKING:
@@ -79,9 +82,11 @@ def make_job(config: RunConfig, machine: Machine, facts: DataFacts | None = None
         value_bytes=value_bytes,
         row_tokens=row_tokens,
         sample_tokens=longest,
-        row_lengths=fullest_row(row_tokens, longest),
+        row_lengths=(lengths := fullest_row(row_tokens, longest)),
+        row_parents=(-1,) * len(lengths),
         found_rows=(),
         supervised_share=supervised,
+        objective=ObjectiveFacts.of(config),
         attention=choose_attention(config.model.attention, network.shape, machine, value_bytes),
         batch_size=config.train.batch_size,
         micro_batch_size=config.train.micro_batch_size,
@@ -90,28 +95,50 @@ def make_job(config: RunConfig, machine: Machine, facts: DataFacts | None = None
         local_workers=local_workers,
         evaluates=_evaluates(config, facts),
         num_channels=facts.channels if facts else 1,
-        tokens=_run_tokens(config, facts),
+        tokens=(tokens := _run_tokens(config, facts)),
+        data_tokens=_data_tokens(tokens, facts),
         config=config,
     )
+    job = _with_answers(job, length, known=facts is not None)
     if facts is None or facts.rows is None:
         return job
-    memory = row_memory(job.tuning, network.shape, job.attention, longest)
+    memory = row_memory(
+        job.tuning, network.shape, job.attention, longest, shares=job.objective.compares
+    )
     found = facts.rows.heaviest(config, network.shape, workers, memory)
     return replace(job, found_rows=found)
 
 
-def row_memory(tuning: Tuning, shape: ModelShape, attention: str, longest: int) -> RowMemory:
+def _with_answers(job: Job, length: int, *, known: bool) -> Job:
+    """With rows of prompts and answers, where the objective compares these.
+
+    Args:
+        length: tokens of a pack.
+        known: whether the share of targets is that of the data.
+    """
+    if not job.objective.compares:
+        return job
+    scores = job.objective.head is HeadKind.score
+    row = answer_row(fullest_row(job.row_tokens, length), one_target=scores)
+    share = job.supervised_share if known else row.supervised / sum(row.lengths)
+    return replace(job.with_row(row.lengths, row.parents), supervised_share=share)
+
+
+def row_memory(
+    tuning: Tuning, shape: ModelShape, attention: str, longest: int, *, shares: bool = False
+) -> RowMemory:
     """What a model keeps of a row beside something of each token.
 
     Args:
         attention: as that of a `Job`.
         longest: tokens of the longest sample.
+        shares: samples may follow others, so that sdpa needs masks for them.
     """
     from posttrain_dist.data.packs.heaviest import RowMemory
 
     inserted = tuning.inserted_tokens
     prefix = tuning.virtual_tokens - inserted
-    kept = prefix > 0 or shape.keeps_pairs(longest)
+    kept = shares or prefix > 0 or shape.keeps_pairs(longest)
     pairs = attention == "eager" or (attention == "sdpa" and kept)
     return RowMemory(pairs=pairs, inserted=inserted, prefix=prefix)
 
@@ -119,10 +146,13 @@ def row_memory(tuning: Tuning, shape: ModelShape, attention: str, longest: int) 
 def read_network(config: RunConfig) -> Network:
     """The network of `model.path`, with the vocabulary that `model.add_tokens` makes.
 
+    A reward model has a head of one row.
+
     Raises:
         ModelError, SeveralErrors: the folder has no config.json of a dense causal LM.
     """
-    return network_of_folder(config.model.path, config.model.add_tokens)
+    network = network_of_folder(config.model.path, config.model.add_tokens)
+    return scored_network(network) if config.objective.own_rows else network
 
 
 def count_workers(config: RunConfig, machine: Machine) -> tuple[int, int]:
@@ -207,3 +237,11 @@ def _run_tokens(config: RunConfig, facts: DataFacts | None) -> int | None:
     if facts is None or not facts.tokens:
         return None
     return round(facts.tokens * (train.epochs or 1.0))
+
+
+def _data_tokens(run_tokens: int | None, facts: DataFacts | None) -> int | None:
+    """Of the samples that a run draws, and of those that it evaluates."""
+    if facts is None:
+        return None
+    drawn = facts.tokens if run_tokens is None else min(run_tokens, facts.tokens)
+    return drawn + facts.heldout_tokens

@@ -18,6 +18,7 @@ from posttrain_dist.planner.memory.host import (
 from posttrain_dist.planner.memory.parameters import trained_parameters
 from posttrain_dist.planner.memory.phases import device_phases, state_bytes
 from posttrain_dist.planner.methods import engine_name, tuning_name
+from posttrain_dist.planner.objective.reference_passes import HOW, forgets_order, reference_bytes
 from posttrain_dist.planner.plan import Memory, Plan
 from posttrain_dist.planner.speed.step_time import speed_of
 
@@ -48,6 +49,7 @@ def make_plan(job: Job, overrides: tuple[str, ...] = ()) -> Plan:
         host_capacity_bytes=job.machine.host_memory_bytes,
         checkpoint_bytes=checkpoint_bytes(job),
         export_bytes=export_bytes(job),
+        reference_bytes=reference_bytes(job),
         speed=speed_of(job),
         on_gpu=job.on_gpu,
         warnings=warnings_of(job),
@@ -96,6 +98,11 @@ def warnings_of(job: Job) -> tuple[str, ...]:
             f"for those that have {packs}, and {1 - busy:.0%} of the time is lost; "
             f"train.batch_size={job.workers * packs} would be {packs} for each"
         )
+    if forgets_order(job):
+        found.append(
+            "the reference runs the policy without its adapter in every step, after which ZeRO-3 "
+            "gathers no weights ahead: objective.reference=precomputed trains faster"
+        )
     asked = getattr(job.config.cluster, "workers", None)
     gpus = job.machine.gpus_per_node * getattr(job.config.cluster, "nodes", 1)
     if job.on_gpu and asked is None and job.workers < gpus:
@@ -128,8 +135,15 @@ def _gib(num_bytes: int) -> str:
 
 def settings_of(job: Job) -> dict[str, str]:
     """What the run is, for readers."""
+    facts, compared = job.objective, {}
+    if facts.compares:
+        compared = {"objective": facts.name}
+    if facts.reference is not None:
+        name = facts.reference_model or "what training starts with"
+        compared["reference"] = f"{name}: {HOW[facts.reference]}"
     return {
         "model": f"{job.config.model.path} ({job.network.shape.model_type})",
+        **compared,
         "tuning": tuning_text(job),
         "optimizer": optimizer_text(job),
         "engine": engine_name(job.config),

@@ -27,7 +27,7 @@ class Item(StrEnum):
     head = "head: logits of a chunk, gradients"
     workspace = "temporaries of the update"
     batch = "batch"
-    reference = "reference log-probabilities"
+    reference_model = "reference model"
     saving = "copies for saving"
     loading = "copies for loading"
     offloaded = "offloaded optimizer state"
@@ -42,6 +42,7 @@ class PhaseName(StrEnum):
     """The phases of a run, in their order."""
 
     load = "load"
+    reference = "reference log-probabilities"
     forward = "forward and loss"
     backward = "backward"
     update = "optimizer step"
@@ -112,6 +113,8 @@ class Speed:
     checkpoint_s: float  # to write one
     checkpoint_every_s: float  # Young and Daly's best interval
     effective_share: float  # of the time that trains, with failures and checkpoints
+    reference_s: float = 0.0  # of the pass before step 1; 0: there is none
+    reference_tokens: int | None = None  # of that pass; None: not known, and it is of a billion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +145,7 @@ class Plan:
     on_gpu: bool = True  # else each rank is a process on CPUs
     checkpoint_bytes: int  # on disk, one
     export_bytes: int
+    reference_bytes: int = 0  # on disk, of the pass before step 1
     speed: Speed
     warnings: tuple[str, ...] = field(default=())
 

@@ -247,10 +247,10 @@ def _row(record: Record, templates: TemplateSet | None, thinking: Thinking) -> d
     if record.text is not None:
         row["text"] = record.text
     elif templates is None:
-        row["messages"] = record.conversation
+        row["messages"] = record.messages
     else:
         template = templates.of(record.where, record.tools, record.variables)
-        messages = chosen_thoughts(record.conversation, thinking)
+        messages = chosen_thoughts(record.messages, thinking)
         row["messages"] = template.as_given(messages, record.where)
     row |= {"tools": record.tools} if record.tools else {}
     row |= {"chat_template_kwargs": dict(record.variables)} if record.variables else {}

@@ -35,7 +35,11 @@ def in_this_process(plan_truth, name, folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "llama checkpoint 2", "lora rank 16", "gemma2 prompt uneven"]
+    "name",
+    [
+        *("llama", "llama checkpoint 2", "lora rank 16", "gemma2 prompt uneven"),
+        *("dpo", "dpo lora", "dpo frozen", "reward"),
+    ],
 )
 def test_the_peak_is_predicted(plan_truth, tmp_path, name):
     row = in_this_process(plan_truth, name, tmp_path)

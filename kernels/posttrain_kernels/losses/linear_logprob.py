@@ -197,18 +197,21 @@ class _RecomputedLogits(torch.autograd.Function):
         weight_N = grad_nll_N * labelled_N
         if grad_entropy_N is not None:
             grad_entropy_N = grad_entropy_N * labelled_N
-        if hidden_ND.dtype == torch.float16:
+        scale: torch.Tensor | None = None
+        if hidden_ND.dtype == torch.float16:  # small weights would vanish in its gradients
             scale = _max_abs(weight_N, grad_entropy_N)
-        else:
-            scale = weight_N.new_ones(())
+            weight_N = weight_N / scale
+            grad_entropy_N = None if grad_entropy_N is None else grad_entropy_N / scale
         targets = Targets(
             ctx.targets.labels_N,
-            weight_N / scale,
+            weight_N,
             ctx.targets.transform,
-            None if grad_entropy_N is None else grad_entropy_N / scale,
+            grad_entropy_N,
             ctx.targets.shard,
         )
         _, gradients = chunked_forward(hidden_ND, weight_VD, bias_V, targets, ctx.plan)
+        if scale is None:  # nothing is copied: that of the weight is as large as the weight
+            return *gradients, None, None
         scaled = (None if g is None else (g * scale).to(hidden_ND.dtype) for g in gradients)
         return *scaled, None, None
 

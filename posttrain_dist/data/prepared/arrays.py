@@ -204,6 +204,8 @@ class Examples:
         self.channel_ids: npt.NDArray[np.int16] = arrays["channels"][index]
         self.sources: npt.NDArray[np.int16] = arrays["sources"][index]
         self.sample_ids: npt.NDArray[np.int64] = arrays["ids"][index]
+        # How many samples before it its parent stands; 0: none.
+        self.parents: npt.NDArray[np.int32] = arrays["parents"][index]
         self.channels = channels  # names; Example.channel is an index into them
         self._arrays, self._index = arrays, index
         self._extra = {
@@ -218,7 +220,7 @@ class Examples:
             self.supervised,
             self.channel_ids,
             self.sources,
-            arrays["parents"][index],
+            self.parents,
         )
 
     @property

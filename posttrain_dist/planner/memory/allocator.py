@@ -31,6 +31,7 @@ _OTHER_CONTEXT_BYTES = 360 * MIB
 _NCCL_PAIR_BYTES, _NCCL_NODE_BYTES, _NCCL_NODES_BYTES = 330 * MIB, 500 * MIB, 900 * MIB
 _STAYING = {
     Item.weights,
+    Item.reference_model,
     Item.quantisation,
     Item.adapter,
     Item.virtual_tokens,

@@ -110,7 +110,8 @@ class Graph:
         # Gradients of parameters that another operation adds to: a tied head's.
         self.waiting: dict[str, Block] = {}
         self.prefix: Value | None = None  # keys and values that every layer reads (prefix tuning)
-        self.training = True  # dropout and noise are on, also where nothing is recorded
+        self.training = True  # noise is on, also where nothing is recorded
+        self.drops = True  # ... and dropout
         self.calls: list[Call] = []  # of the forward, in its order
         self.per_layer_inputs: Value | None = None  # Gemma 4: of all layers, beside hidden states
         self.kept: list[Value] = []  # what many operations save, for as long as it is here
@@ -258,6 +259,7 @@ class Graph:
         def again(gradient: Block) -> None:
             inner = Graph(self.ledger, self.shards, width=self.width, trained=self.trained)
             inner.item, inner.training, inner.prefix = self.item, self.training, self.prefix
+            inner.drops = self.drops
             inner.per_layer_inputs = self.per_layer_inputs
             if offload:
                 kept.append(self.ledger.allocate(Item.checkpoints, num_bytes))

@@ -61,6 +61,7 @@ def host_phases(job: Job) -> tuple[Phase, ...]:
     resident = _resident(job)
     moments = {
         PhaseName.load: {Item.loading: max(_loading(job), _moved(job) * job.local_workers)},
+        PhaseName.reference: {},
         PhaseName.forward: _kept_inputs(job),
         PhaseName.backward: _kept_inputs(job),
         PhaseName.update: {},
@@ -70,6 +71,8 @@ def host_phases(job: Job) -> tuple[Phase, ...]:
     }
     if not job.evaluates:
         del moments[PhaseName.evaluate]
+    if job.objective.reference is None:
+        del moments[PhaseName.reference]
     return tuple(
         Phase(name, {item: n for item, n in (Counter(resident) + Counter(more)).items() if n})
         for name, more in moments.items()

@@ -140,7 +140,7 @@ def take_rows(graph: Graph, x: Value, num_bytes: int) -> Value:
 
 def dropout(graph: Graph, x: Value, *, on_gpu: bool) -> Value:
     """x * mask / (1 - p): on a GPU a byte an element is kept, on a CPU the factor itself."""
-    if not graph.training:
+    if not graph.drops:
         return x
     mask = x.size if on_gpu else x.num_bytes
     return graph.op((x,), x.num_bytes, saves_bytes=mask, width=x.width)

@@ -7,6 +7,7 @@ packs, and no token is read: about a second for a million samples.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,10 +31,12 @@ class PackedRow(NamedTuple):
     Attributes:
         lengths: tokens of each sample, in their order.
         supervised: tokens with a loss.
+        parents: the earlier sample of the row that each follows; -1: none.
     """
 
     lengths: tuple[int, ...]
     supervised: int
+    parents: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,18 +68,26 @@ class PackedRows:
             self._packs[run] = self._sums(config, memory)
         key = (run, train.micro_batch_size, world)
         if key not in self._found:
-            lengths, supervised = self.examples.units.lengths, self.examples.units.supervised
+            units = self.examples.units
             cost = Cost.of_model(shape.hidden_size, shape.num_layers, shape.vocab_size)
-            costs = cost.of_units(self.examples.units)
+            costs = cost.of_units(units)
             split = MicroBatches(costs, train.batch_size, train.micro_batch_size, world)
             order, sums = self._packs[run]
             found = heaviest_rows(order, split, sums[:-_NUM_TIES], sums[-_NUM_TIES:])
-            rows = (
-                PackedRow(tuple(lengths[samples].tolist()), int(supervised[samples].sum()))
-                for samples in found
-            )
+            rows = (self._row(numbers) for numbers in found)
             self._found[key] = tuple(dict.fromkeys(rows))
         return self._found[key]
+
+    def _row(self, units: Sequence[int]) -> PackedRow:
+        """The samples of some units, laid end to end."""
+        examples = self.examples
+        samples = [i for unit in units for i in examples.units.samples(unit)]
+        parents = [
+            place - back if back else -1
+            for place, back in enumerate(examples.parents[samples].tolist())
+        ]
+        lengths = tuple(examples.lengths[samples].tolist())
+        return PackedRow(lengths, int(examples.supervised[samples].sum()), tuple(parents))
 
     def _sums(self, config: RunConfig, memory: RowMemory) -> tuple[Order, Ints]:
         """The packs of a run, and of each the keys of `memory` and what decides among equals."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from posttrain_dist.engine import Single
 from posttrain_dist.models.architectures.known import KEEPS_ROWS
+from posttrain_dist.objectives.reference_choice import Reference
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.make_job import cpu_multiplies_bfloat16
 from posttrain_dist.planner.memory.adapters.rows import embedded_row, extended
@@ -21,12 +22,12 @@ from posttrain_dist.planner.memory.layers.ends import (
     batch_bytes,
     causal_buffer_bytes,
     embed,
-    head_loss,
     num_targets,
     per_layer_inputs,
     rotary,
 )
 from posttrain_dist.planner.memory.layers.features import features_of
+from posttrain_dist.planner.memory.layers.head import head_logprob, head_loss, head_score
 from posttrain_dist.planner.memory.layers.layer import run_layer, window_of
 from posttrain_dist.planner.memory.layers.parts import norm
 from posttrain_dist.planner.memory.layers.repeated import run_layers
@@ -34,6 +35,8 @@ from posttrain_dist.planner.memory.ledger import Ledger
 from posttrain_dist.planner.memory.operations import WIDE, dropout, scale, take_rows
 from posttrain_dist.planner.memory.parameters import trained_parameters
 from posttrain_dist.planner.memory.startup import check_parity
+from posttrain_dist.planner.objective.objective_facts import HeadKind
+from posttrain_dist.planner.objective.reference_passes import reference_job, second_model_bytes
 from posttrain_dist.planner.plan import Item, Phase, PhaseName
 
 if TYPE_CHECKING:
@@ -53,7 +56,7 @@ def device_phases(job: Job) -> tuple[Phase, ...]:
 
 def _with_found(job: Job, row: PackedRow) -> Job:
     share = min(1.0, row.supervised / sum(row.lengths))
-    return replace(job.with_row(row.lengths), supervised_share=share)
+    return replace(job.with_row(row.lengths, row.parents), supervised_share=share)
 
 
 def _peak(phases: tuple[Phase, ...]) -> int:
@@ -71,11 +74,21 @@ def _phases_of_row(job: Job, heldout: Job) -> tuple[Phase, ...]:
         engine.load()
         ledger.allocate(Item.weights, causal_buffer_bytes(job))
         ledger.allocate(Item.workspace, _cublas_bytes(job))
+        if job.objective.reference is Reference.frozen:
+            ledger.allocate(Item.reference_model, second_model_bytes(job))
         run.check()
+    passes = _reference_passes(job, ledger, run)
+    if job.objective.precomputes:
+        with ledger.phase(PhaseName.reference):
+            copy = ledger.allocate(Item.reference_model, second_model_bytes(job))
+            for each in passes:
+                each.evaluate(PhaseName.reference)
+            ledger.release(copy)
+        passes = [run] if job.objective.old_logprob else []
     if job.evaluates:
         evaluation.evaluate()
     for most in _UPDATES:
-        run.update(min(most, job.accumulation))
+        run.update(min(most, job.accumulation), passes)
     if job.evaluates:
         evaluation.evaluate()
     with ledger.phase(PhaseName.save):
@@ -83,6 +96,16 @@ def _phases_of_row(job: Job, heldout: Job) -> tuple[Phase, ...]:
     with ledger.phase(PhaseName.export):
         engine.export()
     return ledger.phases()
+
+
+def _reference_passes(job: Job, ledger: Ledger, run: _Run) -> list[_Run]:
+    """The models that fill fields of a batch before its loss."""
+    found = [run] if job.objective.policy_passes or job.objective.precomputes else []
+    other = reference_job(job) if job.objective.has_second_model else None
+    if other is None:
+        return found
+    second = _Run(extended(other), ledger, SingleMemory(other, ledger), frozenset())
+    return [*(found if job.objective.old_logprob else []), second]
 
 
 def state_bytes(job: Job) -> int:
@@ -94,6 +117,8 @@ def state_bytes(job: Job) -> int:
     engine = make_engine_memory(job, ledger)
     with ledger.phase(PhaseName.load):
         engine.load()
+        if job.objective.reference is Reference.frozen:
+            ledger.allocate(Item.reference_model, second_model_bytes(job))
     with ledger.phase(PhaseName.update):
         engine.update()
     return max(phase.allocated_bytes for phase in ledger.phases())
@@ -128,11 +153,17 @@ class _Run:
         self._job, self._ledger, self._engine, self._trained = job, ledger, engine, trained
         self._trained_of_layers = _by_layer(job, trained)
 
-    def update(self, num_batches: int) -> None:
-        """Micro-batches of an update, and the optimizer step."""
+    def update(self, num_batches: int, passes: Sequence[_Run] = ()) -> None:
+        """Micro-batches of an update, and the optimizer step.
+
+        Args:
+            passes: of models that fill fields of each micro-batch before them.
+        """
         job, ledger = self._job, self._ledger
         # Those of this update, and of the next one, which is fetched meanwhile.
         batches = ledger.allocate(Item.batch, 2 * job.accumulation * batch_bytes(job))
+        for each in passes:
+            each.evaluate(PhaseName.reference)
         for i in range(num_batches):
             last = i == num_batches - 1
             graph = self._graph(recording=True)
@@ -148,15 +179,17 @@ class _Run:
             self._engine.update()
         ledger.release(batches)
 
-    def evaluate(self) -> None:
+    def evaluate(self, phase: PhaseName = PhaseName.evaluate) -> None:
         """One row without gradients."""
-        with self._ledger.phase(PhaseName.evaluate):
+        with self._ledger.phase(phase):
             batch = self._ledger.allocate(Item.batch, batch_bytes(self._job))
             self._forward(self._graph(recording=False))
             self._ledger.release(batch)
 
     def check(self) -> None:
         """The head beside its reference, before the first step."""
+        if self._job.objective.head is HeadKind.score:
+            return  # no fused operation
         graph = self._graph(recording=False)
         hidden = self._backbone(graph, num_targets(self._job))
         graph.kept.clear()
@@ -172,6 +205,7 @@ class _Run:
             recording=recording,
         )
         graph.training = recording
+        graph.drops = recording and not self._job.objective.no_dropout
         return graph
 
     def _forward(self, graph: Graph) -> Value:
@@ -180,7 +214,10 @@ class _Run:
         hidden = self._backbone(graph, num_rows)
         hidden = graph.part(hidden, hidden.num_bytes)  # row 0 of the output
         name, fast = self._head_name, self._multiplies_fast
-        return head_loss(graph, job, hidden, name, num_rows, fast=fast)
+        if job.objective.head is HeadKind.score:
+            return head_score(graph, hidden, name, num_rows)
+        run = head_loss if job.objective.head is HeadKind.loss else head_logprob
+        return run(graph, job, hidden, name, num_rows, fast=fast)
 
     @property
     def _head_name(self) -> str:

@@ -9,17 +9,19 @@ step      forward and backward of every micro-batch, what nothing hides, and the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.engine.ds_tuning import LARGEST_LEAF_ELEMENTS
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.disk import checkpoint_bytes
+from posttrain_dist.planner.objective.reference_passes import forgets_order, reference_job
 from posttrain_dist.planner.plan import Speed
 from posttrain_dist.planner.speed.intervals import checkpoint_interval, effective_share
 from posttrain_dist.planner.speed.rates import LAUNCH_S, WAITING, Rates, num_nodes, rates_of
 from posttrain_dist.planner.speed.traffic import traffic_bytes
 from posttrain_dist.planner.speed.transfers import Transfers, transfers
-from posttrain_dist.planner.speed.work import Work, micro_batch, model_flops
+from posttrain_dist.planner.speed.work import MicroBatch, Work, alone, micro_batch, model_flops
 
 BILLION = 10**9
 _HIDDEN_COST = 0.25  # of what runs beside products
@@ -73,6 +75,8 @@ def speed_of(job: Job) -> Speed:
         checkpoint_s=checkpoint_s,
         checkpoint_every_s=interval_s,
         effective_share=effective_share(interval_s, checkpoint_s, failure_s, restart_s),
+        reference_s=reference_pass_s(job),
+        reference_tokens=job.data_tokens if job.objective.precomputes else None,
     )
 
 
@@ -90,10 +94,13 @@ def step_time(job: Job) -> StepTime:
         return num_bytes / rates.collective + messages if num_bytes else 0.0
 
     hooks = _hooks_s(job)
-    forward = _Pass.of(batch.forward, rates, network_s(sent.forward), hooks)
-    backward = _Pass.of(batch.backward, rates, network_s(sent.backward), hooks)
-    last = _Pass.of(batch.backward, rates, network_s(sent.last_backward), hooks)
+    of = partial(_Pass.of, rates=rates, hooks_s=hooks, hides=not forgets_order(job))
+    forward = of(batch.forward, network_s=network_s(sent.forward))
+    backward = of(batch.backward, network_s=network_s(sent.backward))
+    last = of(batch.backward, network_s=network_s(sent.last_backward))
     passes = again * forward.seconds + (again - 1) * backward.seconds + last.seconds
+    references = _references_s(job, batch, rates, network_s(sent.forward))
+    passes += again * references
     # Copies to the host and back run beside the passes as collectives do.
     host_s = sent.host / rates.host_link
     shown = max(0.0, host_s - passes) + _HIDDEN_COST * min(host_s, passes)
@@ -103,6 +110,7 @@ def step_time(job: Job) -> StepTime:
     first = (forward.network_s + backward.network_s) / max(1, layers) * again
     step_s = passes * _waiting(job) + shown + first + gathered + update_s + on_host_s
     terms = {
+        "reference": again * references,
         "compute": again * (forward.compute_s + last.compute_s),
         "memory": again * (forward.memory_s + last.memory_s),
         "kernel starts": again * (forward.start_s + last.start_s),
@@ -116,23 +124,53 @@ def step_time(job: Job) -> StepTime:
     return StepTime(step_s, {name: seconds for name, seconds in terms.items() if seconds})
 
 
+def _references_s(job: Job, batch: MicroBatch, rates: Rates, gathering_s: float) -> float:
+    """Of the forwards without gradients of one micro-batch; weights of the policy are gathered."""
+    own, total = job.objective.policy_passes, 0.0
+    for i, work in enumerate(batch.passes):
+        network_s, hooks_s = (gathering_s, _hooks_s(job)) if i < own else (0.0, 0.0)
+        total += _Pass.of(work, rates, network_s, hooks_s).seconds
+    return total
+
+
+def reference_pass_s(job: Job) -> float:
+    """Of the pass over all samples before step 1, all ranks at once; 0: there is none.
+
+    Where the data is not known, it is of a billion tokens.
+    """
+    other = reference_job(job) if job.objective.precomputes else None
+    if other is None:
+        return 0.0
+    gathers = isinstance(job.engine, DeepSpeed) and job.engine.stage == 3
+    sent = transfers(job).forward if gathers and not job.objective.has_second_model else 0.0
+    rates = rates_of(job)
+    seconds = _Pass.of(alone(other), rates, sent / rates.collective, 0.0).seconds
+    rows = (job.data_tokens or BILLION) / (job.row_tokens * job.workers)
+    return rows * seconds
+
+
 @dataclass(frozen=True, slots=True)
 class _Pass:
     compute_s: float
     memory_s: float
     start_s: float
     network_s: float
+    hides: bool = True  # what is sent goes beside the work
 
     @classmethod
-    def of(cls, work: Work, rates: Rates, network_s: float, hooks_s: float) -> _Pass:
+    def of(
+        cls, work: Work, rates: Rates, network_s: float, hooks_s: float, *, hides: bool = True
+    ) -> _Pass:
         compute_s = work.products / rates.products + work.attention / rates.attention
         starts_s = work.kernels * LAUNCH_S + hooks_s
-        return cls(compute_s, work.moved / rates.memory, starts_s, network_s)
+        return cls(compute_s, work.moved / rates.memory, starts_s, network_s, hides)
 
     @property
     def seconds(self) -> float:
         """Of the pass, with what cannot hide."""
         device_s = max(self.compute_s + self.memory_s, self.start_s)
+        if not self.hides:
+            return device_s + self.network_s
         hidden_s = min(device_s, self.network_s)
         return max(device_s, self.network_s) + _HIDDEN_COST * hidden_s
 

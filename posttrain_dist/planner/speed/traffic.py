@@ -46,8 +46,9 @@ def _between_ranks(job: Job, stage: int, ring: float, gradients: int) -> dict[st
     settings = zero_settings(job)
     gathered, again = _gathered_bytes(job, settings.param_persistence_threshold)
     scattered = 1 if settings.reduce_scatter else 2
+    forwards = 1 + job.objective.policy_passes
     return {
-        GATHER_FORWARD: round(ring * gathered * job.accumulation),
+        GATHER_FORWARD: round(ring * gathered * job.accumulation * forwards),
         GATHER_BACKWARD: round(ring * again * job.accumulation),
         REDUCE: round(scattered * ring * gradients * job.accumulation),
     }

@@ -28,7 +28,7 @@ class Transfers:
     """Bytes that one rank sends.
 
     Attributes:
-        forward: of one micro-batch, beside its forward; backward: beside its backward.
+        forward: of one micro-batch, beside each of its forwards; backward: beside its backward.
         last_backward: beside the backward before the update, in place of `backward`.
         update: after the last backward, to other ranks; host_update: to and from the host.
         host: beside all passes of a step, to and from the host.
@@ -55,7 +55,7 @@ def transfers(job: Job) -> Transfers:
     from_host, to_host = sent.get(FROM_HOST, 0), sent.get(TO_HOST, 0)
     kept = _checkpoints(job) * batches
     return Transfers(
-        forward=sent.get(GATHER_FORWARD, 0) / batches,
+        forward=sent.get(GATHER_FORWARD, 0) / (batches * (1 + job.objective.policy_passes)),
         backward=gathered + (reduced / batches if stage >= 2 else 0.0),
         last_backward=gathered + (reduced / batches if stage >= 2 else reduced),
         update=sent.get(GATHER_WEIGHTS, 0),

@@ -16,6 +16,8 @@ from posttrain_dist.models.network.tensors import Layer, Linear
 from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.adapters.placed import head_of, lora_targets, on_nf4
 from posttrain_dist.planner.memory.parameters import stored_parameters
+from posttrain_dist.planner.objective.objective_facts import HeadKind
+from posttrain_dist.planner.objective.reference_passes import reference_job
 from posttrain_dist.planner.plan import Item
 from posttrain_dist.tuning.full import Full
 from posttrain_dist.tuning.lora import Lora
@@ -65,15 +67,22 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Of one micro-batch: what forward does, and what backward, with what it runs again."""
+    """Of one micro-batch: what forward does, and what backward, with what it runs again.
+
+    Attributes:
+        passes: forwards without gradients, of a reference or of the policy before the update.
+    """
 
     forward: Work
     backward: Work
+    passes: tuple[Work, ...] = ()
 
 
 def micro_batch(job: Job) -> MicroBatch:
     """The work of a micro-batch of `job.row_tokens` tokens."""
     forward, backward = _outside(job)
+    head, head_backward = _head(job)
+    forward, backward = forward + head, backward + head_backward
     last = len(job.network.layers) - 1
     # Layers that are alike are counted once.
     kinds = Counter(
@@ -90,10 +99,26 @@ def micro_batch(job: Job) -> MicroBatch:
             backward += once.times(count)
     adapters = _adapters(job)
     recomputed = job.recomputed_layers / max(1, len(job.network.layers))
+    facts, other = job.objective, reference_job(job)
+    passes = [alone(job)] if facts.old_logprob else []
+    if other is not None and not facts.precomputes:
+        passes.append(alone(other))
     return MicroBatch(
         forward + adapters,
         backward + adapters.times(_BACKWARD + recomputed),
+        tuple(passes),
     )
+
+
+def alone(job: Job) -> Work:
+    """A forward of the micro-batch without gradients."""
+    work = _outside(job)[0] + _head_pass(job, 1)
+    last = len(job.network.layers) - 1
+    windows = zip(job.network.layers, job.network.shape.window_L, strict=True)
+    kinds = Counter((layer, window, i == last) for i, (layer, window) in enumerate(windows))
+    for (layer, window, is_last), count in kinds.items():
+        work += _forward(job, layer, window, is_last).times(count)
+    return work + _adapters(job)
 
 
 def keys_seen(sample_tokens: int, window: int | None) -> float:
@@ -101,6 +126,18 @@ def keys_seen(sample_tokens: int, window: int | None) -> float:
     if window is None or window >= sample_tokens:
         return (sample_tokens + 1) / 2
     return window - window * (window - 1) / (2 * sample_tokens)
+
+
+def row_keys(job: Job, window: int | None) -> float:
+    """Mean number of keys that a token of the row attends to, of samples it follows too."""
+    if not any(job.row_before):
+        return keys_seen(job.sample_tokens, window)
+
+    def up_to(tokens: int) -> float:
+        return tokens * keys_seen(tokens, window) if tokens else 0.0
+
+    rows = zip(job.row_before, job.row_lengths, strict=True)
+    return sum(up_to(before + n) - up_to(before) for before, n in rows) / job.row_tokens
 
 
 def model_flops(job: Job) -> float:
@@ -112,7 +149,7 @@ def model_flops(job: Job) -> float:
     tables = sum(t.size for t in job.network.before if len(t.shape) == 2)
     head = shape.vocab_size * shape.hidden_size if shape.tied else 0
     weights = job.network.num_parameters - tables + head
-    keys = sum(keys_seen(job.sample_tokens, window) for window in shape.window_L)
+    keys = sum(row_keys(job, window) for window in shape.window_L)
     width = shape.widest_head + shape.value_head_dim
     of_each = 6.0 if job.tuning.whole_model else 4.0
     return of_each * weights + 3 * 2 * keys * shape.num_heads * width
@@ -129,7 +166,7 @@ def _forward(job: Job, layer: Layer, window: int | None, is_last: bool) -> Work:
         for linear in layer.linears
     )
     eager = job.attention == "eager"
-    keys = float(job.sample_tokens) if eager else keys_seen(job.sample_tokens, window)
+    keys = float(job.sample_tokens) if eager else row_keys(job, window)
     width = shape.widest_head + shape.value_head_dim
     attention = 2.0 * tokens * keys * shape.num_heads * width
     moved = tokens * value * _elementwise(job, layer, is_last)
@@ -195,18 +232,36 @@ def _dequantised(job: Job, layer: Layer) -> float:
 
 
 def _outside(job: Job) -> tuple[Work, Work]:
-    """Embedding and head. The head's gradients are made in forward, chunk by chunk."""
+    """Embedding, forward and backward."""
     shape, value, tokens = job.network.shape, job.value_bytes, job.row_tokens
+    embedding = 2.0 * tokens * shape.hidden_size * value
     full = isinstance(job.tuning, Full)
-    supervised = tokens * job.supervised_share
+    table = 3.0 * value * shape.vocab_size * shape.hidden_size if full else 0.0
+    return Work(0.0, 0.0, embedding, 10), Work(0.0, 0.0, embedding + table, 10)
+
+
+def _head(job: Job) -> tuple[Work, Work]:
+    """The head, forward and backward.
+
+    A loss makes its gradients in forward, chunk by chunk. Log-probabilities do so too where the
+    weight is frozen; else backward makes the logits again.
+    """
+    full = isinstance(job.tuning, Full)
+    if full and job.objective.head is HeadKind.logprob:
+        return _head_pass(job, 1), _head_pass(job, 3)
+    return _head_pass(job, 3 if full else 2), Work()
+
+
+def _head_pass(job: Job, products: int) -> Work:
+    """So many products of targets with the head's weight, and what goes over the logits."""
+    if job.objective.head is HeadKind.score:
+        return Work()
+    shape = job.network.shape
+    supervised = job.row_tokens * job.supervised_share
     weight = head_of(job.network)
     size = weight.size if weight is not None else shape.vocab_size * shape.hidden_size
-    logits = supervised * shape.vocab_size * value
-    passes = 3 if full else 2
-    embedding = 2.0 * tokens * shape.hidden_size * value
-    forward = Work(2.0 * passes * supervised * size, 0.0, 5 * logits + embedding, 20)
-    table = 3.0 * value * shape.vocab_size * shape.hidden_size if full else 0.0
-    return forward, Work(0.0, 0.0, embedding + table, 10)
+    logits = supervised * shape.vocab_size * job.value_bytes
+    return Work(2.0 * products * supervised * size, 0.0, (5 if products > 1 else 2) * logits, 10)
 
 
 def _adapters(job: Job) -> Work:

@@ -202,9 +202,20 @@ def speed_lines(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
             f" of each {device_word(plan)})" + mfu_text(plan),
         ),
         (of if tokens else f"per {of}", hours),
+        *_reference_lines(speed),
         ("checkpoints", f"best every {every}; one takes {write}"),
         ("effective time", f"{numbers.share(speed['effective_share'])}, failures counted"),
     ]
+
+
+def _reference_lines(speed: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The pass of the reference before step 1, if there is one."""
+    if not speed.get("reference_s"):
+        return []
+    tokens = speed["reference_tokens"]
+    of = f"for {numbers.billions(tokens or BILLION)} tokens"
+    text = f"{seconds_text(speed['reference_s'])} {of if tokens else f'{of} of data'}"
+    return [("reference, before step 1", text)]
 
 
 def mfu_text(plan: Mapping[str, Any]) -> str:
@@ -218,6 +229,8 @@ def storage_lines(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("checkpoint on disk", numbers.memory(plan["checkpoint_bytes"])),
         ("export on disk", numbers.memory(plan["export_bytes"])),
     ]
+    if plan.get("reference_bytes"):
+        found.append(("reference on disk", numbers.memory(plan["reference_bytes"])))
     traffic = {name: size for name, size in plan["speed"]["traffic_bytes"].items() if size}
     if traffic:
         parts = [f"{name} {numbers.memory(size)}" for name, size in traffic.items()]

@@ -39,7 +39,7 @@ def low_rank(graph: Graph, job: Job, linear: Linear, name: str, x: Value) -> Val
 
 def dropout(graph: Graph, job: Job, x: Value) -> Value:
     """On a GPU a byte for each number is kept, on a CPU the factor itself."""
-    if not graph.training:
+    if not graph.drops:
         return graph.view(x)
     mask = x.num_bytes // job.value_bytes if job.on_gpu else x.num_bytes
     if graph.recording and x.needs_grad:

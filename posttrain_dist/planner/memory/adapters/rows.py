@@ -28,7 +28,10 @@ def extended(job: Job) -> Job:
     extra, copies = job.tuning.inserted_tokens, job.tuning.copies
     if not extra and copies == 1:
         return job
-    longer = job.with_row([length + extra for length in job.row_lengths] * copies)
+    size, roots = len(job.row_lengths), job.row_parents
+    lengths = [n + extra * (parent < 0) for n, parent in zip(job.row_lengths, roots, strict=True)]
+    parents = [p if p < 0 else p + size * copy for copy in range(copies) for p in roots]
+    longer = job.with_row(lengths * copies, parents)
     share = job.supervised_share * job.row_tokens * copies / longer.row_tokens
     return replace(longer, supervised_share=share)
 
@@ -59,7 +62,7 @@ def _with_vectors(graph: Graph, job: Job, words: Value) -> Value:
     graph.item, before = Item.virtual_tokens, graph.item
     vectors = _vectors(graph, job)
     wide = cast(graph, vectors, WIDE)
-    virtual = len(job.row_lengths) * job.tuning.inserted_tokens
+    virtual = job.row_roots * job.tuning.inserted_tokens
     num_bytes = virtual * (words.size // job.row_tokens) * WIDE
     taken = graph.op((wide,), num_bytes, saves_bytes=_ID_BYTES * virtual, width=WIDE)
     taken = cast(graph, taken, words.width)

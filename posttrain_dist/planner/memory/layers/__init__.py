@@ -6,5 +6,6 @@ row_attention.py  queries, keys, values of one row -> what they attend to
 parts.py          norms, attention block and MLP of a layer
 layer.py          run_layer: one decoder layer
 repeated.py       all layers: of equal ones the first and the last are replayed
-ends.py           what stands before the layers and behind them: embedding, head and loss
+ends.py           what stands before the layers: the batch, embeddings, positions
+head.py           behind them: the loss of the head, log-probabilities, scores
 """
