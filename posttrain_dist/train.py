@@ -110,7 +110,6 @@ def training(
         draw = figure_writer(run_folder, data.channels, config.objective)
         evaluate = Evaluate(engine, held, config.objective, eval_meter, every, draw)
         rate = partial(learning_rate, config.optimizer, total_steps=steps)  # type: ignore[arg-type]
-        update_check = make_update_check(config, engine, policy, rate, start)
         Rehearsal(config, run_folder, engine, batches, held, meter, manifest).run(start, steps)
         export = RunExport(config, run_folder, manifest, data.served, partial(notify, run_folder))
         facts = model_facts(config, policy, source)
@@ -132,7 +131,7 @@ def training(
                 hooks=(
                     evaluate,
                     log,
-                    update_check,
+                    make_update_check(config, engine, policy, rate, start),
                     RehearseExport(export, engine.full_tensors),
                     Save(config, run_folder, engine, manifest, log),
                     EndOnNonfinite(run_folder),
