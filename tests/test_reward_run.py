@@ -30,6 +30,7 @@ from posttrain_dist.objectives.sft import Sft
 from posttrain_dist.preflight import check_inputs
 from posttrain_dist.prepare import prepare
 from posttrain_dist.train import train
+from posttrain_dist.tuning.base import Quantize
 from posttrain_dist.tuning.full import Full
 from posttrain_dist.tuning.lora import Lora
 
@@ -256,3 +257,38 @@ def test_every_zero_stage_trains_the_same_reward_model(config, lora, tmp_path, r
         assert first.keys() == second.keys()
         for name in first:
             torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_base_in_nf4_new_tokens_and_an_adapter_of_sft_become_reward_models(
+    config, nf4_llama, tmp_path
+):
+    """Each of its own: the head is there, it is trained, and what was added is kept."""
+    few = replace(
+        config,
+        model=ModelConfig(path=str(nf4_llama)),
+        train=replace(config.train, steps=4, save_every=None),
+    )
+    nf4 = Lora(rank=4, quantize=Quantize.nf4)
+    quantized = make(complete(replace(few, tuning=nf4)), tmp_path / "nf4", heldout=4)
+    tensors = load_file(quantized / "adapter" / "adapter_model.safetensors")
+    assert tensors["base_model.model.score.weight"].shape == (1, 64)
+    merged = merge_checkpoint(quantized, tmp_path / "merged")
+    found = load_file(merged / "model.safetensors")["score.weight"]
+    assert torch.equal(found, tensors["base_model.model.score.weight"])
+
+    sft = complete(replace(few, objective=Sft(), tuning=Lora(rank=4)))
+    folder = tmp_path / "sft"
+    folder.mkdir()
+    prepare(sft, folder / "prepared")
+    train(sft, folder)
+    tokens = ModelConfig(path=str(nf4_llama))
+    goes_on = replace(few, model=tokens, tuning=Lora(rank=4, init_from=str(folder / "adapter")))
+    check_inputs(complete(goes_on))
+    make(complete(goes_on), tmp_path / "on", heldout=4)
+
+    grown = replace(few, model=replace(few.model, add_tokens=["<|better|>"]), tuning=Lora(rank=4))
+    made = make(complete(grown), tmp_path / "grown", heldout=4)
+    saved = json.loads((made / "adapter" / "adapter_config.json").read_text())
+    assert saved["task_type"] == "SEQ_CLS" and saved["modules_to_save"] == ["score"]
+    assert list(saved["trainable_token_indices"]) == ["model.embed_tokens"]
