@@ -18,8 +18,10 @@ from posttrain_dist.data.packs.collate import collate
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.engine import AdamW, DeepSpeed
 from posttrain_dist.errors import ConfigError, ModelError
+from posttrain_dist.evaluation.heldout import evaluate
 from posttrain_dist.export import export_checkpoint
 from posttrain_dist.files import read_rows
+from posttrain_dist.generation.local_folder import load_model as load_to_generate
 from posttrain_dist.merge import merge_checkpoint
 from posttrain_dist.metrics import LoggingConfig, WandbMode
 from posttrain_dist.models import Checkpointing
@@ -164,6 +166,12 @@ def test_a_reward_model_is_trained_on_and_answers_nothing(full, config, tmp_path
     assert torch.equal(drawn.score.weight, load_file(export / "model.safetensors")["score.weight"])
     with pytest.raises(ModelError, match="is a reward model"):
         check_inputs(replace(config, model=model, objective=Sft()))
+    with pytest.raises(ModelError, match="is a reward model"):
+        load_to_generate(export)
+    measured = evaluate(complete(replace(config, model=model)), full / "prepared")
+    last = read_rows(full / "metrics.jsonl")[-1]
+    assert measured["loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
+    assert measured["accuracy"] == last["eval_reward/accuracy"]
     network = json.loads((export / "config.json").read_text())
     network["id2label"] = {"0": "a", "1": "b"}
     (tmp_path / "config.json").write_text(json.dumps(network))
