@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from posttrain_dist.config.run_config import RunConfig
+from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.errors import ConfigError, Rule
 from posttrain_dist.models.folder import check_folder, load_tokenizer, read_shape, resolve
 from posttrain_dist.objectives.reference_choice import Reference, Referenced
@@ -76,6 +77,8 @@ def reference_rules(config: RunConfig) -> list[Rule]:
     off = objective.reference is Reference.adapter_off
     unrestorable = _unrestorable(config)
     continued = getattr(tuning, "init_from", None)
+    frozen = objective.reference is Reference.frozen
+    stage3 = isinstance(config.engine, DeepSpeed) and config.engine.stage == 3
     return [
         Rule(
             not (off and unrestorable),
@@ -92,6 +95,12 @@ def reference_rules(config: RunConfig) -> list[Rule]:
             "leave it out: with objective.reference=auto the reference is what training starts "
             "with, that adapter as it is now; objective.reference=adapter_off is the base without "
             "it",
+        ),
+        Rule(
+            not (frozen and stage3),
+            _KEY,
+            "is frozen, and with ZeRO-3 each rank would hold all of the second copy",
+            "use objective.reference=precomputed, which needs no second copy while it trains",
         ),
         Rule(
             tuning.copies == 1,
@@ -130,9 +139,8 @@ def check_named_reference(config: RunConfig) -> None:
     own_ids = _ids(resolve(config.model.path), config.model.add_tokens)
     ids = _ids(named, ())
     if ids != own_ids:
-        every = {**ids, **own_ids}
-        differ = [token for token in every if ids.get(token) != own_ids.get(token)]
-        differ.sort(key=lambda token: (every[token], token))
+        tokens = sorted({**own_ids, **ids}, key=lambda token: own_ids.get(token, ids.get(token, 0)))
+        differ = [token for token in tokens if ids.get(token) != own_ids.get(token)]
         raise ConfigError(
             f"{named} has another tokenizer than the policy: {len(differ)} tokens differ, such as "
             f"{differ[0]!r}, {_said(own_ids.get(differ[0]))} of the policy and "
