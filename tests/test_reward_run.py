@@ -235,6 +235,53 @@ def test_packed_scores_equal_those_of_the_folder(full):
     )
 
 
+def test_the_text_that_the_card_scores_is_that_of_training(tmp_path, builders):
+    """Real rows, and a template that writes a line break behind the end of every turn."""
+    import transformers
+
+    model = builders.model(tmp_path / "model")
+    template = (model / "chat_template.jinja").read_text(encoding="utf-8")
+    broken = template.replace("<|end|>", "<|end|>\n")
+    assert broken != template
+    (model / "chat_template.jinja").write_text(broken, encoding="utf-8")
+    rows = [
+        {"prompt": f"name {i}", "chosen": f"good {i}", "rejected": f"worse {i} {i}", "task_type": t}
+        for i, t in enumerate(("a", "b") * 12)
+    ]
+    data = DataConfig(train=str(builders.write(tmp_path / "rows.jsonl", rows)), max_length=64)
+    config = complete(
+        RunConfig(
+            model=ModelConfig(path=str(model)),
+            data=replace(data, eval_fraction=0.25),
+            objective=Reward(),
+            train=TrainConfig(steps=2, batch_size=2, dtype=Dtype.float32),
+            logging=LoggingConfig(wandb=WandbMode.off),
+        )
+    )
+    prepare(config, tmp_path / "run" / "prepared")
+    train(config, tmp_path / "run")
+    export = tmp_path / "run" / "export"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(export)
+    code = (export / "README.md").read_text(encoding="utf-8").split("```python\n")[1]
+    code = code.split("```")[0].replace("<this folder>", str(export))
+    tokens = conversations(tmp_path / "run")
+    texts = {tokenizer.decode(ids) for ids in tokens}
+    asked = [
+        [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[answer]}]
+        for row in rows
+        for answer in ("chosen", "rejected")
+    ]
+    known = {"conversations": asked}
+    exec(code, known)  # the lines of the card, as one would paste them
+    assert texts <= set(known["texts"]) and len(texts) == len(tokens) > 4
+    by_text = dict(zip(known["texts"], known["rewards"].tolist(), strict=True))
+    found = scores(reload(export), tokens).tolist()
+    assert [by_text[tokenizer.decode(ids)] for ids in tokens] == pytest.approx(found, abs=1e-5)
+    margins = torch.tensor(found)[0::2] - torch.tensor(found)[1::2]
+    last = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert last["eval_reward/margin"] == pytest.approx(float(margins.mean()), abs=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_every_zero_stage_trains_the_same_reward_model(config, lora, tmp_path, run_workers, world):
