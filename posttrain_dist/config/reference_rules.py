@@ -139,7 +139,8 @@ def check_named_reference(config: RunConfig) -> None:
     own_ids = _ids(resolve(config.model.path), config.model.add_tokens)
     ids = _ids(named, ())
     if ids != own_ids:
-        differ = [token for token in {**own_ids, **ids} if ids.get(token) != own_ids.get(token)]
+        tokens = sorted({**own_ids, **ids}, key=lambda token: own_ids.get(token, ids.get(token, 0)))
+        differ = [token for token in tokens if ids.get(token) != own_ids.get(token)]
         raise ConfigError(
             f"{named} has another tokenizer than the policy: {len(differ)} tokens differ, such as "
             f"{differ[0]!r}, {_said(own_ids.get(differ[0]))} of the policy and "
