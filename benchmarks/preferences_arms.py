@@ -1,4 +1,4 @@
-"""One arm of preferences_trl.py, a process of its own: it trains a step of pairs a line of stdin.
+"""One arm of preferences_trl.py in a process of its own: a line of stdin is a step of pairs.
 
     python benchmarks/preferences_arms.py <folder> <arm>
 
@@ -51,6 +51,12 @@ def make_pairs(sizes: Sizes, kind: str, steps: int, seed: int = 0) -> list[list[
     return [[pair() for _ in range(sizes.samples)] for _ in range(steps)]
 
 
+def tokens_of(step: list[Pair]) -> int:
+    """Real tokens of a step, with each prompt twice."""
+    both = ("chosen_ids", "rejected_ids")
+    return sum(len(pair["prompt_ids"]) + len(pair[key]) for pair in step for key in both)
+
+
 def counts(steps: list[list[Pair]]) -> dict[str, float]:
     """Tokens of a step, each prompt twice as peers have it, and what of it padding and sharing are.
 
@@ -62,7 +68,7 @@ def counts(steps: list[list[Pair]]) -> dict[str, float]:
         [len(p["prompt_ids"]) + len(p[key]) for p in step for key in ("chosen_ids", "rejected_ids")]
         for step in steps
     ]
-    tokens = sum(map(sum, rows))
+    tokens = sum(map(tokens_of, steps))
     prompts = sum(len(p["prompt_ids"]) for step in steps for p in step)
     padded = sum(len(row) * max(row) for row in rows)
     return {

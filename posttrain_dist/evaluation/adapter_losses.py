@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from posttrain_dist.flow import Batch, Loss
     from posttrain_dist.models.policy import Policy
+    from posttrain_dist.objectives.base import Objective
 
 _log = logging.getLogger(__name__)
 
@@ -202,15 +203,17 @@ class HeldOut:
         objective = self.config.objective
         meter = ChannelMeter(self.channels, objective, self.device)
         table = evaluate(_Forward(policy, self.device), self.batches(), objective, meter)
-        return result_of(meter.eval_metrics(table))
+        return result_of(meter.eval_metrics(table), objective)
 
 
-def result_of(metrics: Mapping[str, float]) -> dict[str, Any]:
+def result_of(metrics: Mapping[str, float], objective: Objective) -> dict[str, Any]:
     """Metrics of an evaluation, as `heldout.evaluate` returns them."""
     prefix = "eval_channel_loss/"
+    of_tokens = any(column.name == "correct" for column in objective.columns)
+    accuracy = "eval/accuracy" if of_tokens else f"eval_{objective.name}/accuracy"
     return {
         "loss": metrics["eval/loss"],
-        "accuracy": metrics["eval/accuracy"],
+        "accuracy": metrics[accuracy],
         "channels": {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)},
     }
 

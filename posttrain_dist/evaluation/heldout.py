@@ -16,8 +16,8 @@ def evaluate(config: RunConfig, prepared: Path) -> dict[str, Any]:
         prepared: the folder that `posttrain_dist.prepare.prepare` wrote.
 
     Returns:
-        {"loss": mean over supervised tokens, "accuracy": their top-1 share,
-        "channels": {name: loss}}.
+        {"loss": mean over supervised tokens, "accuracy": their top-1 share, "channels": {name:
+        loss}}; of an objective that compares answers, mean and share over comparisons.
     """
     from dataclasses import replace
 
@@ -26,7 +26,7 @@ def evaluate(config: RunConfig, prepared: Path) -> dict[str, Any]:
     from posttrain_dist.dist import Process
     from posttrain_dist.engine import Single
     from posttrain_dist.errors import ConfigError
-    from posttrain_dist.evaluation.adapter_losses import HeldOut
+    from posttrain_dist.evaluation.adapter_losses import HeldOut, result_of
     from posttrain_dist.flow import By
     from posttrain_dist.loop import evaluate as evaluate_batches
     from posttrain_dist.metrics.channels import ChannelMeter
@@ -55,10 +55,4 @@ def evaluate(config: RunConfig, prepared: Path) -> dict[str, Any]:
     batches = make_source(config, examples, Process(), mixed=False).eval_batches()
     meter = ChannelMeter(channels, config.objective, engine.device)
     metrics = meter.eval_metrics(evaluate_batches(engine, batches, config.objective, meter))
-    prefix, name = "eval_channel_loss/", config.objective.name
-    accuracy = f"eval_{name}/accuracy" if config.objective.own_rows else "eval/accuracy"
-    return {
-        "loss": metrics["eval/loss"],
-        "accuracy": metrics[accuracy],
-        "channels": {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)},
-    }
+    return result_of(metrics, config.objective)

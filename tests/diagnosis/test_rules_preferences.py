@@ -8,8 +8,16 @@ import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 from posttrain_dist.diagnosis.facts import ModelFacts
+from posttrain_dist.diagnosis.history import preferred_value
 from posttrain_dist.diagnosis.monitor import diagnose
+from posttrain_dist.metrics.channels import train_metrics
+from posttrain_dist.objectives.preference.dpo import Dpo
+from posttrain_dist.objectives.preference.kto import Kto
+from posttrain_dist.objectives.preference.orpo import Orpo
+from posttrain_dist.objectives.preference.simpo import Simpo
 
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("made_histories.py"))))
 training, only, falling, flat = made.training, made.only, made.falling, made.flat
@@ -46,6 +54,19 @@ def test_kto_and_losses_without_a_reference_are_watched_too() -> None:
         }
         rows = training(falling(math.log(2), 0.2), 120, **more)
         assert only("falling_chosen", diagnose(rows, facts=DPO)), objective
+
+
+def test_it_reads_what_the_objectives_log() -> None:
+    for objective, watched in (
+        (Dpo(), "chosen_logratio"),
+        (Kto(), "desirable_logratio"),
+        (Simpo(), "chosen_logprob"),
+        (Orpo(), "chosen_logprob"),
+    ):
+        sums = [6.0 if column.name == watched else 2.0 for column in objective.columns]
+        row = train_metrics(torch.tensor([sums], dtype=torch.float64), ["all"], objective)
+        assert preferred_value(row) == 3.0, objective.name
+    assert preferred_value({"train/loss": 1.0, "eval_dpo/chosen_tokens": 2.0}) is None
 
 
 def test_what_does_not_fall_is_none() -> None:

@@ -28,6 +28,8 @@ from posttrain_dist.models.policy import Policy
 from posttrain_dist.objectives.preference.dpo import Dpo
 from posttrain_dist.objectives.preference.kto import Kto
 from posttrain_dist.objectives.preference.loss_types import LossType
+from posttrain_dist.objectives.preference.orpo import Orpo
+from posttrain_dist.objectives.preference.simpo import Simpo
 from posttrain_dist.objectives.reference_choice import Referenced
 from posttrain_dist.objectives.sft import Sft
 
@@ -342,7 +344,10 @@ def test_kto_is_evaluated_about_the_z0_of_all_held_out_rows(policy, plain):
 
 def test_a_margin_that_a_loss_would_ignore_is_refused():
     batch = made.batch_of([made.unit(1, made.PAIR_WITH_MARGIN)])
-    Dpo().check_extra(batch)
+    for objective in (Dpo(), Simpo()):
+        objective.check_extra(batch)
+    with pytest.raises(DataError, match="margin, which orpo has no place for"):
+        Orpo().check_extra(batch)
     with pytest.raises(DataError, match=r"sample 101: has a margin, which ipo has no place for"):
         Dpo(loss_type=LossType.ipo).check_extra(batch)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from posttrain_dist.errors import DataError, Rule
+from posttrain_dist.errors import Rule
 from posttrain_dist.flow import Column, Extra
 from posttrain_dist.objectives.preference.loss_types import (
     WITH_DIVERGENCE,
@@ -139,23 +139,10 @@ class Dpo(PairObjective, Referenced):
             ),
         ]
 
-    def check_extra(self, batch: Batch) -> None:
-        """Also that no row has a margin that a loss would ignore.
-
-        Raises:
-            DataError: one has, or a declared field is missing.
-        """
-        PairObjective.check_extra(self, batch)
-        without = [each.name for each in self.weights if each not in WITH_MARGIN]
-        margin_S = batch.host_S["margin_S"]
-        if without and any(margin_S):
-            sample = next(batch.sample_id_S[i] for i, margin in enumerate(margin_S) if margin)
-            raise DataError(
-                f"has a margin, which {', '.join(without)} has no place for",
-                where=f"sample {sample}",
-                fix="leave the column out, or use objective.loss_type="
-                + ", ".join(each.name for each in WITH_MARGIN),
-            )
+    @property
+    def without_margin(self) -> str:
+        """The losses that a margin has no place in."""
+        return ", ".join(each.name for each in self.weights if each not in WITH_MARGIN)
 
     def compare(self, answers: Answers, pairs: Comparisons) -> Compared:
         """The weighted sum of the losses of each comparison."""

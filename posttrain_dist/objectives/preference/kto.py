@@ -121,8 +121,10 @@ class Kto(Referenced):
 
     def start_loss(self, batch: Batch) -> float | None:
         """The loss of a batch alone while policy and reference are equal: r and z0 are 0."""
+        from posttrain_dist.objectives.preference.compared_answers import ANSWER
+
         answers = zip(batch.host_S["role_S"], batch.host_S["value_S"], strict=True)
-        values = [value for role, value in answers if role == 0]
+        values = [value for role, value in answers if role == ANSWER]
         weights = [self.desirable_weight if v > 0 else self.undesirable_weight for v in values]
         return sum(weights) / (2 * len(weights)) if weights else None
 

@@ -26,6 +26,11 @@ class Orpo(PairObjective):
 
     beta: float = 0.1  # lambda of the paper
 
+    @property
+    def without_margin(self) -> str:
+        """Its own name: an odds ratio has no margin."""
+        return self.name
+
     def rules(self) -> list[Rule]:
         """Ranges."""
         return [beta_rule(self.beta)]

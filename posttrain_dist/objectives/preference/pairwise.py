@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from posttrain_dist.errors import Rule, at_least
+from posttrain_dist.errors import DataError, Rule, at_least
 from posttrain_dist.flow import By, Column, Extra, Loss
 from posttrain_dist.objectives.base import Objective
+from posttrain_dist.objectives.preference.loss_types import WITH_MARGIN
 from posttrain_dist.objectives.reference_choice import REF_LOGPROB
 
 if TYPE_CHECKING:
@@ -77,6 +78,28 @@ class PairObjective(Objective):
         """`sft_weight`, of those that have one."""
         return 0.0
 
+    @property
+    def without_margin(self) -> str:
+        """What of it a row's margin would be ignored by; empty: nothing."""
+        return ""
+
+    def check_extra(self, batch: Batch) -> None:
+        """Also that no row has a margin that would be ignored.
+
+        Raises:
+            DataError: one has, or a declared field is missing.
+        """
+        Objective.check_extra(self, batch)
+        margin_S = batch.host_S["margin_S"]
+        if self.without_margin and any(margin_S):
+            sample = next(batch.sample_id_S[i] for i, margin in enumerate(margin_S) if margin)
+            raise DataError(
+                f"has a margin, which {self.without_margin} has no place for",
+                where=f"sample {sample}",
+                fix="leave the column out, or use objective=simpo, or objective=dpo with loss_type="
+                + ", ".join(each.name for each in WITH_MARGIN),
+            )
+
     def count(self, batch: Batch) -> PairCount:
         """Comparisons, and tokens of the SFT term; both known on the host."""
         from posttrain_dist.objectives.preference.compared_answers import (
@@ -96,6 +119,8 @@ class PairObjective(Objective):
         self, hidden_ND: torch.Tensor, head: Head, batch: Batch, denominators: PairCount
     ) -> Loss:
         """The mean over comparisons, and the SFT term."""
+        import torch
+
         from posttrain_dist.objectives.preference import compared_answers as shared
 
         best = shared.best_answers(batch)
@@ -105,7 +130,7 @@ class PairObjective(Objective):
         answers = shared.answers_of(batch, found.logprob_N, reference_N)
         compared = self.compare(answers, pairs)
         device = batch.labels_N.device
-        best_B = shared.host_tensor(best, _int64(), device)
+        best_B = shared.host_tensor(best, torch.int64, device)
         nll_B = -answers.logprob_S[best_B]
         total = shared.divided((compared.loss_P * pairs.weight_P).sum(), denominators.comparisons)
         sft = shared.divided(nll_B.sum(), denominators.sft_tokens)
@@ -142,12 +167,6 @@ def _pair_columns(
     for name, of_S in (("logprob", logprob_S), ("reward", reward_S), ("tokens", answers.tokens_S)):
         values |= {f"chosen_{name}": of_S[better_P], f"rejected_{name}": of_S[worse_P]}
     return {name: value * pairs.weight_P for name, value in values.items()}
-
-
-def _int64() -> torch.dtype:
-    import torch
-
-    return torch.int64
 
 
 def sft_weight_rule(weight: float) -> Rule:
