@@ -42,6 +42,9 @@ encode             chat/encoder.py           Record -> Examples, whole or turn b
                    tokens/text_tokens.py     ... the tokens of a text, with their characters
                    chat/token_weights.py     ... character weights -> token weights
                    prepared/pieces.py        Example -> text for people, chat/turn_view.py by turns
+compare            compared/answer_encoder.py  Record -> tokens of its prompt and its answers
+                   compared/other_answers.py ... each with an answer to another prompt
+                   compared/answer_units.py  ... -> Examples: the prompt, the answers behind it
 prepare            (posttrain_dist.prepare)  all files -> the prepared folder, split and counted
                    prepared/arrays.py        Examples as flat arrays on disk, mapped by workers
                    prepared/trees.py         ... samples of a row that begin alike, as trees

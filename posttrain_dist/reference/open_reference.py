@@ -161,7 +161,7 @@ def _score_base(worker: Worker, batch: Batch) -> torch.Tensor:
 
 def _second_model(worker: Worker) -> SecondModel:
     channels = len(worker.data.channels)
-    return SecondModel(worker.config, worker.engine.device, worker.dtype, channels)
+    return SecondModel(worker.config, worker.process, worker.dtype, channels)
 
 
 def _precompute(worker: Worker, digest: str, source: PackedSource, steps: int) -> None:

@@ -14,7 +14,7 @@ from posttrain_dist.config import RunConfig
 from posttrain_dist.data import DataConfig, LongRows, OnBadRow, Supervise, Template, answer_rules
 from posttrain_dist.data.chat.rendering.served import Served
 from posttrain_dist.data.prepared.arrays import Examples
-from posttrain_dist.errors import DataError
+from posttrain_dist.errors import DataError, PosttrainError
 from posttrain_dist.models.folder import load_tokenizer, resolve
 from posttrain_dist.objectives.base import Objective, TokenLoss
 from posttrain_dist.prepare import prepare, row_encoder
@@ -174,6 +174,16 @@ def test_too_long_rows_are_counted_and_named(tmp_path: Path) -> None:
         if check["name"] == "truncated_target"
     )
     assert check["rows"] == [f"{path}:41"]
+
+
+def test_where_every_row_is_too_long_the_way_out_is_one_that_answers_have(tmp_path: Path) -> None:
+    path = str(rows_file(tmp_path))
+    with pytest.raises(DataError, match=r"30 of 40 rows are longer than data\.max_length") as cut:
+        prepare(config_of(tmp_path, Pairs(), train=path, max_length=26), tmp_path / "cut")
+    with pytest.raises(PosttrainError, match="leaves its answers no room") as full:
+        prepare(config_of(tmp_path, Pairs(), train=path, max_length=9), tmp_path / "full")
+    for refused in (cut.value, full.value):
+        assert "raise data.max_length" in str(refused) and "split" not in str(refused)
 
 
 def test_rows_that_compare_nothing_are_refused_or_counted(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from preference_runs import pairs_config, write_pairs
 from posttrain_dist.config import (
     AdamW,
     Bottleneck,
-    DeepSpeed,
     Full,
     Ia3,
     Lora,
@@ -31,7 +30,7 @@ from posttrain_dist.together.compatible import check_together
 from posttrain_dist.tuning.auto import AutoTuning
 from posttrain_dist.tuning.lora import LoraInit
 
-OFF, PRECOMPUTED, FROZEN = Reference.adapter_off, Reference.precomputed, Reference.frozen
+OFF, PRECOMPUTED = Reference.adapter_off, Reference.precomputed
 
 
 def config_of(tuning: Any, objective: Any = None, **groups: Any) -> RunConfig:
@@ -101,11 +100,6 @@ def test_a_named_reference_is_not_the_start() -> None:
             config_of(Lora(), Dpo(reference=OFF, reference_model="/m")),
             "objective.reference_model",
             "the base model is the reference",
-        ),
-        (
-            config_of(Lora(), Dpo(reference=FROZEN), engine=DeepSpeed(stage=3)),
-            "objective.reference",
-            "ZeRO-3",
         ),
         (config_of(Prompt(ensemble=2)), "tuning.ensemble", "compares one policy"),
     ],

@@ -12,16 +12,18 @@ LONGER = 1.25  # times as long, from which on lengths are worth a word
 
 def names_of_answers(answers: list[dict[str, Any]]) -> list[str]:
     """What each answer of a row is, by what it is worth beside the others."""
-    values = {answer["value"] for answer in answers if answer["role"] != _OTHER}
-    pair = values <= {0.0, 1.0}
+    own = [answer for answer in answers if answer["role"] != _OTHER]
+    has_labels = len(own) < len(answers) or len(own) == 1
+    words = ("undesirable", "desirable") if has_labels else ("rejected", "chosen")
+    is_pair = len(own) <= 2 and {answer["value"] for answer in own} <= {0.0, 1.0}
     names = []
     for answer in answers:
         if answer["role"] == _OTHER:
             names.append("answer to another prompt")
-        elif pair:
-            names.append("better" if answer["value"] else "worse")
+        elif is_pair:
+            names.append(words[int(answer["value"])])
         else:
-            names.append(f"value {answer['value']:g}")
+            names.append(f"worth {answer['value']:g}")
         if answer.get("margin"):
             names[-1] += f" by {answer['margin']:g}"
         if answer.get("truncated"):

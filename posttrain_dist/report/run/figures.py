@@ -38,6 +38,14 @@ def header_of(run: Run) -> dict[str, Any]:
     }
 
 
+def loss_of_objective(run: Run) -> str:
+    """What the loss of the run is, as the beginning of a sentence."""
+    objective = str(_get(run.config, "objective", "kind") or "sft")
+    if objective in ("sft", "pretrain"):
+        return "Mean negative log-likelihood of a supervised token, in nats"
+    return f"What objective={objective} minimises"
+
+
 def _data(config: dict[str, Any]) -> str | None:
     """What was trained on; where there are sources, `data.train` is not."""
     sources = _get(config, "data", "sources")

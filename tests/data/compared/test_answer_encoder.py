@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from posttrain_dist.data import Form, Template, Thinking
+from posttrain_dist.data.chat.encoder import Encoder
+from posttrain_dist.data.chat.rendering.template_choice import template_names
 from posttrain_dist.data.compared.answer_encoder import AnsweredRow, AnswerEncoder
 from posttrain_dist.errors import DataError, PosttrainError
 from posttrain_dist.flow import Answer, Message, Record
@@ -137,3 +139,31 @@ def test_a_row_that_compares_nothing_is_refused(
         encode(tokenizer_of(CHATML), record)
     assert refused.value.where == "rows.jsonl:7"
     assert len(encode(tokenizer_of(CHATML), record, compares=False).answers) == len(answers)
+
+
+SAMPLED = ("gemma", "llama3", "r1")
+FAMILIES = [
+    pytest.param(name, marks=[] if name in SAMPLED else [pytest.mark.slow])
+    for name in template_names()
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompt_and_answer_are_what_sft_makes_of_the_conversation(
+    family: str, family_tokenizer: TokenizerOf
+) -> None:
+    """Every shipped template: the same tokens and targets, up to the last one."""
+    tokenizer = family_tokenizer(family)
+    choice = {"name": family, "thinking": Thinking.close}  # some prompts open a block of thoughts
+    record = row([said("it says hello")], [said("be kind")])
+    found = encode(tokenizer, record, **choice)
+    sft = Encoder(tokenizer, Template(**choice), max_length=9999)
+    for answer, tokens in zip(record.answers, found.answers, strict=True):
+        conversation = Record("c", "rows.jsonl:7", (*record.messages, *answer.messages))
+        ((whole,), *_) = sft.encode(conversation)
+        behind = int(whole.weight_L.nonzero()[0][-1]) + 1
+        ours = [*found.prompt_L.tolist(), *tokens.ids_L.tolist()]
+        assert ours == whole.input_ids_L[:behind].tolist()
+        targets = [0.0] * len(found.prompt_L) + tokens.weight_L.tolist()
+        assert targets == whole.weight_L[:behind].tolist()
+        assert tokens.ends and tokens.weight_L.all()
