@@ -71,10 +71,10 @@ def test_units_counts_and_texts_of_pairs(tmp_path: Path) -> None:
             prompt, better, worse = (examples[i] for i in examples.units.samples(unit))
             row = given[prompt.sample_id // 3]
             assert row["task_type"] == examples.channels[prompt.channel]
-            assert row["prompt"] in tokenizer.decode(prompt.input_ids_L)
+            assert row["prompt"] in tokenizer.decode(prompt.input_ids_L.tolist())
             end = tokenizer.decode([summary.end_token_ids[0]])
             for answer, name in ((better, "chosen"), (worse, "rejected")):
-                assert tokenizer.decode(answer.input_ids_L) == row[name] + end
+                assert tokenizer.decode(answer.input_ids_L.tolist()) == row[name] + end
                 assert answer.parent == prompt.sample_id and answer.weight_L.all()
                 longest = max(longest, len(prompt.input_ids_L) + len(answer.input_ids_L))
             extra = [dict(each.extra) for each in (prompt, better, worse)]

@@ -154,7 +154,10 @@ def test_prompt_and_answer_are_what_sft_makes_of_the_conversation(
 ) -> None:
     """Every shipped template: the same tokens and targets, up to the last one."""
     tokenizer = family_tokenizer(family)
-    choice = {"name": family, "thinking": Thinking.close}  # some prompts open a block of thoughts
+    choice: dict[str, Any] = {
+        "name": family,
+        "thinking": Thinking.close,
+    }  # some prompts open a block of thoughts
     record = row([said("it says hello")], [said("be kind")])
     found = encode(tokenizer, record, **choice)
     sft = Encoder(tokenizer, Template(**choice), max_length=9999)
