@@ -124,8 +124,7 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
             for each in sets
         },
         "tokenizer": _of_tokenizer(model_folder, digests),
-        **({} if data.share_prompt else {"share_prompt": False}),
-        **({"add_tokens": list(config.model.add_tokens)} if config.model.add_tokens else {}),
+        **_of_choices(config),
     }
     digests.save()
     return Inputs(
@@ -141,6 +140,15 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
         states,
         digest,
     )
+
+
+def _of_choices(config: RunConfig) -> dict[str, Any]:
+    """What is left out where it is as it always was, so that older folders keep their key."""
+    added, shared = config.model.add_tokens, config.data.share_prompt
+    return {
+        **({} if shared else {"share_prompt": False}),
+        **({"add_tokens": list(added)} if added else {}),
+    }
 
 
 def _with_added_tokens(

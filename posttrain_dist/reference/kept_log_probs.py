@@ -43,7 +43,7 @@ class StoredLogProbs:
         self.folder, self._key = folder, key
         self._shapes = {LOGPROB: (num_tokens,), DONE: (num_samples,)}
 
-    def open(self, cached: Path) -> bool:
+    def restore(self, cached: Path) -> bool:
         """Have the folder there: as it is, from the cache, or empty.
 
         Args:

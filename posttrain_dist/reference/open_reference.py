@@ -172,7 +172,7 @@ def _precompute(worker: Worker, digest: str, source: PackedSource, steps: int) -
     every = Examples.open(worker.run_folder / "prepared", "all", data.channels)
     stored = StoredLogProbs(worker.run_folder / FOLDER, key, every.num_stored_tokens, len(every))
     cached = worker.cache / "references" / key
-    if dist.from_main(lambda: stored.open(cached)):
+    if dist.from_main(lambda: stored.restore(cached)):
         _say(worker, "log-probabilities of the reference: as an earlier run computed them")
     score: Callable[[], Score] = lambda: partial(_score_policy, worker)  # noqa: E731
     if config.objective.reference_model is not None:
