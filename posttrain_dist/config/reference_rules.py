@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from posttrain_dist.config.run_config import RunConfig
-from posttrain_dist.errors import ConfigError, Rule
+from posttrain_dist.errors import ConfigError, PosttrainError, Rule
+from posttrain_dist.flow import By
 from posttrain_dist.models.folder import check_folder, load_tokenizer, read_shape, resolve
 from posttrain_dist.objectives.reference_choice import Reference, Referenced
 from posttrain_dist.tuning.auto import AutoTuning
@@ -100,6 +101,22 @@ def reference_rules(config: RunConfig) -> list[Rule]:
             "reference",
             "set tuning.ensemble=1",
         ),
+    ]
+
+
+def reference_alone_problems(config: RunConfig) -> list[PosttrainError]:
+    """Why a model folder cannot be evaluated by the objective of a config, without a training."""
+    needed = [field.name for field in config.objective.extra if field.by is By.model]
+    if not needed:
+        return []
+    return [
+        ConfigError(
+            f"{config.objective.name} compares a model with its reference ({needed[0]}), and of a "
+            "model folder alone nobody knows which that is",
+            where="objective",
+            fix="read eval/... in metrics.jsonl of the run that trained it, or evaluate with an "
+            "objective without a reference, such as objective=simpo on the same rows",
+        )
     ]
 
 
