@@ -20,7 +20,7 @@ from posttrain_dist.config import (
     Prompt,
     RunConfig,
 )
-from posttrain_dist.config.reference_rules import chosen_reference, is_start
+from posttrain_dist.config.reference_rules import chosen_reference, is_start, reference_line
 from posttrain_dist.config.rules import problems
 from posttrain_dist.evaluation.heldout import evaluate
 from posttrain_dist.models.architectures.dropout import switch_off_dropout
@@ -67,6 +67,15 @@ def test_a_named_reference_is_not_the_start() -> None:
         assert chosen_reference(config) is PRECOMPUTED
         assert not is_start(config)
     assert not is_start(config_of(Lora(init_from="/adapter"), Dpo(reference=OFF)))
+    same = ModelConfig(path="/model")
+    for tuning, chosen in ((Full(), PRECOMPUTED), (Lora(), OFF)):
+        config = config_of(tuning, Dpo(reference_model="/model/"), model=same)
+        assert chosen_reference(config) is chosen
+        assert is_start(config)
+        assert "/model, which training" in reference_line(config) or chosen is OFF
+    config = config_of(Lora(init_from="/a"), Dpo(reference_model="/model"), model=same)
+    assert chosen_reference(config) is PRECOMPUTED
+    assert not is_start(config)
     tokens = ModelConfig(add_tokens=["<new>"])
     assert chosen_reference(config_of(Lora(), model=tokens)) is PRECOMPUTED
 

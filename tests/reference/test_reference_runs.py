@@ -112,6 +112,7 @@ def test_an_adapter_that_goes_on_starts_at_itself(
     assert f"without the adapter {tuning.init_from}" in line
 
 
+@pytest.mark.slow
 def test_a_named_model_is_the_reference(
     tmp_path: Path, tiny_llama: Path, rows: Path, builders
 ) -> None:
@@ -137,7 +138,11 @@ def test_kto_measures_the_policy_before_each_update(
     tmp_path: Path, tiny_llama: Path, rows: Path
 ) -> None:
     config = pairs_config(
-        tiny_llama, rows, Kto(), tuning=Lora(rank=4), train={"steps": 3, "micro_batch_size": 2}
+        tiny_llama,
+        rows,
+        Kto(),
+        tuning=Lora(rank=4),
+        train={"steps": 3, "micro_batch_size": 2, "rehearse": True},
     )
     metrics = [row for row in trained(config, tmp_path / "run") if row["step"]]
     # Before the first update policy and reference are one: no divergence, and sigmoid(0).

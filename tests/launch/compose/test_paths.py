@@ -11,6 +11,7 @@ from posttrain_launch.compose.paths import with_absolute_paths
 from posttrain_dist.config import RunConfig
 from posttrain_dist.errors import ModelError
 from posttrain_dist.models import ModelConfig
+from posttrain_dist.objectives.preference.dpo import Dpo
 from posttrain_dist.tuning.lora import Lora
 
 
@@ -35,6 +36,14 @@ def test_the_newest_finished_run_with_an_export_is_taken(tmp_path):
     made(tmp_path, "2026-11-29_12-00-00", None)  # checkpoint.export=false
     made(tmp_path, "2026-11-30_10-00-00", "export", finished=False)
     assert path_of(tmp_path) == str(newest / "export")
+
+
+def test_a_reference_is_named_like_a_model(tmp_path, monkeypatch):
+    run = made(tmp_path, "2026-11-29_10-00-00", "export")
+    monkeypatch.chdir(tmp_path)
+    for name, path in (("run:sft", run / "export"), ("base", tmp_path / "base")):
+        config = RunConfig(objective=Dpo(reference_model=name), output_root=str(tmp_path))
+        assert with_absolute_paths(config).objective.reference_model == str(path)
 
 
 def test_an_adapter_is_gone_on_with_and_is_no_model(tmp_path):
