@@ -1,4 +1,5 @@
 # make demo: install into .venv and fine-tune a small model on two Ray workers with ZeRO-3
+# make demo_dpo: the same, then preferences: DPO on what the first demo made
 # make test: install and run the tests      make lint: ruff and mypy
 # make test PYTEST_ARGS='tests/data -x': a part of them, in one process
 # Nothing is installed again until pyproject.toml or constraints.txt changes.
@@ -8,10 +9,13 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?= -n 3
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint install clean
+.PHONY: demo demo_dpo test lint install clean
 
 demo: $(INSTALLED)
 	$(BIN)/posttrain train +experiment=demo
+
+demo_dpo: demo
+	$(BIN)/posttrain train +experiment=demo_dpo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -25,6 +25,19 @@ LAST_LAYER: dict[str, Cell] = {
     "gain, of 32 layers": number("step_gain", 2, 100, " %"),
     "error": error("error"),
 }
+SHARED_PROMPT: dict[str, Cell] = {
+    "case": text("case"),
+    "prompt": text("arm"),
+    "tokens computed": text("tokens"),
+    "s": number("p50_s"),
+    "sequence tokens/s": number("tokens_per_s", 0),
+    "head, of the work": number("head_share", 0, 100, " %"),
+    "token ratio": number("token_ratio"),
+    "work ratio": number("work_ratio"),
+    "times faster": number("times_faster"),
+    "of the work ratio": number("reached", 0, 100, " %"),
+    "loss error": error("error"),
+}
 STEP: dict[str, Cell] = {
     "arm": text("arm"),
     "s a step": number("p50_s"),

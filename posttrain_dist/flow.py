@@ -71,12 +71,6 @@ class Record:
     reference: dict[str, Any] = field(default_factory=dict)  # other columns of a prompt-only row
     notes: tuple[str, ...] = ()  # the checks that it failed when it was read
 
-    @property
-    def conversation(self) -> tuple[Message, ...]:
-        """The messages, and of a row with answers the one that is worth most behind them."""
-        best = max(self.answers, key=lambda answer: answer.value, default=None)
-        return self.messages + (() if best is None else best.messages)
-
 
 @dataclass(frozen=True, slots=True)
 class Example:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from posttrain_launch.compose.problems import compose_checked
 from posttrain_dist.config import GROUPS, RunConfig
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+ASSETS = CONF.parent / "posttrain_dist" / "assets"
 FILES = sorted(CONF.rglob("*.yaml"))
 EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
 OPTIONS = [f for f in FILES if f.parent != CONF and f.parent.name != "experiment"]
@@ -63,6 +65,17 @@ def test_an_option_composes_and_differs_from_its_schema(file: Path):
         assert getattr(chosen, "name", chosen) == value
 
 
+@pytest.fixture
+def earlier_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an experiment that goes on from the demo finds below outputs/."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "outputs" / "demo" / "2026-11-30_10-00-00"
+    run.mkdir(parents=True)
+    shutil.copytree(ASSETS / "tiny_base", run / "export")
+    (run / "FINISHED").write_text("{}", encoding="utf-8")
+
+
+@pytest.mark.usefixtures("earlier_demo")
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=name_of)
 def test_an_experiment_composes_and_holds_differences_only(file: Path):
     composed = compose([f"+experiment={file.stem}"])
@@ -86,6 +99,7 @@ def test_an_experiment_composes_and_holds_differences_only(file: Path):
             assert plain.choices[name] != option, f"{name}={option} is the default"
 
 
+@pytest.mark.usefixtures("earlier_demo")
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=name_of)
 def test_the_first_comment_of_an_experiment_is_its_command(file: Path):
     lines = file.read_text().splitlines()

@@ -31,6 +31,8 @@ OPENINGS = (
     *("Well, ", "So, ", "Basically, ", "To put it simply, ", "In other words, ", "I think that "),
     *("As far as I can tell, ", "If I see it right, ", "It looks like this: "),
 )
+SHORT = OPENINGS[:3]  # of answers that say less
+LESS = 0.6  # their share of the characters, so that they have fewer tokens too
 ENDINGS = ("", " I hope this helps.", " That is about all.", " Just ask if you need more.")
 
 
@@ -79,13 +81,15 @@ _MISTAKES: dict[str, Callable[[Question, random.Random], str]] = {
 
 
 def wordy(summary: str, less: bool, rng: random.Random) -> str:
-    """A wordy way to say a summary; `less`: only its beginning, and no longer than it is."""
+    """A wordy way to say a summary; `less`: only its beginning, in fewer tokens than it has."""
     opening, ending = rng.choice(OPENINGS), rng.choice(ENDINGS)
+    if less:
+        opening, ending = rng.choice(SHORT), ""
     words = summary.split()
     if words[0][1:].islower() or len(words[0]) == 1:  # no name such as SocketIO
         words[0] = words[0].lower()
     if less:
-        while len(words) > 2 and len(opening) + len(" ".join(words)) + len(ending) > len(summary):
+        while len(words) > 2 and len(opening) + len(" ".join(words)) > LESS * len(summary):
             del words[-1]
         words[-1] = words[-1].rstrip(".,;:") + "."
     return opening + " ".join(words) + ending
@@ -96,7 +100,7 @@ def fixed_rows() -> tuple[list[str], list[str]]:
     train: list[str] = []
     heldout: list[str] = []
     for task in FIXED:
-        rng = random.Random(f"preferences:{task}")
+        rng = random.Random(f"answers:{task}")
         of_training, of_test = fixed_questions(task)
         apart = {same for question in of_test for same in same_as(question)}
         known = {same for question in of_training for same in same_as(question)}
@@ -125,8 +129,8 @@ def concise_rows(split: str, folder: Path = FOLDER) -> list[str]:
     found: list[str] = []
     for row in rows[: NUM_CONCISE[split]]:
         prompt, summary = (message["content"] for message in row["messages"])
-        # The longer half can be said in more words and still be shorter.
-        less = len(summary) >= 43
+        # The longer half can be said in a wordy way and still be shorter.
+        less = len(summary) >= 47
         found.append(_row("concise", prompt, summary, wordy(summary, less, rng)))
     return found
 

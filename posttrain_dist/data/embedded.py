@@ -16,8 +16,8 @@ PREFERENCE_CHANNELS = (*FIXED_CHANNELS, "concise")
 SHA256 = {
     "train": "ae64c3deaf5165a1425190cb056e27e538509f03b6d57035b7278a268d57fa91",
     "heldout": "e6df8305065dbd53c3da3cbb1dc8e6ee57c14b4ee1d7ae05bfba58adfd06ad1b",
-    "preferences_train": "03bf601bc13d3537a898a6f1f498293909717dca8a9e5524aa831d5cda0775b4",
-    "preferences_heldout": "109a4b573871783545d8d6b96e98e7296d8a622b5a77e1a73d520549bd086c0f",
+    "preferences_train": "f1e0a5c42f600ee14544d0e4d4f5b5a723fb0b6711d530b3f8fafd6438372254",
+    "preferences_heldout": "84139b6270a2577db8038d0a373e50ff99ab5b67f843362ced94ef724b0ca236",
 }
 
 

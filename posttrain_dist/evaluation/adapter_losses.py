@@ -56,6 +56,12 @@ def evaluate_adapters(
     from posttrain_dist.tuning.adapters.adapter_folder import read_adapter
     from posttrain_dist.tuning.adapters.adapter_tuning import tuning_from_adapter
 
+    if config.objective.own_rows:
+        raise ConfigError(
+            f"{config.objective.name} has a head of its own, which the base has not",
+            where="objective",
+            fix="merge each adapter (`posttrain export RUN OUT --merge`), and evaluate the folders",
+        )
     folders = find_named(adapters)
     tunings = {
         name: {one: tuning_from_adapter(folder) for one, folder in found.items()}

@@ -55,9 +55,10 @@ def evaluate(config: RunConfig, prepared: Path) -> dict[str, Any]:
     batches = make_source(config, examples, Process(), mixed=False).eval_batches()
     meter = ChannelMeter(channels, config.objective, engine.device)
     metrics = meter.eval_metrics(evaluate_batches(engine, batches, config.objective, meter))
-    prefix = "eval_channel_loss/"
+    prefix, name = "eval_channel_loss/", config.objective.name
+    accuracy = f"eval_{name}/accuracy" if config.objective.own_rows else "eval/accuracy"
     return {
         "loss": metrics["eval/loss"],
-        "accuracy": metrics["eval/accuracy"],
+        "accuracy": metrics[accuracy],
         "channels": {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)},
     }

@@ -136,6 +136,7 @@ def load_model(folder: Path, *, nf4: bool = False) -> PreTrainedModel:
 
     from posttrain_dist.models.finite import refuse_nonfinite
 
+    _refuse_reward_model(folder)
     disable_progress_bar()  # loading bars would stand between a chat's lines
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"dtype": "auto" if device.type == "cuda" else torch.float32}
@@ -158,6 +159,18 @@ def load_model(folder: Path, *, nf4: bool = False) -> PreTrainedModel:
         model = model.to(device)
     refuse_nonfinite(model, folder)
     return model.eval()
+
+
+def _refuse_reward_model(folder: Path) -> None:
+    """transformers would load its layers with a head that nobody trained."""
+    from posttrain_dist.models.classifier import check_kind, is_classifier
+
+    try:
+        network = read_object(folder / "config.json")
+    except (OSError, ValueError):  # loading it says what is wrong
+        return
+    if is_classifier(network):
+        check_kind(network, folder, scalar=False)
 
 
 def _stored_in_nf4(folder: Path) -> bool:

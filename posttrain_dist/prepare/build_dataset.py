@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from posttrain_dist.config import RunConfig
-from posttrain_dist.data import LongRows, OnBadRow, Thinking
+from posttrain_dist.data import ANSWERS, LongRows, OnBadRow, Thinking
 from posttrain_dist.data.chat.checks.check_table import CHECKS
 from posttrain_dist.data.chat.rendering.template_choice import TemplateSet
 from posttrain_dist.data.chat.thoughts import chosen_thoughts
@@ -34,6 +34,7 @@ from posttrain_dist.prepare.split import Split, keep_apart, split_off
 from posttrain_dist.prepare.summarise import findings, summarise
 from posttrain_dist.prepare.tally import Tally
 
+LONG_ANSWERS = "set data.long_rows=drop (leaves such rows out), or raise data.max_length"
 LONG_ROWS = (
     "set data.long_rows=drop (leaves such rows out) or split (makes several samples of each; "
     "truncate is what was done), or raise data.max_length"
@@ -176,6 +177,7 @@ def _refuse_rows(config: RunConfig, tally: Tally, complete: bool) -> None:
         )
     if not config.template.strict:
         return
+    long_rows = LONG_ANSWERS if config.objective.rows in ANSWERS else LONG_ROWS
     problems: list[PosttrainError] = []
     for name, failed in sorted(tally.failed.items()):
         check = CHECKS[name]
@@ -192,10 +194,10 @@ def _refuse_rows(config: RunConfig, tally: Tally, complete: bool) -> None:
                 f"{config.data.max_length}, and {failed} of them lose their end of turn where they "
                 "are cut: a model that is not taught it never stops (check 'end_of_turn')"
             )
-            fix = LONG_ROWS
+            fix = long_rows
         elif name == "end_of_turn" and cut:
             what += f" {cut} rows are cut, being longer than data.max_length."
-            fix = f"{LONG_ROWS}; {fix}"
+            fix = f"{long_rows}; {fix}"
         fix += "; template.strict=false trains all the same"
         problems.append(DataError(what, where=places, fix=fix))
     raise_all(problems)
@@ -212,14 +214,22 @@ def _refuse_empty(summary: Summary, tally: Tally) -> None:
             why = "every turn has the weight 0, or train is false"
             fix = "let the rows teach something, or leave the channel out"
             limit = summary.inputs["max_length"]
+            longer = "raise data.max_length or leave the channel out"
+            has_answers = summary.inputs["rows"] in ANSWERS
             if count.truncated:
                 why = f"{count.truncated} are cut by data.max_length={limit} before the answer"
-                fix = "set data.long_rows=split, raise data.max_length or leave the channel out"
+                fix = f"set data.long_rows=split, {longer}"
             elif count.dropped and summary.inputs["long_rows"] == LongRows.drop.name:
                 why = (
                     f"data.long_rows=drop leaves out {count.dropped} above data.max_length={limit}"
                 )
-                fix = "set data.long_rows=split, raise data.max_length or leave the channel out"
+                fix = longer if has_answers else f"set data.long_rows=split, {longer}"
+            elif count.dropped and has_answers:
+                why = (
+                    f"of {count.dropped} the prompt leaves its answers no room in data.max_length="
+                    f"{limit}, or so little that they are the same"
+                )
+                fix = longer
             problems.append(
                 DataError(
                     f"channel {channel!r} has no supervised token in {count.rows} rows: {why}",
@@ -247,10 +257,10 @@ def _row(record: Record, templates: TemplateSet | None, thinking: Thinking) -> d
     if record.text is not None:
         row["text"] = record.text
     elif templates is None:
-        row["messages"] = record.conversation
+        row["messages"] = record.messages
     else:
         template = templates.of(record.where, record.tools, record.variables)
-        messages = chosen_thoughts(record.conversation, thinking)
+        messages = chosen_thoughts(record.messages, thinking)
         row["messages"] = template.as_given(messages, record.where)
     row |= {"tools": record.tools} if record.tools else {}
     row |= {"chat_template_kwargs": dict(record.variables)} if record.variables else {}

@@ -124,8 +124,7 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
             for each in sets
         },
         "tokenizer": _of_tokenizer(model_folder, digests),
-        **({} if data.share_prompt else {"share_prompt": False}),
-        **({"add_tokens": list(config.model.add_tokens)} if config.model.add_tokens else {}),
+        **_unusual(config),
     }
     digests.save()
     return Inputs(
@@ -141,6 +140,14 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
         states,
         digest,
     )
+
+
+def _unusual(config: RunConfig) -> dict[str, Any]:
+    """What few runs set; left out of the others, so that they know what they prepared before."""
+    found: dict[str, Any] = {} if config.data.share_prompt else {"share_prompt": False}
+    if config.model.add_tokens:
+        found["add_tokens"] = list(config.model.add_tokens)
+    return found
 
 
 def _with_added_tokens(

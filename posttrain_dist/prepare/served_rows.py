@@ -17,6 +17,7 @@ from posttrain_dist.data.chat.rendering.served import SERVED, Prompt, Served, Se
 from posttrain_dist.data.chat.rendering.served_template import served_templates, with_defaults
 from posttrain_dist.data.chat.rendering.template_choice import TemplateSet
 from posttrain_dist.data.chat.thoughts import chosen_thoughts
+from posttrain_dist.data.compared.answer_encoder import as_conversation, best_answer
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.errors import DataError
 from posttrain_dist.flow import Example, Message, Record
@@ -86,15 +87,18 @@ def _rows_of(
     Args:
         served: whose clock shows the day of training.
     """
-    trained = [
+    readers = [
         reader
         for each, reader in zip(inputs.sets, inputs.readers, strict=True)
         if each.split != "eval"
     ]
-    for reader in trained[:_SETS]:
+    for reader in readers[:_SETS]:
         for record in islice(reader, _LOOKED_AT):
             if isinstance(record, Record) and record.messages and CLOCK not in record.variables:
-                row = _row(record, choice, inputs, served, samples)
+                trained = samples.of(content_key(record))
+                if record.answers:
+                    record = as_conversation(record, best_answer(record))
+                row = _row(record, choice, inputs, served, trained)
                 if row is not None and inputs.date is not None:
                     variables = {**row.prompt.variables, CLOCK: inputs.date}
                     row = replace(row, prompt=replace(row.prompt, variables=variables))
@@ -103,19 +107,25 @@ def _rows_of(
 
 
 def _row(
-    record: Record, choice: Template, inputs: Inputs, served: TemplateSet, samples: _Samples
+    record: Record,
+    choice: Template,
+    inputs: Inputs,
+    served: TemplateSet,
+    trained: Sequence[Example],
 ) -> ServedRow | None:
     """The prompt of the last assistant turn for which it begins a sample.
+
+    Args:
+        trained: the samples of the row.
 
     Raises:
         DataError: the row is whole and quotes nothing, and the prompt of a turn begins none.
     """
-    trained = samples.of(content_key(record))
     if not trained:
         return None
     found, missed = None, -1
     # apply_chat_template takes no empty conversation, and leaves out what is null.
-    chosen = chosen_thoughts(record.conversation, choice.thinking)
+    chosen = chosen_thoughts(record.messages, choice.thinking)
     given = [{key: v for key, v in each.items() if v is not None} for each in chosen]
     template = served.of(record.where, record.tools, record.variables)
     for turn in _asked(given):
@@ -196,5 +206,6 @@ class _Samples:
         found = []
         for row in np.flatnonzero((self._key_R == np.uint64(key)) & self._train_R)[:_ROWS]:
             first, last = np.searchsorted(self._row_S, [row, row + 1]).tolist()
-            found += [self._examples.path(i) for i in range(first, last)]
+            whole = [i for i in range(first, last) if self._examples[i].weight_L.any()]
+            found += [self._examples.path(i) for i in whole]
         return found

@@ -16,6 +16,7 @@ from posttrain_dist.data.compared.comparisons import compared
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.pieces import pieces
 from posttrain_dist.data.prepared.summary import Counts, Summary
+from posttrain_dist.data.prepared.trees import joined
 from posttrain_dist.flow import Example
 from posttrain_dist.metrics.watched_tokens import special_tokens
 from posttrain_dist.prepare.fingerprint import Inputs
@@ -211,22 +212,27 @@ def _examples(inputs: Inputs, tally: Tally, folder: Path) -> dict[str, list[dict
 
 
 def _shown(examples: list[Example], inputs: Inputs) -> dict[str, Any]:
-    """The first sample of a row; of units the first prompt, and the answers of all of them."""
-    example, *others = examples
-    found = _sample(example, inputs)
-    if "role_S" in example.extra:
-        found["answers"] = [
-            {
-                "role": int(other.extra["role_S"]),
-                "value": float(other.extra["value_S"]),
-                "margin": float(other.extra["margin_S"]),
-                "truncated": other.truncated,
-                **_sample(other, inputs),
-            }
-            for other in others[:MAX_ANSWERS]
-            if other.parent is not None
-        ]
-        found["supervised"] = sum(answer["supervised"] for answer in found["answers"])
+    """The first sample of a row, whole; of units with answers the first prompt and all answers."""
+    if "role_S" not in examples[0].extra:
+        path = examples[:1]
+        for example in examples[1:]:  # the first of those that follow another
+            if example.parent != path[-1].sample_id:
+                break
+            path.append(example)
+        return _sample(joined(path), inputs)
+    found = _sample(examples[0], inputs)
+    answers = [each for each in examples if int(each.extra["role_S"]) >= 0]
+    found["answers"] = [
+        {
+            "role": int(answer.extra["role_S"]),
+            "value": float(answer.extra["value_S"]),
+            "margin": float(answer.extra["margin_S"]),
+            "truncated": answer.truncated,
+            **_sample(answer, inputs),
+        }
+        for answer in answers[:MAX_ANSWERS]
+    ]
+    found["supervised"] = sum(answer["supervised"] for answer in found["answers"])
     return found
 
 

@@ -75,6 +75,7 @@ def _values(
 ) -> tuple[Ints, npt.NDArray[np.float32]]:
     """Of this rank's samples: where each target stands in the array of all tokens, its value."""
     number = {int(sample_id): i for i, sample_id in enumerate(subset.sample_ids)}
+    assert len(number) == len(subset), "sample ids are unique"
     starts = subset.starts
     tokens: list[Ints] = [np.empty(0, np.int64)]
     values = [np.empty(0, np.float32)]

@@ -91,7 +91,7 @@ def share_of(part: float, of: float) -> str:
     return share(part / of if of else None)
 
 
-def percent(part: int, of: int) -> str:
+def percent(part: float, of: float) -> str:
     """A share in whole per cent."""
     return f"{100 * part / of:.0f} %"
 

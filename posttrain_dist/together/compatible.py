@@ -51,7 +51,9 @@ def _rules(config: RunConfig) -> list[Rule]:
         ("model.add_tokens", config.model.add_tokens, not config.model.add_tokens),
     ]
     needed = [field.name for field in config.objective.extra if field.by is By.model]
-    values.append(("objective", config.objective.name, not needed))
+    values.append(
+        ("objective", config.objective.name, not needed and not config.objective.own_rows)
+    )
     if isinstance(tuning, Lora):
         values += [
             ("tuning.dropout", tuning.dropout, not tuning.dropout),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import make_embedded
+import make_preferences
 import make_tiny_base
 import pytest
 from embedded_heldout import contains_heldout
@@ -56,7 +57,7 @@ def turns(row: dict[str, Any]) -> tuple[str, str]:
 # ------------------------------------------------------------------------------- the files
 
 
-@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("split", embedded.SHA256)
 def test_digest_is_the_pinned_one(split: str) -> None:
     data = (embedded.FOLDER / f"{split}.jsonl").read_bytes()
     assert hashlib.sha256(data).hexdigest() == embedded.SHA256[split]
@@ -98,6 +99,49 @@ def test_no_open_answer_in_both_splits() -> None:
         for split in ("train", "heldout")
     )
     assert train.isdisjoint(heldout)
+
+
+# ------------------------------------------------------------------------- the preferences
+
+
+@cache
+def preferences(split: str) -> list[dict[str, Any]]:
+    return rows(f"preferences_{split}")
+
+
+def test_preferences_come_out_the_same_again(tmp_path: Path) -> None:
+    expected = {split: sha for split, sha in embedded.SHA256.items() if "preferences" in split}
+    assert make_preferences.write(tmp_path) == expected
+
+
+def test_preferences_are_of_two_natures_and_the_better_answer_is_right() -> None:
+    for split, least in (("train", 200), ("heldout", 40)):
+        count = Counter(row["task_type"] for row in preferences(split))
+        assert set(count) == set(embedded.PREFERENCE_CHANNELS)
+        assert min(count.values()) >= least
+        for row in preferences(split):
+            is_fixed = row["task_type"] in embedded.FIXED_CHANNELS
+            assert (row.get("check") == "exact") == is_fixed
+            if is_fixed:
+                right = solve(row["task_type"], row["prompt"])
+                assert row["chosen"] == right != row["rejected"]
+
+
+def test_neither_length_nor_the_prompt_tells_which_answer_is_better() -> None:
+    """Nor does a single split: what goes by length is wrong on a third of each channel at least."""
+    for channel in embedded.PREFERENCE_CHANNELS:
+        found = [row for row in preferences("train") if row["task_type"] == channel]
+        shorter = sum(len(row["chosen"]) < len(row["rejected"]) for row in found)
+        longer = sum(len(row["chosen"]) > len(row["rejected"]) for row in found)
+        assert max(shorter, longer) < 0.66 * len(found), channel
+
+
+def test_no_prompt_of_preferences_in_both_splits_nor_of_training_in_the_held_out_rows() -> None:
+    train, heldout = ({row["prompt"] for row in preferences(s)} for s in ("train", "heldout"))
+    asked = {split: {turns(row)[0] for row in rows(split)} for split in ("train", "heldout")}
+    assert train.isdisjoint(heldout | asked["heldout"])
+    assert heldout.isdisjoint(asked["train"])
+    assert len(train) + len(heldout) == len(preferences("train")) + len(preferences("heldout"))
 
 
 # ----------------------------------------------------------------------------- the answers

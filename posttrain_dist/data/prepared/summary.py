@@ -9,7 +9,6 @@ from typing import Any
 
 from posttrain_dist.errors import DataError
 
-
 # Fields of `Counts` that only rows with answers have.
 OF_ANSWERS = ("comparisons", "better", "better_tokens", "worse", "worse_tokens")
 

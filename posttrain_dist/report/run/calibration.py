@@ -12,7 +12,7 @@ from posttrain_dist.report import numbers
 from posttrain_dist.report.page import MAX_CHANNEL_CHARTS
 
 # Of a panel, in SVG units: the plot's corners.
-LEFT, TOP, RIGHT, BOTTOM = 34.0, 8.0, 246.0, 148.0
+LEFT, TOP, RIGHT, BOTTOM = 42.0, 10.0, 242.0, 148.0
 _SMALLEST, _LARGEST = 2.5, 9.0  # radius of a dot
 
 

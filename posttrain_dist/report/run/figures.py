@@ -38,6 +38,14 @@ def header_of(run: Run) -> dict[str, Any]:
     }
 
 
+def loss_of_objective(run: Run) -> str:
+    """What the loss of the run is, as the beginning of a sentence."""
+    objective = str(_get(run.config, "objective", "kind") or "sft")
+    if objective in ("sft", "pretrain"):
+        return "Mean negative log-likelihood of a supervised token, in nats"
+    return f"What objective={objective} minimises"
+
+
 def _data(config: dict[str, Any]) -> str | None:
     """What was trained on; where there are sources, `data.train` is not."""
     sources = _get(config, "data", "sources")
@@ -63,6 +71,7 @@ def _quality_cards(run: Run, channels: list[dict[str, Any]]) -> list[Card]:
             change = numbers.change(held.y[0], held.y[-1])
             card.sub = f"{change} from step {held.x[0]:,} to {held.x[-1]:,}"
         found.append(card)
+    found += _accuracy_cards(run)
     before, after = _total_match(run, "before"), _total_match(run, "after")
     if after:
         right, of = after
@@ -76,6 +85,18 @@ def _quality_cards(run: Run, channels: list[dict[str, Any]]) -> list[Card]:
         sub = f"{best['name']}: {best['before']} → {best['after']}"
         found.append(Card(label="Best channel", value=best["change"], sub=sub))
     return found
+
+
+def _accuracy_cards(run: Run) -> list[Card]:
+    """How often the better one of two held-out answers has the higher reward."""
+    right = column(run.rows, f"eval_{_get(run.config, 'objective', 'kind')}/accuracy")
+    if not right.y:
+        return []
+    sub = "of held-out comparisons ordered rightly"
+    card = Card(label="Accuracy", value=numbers.percent(right.y[-1], 1), sub=sub, wide=True)
+    if len(right.y) > 1:
+        card.before = numbers.percent(right.y[0], 1)
+    return [card]
 
 
 def _machine_cards(run: Run) -> list[Card]:

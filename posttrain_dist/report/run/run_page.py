@@ -22,6 +22,7 @@ from posttrain_dist.report.run.figures import (
     channel_rows,
     command_of,
     header_of,
+    loss_of_objective,
     sample_of,
 )
 from posttrain_dist.report.run.plan_section import plan_of, write_run_plan
@@ -68,8 +69,8 @@ def _render(run: Run) -> str:
         run=header_of(run),
         cards=cards_of(run, channels),
         charts=charts,
+        loss_is=loss_of_objective(run),
         drawn=[dataclasses.asdict(chart) for chart in charts],
-        is_compared=any(chart.group == "compared" for chart in charts),
         smoothed=any(len(chart.series) > 2 for chart in charts),
         channels=channels,
         channels_hidden=len(channels) > MAX_CHANNEL_CHARTS,

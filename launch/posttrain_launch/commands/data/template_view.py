@@ -13,6 +13,7 @@ from posttrain_dist.data import Form
 from posttrain_dist.data.chat.checks.check_table import CHECKS
 from posttrain_dist.data.chat.encoder import Encoder, RowExamples
 from posttrain_dist.data.chat.turn_view import TurnView, view_turns
+from posttrain_dist.data.compared.answer_encoder import as_conversation, best_answer
 from posttrain_dist.data.read.bad_row import errors_by_cause
 from posttrain_dist.errors import ConfigError, DataError, PosttrainError, raise_all
 from posttrain_dist.flow import Record
@@ -76,8 +77,11 @@ def _rendered_all_the_same(inputs: Inputs, record: Record) -> RowExamples | None
 
 
 def _records(inputs: Inputs) -> Iterator[Record]:
+    """Rows as conversations; of those with answers the prompt and the best one."""
     for reader in inputs.readers:
-        yield from (row for row in reader if isinstance(row, Record) and row.messages)
+        for row in reader:
+            if isinstance(row, Record) and row.messages:
+                yield as_conversation(row, best_answer(row)) if row.answers else row
 
 
 def _encoder(inputs: Inputs) -> Encoder:

@@ -131,7 +131,8 @@ CHECKS: dict[str, Check] = {
     "truncated_target": Check(
         "warning",
         "The row was cut before its first supervised token, so it is left out.",
-        "set data.long_rows=split (several samples of it) or drop, or raise data.max_length",
+        "raise data.max_length, or set data.long_rows=split (several samples of it, but of rows with "
+        "answers to compare) or drop",
     ),
     "common_prompt": Check(
         "error",
