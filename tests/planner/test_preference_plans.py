@@ -13,7 +13,7 @@ from planned_runs import WIDE, planned, wide_model
 from preference_runs import pairs_config, write_pairs
 
 from posttrain_dist.build import make_source
-from posttrain_dist.config import AutoEngine, AutoTuning, DeepSpeed, Full, Lora, Ray
+from posttrain_dist.config import AutoEngine, AutoTuning, DataConfig, DeepSpeed, Full, Lora, Ray
 from posttrain_dist.data.packs.heaviest import RowMemory
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.dist import Process
@@ -90,6 +90,10 @@ def test_a_pack_without_data_is_a_prompt_and_two_answers():
     for job in (dpo, reward):
         assert job.row_lengths == (1024, 512, 512)
         assert job.row_parents == (-1, 0, 0)
+    # Without sharing, the same pair with its prompt twice: 2 x (682 + 341).
+    apart = job_of(Dpo(), data=DataConfig(max_length=2048, share_prompt=False))
+    assert apart.row_lengths == (1024, 1024) and max(apart.row_parents) < 0
+    assert apart.supervised_share == pytest.approx(2 * 341 / 2048)
     assert num_targets(dpo) == 1024
     assert num_targets(reward) == 128  # two, padded as a batch is
 
