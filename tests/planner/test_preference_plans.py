@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from posttrain_dist.planner.make_job import make_job
 from posttrain_dist.planner.make_plan import make_plan
 from posttrain_dist.planner.memory.layers.ends import num_targets
 from posttrain_dist.planner.memory.layers.row_attention import slots_of
+from posttrain_dist.planner.memory.phases import device_phases
 from posttrain_dist.planner.plan import Choice, Item, PhaseName, Plan
 from posttrain_dist.planner.speed.work import row_keys
 from posttrain_dist.prepare import prepare
@@ -96,6 +98,25 @@ def test_a_pack_without_data_is_a_prompt_and_two_answers():
     assert apart.supervised_share == pytest.approx(2 * 341 / 2048)
     assert num_targets(dpo) == 1024
     assert num_targets(reward) == 128  # two, padded as a batch is
+
+
+@pytest.mark.parametrize("attention", ["varlen", "sdpa", "eager"])
+def test_a_shared_prompt_takes_less_than_its_repetition(attention: str):
+    job = replace(job_of(Dpo(), tuning=Lora()), attention=attention, supervised_share=0.5)
+
+    def peak(lengths: tuple[int, ...], parents: tuple[int, ...] = ()) -> int:
+        return max(p.allocated_bytes for p in device_phases(job.with_row(lengths, parents)))
+
+    alone, tree, paths = (
+        peak((1024, 512, 512)),
+        peak((1024, 512, 512), (-1, 0, 0)),
+        peak((1536, 1536)),
+    )
+    # The keys of the prompt stand once more for each answer, and the answers' masks.
+    assert alone < tree < paths
+    keys = 4 * 2 * 2 * 2048 * 8 * 128  # layers, keys and values, bytes, (1024 + 512) x 2 - 1024
+    if attention == "varlen":
+        assert tree - alone >= keys
 
 
 def test_rows_of_units_are_the_heaviest_of_the_run(tiny_llama: Path, tmp_path: Path):
