@@ -124,6 +124,21 @@ class _CudaCounter:
         self.reserved[name] = max(self.reserved.get(name, 0), torch.cuda.max_memory_reserved())
 
 
+def _row(
+    sample_tokens: Sequence[int],
+    parents: Sequence[int],
+    supervised_share: float,
+    vocab_size: int,
+    seed: int,
+    own_rows: bool,
+) -> Batch:
+    """A row of random tokens: of units where samples have parents."""
+    if not parents:
+        return _batch(sample_tokens, supervised_share, vocab_size, seed)
+    units = _units(sample_tokens, parents, vocab_size, seed, own_rows)
+    return collate(units, own_rows=own_rows)
+
+
 # ------------------------------------------------------------------------------------ one run
 
 
@@ -165,14 +180,8 @@ def measure(
             engine = make_engine(config, process, dtype)
             channels = [f"channel {i}" for i in range(NUM_CHANNELS)]
             policy = build_policy(config, engine, dtype, channels)
-            words = int(policy.config.vocab_size)
-            own_rows = config.objective.own_rows
-            rows = [
-                collate(_units(sample_tokens, parents, words, i, own_rows), own_rows=own_rows)
-                if parents
-                else _batch(sample_tokens, supervised_share, words, i)
-                for i in range(accumulation)
-            ]
+            shape = (sample_tokens, parents, supervised_share, int(policy.config.vocab_size))
+            rows = (_row(*shape, i, config.objective.own_rows) for i in range(accumulation))
             batches = [row.to(engine.device) for row in rows]
             before, live = measured_reference.scores_of(config, engine, policy, dtype, NUM_CHANNELS)
             _start_up_checks(config, engine, policy, batches[0])

@@ -1,4 +1,4 @@
-"""One arm of preferences_trl.py in a process of its own: it trains one step of pairs a line of stdin.
+"""One arm of preferences_trl.py, a process of its own: it trains a step of pairs a line of stdin.
 
     python benchmarks/preferences_arms.py <folder> <arm>
 

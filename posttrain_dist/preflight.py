@@ -14,7 +14,7 @@ from posttrain_dist.config import AutoTuning, Ray, RunConfig, Slurm, problems
 from posttrain_dist.config.cluster import Cluster
 from posttrain_dist.config.hardware import with_nodes
 from posttrain_dist.config.ray_rules import is_job_api, job_api
-from posttrain_dist.config.reference_rules import check_named_reference
+from posttrain_dist.config.reference_rules import check_named_reference, reference_alone_problems
 from posttrain_dist.config.rules import single_on_many
 from posttrain_dist.config.this_machine import check_hardware
 from posttrain_dist.data.sources import file_sets
@@ -48,6 +48,8 @@ def input_problems(config: RunConfig, verb: str = "train") -> list[PosttrainErro
     if verb == "submit" and not getattr(config.cluster, "shared_folders", True):
         return found + _cluster_faults(config, verb)  # its files are elsewhere, and looked at there
     trains = verb != "evaluate"
+    if not trains:
+        found += reference_alone_problems(config)
     found += _faults(lambda: _check_model(config, trains=trains, plans=verb == "plan"))
     if verb != "plan":
         found += _data_faults(config, only_heldout=verb == "evaluate")

@@ -14,6 +14,7 @@ import torch
 
 from posttrain_dist import dist
 from posttrain_dist.build import (
+    PreparedData,
     build_engine,
     frozen_dtype,
     make_source,
@@ -104,11 +105,10 @@ def training(
             _check_first_batch(policy, source, reference, start + 1, engine.device)
 
         # Steps, and what happens after each.
-        new_meter = partial(TokenMeter, data.channels, data.special_tokens, config.objective)
-        meter, eval_meter = new_meter(engine.device), new_meter(engine.device)
+        meter, eval_meter = (_meter(config, data, engine.device) for _ in range(2))
         batches, held, every = reference.source, reference.heldout, config.train.eval_every
-        draw = figure_writer(run_folder, data.channels, config.objective)
-        evaluate = Evaluate(engine, held, config.objective, eval_meter, every, draw)
+        figures = figure_writer(run_folder, data.channels, config.objective)
+        evaluate = Evaluate(engine, held, config.objective, eval_meter, every, figures)
         rate = partial(learning_rate, config.optimizer, total_steps=steps)  # type: ignore[arg-type]
         update_check = make_update_check(config, engine, policy, rate, start)
         Rehearsal(config, run_folder, engine, batches, held, meter, manifest).run(start, steps)
@@ -190,6 +190,10 @@ def _report_settings(
     for line in lines:
         notify(run_folder, line)
     return counts
+
+
+def _meter(config: RunConfig, data: PreparedData, device: torch.device) -> TokenMeter:
+    return TokenMeter(data.channels, data.special_tokens, config.objective, device)
 
 
 def _write_main(path: Path, **values: Any) -> None:

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from posttrain_dist.config.run_config import RunConfig
-from posttrain_dist.engine import DeepSpeed
-from posttrain_dist.errors import ConfigError, Rule
+from posttrain_dist.errors import ConfigError, PosttrainError, Rule
+from posttrain_dist.flow import By
+from posttrain_dist.models import Weights
 from posttrain_dist.models.folder import check_folder, load_tokenizer, read_shape, resolve
 from posttrain_dist.objectives.reference_choice import Reference, Referenced
 from posttrain_dist.tuning.auto import AutoTuning
+from posttrain_dist.tuning.base import Quantize
 
 _KEY, _MODEL = "objective.reference", "objective.reference_model"
 _OTHERS = "use objective.reference=auto, precomputed or frozen"
@@ -26,7 +28,7 @@ def chosen_reference(config: RunConfig) -> Reference:
     assert isinstance(objective, Referenced)
     if objective.reference is not Reference.auto:
         return objective.reference
-    named = objective.reference_model is not None
+    named = objective.reference_model is not None and not _names_start(config)
     if not named and tuning.begins_as_base and not _unrestorable(config):
         return Reference.adapter_off
     return Reference.precomputed
@@ -38,7 +40,18 @@ def is_start(config: RunConfig) -> bool:
     assert isinstance(objective, Referenced)
     if chosen_reference(config) is Reference.adapter_off:
         return config.tuning.begins_as_base
-    return objective.reference_model is None
+    return objective.reference_model is None or _names_start(config)
+
+
+def _names_start(config: RunConfig) -> bool:
+    """Whether `reference_model` is the model folder, and training starts with what it holds."""
+    objective, model = config.objective, config.model
+    assert isinstance(objective, Referenced)
+    if objective.reference_model is None or model.weights is Weights.random or model.add_tokens:
+        return False
+    quantize = getattr(config.tuning, "quantize", Quantize.none)
+    same = Path(objective.reference_model).resolve() == Path(model.path).resolve()
+    return same and config.tuning.begins_as_base and quantize is Quantize.none
 
 
 def reference_line(config: RunConfig) -> str:
@@ -47,7 +60,7 @@ def reference_line(config: RunConfig) -> str:
     assert isinstance(objective, Referenced)
     base = config.model.path
     continued = getattr(config.tuning, "init_from", None)
-    if objective.reference_model is not None:
+    if not is_start(config) and objective.reference_model is not None:
         what = f"{objective.reference_model}, not what training starts with"
     elif choice is Reference.adapter_off:
         what = f"the base model {base}"
@@ -77,8 +90,6 @@ def reference_rules(config: RunConfig) -> list[Rule]:
     off = objective.reference is Reference.adapter_off
     unrestorable = _unrestorable(config)
     continued = getattr(tuning, "init_from", None)
-    frozen = objective.reference is Reference.frozen
-    stage3 = isinstance(config.engine, DeepSpeed) and config.engine.stage == 3
     return [
         Rule(
             not (off and unrestorable),
@@ -97,18 +108,28 @@ def reference_rules(config: RunConfig) -> list[Rule]:
             "it",
         ),
         Rule(
-            not (frozen and stage3),
-            _KEY,
-            "is frozen, and with ZeRO-3 each rank would hold all of the second copy",
-            "use objective.reference=precomputed, which needs no second copy while it trains",
-        ),
-        Rule(
             tuning.copies == 1,
             "tuning.ensemble",
             f"is {tuning.copies}, and objective={objective.name} compares one policy with its "
             "reference",
             "set tuning.ensemble=1",
         ),
+    ]
+
+
+def reference_alone_problems(config: RunConfig) -> list[PosttrainError]:
+    """Why a model folder cannot be evaluated by the objective of a config, without a training."""
+    needed = [field.name for field in config.objective.extra if field.by is By.model]
+    if not needed:
+        return []
+    return [
+        ConfigError(
+            f"{config.objective.name} compares a model with its reference ({needed[0]}), and of a "
+            "model folder alone nobody knows which that is",
+            where="objective",
+            fix="read eval/... in metrics.jsonl of the run that trained it, or evaluate with an "
+            "objective without a reference, such as objective=simpo on the same rows",
+        )
     ]
 
 
@@ -139,7 +160,9 @@ def check_named_reference(config: RunConfig) -> None:
     own_ids = _ids(resolve(config.model.path), config.model.add_tokens)
     ids = _ids(named, ())
     if ids != own_ids:
-        differ = [token for token in {**own_ids, **ids} if ids.get(token) != own_ids.get(token)]
+        every = {**ids, **own_ids}
+        differ = [token for token in every if ids.get(token) != own_ids.get(token)]
+        differ.sort(key=lambda token: (every[token], token))
         raise ConfigError(
             f"{named} has another tokenizer than the policy: {len(differ)} tokens differ, such as "
             f"{differ[0]!r}, {_said(own_ids.get(differ[0]))} of the policy and "

@@ -27,6 +27,9 @@ class TrainEngine(Protocol):
     def attach(self, policy: nn.Module) -> None:
         """Take the loaded policy: place it, make the optimizer."""
 
+    def attach_frozen(self, policy: nn.Module) -> None:
+        """Take a loaded policy in the place of `attach` that is only run forward."""
+
     def forward(self, batch: Batch, objective: Any, denominators: Any) -> Loss:
         """The loss of one micro-batch; with gradients unless under `torch.no_grad`.
 

@@ -138,6 +138,15 @@ class DeepSpeedEngine:
         self._state = ShardedState(self._zero, optimizer, trained)
         self._written = _record_digests(self._engine.checkpoint_engine)
 
+    def attach_frozen(self, policy: nn.Module) -> None:
+        policy.requires_grad_(False)
+        if self._stage < 3:  # each rank has all weights, and nothing is to be reduced
+            self._engine: Any = policy.to(self.device)
+            return
+        self._tune(policy)
+        with stderr_of_children():
+            self._engine, *_ = self._deepspeed.initialize(model=policy, config=self._json)
+
     def _initialize(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         # DeepSpeed takes a step with zero gradients to make the state: rate 0, so that weight
         # decay moves nothing; stage 0 in bfloat16 also leaves Adam's step count at 1.

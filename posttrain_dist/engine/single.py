@@ -43,6 +43,9 @@ class SingleEngine:
         trained = trained_parameters(policy).items()
         self._optimizer = MasterAdamW(trained, self._config, self._rules)
 
+    def attach_frozen(self, policy: nn.Module) -> None:
+        self.policy = policy.requires_grad_(False).to(self.device)
+
     def forward(self, batch: Batch, objective: Any, denominators: Any) -> Loss:
         loss: Loss = self.policy(batch, objective, denominators)
         return loss

@@ -22,25 +22,18 @@ def evaluate(config: RunConfig, prepared: Path) -> dict[str, Any]:
     from dataclasses import replace
 
     from posttrain_dist.build import build_policy, make_engine, make_source, pick_dtype
+    from posttrain_dist.config.reference_rules import reference_alone_problems
     from posttrain_dist.data.prepared.arrays import Examples
     from posttrain_dist.dist import Process
     from posttrain_dist.engine import Single
-    from posttrain_dist.errors import ConfigError
+    from posttrain_dist.errors import raise_all
     from posttrain_dist.evaluation.adapter_losses import HeldOut
-    from posttrain_dist.flow import By
     from posttrain_dist.loop import evaluate as evaluate_batches
     from posttrain_dist.metrics.channels import ChannelMeter
     from posttrain_dist.models.folder import check_folder, resolve
     from posttrain_dist.models.quantized import holds_nf4
 
-    if needed := [field.name for field in config.objective.extra if field.by is By.model]:
-        raise ConfigError(
-            f"{config.objective.name} compares a model with its reference ({needed[0]}), and of a "
-            "model folder alone nobody knows which that is",
-            where="objective",
-            fix="read eval/... in metrics.jsonl of the run that trained it, or evaluate with "
-            "another objective, such as objective=sft on conversations",
-        )
+    raise_all(reference_alone_problems(config))
     fresh = config.model.weights is Weights.random
     network = check_folder(resolve(config.model.path), need_weights=not fresh)
     if config.tuning.whole_model and holds_nf4(network):  # an engine is for what can be trained

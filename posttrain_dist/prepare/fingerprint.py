@@ -124,7 +124,7 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
             for each in sets
         },
         "tokenizer": _of_tokenizer(model_folder, digests),
-        **_unusual(config),
+        **_of_choices(config),
     }
     digests.save()
     return Inputs(
@@ -142,12 +142,13 @@ def fingerprint(config: RunConfig, *, only_heldout: bool) -> Inputs:
     )
 
 
-def _unusual(config: RunConfig) -> dict[str, Any]:
-    """What few runs set; left out of the others, so that they know what they prepared before."""
-    found: dict[str, Any] = {} if config.data.share_prompt else {"share_prompt": False}
-    if config.model.add_tokens:
-        found["add_tokens"] = list(config.model.add_tokens)
-    return found
+def _of_choices(config: RunConfig) -> dict[str, Any]:
+    """What is left out where it is as it always was, so that older folders keep their key."""
+    added, shared = config.model.add_tokens, config.data.share_prompt
+    return {
+        **({} if shared else {"share_prompt": False}),
+        **({"add_tokens": list(added)} if added else {}),
+    }
 
 
 def _with_added_tokens(

@@ -10,7 +10,7 @@ from posttrain_dist.data import ANSWERS, DataConfig, Template
 from posttrain_dist.data.chat.encoder import Encoder, RowExamples
 from posttrain_dist.data.chat.rendering.template_choice import TemplateSet
 from posttrain_dist.data.compared.answer_encoder import AnsweredRow, AnswerEncoder
-from posttrain_dist.data.compared.unit_maker import UnitMaker
+from posttrain_dist.data.compared.answer_units import UnitMaker
 from posttrain_dist.data.formats.records import Reader, Rejected, Unit
 from posttrain_dist.errors import PosttrainError
 from posttrain_dist.flow import Record

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from posttrain_dist.data.compared.comparisons import compared
+from posttrain_dist.data.compared.answer_lengths import compared
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.data.prepared.pieces import pieces
 from posttrain_dist.data.prepared.summary import Counts, Summary

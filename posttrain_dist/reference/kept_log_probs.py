@@ -27,6 +27,7 @@ from posttrain_dist.errors import DataError, reason
 from posttrain_dist.files import commit_folder, digest_of, partial_of, read_object, write_atomic
 
 LOGPROB, DONE, ABOUT = "logprob.npy", "done.npy", "about.json"
+_CHUNK = 1 << 20  # values that are written at once
 _KEPT_DAYS = 30  # that an entry of the cache stays after its last use
 
 
@@ -43,7 +44,7 @@ class StoredLogProbs:
         self.folder, self._key = folder, key
         self._shapes = {LOGPROB: (num_tokens,), DONE: (num_samples,)}
 
-    def open(self, cached: Path) -> bool:
+    def restore(self, cached: Path) -> bool:
         """Have the folder there: as it is, from the cache, or empty.
 
         Args:
@@ -60,10 +61,12 @@ class StoredLogProbs:
         try:
             shutil.rmtree(self.folder, ignore_errors=True)
             if self._fits(cached) and _digests(cached) is not None:
-                _copy(cached, self.folder)
                 with contextlib.suppress(OSError):
+                    _copy(cached, self.folder)
                     os.utime(cached)  # used now
-                return True
+                if self._fits(self.folder):  # else another run replaced it meanwhile
+                    return True
+                shutil.rmtree(self.folder, ignore_errors=True)
             self._create()
         except OSError as error:
             raise _unwritable(self.folder, error) from error
@@ -145,12 +148,8 @@ class StoredLogProbs:
         partial = partial_of(self.folder)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for name, dtype, value in ((LOGPROB, np.float32, np.nan), (DONE, np.bool_, False)):
-            array = np.lib.format.open_memmap(
-                partial / name, mode="w+", dtype=dtype, shape=self._shapes[name]
-            )
-            array[:] = value
-            array.flush()
+        for name, value in ((LOGPROB, np.float32(np.nan)), (DONE, np.bool_(False))):
+            _write_constant(partial / name, value, self._shapes[name][0])
         self._write_about(None, partial)
         commit_folder(partial, self.folder)
 
@@ -166,13 +165,28 @@ def _digests(folder: Path) -> dict[str, Any] | None:
     return found
 
 
+def _write_constant(path: Path, value: np.generic, size: int) -> None:
+    """An array of one value, written and not mapped: a full disk is then an error, not a signal."""
+    with path.open("wb") as file:
+        header = {
+            "shape": (size,),
+            "fortran_order": False,
+            "descr": np.lib.format.dtype_to_descr(value.dtype),
+        }
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, size, _CHUNK):
+            file.write(np.full(min(_CHUNK, size - start), value).data)
+
+
 def _copy(source: Path, target: Path) -> None:
-    partial = partial_of(target)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name in (LOGPROB, DONE, ABOUT):
-        shutil.copyfile(source / name, partial / name)
-    commit_folder(partial, target, replace=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        for name in (LOGPROB, DONE, ABOUT):
+            shutil.copyfile(source / name, partial / name)
+        commit_folder(partial, target, replace=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _sweep(cache: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -161,7 +162,7 @@ def _score_base(worker: Worker, batch: Batch) -> torch.Tensor:
 
 def _second_model(worker: Worker) -> SecondModel:
     channels = len(worker.data.channels)
-    return SecondModel(worker.config, worker.engine.device, worker.dtype, channels)
+    return SecondModel(worker.config, worker.process, worker.dtype, channels)
 
 
 def _precompute(worker: Worker, digest: str, source: PackedSource, steps: int) -> None:
@@ -172,10 +173,10 @@ def _precompute(worker: Worker, digest: str, source: PackedSource, steps: int) -
     every = Examples.open(worker.run_folder / "prepared", "all", data.channels)
     stored = StoredLogProbs(worker.run_folder / FOLDER, key, every.num_stored_tokens, len(every))
     cached = worker.cache / "references" / key
-    if dist.from_main(lambda: stored.open(cached)):
+    if dist.from_main(lambda: stored.restore(cached)):
         _say(worker, "log-probabilities of the reference: as an earlier run computed them")
     score: Callable[[], Score] = lambda: partial(_score_policy, worker)  # noqa: E731
-    if config.objective.reference_model is not None:
+    if not is_start(config):
         score = lambda: _second_model(worker).score  # noqa: E731
     complete(
         stored,
@@ -188,6 +189,9 @@ def _precompute(worker: Worker, digest: str, source: PackedSource, steps: int) -
         say=partial(_say, worker),
     )
     dist.on_main(lambda: stored.finish(cached))
+    gc.collect()  # a second model, whose modules refer to each other
+    if worker.engine.device.type == "cuda":
+        torch.cuda.empty_cache()
     for examples in (data.train, data.heldout):
         examples.add_token_field("ref_logprob_L", stored.values())
 
@@ -211,8 +215,11 @@ def _is_exact(config: RunConfig, worker: Worker) -> bool:
     """Whether an adapter that does nothing yet leaves every bit: DoRA divides by a norm, and with
     the head adapted its product has other sizes.
     """
-    if worker.dtype is not torch.float32 or chosen_reference(config) is Reference.precomputed:
+    choice = chosen_reference(config)
+    if worker.dtype is not torch.float32 or choice is Reference.precomputed:
         return False
+    if choice is Reference.frozen and not config.tuning.begins_as_base:
+        return False  # what is inserted is made twice
     if isinstance(config.tuning, Lora):
         return not config.tuning.dora and not hasattr(worker.policy.head.module, "base_layer")
     return True

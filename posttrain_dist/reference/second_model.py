@@ -7,8 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from posttrain_dist.build import make_policy, on_nf4
+from posttrain_dist.build import make_engine, make_policy, on_nf4
 from posttrain_dist.config import RunConfig
+from posttrain_dist.data.packs.collate import filler
+from posttrain_dist.dist import Process
+from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.flow import Batch
 from posttrain_dist.models import Checkpointing, Weights
 from posttrain_dist.models.architectures.dropout import switch_off_dropout
@@ -21,20 +24,24 @@ from posttrain_dist.tuning.full import Full
 
 
 class SecondModel:
-    """A frozen model on the device of this rank, which holds all of it.
+    """A frozen model beside the policy, in an engine of its own: ZeRO-3 shards it, too.
 
     It is what `objective.reference_model` names, else what training starts with, made once more.
     """
 
     def __init__(
-        self, config: RunConfig, device: torch.device, dtype: torch.dtype, num_channels: int
+        self, config: RunConfig, process: Process, dtype: torch.dtype, num_channels: int
     ) -> None:
-        policy = _build(_config_of(config), device, dtype, num_channels)
-        self._policy = policy.requires_grad_(False).to(device).eval()
+        config = _config_of(config)
+        self._engine = make_engine(config, process, dtype)
+        self._engine.attach_frozen(_build(config, self._engine, dtype, num_channels))
+        self._engine.train(False)
+        # In its first forward ZeRO-3 finds out which modules read the weights of others.
+        self.score(filler(config.objective).to(self._engine.device))
 
     def score(self, batch: Batch) -> torch.Tensor:
         """See `log_probs`."""
-        return log_probs(self._policy, batch)
+        return log_probs(self._engine.forward, batch)
 
 
 def _config_of(config: RunConfig) -> RunConfig:
@@ -43,7 +50,10 @@ def _config_of(config: RunConfig) -> RunConfig:
     assert isinstance(objective, Referenced)
     # No backward, so that nothing is computed again.
     model = replace(
-        config.model, activation_checkpointing=Checkpointing.none, checkpoint_layers=None
+        config.model,
+        activation_checkpointing=Checkpointing.none,
+        checkpoint_layers=None,
+        checkpoint_offload=False,
     )
     if objective.reference_model is None:
         return replace(config, model=model)
@@ -51,19 +61,18 @@ def _config_of(config: RunConfig) -> RunConfig:
     return replace(config, model=named, tuning=Full())
 
 
-def _build(
-    config: RunConfig, device: torch.device, dtype: torch.dtype, num_channels: int
-) -> Policy:
+def _build(config: RunConfig, engine: TrainEngine, dtype: torch.dtype, num_channels: int) -> Policy:
     folder = resolve(config.model.path)
+    nf4 = on_nf4(config, folder)
     model = load_model(
         config.model,
         folder,
         dtype=dtype,
         seed=config.seed,
-        materialise=nullcontext(),
+        materialise=nullcontext() if nf4 else engine.materialise(),
         attach=config.tuning.attach,
-        nf4=on_nf4(config, folder),
-        device=device,
+        nf4=nf4,
+        device=engine.device,
     )
     switch_off_dropout(model)
     return make_policy(model, num_channels, config.tuning)

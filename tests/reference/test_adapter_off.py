@@ -13,6 +13,7 @@ from posttrain_dist.flow import Batch
 from posttrain_dist.models import Checkpointing
 from posttrain_dist.models.policy import Policy
 from posttrain_dist.reference.log_probs import log_probs
+from posttrain_dist.tuning.base import Quantize
 from posttrain_dist.tuning.bottleneck import Bottleneck, Placement
 from posttrain_dist.tuning.full import Full
 from posttrain_dist.tuning.ia3 import Ia3
@@ -52,6 +53,17 @@ def test_off_is_a_separate_copy_of_the_base(name: str, tiny_llama: Path) -> None
     assert torch.equal(of(policy, batch), before)
     assert float((before - copy).abs().max()) > 1e-3
     assert trained == [n for n, p in policy.causal_lm.named_parameters() if p.requires_grad]
+
+
+def test_off_is_the_base_in_four_bits(nf4_llama: Path) -> None:
+    tuning = Lora(rank=4, quantize=Quantize.nf4)
+    batch = collate(examples())
+    policy = tuned_policy(nf4_llama, tuning, nf4=True)
+    start = of(policy, batch)
+    scatter(policy.causal_lm, tuning)
+    assert not torch.equal(of(policy, batch), start)
+    with policy.base():
+        assert torch.equal(of(policy, batch), start)
 
 
 def test_off_lasts_no_longer_than_its_context_where_layers_are_computed_again(

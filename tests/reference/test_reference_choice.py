@@ -12,7 +12,6 @@ from preference_runs import pairs_config, write_pairs
 from posttrain_dist.config import (
     AdamW,
     Bottleneck,
-    DeepSpeed,
     Full,
     Ia3,
     Lora,
@@ -21,7 +20,7 @@ from posttrain_dist.config import (
     Prompt,
     RunConfig,
 )
-from posttrain_dist.config.reference_rules import chosen_reference, is_start
+from posttrain_dist.config.reference_rules import chosen_reference, is_start, reference_line
 from posttrain_dist.config.rules import problems
 from posttrain_dist.evaluation.heldout import evaluate
 from posttrain_dist.models.architectures.dropout import switch_off_dropout
@@ -31,7 +30,7 @@ from posttrain_dist.together.compatible import check_together
 from posttrain_dist.tuning.auto import AutoTuning
 from posttrain_dist.tuning.lora import LoraInit
 
-OFF, PRECOMPUTED, FROZEN = Reference.adapter_off, Reference.precomputed, Reference.frozen
+OFF, PRECOMPUTED = Reference.adapter_off, Reference.precomputed
 
 
 def config_of(tuning: Any, objective: Any = None, **groups: Any) -> RunConfig:
@@ -68,6 +67,15 @@ def test_a_named_reference_is_not_the_start() -> None:
         assert chosen_reference(config) is PRECOMPUTED
         assert not is_start(config)
     assert not is_start(config_of(Lora(init_from="/adapter"), Dpo(reference=OFF)))
+    same = ModelConfig(path="/model")
+    for tuning, chosen in ((Full(), PRECOMPUTED), (Lora(), OFF)):
+        config = config_of(tuning, Dpo(reference_model="/model/"), model=same)
+        assert chosen_reference(config) is chosen
+        assert is_start(config)
+        assert "/model, which training" in reference_line(config) or chosen is OFF
+    config = config_of(Lora(init_from="/a"), Dpo(reference_model="/model"), model=same)
+    assert chosen_reference(config) is PRECOMPUTED
+    assert not is_start(config)
     tokens = ModelConfig(add_tokens=["<new>"])
     assert chosen_reference(config_of(Lora(), model=tokens)) is PRECOMPUTED
 
@@ -101,11 +109,6 @@ def test_a_named_reference_is_not_the_start() -> None:
             config_of(Lora(), Dpo(reference=OFF, reference_model="/m")),
             "objective.reference_model",
             "the base model is the reference",
-        ),
-        (
-            config_of(Lora(), Dpo(reference=FROZEN), engine=DeepSpeed(stage=3)),
-            "objective.reference",
-            "ZeRO-3",
         ),
         (config_of(Prompt(ensemble=2)), "tuning.ensemble", "compares one policy"),
     ],

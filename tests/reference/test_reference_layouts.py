@@ -28,11 +28,12 @@ CASES = {
     "ia3": (Dpo(), Ia3()),
     "prompt": (Dpo(), Prompt(tokens=3)),
     "kto": (Kto(), LORA),
+    "named": (Dpo(reference_model="another"), LORA),
 }
 
 
 def runs_of(
-    names: list[str], stage: int, tiny_llama: Path, root: Path
+    names: list[str], stage: int, tiny_llama: Path, other: Path, root: Path
 ) -> tuple[dict[str, list[float]], dict[str, Path]]:
     """Losses of one process, and the folders of the same runs for two ranks."""
     rows = write_pairs(root / "pairs.jsonl")
@@ -41,6 +42,8 @@ def runs_of(
     alone, folders = {}, {}
     for name in names:
         objective, tuning = CASES[name]
+        if name == "named":
+            objective = replace(objective, reference_model=str(other))
         train = {"steps": 3, "batch_size": 4, "save_every": 2}
         config = pairs_config(tiny_llama, rows, objective, tuning=tuning, model=model, train=train)
         alone[name] = losses(trained(config, root / f"{name}-alone"))
@@ -59,18 +62,19 @@ def runs_of(
         (0, ["off", "precomputed", "frozen", "kto"]),
         (1, ["off", "frozen", "prompt"]),
         (2, ["precomputed", "bottleneck", "kto"]),
-        (3, ["off", "precomputed"]),
+        (3, ["off", "precomputed", "frozen", "named"]),
         (3, ["bottleneck", "dora", "head", "ia3", "prompt", "kto"]),
     ],
 )
 @pytest.mark.slow
-def test_two_ranks_train_as_one(stage, names, tiny_llama, tmp_path, run_workers):
-    alone, folders = runs_of(names, stage, tiny_llama, tmp_path)
+def test_two_ranks_train_as_one(stage, names, tiny_llama, tmp_path, run_workers, builders):
+    other = builders.model(tmp_path / "other", seed=1)
+    alone, folders = runs_of(names, stage, tiny_llama, other, tmp_path)
     run_workers("train_runs.py", 2, *folders.values())
     for name, folder in folders.items():
         found = losses(read_rows(folder / "metrics.jsonl"))
         assert found == pytest.approx(alone[name], rel=2e-4), name
-        if name != "kto":
+        if name not in ("kto", "named"):
             assert found[0] == pytest.approx(math.log(2), abs=2e-5), name
         if name == "precomputed":
             assert any("the reference: done" in line for line in notices(folder))

@@ -15,6 +15,7 @@ from posttrain_dist.checkpoint import store
 from posttrain_dist.config import Full, Lora, RunConfig
 from posttrain_dist.errors import CheckpointError, ConfigError, TrainingError
 from posttrain_dist.objectives.preference.dpo import Dpo
+from posttrain_dist.objectives.preference.kto import Kto
 from posttrain_dist.objectives.reference_choice import Reference
 from posttrain_dist.reference import open_reference
 from posttrain_dist.train import train
@@ -111,6 +112,7 @@ def test_an_adapter_that_goes_on_starts_at_itself(
     assert f"without the adapter {tuning.init_from}" in line
 
 
+@pytest.mark.slow
 def test_a_named_model_is_the_reference(
     tmp_path: Path, tiny_llama: Path, rows: Path, builders
 ) -> None:
@@ -130,6 +132,23 @@ def test_a_named_model_is_the_reference(
         for name, each in (("mirrored", mirrored), ("auto", config))
     ]
     assert margins[0] == pytest.approx(-margins[1], abs=1e-4)
+
+
+def test_kto_measures_the_policy_before_each_update(
+    tmp_path: Path, tiny_llama: Path, rows: Path
+) -> None:
+    config = pairs_config(
+        tiny_llama,
+        rows,
+        Kto(),
+        tuning=Lora(rank=4),
+        train={"steps": 3, "micro_batch_size": 2, "rehearse": True},
+    )
+    metrics = [row for row in trained(config, tmp_path / "run") if row["step"]]
+    # Before the first update policy and reference are one: no divergence, and sigmoid(0).
+    assert metrics[0]["kto/kl"] == 0.0
+    assert metrics[0]["train/loss"] == pytest.approx(0.5, abs=1e-7)
+    assert abs(metrics[2]["kto/kl"]) > 1e-3
 
 
 def test_a_wrong_reference_stops_the_run(tmp_path: Path, tiny_llama: Path, rows: Path) -> None:

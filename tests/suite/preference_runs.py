@@ -41,7 +41,11 @@ def pairs_config(folder: Path, rows: Path, objective: Any, **groups: Any) -> Run
     values: dict[str, Any] = {
         "model": ModelConfig(path=str(folder)),
         "data": DataConfig(
-            train=str(rows), max_length=96, eval_fraction=0.25, cache=str(rows.parent / "cache")
+            train=str(rows),
+            max_length=96,
+            eval_fraction=0.25,
+            cache=str(rows.parent / "cache"),
+            convert_pairs=objective.rows == "labels",
         ),
         "optimizer": AdamW(lr=1e-2, warmup_ratio=0.0),
         "train": TrainConfig(**steps),

@@ -42,7 +42,7 @@ def opened(folder: Path, key: str = "a") -> tuple[StoredLogProbs, Examples]:
     """The folder of the values, and all samples."""
     examples = Examples.open(folder, "all", ["a"])
     stored = StoredLogProbs(folder / "reference", key, examples.num_stored_tokens, len(examples))
-    stored.open(folder / "cached")
+    stored.restore(folder / "cached")
     return stored, examples
 
 

@@ -27,8 +27,8 @@ from posttrain_dist.planner.memory.layers.ends import (
     rotary,
 )
 from posttrain_dist.planner.memory.layers.features import features_of
-from posttrain_dist.planner.memory.layers.head import head_logprob, head_loss, head_score
 from posttrain_dist.planner.memory.layers.layer import run_layer, window_of
+from posttrain_dist.planner.memory.layers.output_head import head_logprob, head_loss, head_score
 from posttrain_dist.planner.memory.layers.parts import norm
 from posttrain_dist.planner.memory.layers.repeated import run_layers
 from posttrain_dist.planner.memory.ledger import Ledger

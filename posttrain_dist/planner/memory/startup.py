@@ -6,7 +6,7 @@ from posttrain_dist.planner.job import Job
 from posttrain_dist.planner.memory.adapters.head_weight import head_weight
 from posttrain_dist.planner.memory.autograd import Graph
 from posttrain_dist.planner.memory.layers.ends import num_targets
-from posttrain_dist.planner.memory.layers.head import HeadSize, made_weight
+from posttrain_dist.planner.memory.layers.output_head import HeadSize, made_weight
 from posttrain_dist.planner.memory.operations import WIDE
 from posttrain_dist.planner.plan import Item
 

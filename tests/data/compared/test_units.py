@@ -8,7 +8,7 @@ import pytest
 from posttrain_dist.data import LongRows
 from posttrain_dist.data.chat.encoder import RowExamples
 from posttrain_dist.data.compared.answer_encoder import AnsweredRow, AnswerTokens
-from posttrain_dist.data.compared.unit_maker import UnitMaker
+from posttrain_dist.data.compared.answer_units import UnitMaker
 from posttrain_dist.flow import Example, Record
 
 RECORD = Record(channel="c", where="rows.jsonl:7")
