@@ -82,16 +82,19 @@ def default_arms(arguments: argparse.Namespace) -> list[str]:
 
 
 class Child:
-    """One arm's process; `step` runs one optimizer step of it and waits."""
+    """One arm's process; `step` runs one optimizer step of it and waits.
 
-    def __init__(self, folder: Path, arm: str) -> None:
+    Args:
+        script: whose arms they are.
+    """
+
+    def __init__(self, folder: Path, arm: str, script: Path = Path(step_arms.__file__)) -> None:
         self.arm = arm
         self.steps: list[dict[str, float]] = []
         self.failed = ""
-        script = str(Path(step_arms.__file__))
         self._errors = (folder / f"{arm}.stderr").open("w+", encoding="utf-8")
         self._process = subprocess.Popen(
-            [sys.executable, script, str(folder), arm],
+            [sys.executable, str(script), str(folder), arm],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -110,7 +110,6 @@ def training(
         figures = figure_writer(run_folder, data.channels, config.objective)
         evaluate = Evaluate(engine, held, config.objective, eval_meter, every, figures)
         rate = partial(learning_rate, config.optimizer, total_steps=steps)  # type: ignore[arg-type]
-        update_check = make_update_check(config, engine, policy, rate, start)
         Rehearsal(config, run_folder, engine, batches, held, meter, manifest).run(start, steps)
         export = RunExport(config, run_folder, manifest, data.served, partial(notify, run_folder))
         facts = model_facts(config, policy, source)
@@ -132,7 +131,7 @@ def training(
                 hooks=(
                     evaluate,
                     log,
-                    update_check,
+                    make_update_check(config, engine, policy, rate, start),
                     RehearseExport(export, engine.full_tensors),
                     Save(config, run_folder, engine, manifest, log),
                     EndOnNonfinite(run_folder),
@@ -268,11 +267,9 @@ def _check_first_batch(
     """
     batch = source.step(step)[0].to(device)
     found = dist.on_all(lambda: policy.check_parity(batch))
-    if found:  # a scalar head is not fused
-        differences = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
-        _log.info(
-            "the fused head differs from its reference on the first batch by: %s", differences
-        )
+    shown = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
+    if shown:  # a scalar head is not fused
+        _log.info("the fused head differs from the reference on the first batch by: %s", shown)
     reference.check_start(step)
     if device.type == "cuda":  # so that the reported peak is that of training
         torch.cuda.reset_peak_memory_stats(device)

@@ -15,6 +15,9 @@ from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.dist import Process
 from posttrain_dist.loop import fit
 from posttrain_dist.metrics.special_tokens import TokenMeter
+from posttrain_dist.objectives.base import Objective
+from posttrain_dist.objectives.preference.simpo import Simpo
+from posttrain_dist.objectives.sft import Sft
 from posttrain_dist.prepare import prepare
 
 READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
@@ -32,29 +35,41 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("objective", [Sft(), Simpo(sft_weight=1.0)], ids=lambda each: each.name)
 def test_steps_that_are_not_logged_read_nothing_back(
-    tmp_path: Path, tiny_llama: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+    objective: Objective,
+    tmp_path: Path,
+    tiny_llama: Path,
+    rows_file: Path,
+    builders: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if objective.rows == "pairs":
+        pairs = [{"prompt": f"is it {i}?", "chosen": "yes", "rejected": "no"} for i in range(60)]
+        rows_file = builders.write(tmp_path / "pairs.jsonl", pairs)
     # What the kernels look at on a CPU alone, as if this were a GPU.
     for name in (
         "linear_cross_entropy.check_rows",
+        "linear_logprob.check_rows",
         "linear_cross_entropy.check_channel",
         "arguments.check_denominator",
     ):
         monkeypatch.setattr(f"posttrain_kernels.losses.{name}", lambda *_: None)
-    monkeypatch.setattr(
-        "posttrain_kernels.losses.arguments.select_labelled_rows",
-        lambda _, supervised: (None, supervised),
-    )
+    for place in ("arguments", "linear_logprob"):
+        monkeypatch.setattr(
+            f"posttrain_kernels.losses.{place}.select_labelled_rows",
+            lambda _, supervised: (None, supervised),
+        )
     config = complete(
         RunConfig(
             model=ModelConfig(path=str(tiny_llama)),
+            objective=objective,
             data=DataConfig(train=str(rows_file), max_length=64),
             train=TrainConfig(steps=4, batch_size=4, micro_batch_size=2, dtype=Dtype.float32),
         )
     )
-    prepare(config, tmp_path)
-    examples, process = Examples.open(tmp_path, "train"), Process()
+    prepare(config, tmp_path / "prepared")
+    examples, process = Examples.open(tmp_path / "prepared", "train"), Process()
     engine = make_engine(config, process, torch.float32)
     build_policy(config, engine, torch.float32, list(examples.channels))
     meter = TokenMeter(list(examples.channels), {0: "end"}, config.objective, engine.device)

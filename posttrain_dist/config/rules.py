@@ -203,8 +203,8 @@ def _rules_between_groups(config: RunConfig) -> list[Rule]:
         Rule(
             not asks or config.objective.trains_answers,
             "eval.generate_rows",
-            f"is {config.eval.generate_rows}, and objective={config.objective.name} reads no "
-            "conversations that could be answered",
+            f"is {config.eval.generate_rows}, and what objective={config.objective.name} trains "
+            "answers no conversations",
             "set eval.generate_rows=0, or objective=sft",
         ),
         Rule(

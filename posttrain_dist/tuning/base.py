@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from posttrain_dist.errors import ModelError, Rule, at_least
+from posttrain_dist.models.classifier import SCORE
 from posttrain_dist.tuning.saved_adapter import SavedAdapter as SavedAdapter
 
 if TYPE_CHECKING:
@@ -245,6 +246,8 @@ class AdapterTuning(Tuning):
             saved = read_adapter(Path(self.init_from))
             tensors = self.from_adapter(saved, config.to_dict())
             own = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+            if f"{SCORE}.weight" not in tensors:  # a reward model begins with an adapter of a LM
+                own = [name for name in own if name != f"{SCORE}.weight"]
             missing = [name for name in own if self.kept(name) and name not in tensors]
             if missing:
                 raise ModelError(

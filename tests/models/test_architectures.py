@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forests import chain
 from posttrain_kernels import linear_cross_entropy, linear_logprob
 from small_configs import VARIANTS, small_config
 
@@ -35,12 +36,14 @@ def sampled(model_types: Any, sample: set[str]) -> list[Any]:
 
 
 def samples() -> list[Example]:
+    """Four that stand alone, and two that follow the second of them."""
     draw = np.random.default_rng(0)
     found = []
-    for i, n in enumerate([5, 17, 2, 11]):
+    for i, (n, parent) in enumerate([*((n, None) for n in (5, 17, 2, 11)), (6, 1), (4, 1)]):
         weight_L = ((draw.random(n) < 0.6) | (np.arange(n) == 1)) * (np.arange(n) > 0)
+        weight_L = weight_L | ((np.arange(n) == 0) & (parent is not None))
         ids_L = draw.integers(5, 200, n).astype(np.int32)
-        found.append(Example(ids_L, weight_L.astype(np.float32), channel=i % 2, sample_id=i))
+        found.append(Example(ids_L, weight_L.astype(np.float32), i % 2, i, parent=parent))
     return found
 
 
@@ -70,10 +73,12 @@ def alone(config: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     own = build(config, "eager")
     losses = []
     for sample in samples():
-        ids_L = torch.from_numpy(sample.input_ids_L.astype(np.int64))
+        path = [each.input_ids_L for each in chain(samples(), sample.sample_id)]
+        ids_L = torch.from_numpy(np.concatenate(path).astype(np.int64))
         logits_LV = own(input_ids=ids_L[None], use_cache=False).logits[0, :-1]
         nll_L = torch.nn.functional.cross_entropy(logits_LV, ids_L[1:], reduction="none")
-        losses.append(nll_L[torch.from_numpy(sample.weight_L[1:]) > 0])
+        is_target_L = torch.from_numpy(sample.weight_L) > 0
+        losses.append(nll_L[-len(is_target_L) :][is_target_L[-len(nll_L) :]])
     nll_N = torch.cat(losses)
     (nll_N.sum() / 7).backward()
     return nll_N.detach(), gradients(own)
@@ -139,9 +144,9 @@ def test_a_backbone_that_keeps_all_rows_runs_its_last_mlp_on_the_supervised_ones
         module.register_forward_pre_hook(lambda _, args, n=name: seen.update({n: args[0].shape}))
     hidden_ND = policy.hidden(batch)
     num_rows = len(batch.supervised_N)
-    assert num_rows != len(batch.input_ids_T) == 35
-    assert seen["h.1.mlp.c_fc"] == (1, num_rows, 32) and seen["h.0.mlp.c_fc"] == (1, 35, 32)
-    assert seen["ln_f"] == (1, 35, 32) and hidden_ND.shape == (num_rows, 32)
+    assert num_rows != len(batch.input_ids_T) == 45
+    assert seen["h.1.mlp.c_fc"] == (1, num_rows, 32) and seen["h.0.mlp.c_fc"] == (1, 45, 32)
+    assert seen["ln_f"] == (1, 45, 32) and hidden_ND.shape == (num_rows, 32)
 
 
 # ------------------------------------------------------------------------------- what is refused

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from posttrain_kernels import linear_cross_entropy, linear_logprob
 from torch.nn.functional import logsigmoid
 
 from posttrain_dist.data.packs.collate import collate, filler
+from posttrain_dist.data.prepared.trees import repeat_beginnings
 from posttrain_dist.engine import AdamW
 from posttrain_dist.engine.single import SingleEngine
 from posttrain_dist.errors import DataError
@@ -156,6 +158,26 @@ def loss_and_gradient(policy, objective, batches) -> tuple[float, torch.Tensor]:
         loss.total.backward()
         total += float(loss.total.detach())
     return total, gradients(policy)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "sft", "orpo", "kto"])
+def test_a_prompt_before_each_answer_is_the_same_as_one_for_all(policy, name):
+    objective = OBJECTIVES[name]
+    units = units_for(name)
+    places = [{each.sample_id: i for i, each in enumerate(unit)} for unit in units]
+    trees = [
+        [replace(each, parent=place.get(each.parent)) for each in unit]
+        for unit, place in zip(units, places, strict=True)
+    ]
+    repeated = [
+        [replace(path, unit=unit[0].unit) for path in repeat_beginnings(tree)]
+        for unit, tree in zip(units, trees, strict=True)
+    ]
+    assert all(path.parent is None for unit in repeated for path in unit)
+    loss, gradient = loss_and_gradient(policy, objective, [made.batch_of(units)])
+    other, wanted = loss_and_gradient(policy, objective, [made.batch_of(repeated)])
+    assert loss == pytest.approx(other, rel=2e-6)
+    assert float((gradient - wanted).norm()) <= 2e-6 * float(wanted.norm())
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

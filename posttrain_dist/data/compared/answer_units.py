@@ -5,7 +5,7 @@ rows    a unit
 pairs   the prompt and all answers; a ranking above the limit becomes a unit for each pair
         of neighbours in rank
 labels  the prompt, one answer, and an answer to another prompt (role 1)
-scores  the prompt and all answers; above the limit one of each
+scores  the prompt and all answers; above the limit as many as fit, the prompt before them again
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class UnitMaker:
                 return [[each] for each in answers]
             return [[each, (_OTHER, others[i % len(others)])] for i, each in enumerate(answers)]
         if self._rows == "scores":
-            return [answers] if self._fits(row, answers) else [[each] for each in answers]
+            return self._filled(row, answers)
         if len(answers) == 2 or self._fits(row, answers):
             return [answers]
         _note(faults, "long_ranking")
@@ -105,6 +105,15 @@ class UnitMaker:
             for other in ordered
             if above.get(one[1].value) == other[1].value
         ]
+
+    def _filled(self, row: AnsweredRow, answers: Sequence[Said]) -> list[list[Said]]:
+        """As many answers in each unit as fit: nothing compares them."""
+        groups: list[list[Said]] = [[]]
+        for each in answers:
+            if groups[-1] and not self._fits(row, [*groups[-1], each]):
+                groups.append([])
+            groups[-1].append(each)
+        return groups
 
     def _fits(self, row: AnsweredRow, said: Sequence[Said]) -> bool:
         total = self._prompt_tokens(row, said) + sum(len(answer.ids_L) for _, answer in said)

@@ -135,8 +135,8 @@ def train_added_rows(model: Any, in_full: Callable[[str], bool]) -> None:
             fix="leave the head out of tuning.targets, or add no tokens",
         )
     names = {module: name for name, module in model.named_modules()}
-    tied = head.weight is embeddings.weight
-    for module in (embeddings, *([] if tied else [head])):
+    tied = head is not None and head.weight is embeddings.weight
+    for module in (embeddings, *([] if tied or head is None else [head])):
         if not in_full(f"{names[module]}.weight"):
             with _whole(module.weight):
                 rows_KD = module.weight.detach()[ids].clone()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from posttrain_dist.flow import Batch
-    from posttrain_dist.objectives.preference.comparisons import Answers, Comparisons
+    from posttrain_dist.objectives.preference.compared_answers import Answers, Comparisons
     from posttrain_dist.objectives.preference.pair_losses import PairScores
 
 
@@ -173,7 +173,7 @@ class Dpo(PairObjective, Referenced):
         """The loss of a batch alone while policy and reference are equal: ln 2 of the default."""
         import torch
 
-        from posttrain_dist.objectives.preference import comparisons as shared
+        from posttrain_dist.objectives.preference import compared_answers as shared
         from posttrain_dist.objectives.preference.pair_losses import PairScores
 
         if not (found := shared.comparisons_of(batch)):

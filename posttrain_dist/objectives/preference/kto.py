@@ -103,7 +103,7 @@ class Kto(Referenced):
         """Answers, and the sum of log ratios that z0 is the mean of: the host waits for it."""
         import torch
 
-        from posttrain_dist.objectives.preference import comparisons as shared
+        from posttrain_dist.objectives.preference import compared_answers as shared
 
         roles = batch.host_S["role_S"]
         others = roles.count(shared.OTHER)
@@ -132,7 +132,7 @@ class Kto(Referenced):
         """The mean over answers."""
         import torch
 
-        from posttrain_dist.objectives.preference import comparisons as shared
+        from posttrain_dist.objectives.preference import compared_answers as shared
 
         device = batch.labels_N.device
         roles, values = batch.host_S["role_S"], batch.host_S["value_S"]
@@ -172,7 +172,7 @@ class Kto(Referenced):
         """What z0 is made of, by the channel of the answers to other prompts."""
         import torch
 
-        from posttrain_dist.objectives.preference import comparisons as shared
+        from posttrain_dist.objectives.preference import compared_answers as shared
 
         roles = batch.host_S["role_S"]
         others = [i for i, role in enumerate(roles) if role == shared.OTHER]

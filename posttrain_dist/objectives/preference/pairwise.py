@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from posttrain_dist.flow import Batch
     from posttrain_dist.models.head import Head
-    from posttrain_dist.objectives.preference.comparisons import Answers, Comparisons
+    from posttrain_dist.objectives.preference.compared_answers import Answers, Comparisons
 
 MAX_WEIGHT = 10**6  # of a component, and of beta
 ANSWER_FIELDS = (Extra("role_S", index=True, by=By.data), Extra("value_S", by=By.data))
@@ -79,7 +79,10 @@ class PairObjective(Objective):
 
     def count(self, batch: Batch) -> PairCount:
         """Comparisons, and tokens of the SFT term; both known on the host."""
-        from posttrain_dist.objectives.preference.comparisons import best_answers, comparisons_of
+        from posttrain_dist.objectives.preference.compared_answers import (
+            best_answers,
+            comparisons_of,
+        )
 
         weights = [each.weight for each in comparisons_of(batch)]
         tokens = sum(batch.targets_S[i] for i in best_answers(batch))
@@ -93,7 +96,7 @@ class PairObjective(Objective):
         self, hidden_ND: torch.Tensor, head: Head, batch: Batch, denominators: PairCount
     ) -> Loss:
         """The mean over comparisons, and the SFT term."""
-        from posttrain_dist.objectives.preference import comparisons as shared
+        from posttrain_dist.objectives.preference import compared_answers as shared
 
         best = shared.best_answers(batch)
         pairs = shared.on_device(batch, shared.comparisons_of(batch))

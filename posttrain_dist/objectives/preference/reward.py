@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from posttrain_dist.flow import Batch
-    from posttrain_dist.objectives.preference.comparisons import Comparisons
+    from posttrain_dist.objectives.preference.compared_answers import Comparisons
 
 NUM_BINS = 10  # of predicted probabilities, from 0.5 to 1
 _OF_BIN = ("confidence", "right", "bin")  # sums over the comparisons of a bin, and their number
@@ -95,7 +95,7 @@ class Reward(Objective):
 
     def count(self, batch: Batch) -> RewardCount:
         """Comparisons and answers; both known on the host."""
-        from posttrain_dist.objectives.preference.comparisons import comparisons_of
+        from posttrain_dist.objectives.preference.compared_answers import comparisons_of
 
         weights = [each.weight for each in comparisons_of(batch)]
         return RewardCount(float(sum(weights)), float(len(_answers(batch))))
@@ -107,7 +107,7 @@ class Reward(Objective):
         import torch
         from torch.nn.functional import logsigmoid
 
-        from posttrain_dist.objectives.preference import comparisons as shared
+        from posttrain_dist.objectives.preference import compared_answers as shared
 
         pairs = shared.on_device(batch, shared.comparisons_of(batch))
         reward_S = shared.sample_sums(batch, head.reward(hidden_ND))  # an answer has one target

@@ -15,7 +15,7 @@ from posttrain_dist.objectives.preference.pairwise import (
 )
 
 if TYPE_CHECKING:
-    from posttrain_dist.objectives.preference.comparisons import Answers, Comparisons
+    from posttrain_dist.objectives.preference.compared_answers import Answers, Comparisons
 
 
 @dataclass(kw_only=True, slots=True)

@@ -106,11 +106,14 @@ def test_a_ranking_above_the_limit_becomes_pairs_of_neighbours() -> None:
     assert found.faults == ["long_ranking"]
 
 
-def test_scored_answers_above_the_limit_stand_alone() -> None:
-    row = answered(range(10), answer(range(3), 0.5), answer(range(4), 0.5))
-    assert len(units(made(row, 17, "scores"))) == 1
+def test_a_group_above_the_limit_repeats_its_prompt() -> None:
+    row = answered(range(10), answer(range(3), 0.5), answer(range(4), 0.25), answer(range(2), 1.0))
+    assert len(units(made(row, 19, "scores"))) == 1
+    found = made(row, 17, "scores")
+    assert [worth(unit)[1:] for unit in units(found)] == [[(0, 0.5, 0), (0, 0.25, 0)], [(0, 1, 0)]]
+    assert [ids(unit)[0] for unit in units(found)] == [[*range(10)]] * 2
     found = made(row, 16, "scores")
-    assert [worth(unit)[1:] for unit in units(found)] == [[(0, 0.5, 0)], [(0, 0.5, 0)]]
+    assert [len(unit) for unit in units(found)] == [2, 3]
     assert not found.faults
 
 

@@ -9,6 +9,7 @@ import torch
 
 from posttrain_dist.data.packs.balance import Cost
 from posttrain_dist.data.packs.loader import PackedSource
+from posttrain_dist.data.packs.probe import make_probe
 from posttrain_dist.data.prepared.arrays import Examples, SplitWriter, flatten
 from posttrain_dist.data.prepared.units import Units
 from posttrain_dist.flow import By, Example, Extra
@@ -129,3 +130,12 @@ def test_sizes_of_units_are_those_of_their_paths() -> None:
     assert units.pairs(inserted, prefix).tolist() == pairs
     assert units.causal_pairs().tolist() == causal
     assert Cost(token=0, pair=1, target=0).of_units(units).tolist() == causal
+
+
+def test_the_probe_of_a_model_has_an_answer_behind_its_prompt(tmp_path: Path) -> None:
+    batch = make_probe(prepared(tmp_path))
+    assert batch.parent_S == [-1, -1, 1]
+    assert batch.input_ids_T.tolist() == [10, 11, 12, 40, 41, 42, 45]
+    assert batch.position_ids_T.tolist() == [0, 1, 2, 0, 1, 2, 3]
+    only = make_probe(prepared(tmp_path / "one", pairs=2))
+    assert only.parent_S == [-1, 0]
