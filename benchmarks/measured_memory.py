@@ -183,7 +183,9 @@ def measure(
             shape = (sample_tokens, parents, supervised_share, int(policy.config.vocab_size))
             rows = (_row(*shape, i, config.objective.own_rows) for i in range(accumulation))
             batches = [row.to(engine.device) for row in rows]
-            before, live = measured_reference.scores_of(config, engine, policy, dtype, NUM_CHANNELS)
+            before, live = measured_reference.scores_of(
+                config, process, engine, policy, dtype, NUM_CHANNELS
+            )
             _start_up_checks(config, engine, policy, batches[0])
         gc.collect()
         with counter.phase(REFERENCE) if before or live else nullcontext():
