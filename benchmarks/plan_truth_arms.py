@@ -201,6 +201,7 @@ PREFERENCES: dict[str, Arm] = {
     "reward zero-3": _pairs(Reward(), model=ZERO, stage=3, workers=2),
     "kto lora": _pairs(Kto(), tuning=Lora(rank=16)),
     **{f"dpo zero-{s}": _pairs(model=ZERO, stage=s, workers=2) for s in range(4)},
+    "dpo zero-3 frozen": _pairs(Dpo(reference=Reference.frozen), model=ZERO, stage=3, workers=2),
     "dpo zero-2 frozen": _pairs(Dpo(reference=Reference.frozen), model=ZERO, stage=2, workers=2),
 }
 CPU: dict[str, Arm] = {
