@@ -183,7 +183,9 @@ def measure(
             shape = (sample_tokens, parents, supervised_share, int(policy.config.vocab_size))
             rows = (_row(*shape, i, config.objective.own_rows) for i in range(accumulation))
             batches = [row.to(engine.device) for row in rows]
-            before, live = measured_reference.scores_of(config, engine, policy, dtype, NUM_CHANNELS)
+            before, live = measured_reference.scores_of(
+                config, process, engine, policy, dtype, NUM_CHANNELS
+            )
             _start_up_checks(config, engine, policy, batches[0])
         gc.collect()
         with counter.phase(REFERENCE) if before or live else nullcontext():
@@ -276,7 +278,7 @@ def _start_up_checks(config: RunConfig, engine: Any, policy: Any, batch: Batch) 
     nothing = filler(objective).to(engine.device)
     count = objective.count(nothing)
     engine.forward(nothing, objective, count._make([1.0] * len(count)))
-    probe = make_probe([_example(64, 1.0, 64, seed=9)] * 2, own_rows=objective.own_rows)  # type: ignore[arg-type]
+    probe = make_probe(_Probed(), own_rows=objective.own_rows)  # type: ignore[arg-type]
     policy.check_head(probe.to(engine.device))
     policy.check_parity(batch)
 
@@ -286,6 +288,14 @@ def _evaluate(config: RunConfig, engine: Any, batch: Batch) -> None:
     engine.train(False)
     count = config.objective.count(batch)
     engine.forward(batch, config.objective, count._make([1.0] * len(count)))
+
+
+class _Probed(list[Example]):
+    """Two samples, as a prepared split has them."""
+
+    def __init__(self) -> None:
+        super().__init__([_example(64, 1.0, 64, seed=9)] * 2)
+        self.sample_ids = np.array([9, 9])
 
 
 def _batch(lengths: Sequence[int], share: float, vocabulary: int, seed: int) -> Batch:

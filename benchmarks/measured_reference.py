@@ -10,6 +10,7 @@ import torch
 
 from posttrain_dist.config import RunConfig
 from posttrain_dist.config.reference_rules import chosen_reference
+from posttrain_dist.dist import Process
 from posttrain_dist.flow import Batch
 from posttrain_dist.objectives.reference_choice import (
     OLD_LOGPROB,
@@ -22,7 +23,12 @@ from posttrain_dist.reference.second_model import SecondModel
 
 
 def scores_of(
-    config: RunConfig, engine: Any, policy: Any, dtype: torch.dtype, num_channels: int
+    config: RunConfig,
+    process: Process,
+    engine: Any,
+    policy: Any,
+    dtype: torch.dtype,
+    num_channels: int,
 ) -> tuple[dict[str, Score], dict[str, Score]]:
     """By the name of the field: what fills it before step 1, and what fills it in each step."""
     before: dict[str, Score] = {}
@@ -31,7 +37,7 @@ def scores_of(
     if isinstance(objective, Referenced):
         choice = chosen_reference(config)
         if choice is Reference.frozen:
-            second = SecondModel(config, engine.device, dtype, num_channels)
+            second = SecondModel(config, process, dtype, num_channels)
             live[REF_LOGPROB.name] = second.score
         elif choice is Reference.adapter_off:
             live[REF_LOGPROB.name] = partial(_base, engine, policy)

@@ -201,6 +201,7 @@ PREFERENCES: dict[str, Arm] = {
     "reward zero-3": _pairs(Reward(), model=ZERO, stage=3, workers=2),
     "kto lora": _pairs(Kto(), tuning=Lora(rank=16)),
     **{f"dpo zero-{s}": _pairs(model=ZERO, stage=s, workers=2) for s in range(4)},
+    "dpo zero-3 frozen": _pairs(Dpo(reference=Reference.frozen), model=ZERO, stage=3, workers=2),
     "dpo zero-2 frozen": _pairs(Dpo(reference=Reference.frozen), model=ZERO, stage=2, workers=2),
 }
 CPU: dict[str, Arm] = {
@@ -311,6 +312,9 @@ GPU: dict[str, Arm] = {
     "3B full 16384 checkpoint 14": _gpu(sample_tokens=(16_384,), checkpoint_layers=14),
     "3B full accumulation 2": _gpu(sample_tokens=(4096,), accumulation=2),
     "3B full all supervised": _gpu(sample_tokens=(8192,), supervised_share=1.0),
+    "3B DPO 4096 + 2 x 2048": _gpu(
+        sample_tokens=(4096, 2048, 2048), parents=(-1, 0, 0), objective=Dpo()
+    ),
     "3B LoRA 8192": _gpu(sample_tokens=(8192,), tuning=Lora()),
     "8B LoRA 4096": _gpu(model=LLAMA_8B, sample_tokens=(4096,), tuning=Lora()),
     "8B LoRA 8192 checkpoint 32": _gpu(

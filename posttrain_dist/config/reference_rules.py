@@ -91,8 +91,6 @@ def reference_rules(config: RunConfig) -> list[Rule]:
     off = objective.reference is Reference.adapter_off
     unrestorable = _unrestorable(config)
     continued = getattr(tuning, "init_from", None)
-    frozen = objective.reference is Reference.frozen
-    stage3 = isinstance(config.engine, DeepSpeed) and config.engine.stage == 3
     return [
         Rule(
             not (off and unrestorable),
@@ -109,12 +107,6 @@ def reference_rules(config: RunConfig) -> list[Rule]:
             "leave it out: with objective.reference=auto the reference is what training starts "
             "with, that adapter as it is now; objective.reference=adapter_off is the base without "
             "it",
-        ),
-        Rule(
-            not (frozen and stage3),
-            _KEY,
-            "is frozen, and with ZeRO-3 each rank would hold all of the second copy",
-            "use objective.reference=precomputed, which needs no second copy while it trains",
         ),
         Rule(
             tuning.copies == 1,

@@ -102,9 +102,7 @@ def make_job(config: RunConfig, machine: Machine, facts: DataFacts | None = None
     job = _with_answers(job, length, known=facts is not None)
     if facts is None or facts.rows is None:
         return job
-    memory = row_memory(
-        job.tuning, network.shape, job.attention, longest, shares=job.objective.compares
-    )
+    memory = row_memory(job.tuning, network.shape, job.attention, longest)
     found = facts.rows.heaviest(config, network.shape, workers, memory)
     return replace(job, found_rows=found)
 
@@ -119,26 +117,27 @@ def _with_answers(job: Job, length: int, *, known: bool) -> Job:
     if not job.objective.compares:
         return job
     scores = job.objective.head is HeadKind.score
-    row = answer_row(fullest_row(job.row_tokens, length), one_target=scores)
+    row = answer_row(
+        fullest_row(job.row_tokens, length),
+        one_target=scores,
+        shared=job.config.data.share_prompt,
+    )
     share = job.supervised_share if known else row.supervised / sum(row.lengths)
     return replace(job.with_row(row.lengths, row.parents), supervised_share=share)
 
 
-def row_memory(
-    tuning: Tuning, shape: ModelShape, attention: str, longest: int, *, shares: bool = False
-) -> RowMemory:
+def row_memory(tuning: Tuning, shape: ModelShape, attention: str, longest: int) -> RowMemory:
     """What a model keeps of a row beside something of each token.
 
     Args:
         attention: as that of a `Job`.
         longest: tokens of the longest sample.
-        shares: samples may follow others, so that sdpa needs masks for them.
     """
     from posttrain_dist.data.packs.heaviest import RowMemory
 
     inserted = tuning.inserted_tokens
     prefix = tuning.virtual_tokens - inserted
-    kept = shares or prefix > 0 or shape.keeps_pairs(longest)
+    kept = prefix > 0 or shape.keeps_pairs(longest)
     pairs = attention == "eager" or (attention == "sdpa" and kept)
     return RowMemory(pairs=pairs, inserted=inserted, prefix=prefix)
 

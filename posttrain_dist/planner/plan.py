@@ -95,7 +95,8 @@ class Speed:
     """How long it takes.
 
     Attributes:
-        terms: seconds of a step by what they are for: compute, memory, network, update, offload.
+        terms: seconds of a step by what they are for: compute, memory, network, update, offload,
+            and forwards of a reference.
         binds: the term that decides.
         tokens: of the whole run; None: the data is not known, and hours are for a billion tokens.
     """

@@ -42,7 +42,6 @@ from posttrain_dist.metrics.memory_use import memory_bytes
 from posttrain_dist.models import Attention
 from posttrain_dist.models.folder import read_shape
 from posttrain_dist.planner.make_job import row_memory
-from posttrain_dist.planner.objective.objective_facts import ObjectiveFacts
 from posttrain_dist.planner.plan_file import read_plan
 
 FOLDER = "rehearsal"  # in the run folder, while a checkpoint is tried
@@ -146,8 +145,7 @@ def _row_memory(config: RunConfig) -> RowMemory:
     """What may be kept of a row: of attentions that may run, by that which keeps most."""
     attention = "eager" if config.model.attention is Attention.eager else "sdpa"
     shape = read_shape(config.model.path)
-    shares = ObjectiveFacts.of(config).compares
-    return row_memory(config.tuning, shape, attention, config.data.max_length, shares=shares)
+    return row_memory(config.tuning, shape, attention, config.data.max_length)
 
 
 @contextlib.contextmanager

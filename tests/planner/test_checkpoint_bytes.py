@@ -14,7 +14,14 @@ from posttrain_dist.planner.memory.disk import checkpoint_bytes, export_bytes
 
 
 @pytest.mark.parametrize(
-    "case", [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "rank": 8}]
+    "case",
+    [
+        {"dtype": "float32"},
+        {"dtype": "bfloat16"},
+        {"dtype": "bfloat16", "rank": 8},
+        {"dtype": "bfloat16", "reward": True},
+        {"dtype": "bfloat16", "rank": 8, "reward": True},
+    ],
 )
 def test_a_checkpoint_of_one_process(case, tmp_path, builders):
     folder = builders.model(tmp_path / "model")

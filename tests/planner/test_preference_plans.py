@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from planned_runs import WIDE, planned, wide_model
 from preference_runs import pairs_config, write_pairs
 
 from posttrain_dist.build import make_source
-from posttrain_dist.config import AutoEngine, AutoTuning, DeepSpeed, Full, Lora, Ray
+from posttrain_dist.config import AutoEngine, AutoTuning, DataConfig, DeepSpeed, Full, Lora, Ray
 from posttrain_dist.data.packs.heaviest import RowMemory
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.dist import Process
@@ -31,6 +32,7 @@ from posttrain_dist.planner.make_job import make_job
 from posttrain_dist.planner.make_plan import make_plan
 from posttrain_dist.planner.memory.layers.ends import num_targets
 from posttrain_dist.planner.memory.layers.row_attention import slots_of
+from posttrain_dist.planner.memory.phases import device_phases
 from posttrain_dist.planner.plan import Choice, Item, PhaseName, Plan
 from posttrain_dist.planner.speed.work import row_keys
 from posttrain_dist.prepare import prepare
@@ -90,8 +92,31 @@ def test_a_pack_without_data_is_a_prompt_and_two_answers():
     for job in (dpo, reward):
         assert job.row_lengths == (1024, 512, 512)
         assert job.row_parents == (-1, 0, 0)
+    # Without sharing, the same pair with its prompt twice: 2 x (682 + 341).
+    apart = job_of(Dpo(), data=DataConfig(max_length=2048, share_prompt=False))
+    assert apart.row_lengths == (1024, 1024) and max(apart.row_parents) < 0
+    assert apart.supervised_share == pytest.approx(2 * 341 / 2048)
     assert num_targets(dpo) == 1024
     assert num_targets(reward) == 128  # two, padded as a batch is
+
+
+@pytest.mark.parametrize("attention", ["varlen", "sdpa", "eager"])
+def test_a_shared_prompt_takes_less_than_its_repetition(attention: str):
+    job = replace(job_of(Dpo(), tuning=Lora()), attention=attention, supervised_share=0.5)
+
+    def peak(lengths: tuple[int, ...], parents: tuple[int, ...] = ()) -> int:
+        return max(p.allocated_bytes for p in device_phases(job.with_row(lengths, parents)))
+
+    alone, tree, paths = (
+        peak((1024, 512, 512)),
+        peak((1024, 512, 512), (-1, 0, 0)),
+        peak((1536, 1536)),
+    )
+    # The keys of the prompt stand once more for each answer, and the answers' masks.
+    assert alone < tree < paths
+    keys = 4 * 2 * 2 * 2048 * 8 * 128  # layers, keys and values, bytes, (1024 + 512) x 2 - 1024
+    if attention == "varlen":
+        assert tree - alone >= keys
 
 
 def test_rows_of_units_are_the_heaviest_of_the_run(tiny_llama: Path, tmp_path: Path):
@@ -225,17 +250,20 @@ def chosen(reference: Reference, gib: float) -> Choice:
 
 
 def test_the_fallbacks_know_the_reference():
-    """A second copy is whole on every rank: it has no ZeRO-3, and comes to LoRA sooner."""
+    """A second copy is whole on every rank but for ZeRO-3, which it comes to sooner."""
     copied, passed = (chosen(each, 24.0) for each in (Reference.frozen, Reference.precomputed))
-    refused = {each.name: each.refused for each in copied.tried if each.plan is None}
-    assert set(refused) == {"full ZeRO-3", "full ZeRO-3 + CPU offload"}
-    assert all("reference is frozen" in why for why in refused.values())
     least = [
         min(t.leanest.device.total_bytes for t in choice.tried[:2] if t.leanest is not None)
         for choice in (copied, passed)
     ]
     between = sum(least) / 2 / 0.96 / 2**30
-    assert chosen(Reference.frozen, between).chosen.name == "LoRA"
+    assert chosen(Reference.frozen, between).chosen.name == "full ZeRO-3"
     found = chosen(Reference.precomputed, between).chosen
-    assert found.name.startswith("full") and found.plan is not None
+    assert found.name in ("full ZeRO-1", "full ZeRO-2") and found.plan is not None
     assert "a pass over the samples before step 1" in found.plan.settings["reference"]
+
+
+def test_zero3_shards_the_second_copy():
+    plan = plan_of(Dpo(reference=Reference.frozen), engine=DeepSpeed(stage=3))
+    held = plan.device.peak.items[Item.reference_model]
+    assert held == pytest.approx(2 * plan.parameters / 4, rel=0.001)  # of 4 ranks

@@ -21,6 +21,7 @@ from posttrain_dist.config import (
     complete,
 )
 from posttrain_dist.models import Checkpointing
+from posttrain_dist.objectives.preference.reward import Reward
 from posttrain_dist.planner.job import Job, Machine
 from posttrain_dist.planner.make_job import make_job
 
@@ -44,7 +45,7 @@ def zero_config(folder: Path, case: dict[str, Any], world: int) -> RunConfig:
     """A completed config of the model in `folder` on `world` CPU ranks.
 
     Args:
-        case: stage, dtype, rank (LoRA's; 0: full), length, threshold, recompute, json.
+        case: stage, dtype, rank (LoRA's; 0: full), length, threshold, recompute, json, reward.
     """
     rank = case.get("rank", 0)
     recompute = Checkpointing[case.get("recompute", "none")]
@@ -52,7 +53,7 @@ def zero_config(folder: Path, case: dict[str, Any], world: int) -> RunConfig:
         RunConfig(
             model=ModelConfig(path=str(folder), activation_checkpointing=recompute),
             data=DataConfig(max_length=case.get("length", 128)),
-            objective=Sft(),
+            objective=Reward() if case.get("reward") else Sft(),
             tuning=Lora(rank=rank) if rank else Full(),
             engine=DeepSpeed(
                 stage=case["stage"],

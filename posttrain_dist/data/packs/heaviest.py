@@ -52,7 +52,8 @@ class RowMemory:
     """What a model keeps of a row beside something of each token, supervised or not.
 
     Attributes:
-        pairs: attention keeps something of each pair of a token and one that it may attend to.
+        pairs: attention keeps something of each pair of a token and one that it may attend to;
+            where samples follow others it may anyway, in masks.
         inserted: virtual tokens that are put before each root (prompts).
         prefix: virtual tokens that stand before the keys of each root alone.
     """
@@ -65,7 +66,7 @@ class RowMemory:
         """Of each unit what adds up to the memory of a row, the tokens of the model first."""
         # Head and last MLP run on the targets alone.
         found: list[Ints] = [units.tokens(self.inserted), units.supervised]
-        if self.pairs:
+        if self.pairs or units.before_S is not None:
             found.append(units.pairs(self.inserted, self.prefix))
         if self.prefix or units.before_S is not None:  # keys stand once more for each sample
             found.append(units.keys(self.inserted, self.prefix))

@@ -16,20 +16,26 @@ class AnswerRow(NamedTuple):
     supervised: int
 
 
-def answer_row(pack_lengths: Sequence[int], *, one_target: bool) -> AnswerRow:
-    """One pair in each pack, whose prompt is half of it.
+def answer_row(pack_lengths: Sequence[int], *, one_target: bool, shared: bool = True) -> AnswerRow:
+    """One pair in each pack, whose prompt is half of it where both answers share it.
 
     Args:
         pack_lengths: tokens of each pack.
         one_target: only the last token of an answer is one (a reward model).
+        shared: whether answers follow the prompt; else each is a sample with a prompt of its own.
     """
     lengths: list[int] = []
     parents: list[int] = []
     supervised = 0
     for tokens in pack_lengths:
         answer = max(1, round(tokens * (1 - PROMPT_SHARE)) // NUM_ANSWERS)
-        root = len(lengths)
-        lengths += [max(1, tokens - NUM_ANSWERS * answer), *[answer] * NUM_ANSWERS]
-        parents += [-1, *[root] * NUM_ANSWERS]
+        if not shared:  # the same pair, as large as it may be
+            answer = round(answer / (PROMPT_SHARE * (NUM_ANSWERS - 1) + 1)) or 1
+            lengths += [max(1, tokens // NUM_ANSWERS)] * NUM_ANSWERS
+            parents += [-1] * NUM_ANSWERS
+        else:
+            root = len(lengths)
+            lengths += [max(1, tokens - NUM_ANSWERS * answer), *[answer] * NUM_ANSWERS]
+            parents += [-1, *[root] * NUM_ANSWERS]
         supervised += NUM_ANSWERS * (1 if one_target else answer)
     return AnswerRow(tuple(lengths), tuple(parents), supervised)

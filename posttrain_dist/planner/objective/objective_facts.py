@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from posttrain_dist.config import RunConfig
-from posttrain_dist.config.reference_rules import chosen_reference
+from posttrain_dist.config.reference_rules import chosen_reference, is_start
 from posttrain_dist.flow import By
 from posttrain_dist.objectives.reference_choice import OLD_LOGPROB, Reference, Referenced
 
@@ -53,7 +53,8 @@ class ObjectiveFacts:
         fields = [each for each in objective.extra if each.by is By.model]
         reference, named = None, None
         if isinstance(objective, Referenced):
-            reference, named = chosen_reference(config), objective.reference_model
+            reference = chosen_reference(config)
+            named = None if is_start(config) else objective.reference_model
         return cls(
             name=objective.name,
             head=HeadKind.score if objective.own_rows else head,

@@ -2,7 +2,7 @@
 
 precomputed    a forward of every sample before step 1; a float32 of each token on disk
 adapter_off    a forward of each micro-batch in its step, by the policy without its adapter
-frozen         the same by a second copy, whose weights every rank holds whole
+frozen         the same by a second copy, whose weights every rank holds whole but for ZeRO-3
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from dataclasses import replace
 from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.models.folder import read_network
 from posttrain_dist.objectives.reference_choice import Reference
-from posttrain_dist.planner.job import Job, shared_by
+from posttrain_dist.planner.job import Job
+from posttrain_dist.planner.memory.engines.ds_settings import elements, zero_settings
+from posttrain_dist.planner.memory.engines.partitions import shard
 from posttrain_dist.planner.memory.parameters import stored_parameters
 from posttrain_dist.tuning.full import Full
 
@@ -38,11 +40,20 @@ def reference_job(job: Job) -> Job | None:
     return replace(job, network=network, tuning=Full(train=_NOTHING))
 
 
-@shared_by("parameters_key", "objective")
 def second_model_bytes(job: Job) -> int:
-    """Weights of the second model of a rank; 0: there is none."""
+    """Weights of the second model of a rank; 0: there is none. ZeRO-3 shards it, too."""
     other = reference_job(job) if job.objective.has_second_model else None
-    return 0 if other is None else sum(each.num_bytes for each in stored_parameters(other))
+    if other is None:
+        return 0
+    stored = stored_parameters(other)
+    if not (isinstance(job.engine, DeepSpeed) and job.engine.stage == 3):
+        return sum(each.num_bytes for each in stored)
+    threshold, total = zero_settings(job).param_persistence_threshold, 0
+    for each in stored:
+        count = elements(each, job.value_bytes)
+        whole = not each.parameter or count <= threshold
+        total += each.num_bytes // count * (count if whole else shard(count, job.workers))
+    return total
 
 
 def forgets_order(job: Job) -> bool:

@@ -239,7 +239,7 @@ def _whole_row(graph: Graph, job: Job, heads: Heads, q: Value, k: Value, v: Valu
     rows = num_tokens + _FLASH_PADDING_TOKENS * num_samples
     temporary = rows * heads.num * (-(-heads.width // 32) * 32 + 1) * WIDE  # dq, softmax_d
     if heads.num != heads.num_kv:  # dk and dv of each query head
-        temporary += 2 * q.num_bytes
+        temporary += (k.num_bytes + v.num_bytes) * heads.num // heads.num_kv
     return graph.op(
         (q, k, v),
         num_tokens * heads.num * heads.value_width * q.width,
