@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from posttrain_dist.config.run_config import RunConfig
-from posttrain_dist.engine import DeepSpeed
 from posttrain_dist.errors import ConfigError, PosttrainError, Rule
 from posttrain_dist.flow import By
 from posttrain_dist.models import Weights
