@@ -1,4 +1,4 @@
-"""What the small base model learns from the embedded preferences: DPO with its SFT term and without.
+"""What the small base model learns from the embedded preferences: DPO with an SFT term and without.
 
     OMP_NUM_THREADS=1 python benchmarks/preferences_learning.py
     OMP_NUM_THREADS=1 python benchmarks/preferences_learning.py --steps 2 --sft-steps 2    # quick
