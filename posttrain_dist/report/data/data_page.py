@@ -13,6 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain_dist.files import write_atomic
 from posttrain_dist.report.blocks import blocks
+from posttrain_dist.report.data.answer_figures import (
+    comparison_rows,
+    is_better,
+    length_bias_lines,
+    names_of_answers,
+    of_sample,
+)
 from posttrain_dist.report.data.data_figures import (
     COUNTS,
     SPLITS,
@@ -89,6 +96,8 @@ def data_page(report: dict[str, Any]) -> str:
         turns=turns_line(report),
         heads=COUNTS,
         tables=[(title, rows) for title, rows in tables if rows],
+        compared=[(title, comparison_rows(report, split)) for split, title in SPLITS.items()],
+        length_bias=length_bias_lines(report),
         panels=panels,
         panels_hidden=len(channels) > len(panels),
         num_channels=len(channels),
@@ -123,11 +132,26 @@ def _examples(report: dict[str, Any]) -> list[dict[str, Any]]:
                     "tokens": whole(example.get("tokens")),
                     "supervised": whole(example.get("supervised")),
                     "parts": _parts(example.get("pieces") or [], most),
+                    "answers": _answers(example.get("answers") or [], most),
                 }
                 for example in found
             ],
         }
         for name, found in groups.items()
+    ]
+
+
+def _answers(answers: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """The answers of a row, which stand side by side."""
+    return [
+        {
+            "name": name,
+            "better": is_better(answer, answers),
+            "tokens": whole(answer["tokens"]),
+            "supervised": whole(answer["supervised"]),
+            "parts": _parts(answer["pieces"], most),
+        }
+        for name, answer in zip(names_of_answers(answers), answers, strict=True)
     ]
 
 
@@ -155,6 +179,7 @@ def _batch(report: dict[str, Any]) -> dict[str, Any] | None:
     limit = (report.get("settings") or {}).get("max_length") or tokens
     whole_T = max(limit, tokens, len(pieces))
     most = max(_FEWEST, MAX_TOKENS // 2 // len(bounds))
+    units = batch.get("units") or []
     samples, strip = [], []
     for start, end in zip(bounds, [*bounds[1:], len(pieces)], strict=True):
         inside = pieces[start:end]
@@ -163,6 +188,7 @@ def _batch(report: dict[str, Any]) -> dict[str, Any] | None:
         samples.append(
             {
                 "number": whole(pieces[start][3]),
+                "kind": of_sample(units, pieces[start][3]),
                 "span": f"{start:,} to {end - 1:,}",
                 "tokens": whole(len(inside)),
                 "supervised": whole(targets),
@@ -183,6 +209,7 @@ def _batch(report: dict[str, Any]) -> dict[str, Any] | None:
         "fill": share_of(tokens, limit),
         "strip": strip,
         "samples": samples,
+        "has_answers": any(sample["kind"] for sample in samples),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
+from posttrain_dist.report.data.answer_figures import comparison_rows, length_bias_lines
 from posttrain_dist.report.data.data_figures import (
     COUNTS,
     SPLITS,
@@ -97,6 +98,7 @@ def counts_text(report: dict[str, Any]) -> str:
     if left_out := left_out_total(report):
         lines.append(f"{left_out} rows have the weight 0: left out")
     lines += filter(None, [turns_line(report)])
+    lines += length_bias_lines(report)
     for check in checks_of(report):
         if check["failed"] and check["level"] == "warning":
             what = f"{check['name']}, {check['failed']:,} rows: {check['explain']}"
@@ -153,6 +155,24 @@ def _channels(console: Console, report: dict[str, Any]) -> None:
     if left_out := left_out_total(report):
         console.print(f"{left_out:,} rows have the weight 0: left out", style="dim")
     if line := turns_line(report):
+        console.print(line, style="dim")
+    _comparisons(console, report)
+
+
+def _comparisons(console: Console, report: dict[str, Any]) -> None:
+    """What is compared in the training rows, and how long the answers are."""
+    rows = comparison_rows(report, "train")
+    if not rows:
+        return
+    heads = ("comparisons", "better", "worse", "times")
+    title = "tokens of training answers"
+    table = styled_table(title, _name_width([row["name"] for row in rows]), heads)
+    for row in rows:
+        cells = (row["comparisons"], row["better"], row["worse"], row["ratio"])
+        table.add_row(row["name"], *cells, style="yellow" if row["biased"] else None)
+    console.print()
+    console.print(table)
+    for line in length_bias_lines(report):
         console.print(line, style="dim")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from posttrain_dist.report.data.answer_figures import names_of_answers, of_sample
 from posttrain_dist.report.data.data_figures import SPLITS
 from posttrain_dist.report.data.token_runs import Mark, Piece, Run, clean, hidden_name, runs
 from posttrain_dist.report.numbers import share_of, times, whole
@@ -41,6 +42,10 @@ def print_conversations(
             parts += [f"{whole(count)} {noun}" for count, noun in counts]
             _head(console, " · ".join(clean(str(part)) for part in parts if part))
             _print(console, example.get("pieces") or [], color)
+            answers = example.get("answers") or []
+            for answer, title in zip(answers, names_of_answers(answers), strict=True):
+                console.print(f"  {title} · {whole(answer['tokens'])} tokens", style="cyan")
+                _print(console, answer["pieces"], color)
 
 
 def print_batch(console: Console, report: dict[str, Any], color: bool) -> None:
@@ -61,7 +66,9 @@ def print_batch(console: Console, report: dict[str, Any], color: bool) -> None:
         inside = list(group)
         end = at + len(inside)
         targets = sum(piece[1] > 0 for piece in inside)
-        _head(console, f"sample {sample} · tokens [{at:,}, {end:,}) · {targets:,} supervised")
+        kind = of_sample(batch.get("units") or [], sample)
+        parts = [f"sample {sample}", kind, f"tokens [{at:,}, {end:,})", f"{targets:,} supervised"]
+        _head(console, " · ".join(filter(None, parts)))
         _print(console, inside, color)
         at = end
 
