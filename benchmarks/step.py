@@ -85,16 +85,16 @@ class Child:
     """One arm's process; `step` runs one optimizer step of it and waits.
 
     Args:
-        script: whose arms they are.
+        script: whose arms they are; null: those of step_arms.py.
     """
 
-    def __init__(self, folder: Path, arm: str, script: Path = Path(step_arms.__file__)) -> None:
+    def __init__(self, folder: Path, arm: str, script: Path | None = None) -> None:
         self.arm = arm
         self.steps: list[dict[str, float]] = []
         self.failed = ""
         self._errors = (folder / f"{arm}.stderr").open("w+", encoding="utf-8")
         self._process = subprocess.Popen(
-            [sys.executable, str(script), str(folder), arm],
+            [sys.executable, str(script or Path(step_arms.__file__)), str(folder), arm],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

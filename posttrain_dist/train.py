@@ -32,6 +32,7 @@ from posttrain_dist.config import RunConfig, complete, refuse_auto
 from posttrain_dist.config.advice import settings_line, warnings
 from posttrain_dist.data.packs.collate import filler
 from posttrain_dist.data.packs.loader import PackedSource
+from posttrain_dist.data.packs.prefetch import RunSource
 from posttrain_dist.data.packs.probe import make_probe
 from posttrain_dist.data.prepared.arrays import Examples
 from posttrain_dist.dist import Process
@@ -105,11 +106,11 @@ def training(
             _check_first_batch(policy, source, reference, start + 1, engine.device)
 
         # Steps, and what happens after each.
-        meter, eval_meter = (_meter(config, data, engine.device) for _ in range(2))
-        batches, held, every = reference.source, reference.heldout, config.train.eval_every
-        figures = figure_writer(run_folder, data.channels, config.objective)
-        evaluate = Evaluate(engine, held, config.objective, eval_meter, every, figures)
+        meter = _meter(config, data, engine.device)
+        batches, held = reference.source, reference.heldout
+        evaluate = _evaluate(config, run_folder, engine, held, data)
         rate = partial(learning_rate, config.optimizer, total_steps=steps)  # type: ignore[arg-type]
+        update_check = make_update_check(config, engine, policy, rate, start)
         Rehearsal(config, run_folder, engine, batches, held, meter, manifest).run(start, steps)
         export = RunExport(config, run_folder, manifest, data.served, partial(notify, run_folder))
         facts = model_facts(config, policy, source)
@@ -131,7 +132,7 @@ def training(
                 hooks=(
                     evaluate,
                     log,
-                    make_update_check(config, engine, policy, rate, start),
+                    update_check,
                     RehearseExport(export, engine.full_tensors),
                     Save(config, run_folder, engine, manifest, log),
                     EndOnNonfinite(run_folder),
@@ -193,6 +194,19 @@ def _report_settings(
 
 def _meter(config: RunConfig, data: PreparedData, device: torch.device) -> TokenMeter:
     return TokenMeter(data.channels, data.special_tokens, config.objective, device)
+
+
+def _evaluate(
+    config: RunConfig,
+    run_folder: Path,
+    engine: TrainEngine,
+    heldout: RunSource | None,
+    data: PreparedData,
+) -> Evaluate:
+    """The hook that evaluates, with a meter of its own."""
+    figures = figure_writer(run_folder, data.channels, config.objective)
+    meter = _meter(config, data, engine.device)
+    return Evaluate(engine, heldout, config.objective, meter, config.train.eval_every, figures)
 
 
 def _write_main(path: Path, **values: Any) -> None:
