@@ -10,7 +10,7 @@ from posttrain_launch.cli import main
 # words -> (what stands before the colon, a part of the fix)
 CASES = {
     "misspelt key": (["train.stepz=3"], "train.stepz: unknown key", "train.steps?"),
-    "new key": (["+objective.q7=1"], "objective.q7: unknown key", "--cfg job"),
+    "new key": (["+objective.typo=1"], "objective.typo: unknown key", "--cfg job"),
     "key without its group": (["lr=1e-3"], "lr: unknown key", "optimizer.lr?"),
     "key in the wrong group": (["train.lr=1"], "train.lr: unknown key", "optimizer.lr?"),
     "key of another option": (["engine.stage=2"], "engine.stage: unknown key", "engine=zero0"),

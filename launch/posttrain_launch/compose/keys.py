@@ -145,7 +145,12 @@ def nearest_key(base: DictConfig, key: str) -> str | None:
     same = [k for k in keys if k.rsplit(".", 1)[-1] == leaf]
     if same:
         return max(same, key=lambda k: difflib.SequenceMatcher(None, k, key).ratio())
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
+    # The name of the group, which is right, makes any two of its keys alike.
+    near = [
+        k
+        for k in difflib.get_close_matches(key, keys, n=3, cutoff=0.7)
+        if difflib.SequenceMatcher(None, k.rsplit(".", 1)[-1], leaf).ratio() >= 0.6
+    ]
     if not near:
         leaves = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
         near = [leaves[n] for n in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
