@@ -66,6 +66,11 @@ class Objective:
         return []
 
     @property
+    def without_margin(self) -> str:
+        """What of it a row's margin would be ignored by, so that it is refused; empty: nothing."""
+        return ""
+
+    @property
     def trains_answers(self) -> bool:
         """Whether what it trains writes answers to conversations, as generation can show."""
         return self.rows != "text" and not self.own_rows

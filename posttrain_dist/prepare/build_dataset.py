@@ -113,6 +113,7 @@ def _encode(
         inputs.ends,
         config.objective.rows,
         config.objective.own_rows,
+        config.objective.without_margin,
     )
     plan = [
         (index, unit)

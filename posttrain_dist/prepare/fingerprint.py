@@ -181,7 +181,8 @@ def _of_answers(config: RunConfig, sets: list[FileSet]) -> dict[str, Any]:
     if config.objective.rows not in ANSWERS:
         return {}
     converts = [each.converts for each in sets]
-    return {"own_rows": config.objective.own_rows, "converts": converts}
+    refused = {"without_margin": True} if config.objective.without_margin else {}
+    return {"own_rows": config.objective.own_rows, "converts": converts, **refused}
 
 
 def _of_template(template: Template) -> dict[str, Any]:

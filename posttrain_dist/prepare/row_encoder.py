@@ -37,6 +37,7 @@ class Job:
     ends: tuple[str, ...] = ()  # tokens at which generation stops, by the model's own config
     rows: str = "messages"  # what the objective reads
     own_rows: bool = False  # of an answer only the last token is a target
+    without_margin: str = ""  # what of the objective has no place for a row's margin
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class RowEncoder:
                 job.tokenizer,
                 job.template,
                 compares=job.rows == "pairs",
+                without_margin=job.without_margin,
                 templates=templates,
                 ends=job.ends,
             )

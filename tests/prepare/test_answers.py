@@ -211,3 +211,17 @@ def test_what_answers_cannot_have_is_refused(
     (broken,) = (rule for rule in rules if not rule.holds)
     assert broken.error().where == where and broken.error().fix
     assert all(rule.holds for rule in answer_rules(DataConfig(), Template(), "pairs"))
+
+
+def test_a_margin_that_the_loss_has_no_place_for_is_refused_by_its_row(tmp_path: Path) -> None:
+    class Marginless(Pairs):
+        without_margin = "this loss"
+
+    config = config_of(tmp_path, Marginless(), train=str(rows_file(tmp_path)))
+    with pytest.raises(PosttrainError) as caught:
+        prepare(config, tmp_path / "prepared")
+    assert "pairs.jsonl:1" in str(caught.value)
+    assert "has a margin, which this loss has no place for" in str(caught.value)
+    skipping = dataclasses.replace(config.data, on_bad_row=OnBadRow.skip)
+    config = dataclasses.replace(config, data=skipping)
+    assert prepare(config, tmp_path / "prepared").rejected == 8

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from posttrain_dist.report.data.answer_figures import (
+    answer_warnings,
     comparison_rows,
-    length_bias_lines,
     names_of_answers,
     of_sample,
 )
@@ -91,7 +91,7 @@ def test_lengths_that_differ_are_told() -> None:
         False,
     )
     assert (long["ratio"], long["biased"]) == ("1.50", True)
-    (line,) = length_bias_lines(REPORT)
+    (line,) = answer_warnings(REPORT)
     assert line.startswith("long: better answers have 22.5 tokens on average, the others 15.0")
     assert comparison_rows({"splits": {"train": {"a": {"rows": 1}}}}, "train") == []
 
@@ -120,3 +120,18 @@ def test_the_terminal_has_them_below_each_other() -> None:
     chosen, rejected = text.index("  chosen · 2 tokens"), text.index("  rejected · 2 tokens")
     assert text.index("ask") < chosen < text.index("⟦good<|end|>⟧") < rejected
     assert "length alone may" in text
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "line"),
+    [
+        (4, 0, ["every label is true: without undesirable answers there is nothing to tell apart"]),
+        (0, 4, ["every label is false: without desirable answers there is nothing to tell apart"]),
+        (3, 1, []),
+    ],
+)
+def test_labels_of_one_kind_are_told(better: int, worse: int, line: list[str]) -> None:
+    tokens = {"better_tokens": 5 * better, "worse_tokens": 5 * worse}
+    count = {**counts(10, 10), "comparisons": 0, "better": better, "worse": worse, **tokens}
+    assert answer_warnings({"splits": {"train": {"a": count}}}) == line
+    assert answer_warnings({"splits": {"train": {"a": {"rows": 3}}}}) == []  # of SFT

@@ -53,6 +53,7 @@ class AnswerEncoder:
         tokenizer: a fast tokenizer of transformers.
         choice: which template; the turns of the assistant in each answer are targets.
         compares: whether a row must compare two answers of different values.
+        without_margin: what would ignore the margin of a row, which is then refused; or "".
         templates: the loaded ones; null: they are loaded with the first row.
         ends: tokens at which generation stops, by the model's generation config.
     """
@@ -63,10 +64,12 @@ class AnswerEncoder:
         choice: Template,
         *,
         compares: bool,
+        without_margin: str = "",
         templates: TemplateSet | None = None,
         ends: Sequence[str] = (),
     ) -> None:
         self._tokenizer, self._choice, self._compares = tokenizer, choice, compares
+        self._without_margin = without_margin
         # What is too long is cut when all answers of a row are known.
         self._encoder = Encoder(
             tokenizer,
@@ -119,6 +122,13 @@ class AnswerEncoder:
         Raises:
             DataError: an answer is refused, or the prompts differ, or nothing is compared.
         """
+        if self._without_margin and any(answer.margin for answer in record.answers):
+            raise DataError(
+                f"has a margin, which {self._without_margin} has no place for",
+                where=record.where,
+                fix="leave the column out, or use a loss that takes margins: objective=simpo, "
+                "objective=reward, or objective=dpo with loss_type=sigmoid",
+            )
         if not found:
             raise DataError(
                 "has an answer of several turns, and template.form=turns makes a sample of each",

@@ -16,7 +16,6 @@ from posttrain_dist.data.read.json_lines import load
 from posttrain_dist.flow import Answer, Message
 
 Messages = tuple[Message, ...]
-_SCORES = ("score_chosen", "score_rejected")
 # How HH-RLHF writes a conversation: as one text.
 _TRANSCRIPT = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 _MOST = 1e9  # of a score: what float32 still tells apart from its neighbours
@@ -34,11 +33,11 @@ def read_preference(row: dict[str, Any]) -> Answered:
     """The better answer, then the worse one.
 
     Where the answers are whole conversations, their common beginning is the prompt. The margin is
-    that of the row, else by how much the score of the better answer is above the other's.
+    that of the row. Other scores of it are not read: their scale is not that of rewards.
 
     Raises:
         BadRow: there is no prompt, the answers are equal, one is empty or no answer to the
-            prompt, or margin or scores are no such numbers.
+            prompt, or the margin is no such number.
     """
     chosen, rejected = (_answer(row[name], name) for name in ("chosen", "rejected"))
     shared = common_prefix_length(chosen, rejected)
@@ -224,18 +223,7 @@ def _margin(row: dict[str, Any]) -> float:
         if margin < 0:
             raise bad_field("margin", f"is {given!r}", "write 0 or more, or swap the answers")
         return margin
-    scores = [row.get(name) for name in _SCORES]
-    known = [score is not None and score == score for score in scores]
-    if not any(known):
-        return 0.0
-    if not all(known):
-        what = "is not there, and the other answer has a score"
-        raise bad_field(_SCORES[known.index(False)], what, "write both scores, or none")
-    better, worse = (_number(s, name) for s, name in zip(scores, _SCORES, strict=True))
-    if worse > better:
-        what = f"is {worse:g}, and that of the chosen answer is {better:g}"
-        raise bad_field(_SCORES[1], what, "swap the answers, or remove the row")
-    return better - worse
+    return 0.0
 
 
 def _numbers(value: Any, name: str, count: int) -> list[float]:

@@ -144,7 +144,7 @@ FORMATS: dict[Format, Shape] = {
     ),
     Format.preference: Shape(
         ("chosen", "rejected"),
-        ("prompt", "margin", "score_chosen", "score_rejected", *_BESIDE_ANSWERS),
+        ("prompt", "margin", *_BESIDE_ANSWERS),
         '{"prompt": "...", "chosen": "...", "rejected": "..."}',
         _answered(read_preference),
     ),

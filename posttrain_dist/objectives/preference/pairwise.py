@@ -78,11 +78,6 @@ class PairObjective(Objective):
         """`sft_weight`, of those that have one."""
         return 0.0
 
-    @property
-    def without_margin(self) -> str:
-        """What of it a row's margin would be ignored by; empty: nothing."""
-        return ""
-
     def check_extra(self, batch: Batch) -> None:
         """Also that no row has a margin that would be ignored.
 

@@ -60,14 +60,28 @@ def comparison_rows(report: dict[str, Any], split: str) -> list[dict[str, Any]]:
     return found
 
 
-def length_bias_lines(report: dict[str, Any]) -> list[str]:
-    """A line for each training channel whose better answers differ in length from the others."""
-    return [
+def answer_warnings(report: dict[str, Any]) -> list[str]:
+    """A line for each training channel whose better answers differ in length from the others, and
+    one where labels are all of one kind.
+    """
+    biased = [
         f"{row['name']}: better answers have {row['better']} tokens on average, the others "
         f"{row['worse']} ({row['ratio']} times): length alone may be learned"
         for row in comparison_rows(report, "train")
         if row["biased"]
     ]
+    return biased + _one_kind(list(report.get("splits", {}).get("train", {}).values()))
+
+
+def _one_kind(channels: list[dict[str, Any]]) -> list[str]:
+    """Of labels, that one of the two kinds is nowhere."""
+    if any(counts.get("comparisons") for counts in channels):
+        return []
+    better, worse = (sum(counts.get(k, 0) for counts in channels) for k in ("better", "worse"))
+    if bool(better) == bool(worse):
+        return []
+    there, missing = ("true", "undesirable") if better else ("false", "desirable")
+    return [f"every label is {there}: without {missing} answers there is nothing to tell apart"]
 
 
 def of_sample(units: list[dict[str, Any]], sample: int) -> str:

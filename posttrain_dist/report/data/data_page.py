@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from posttrain_dist.files import write_atomic
 from posttrain_dist.report.blocks import blocks
 from posttrain_dist.report.data.answer_figures import (
+    answer_warnings,
     comparison_rows,
     is_better,
-    length_bias_lines,
     names_of_answers,
     of_sample,
 )
@@ -97,7 +97,7 @@ def data_page(report: dict[str, Any]) -> str:
         heads=COUNTS,
         tables=[(title, rows) for title, rows in tables if rows],
         compared=[(title, comparison_rows(report, split)) for split, title in SPLITS.items()],
-        length_bias=length_bias_lines(report),
+        answer_warnings=answer_warnings(report),
         panels=panels,
         panels_hidden=len(channels) > len(panels),
         num_channels=len(channels),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
-from posttrain_dist.report.data.answer_figures import comparison_rows, length_bias_lines
+from posttrain_dist.report.data.answer_figures import answer_warnings, comparison_rows
 from posttrain_dist.report.data.data_figures import (
     COUNTS,
     SPLITS,
@@ -98,7 +98,7 @@ def counts_text(report: dict[str, Any]) -> str:
     if left_out := left_out_total(report):
         lines.append(f"{left_out} rows have the weight 0: left out")
     lines += filter(None, [turns_line(report)])
-    lines += length_bias_lines(report)
+    lines += answer_warnings(report)
     for check in checks_of(report):
         if check["failed"] and check["level"] == "warning":
             what = f"{check['name']}, {check['failed']:,} rows: {check['explain']}"
@@ -172,7 +172,7 @@ def _comparisons(console: Console, report: dict[str, Any]) -> None:
         table.add_row(row["name"], *cells, style="yellow" if row["biased"] else None)
     console.print()
     console.print(table)
-    for line in length_bias_lines(report):
+    for line in answer_warnings(report):
         console.print(line, style="dim")
 
 

@@ -42,7 +42,7 @@ SCORED = PAIR | {"score_chosen": 8.5, "score_rejected": 6}
     ("format", "row", "worth"),  # each answer: its text, value and margin
     [
         (Format.preference, PAIR | {"margin": 2}, ["a 1 2", "b 0 0"]),
-        (Format.preference, SCORED, ["a 1 2.5", "b 0 0"]),
+        (Format.preference, SCORED, ["a 1 0", "b 0 0"]),  # their scale is not that of rewards
         (Format.preference, SCORED | {"margin": 0.5}, ["a 1 0.5", "b 0 0"]),
         (Format.ranking, RANKING, ["a 2 0", "b 1 0", "c 0 0"]),
         # Of two that share a rank each is better than those behind them.
@@ -88,8 +88,6 @@ BAD: list[tuple[Format, dict[str, Any], str, str]] = [
     (Format.preference, PAIR | {"chosen": [said("x"), user("y")]}, "chosen", "ends with a user"),
     (Format.preference, PAIR | {"margin": -1}, "margin", "is -1"),
     (Format.preference, PAIR | {"margin": "wide"}, "margin", "is text"),
-    (Format.preference, PAIR | {"score_chosen": 1}, "score_rejected", "is not there"),
-    (Format.preference, PAIR | {"score_chosen": 1, "score_rejected": 2}, "score_rejected", "is 2"),
     (Format.preference, PAIR | {"weight": 2}, "weight", "is not read"),
     (Format.preference, PAIR | {"prompt": [{"role": "system", "content": "x"}, user("q")],
                                 "system": "y"}, "system", "beside a system turn"),
