@@ -82,7 +82,7 @@ def main() -> None:
             train(folder, *DPO, *words, f"train.steps={options.steps}", f"name={name}")
             (run,) = (folder / name).iterdir()
             row = {**rows.facts(PACKAGES), "arm": arm, **measured(run)}
-            rows.append("preferences_learning.jsonl", [row], options.results)
+            rows.append("preferences_learning", [row], options.results)
             print(json.dumps(row))
 
 
