@@ -311,7 +311,9 @@ def test_every_zero_stage_trains_the_same_reward_model(config, lora, tmp_path, r
         first, second = (load_file(each / f"{part}.safetensors") for each in (folder, want))
         assert first.keys() == second.keys()
         for name in first:
-            torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=2e-5)
+            # As a whole: where a gradient is near 0, rounding decides what Adam makes of it.
+            apart = (first[name] - second[name]).norm()
+            assert apart <= 2e-5 + 1e-4 * second[name].norm(), (folder.name, name)
 
 
 @pytest.mark.slow

@@ -143,9 +143,11 @@ def check_named_reference(config: RunConfig) -> None:
     objective = config.objective
     if not isinstance(objective, Referenced) or objective.reference_model is None:
         return
+    continued = getattr(config.tuning, "init_from", None)
+    if objective.reference_model == continued:
+        return  # `reference_rules` refuses it
     folder = Path(objective.reference_model).expanduser()
     if (folder / "adapter_config.json").is_file():
-        continued = getattr(config.tuning, "init_from", None)
         own = continued is not None and Path(continued).resolve() == folder.resolve()
         raise ConfigError(
             f"{folder} is an adapter"
