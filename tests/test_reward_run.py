@@ -349,3 +349,12 @@ def test_a_base_in_nf4_new_tokens_and_an_adapter_of_sft_become_reward_models(
     saved = json.loads((made / "adapter" / "adapter_config.json").read_text())
     assert saved["task_type"] == "SEQ_CLS" and saved["modules_to_save"] == ["score"]
     assert list(saved["trainable_token_indices"]) == ["model.embed_tokens"]
+
+
+def test_a_language_model_is_no_reward_model_to_evaluate(config, tmp_path):
+    """Its head would be a new one, whose numbers mean nothing."""
+    from posttrain_dist.evaluation.heldout import evaluate
+
+    with pytest.raises(ModelError, match="no head that scores answers") as caught:
+        evaluate(complete(config), tmp_path)
+    assert "the export of a run with objective=reward" in caught.value.fix

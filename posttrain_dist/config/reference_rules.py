@@ -133,6 +133,11 @@ def reference_alone_problems(config: RunConfig) -> list[PosttrainError]:
     ]
 
 
+def _run_of(adapter: Path) -> str:
+    """The run folder that an adapter lies in, where it does."""
+    return str(adapter.parent) if (adapter.parent / "config.yaml").is_file() else "RUN"
+
+
 def check_named_reference(config: RunConfig) -> None:
     """See that the reference that is named, if one is, is a model with the policy's tokens.
 
@@ -155,7 +160,8 @@ def check_named_reference(config: RunConfig) -> None:
             where=_MODEL,
             fix="leave it out: the reference is then what training starts with"
             if own
-            else f"write it into a model first: posttrain export {folder} OUT --merge",
+            else f"make one model of it and its base first: posttrain export {_run_of(folder)} OUT "
+            "--merge, then objective.reference_model=OUT",
         )
     named = resolve(objective.reference_model)
     check_folder(named)

@@ -215,6 +215,7 @@ def result_of(metrics: Mapping[str, float], objective: Objective) -> dict[str, A
         "loss": metrics["eval/loss"],
         "accuracy": metrics[accuracy],
         "channels": {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)},
+        "metrics": dict(metrics),
     }
 
 

@@ -17,7 +17,11 @@ def evaluate(config: RunConfig, prepared: Path) -> dict[str, Any]:
 
     Returns:
         {"loss": mean over supervised tokens, "accuracy": their top-1 share, "channels": {name:
-        loss}}; of an objective that compares answers, mean and share over comparisons.
+        loss}, "metrics": all of them by their names}; of an objective that compares answers, mean
+        and share over comparisons.
+
+    Raises:
+        ModelError: a reward model is asked for, and the folder has no head that scores.
     """
     from dataclasses import replace
 
@@ -26,16 +30,23 @@ def evaluate(config: RunConfig, prepared: Path) -> dict[str, Any]:
     from posttrain_dist.data.prepared.arrays import Examples
     from posttrain_dist.dist import Process
     from posttrain_dist.engine import Single
-    from posttrain_dist.errors import raise_all
+    from posttrain_dist.errors import ModelError, raise_all
     from posttrain_dist.evaluation.adapter_losses import HeldOut, result_of
     from posttrain_dist.loop import evaluate as evaluate_batches
     from posttrain_dist.metrics.channels import ChannelMeter
+    from posttrain_dist.models.classifier import is_classifier
     from posttrain_dist.models.folder import check_folder, resolve
     from posttrain_dist.models.quantized import holds_nf4
 
     raise_all(reference_alone_problems(config))
     fresh = config.model.weights is Weights.random
     network = check_folder(resolve(config.model.path), need_weights=not fresh)
+    if config.objective.own_rows and not is_classifier(network):
+        raise ModelError(
+            "is a language model: it has no head that scores answers, and a new one knows nothing",
+            where=f"model.path={config.model.path}",
+            fix="name the export of a run with objective=reward",
+        )
     if config.tuning.whole_model and holds_nf4(network):  # an engine is for what can be trained
         heldout = HeldOut(config, prepared)
         return heldout.measure(heldout.policy(heldout.load_model(), None))

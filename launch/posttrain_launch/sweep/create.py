@@ -45,6 +45,7 @@ def create(line: CommandLine, composer: Composer) -> Sweep | None:
     search = search_module(sweeper).plan(plain, overrides)
     _check_pruner(search, composed)
     folder, name = _place(composed)
+    metric, direction = _default_metric(composed)
     sweep = Sweep(
         folder=folder,
         name=name,
@@ -56,8 +57,8 @@ def create(line: CommandLine, composer: Composer) -> Sweep | None:
         config_name=line.flags.config_name,
         shared=shared_texts(overrides),
         force=line.force,
-        metric=search.get("metric", "eval/loss"),
-        direction=search.get("direction", "minimize"),
+        metric=search.get("metric", metric),
+        direction=search.get("direction", direction),
         backend={"kind": launcher, **_plain(composed.hydra.launcher)},
         search=search,
     )
@@ -70,6 +71,18 @@ def create(line: CommandLine, composer: Composer) -> Sweep | None:
             fix="set output_root=<a folder that you may write to>",
         ) from error
     return sweep
+
+
+def _default_metric(composed: DictConfig) -> tuple[str, str]:
+    """What trials are sorted by, and which way: the held-out loss, unless answers are compared.
+
+    The loss of a comparison is another one with each beta, so that only accuracies compare.
+    """
+    objective = OmegaConf.get_type(composed.objective)
+    assert objective is not None, "every slot has a schema"
+    if any(column.name == "accuracy" for column in getattr(objective, "columns", ())):
+        return f"eval_{objective.__name__.lower()}/accuracy", "maximize"
+    return "eval/loss", "minimize"
 
 
 def _composed(composer: Composer, overrides: list[str]) -> DictConfig:

@@ -37,11 +37,12 @@ def read_results(sweep: Sweep, metric: str | None = None) -> dict[str, Any]:
         metric: a key of metrics.jsonl in place of the sweep's own.
     """
     metric = metric or sweep.metric
+    direction = sweep.direction if metric == sweep.metric else direction_of(metric)
     trials = read_trials(sweep.folder)
     shared = shared_overrides(trials) or set(sweep.shared)
     jobs = _jobs(sweep)
     rows = [_row(trial, shared, metric, jobs) for trial in trials]
-    sign = -1.0 if sweep.direction == "maximize" else 1.0
+    sign = -1.0 if direction == "maximize" else 1.0
 
     def order(row: dict[str, Any]) -> tuple[float, int]:
         return (math.inf if row["value"] is None else sign * row["value"], row["number"])
@@ -56,13 +57,20 @@ def read_results(sweep: Sweep, metric: str | None = None) -> dict[str, Any]:
         "command": sweep.command,
         "created": sweep.created,
         "metric": metric,
-        "direction": sweep.direction,
+        "direction": direction,
         "keys": list(dict.fromkeys(key for row in rows for key in row["varied"])),
         "unit": "GPU" if any(row["gpus"] for row in rows) else "process",
         "best": None if best is None else best["number"],
         "winner": None if best is None else winner_command(sweep, best["overrides"]),
         "trials": rows,
     }
+
+
+def direction_of(metric: str) -> str:
+    """Which way a metric is better, by its name: accuracies, margins and log-probabilities grow."""
+    name = metric.partition("/")[0] if "_channel_" in metric else metric.rpartition("/")[2]
+    grows = name.endswith(("accuracy", "margin", "chosen_logprob", "desirable_logprob"))
+    return "maximize" if grows else "minimize"
 
 
 def shared_overrides(trials: list[Trial]) -> set[str]:

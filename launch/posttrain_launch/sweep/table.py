@@ -14,7 +14,9 @@ def table_text(results: dict[str, Any]) -> str:
     Args:
         results: of `sweep.results.read_results`.
     """
-    metric = {"eval/loss": "held-out loss"}.get(results["metric"], results["metric"])
+    metric = results["metric"]
+    if metric == "eval/loss" or (metric.startswith("eval_") and metric.endswith("/accuracy")):
+        metric = f"held-out {metric.partition('/')[2]}"
     heads = ("trial", "what differs", "state", metric, "step", f"{results['unit']}-seconds",
              "peak memory", "run folder")  # fmt: skip
     rows = [

@@ -21,7 +21,12 @@ _CHARTS = {
     "Log-probability of the worse answer": ("rejected_logprob", None),
 }
 # Column -> what the terminal calls it.
-_TABLE = {"accuracy": "accuracy", "raw_accuracy": "raw accuracy", "margin": "reward margin"}
+_TABLE = {
+    "accuracy": "accuracy",
+    "raw_accuracy": "raw accuracy",
+    "margin": "reward margin",
+    "calibration_error": "calibration error",
+}
 
 
 def objective_of(row: dict[str, Any]) -> str | None:
@@ -70,8 +75,12 @@ def compared_charts(run: Run) -> list[Chart]:
     return found
 
 
-def compared_table(rows: list[dict[str, Any]]) -> str:
-    """Of held-out comparisons, channel by channel, at the first evaluation and at the last."""
+def compared_table(rows: list[dict[str, Any]], head: str = "step {step}") -> str:
+    """Of held-out comparisons, channel by channel, at the first evaluation and at the last.
+
+    Args:
+        head: of a column of numbers, where `step` is that of the evaluation.
+    """
     evaluated = [row for row in rows if "eval/loss" in row and objective_of(row)]
     if not evaluated:
         return ""
@@ -88,7 +97,7 @@ def compared_table(rows: list[dict[str, Any]]) -> str:
             for key, label in names.items()
         ]
         if any(row.get(f"eval_{name}/{metric}") is not None for row in shown):
-            heads = (f"held-out {title}", *(f"step {row['step']}" for row in shown))
+            heads = (f"held-out {title}", *(head.format(step=row.get("step")) for row in shown))
             tables.append(text_table(heads, cells))
     return "\n\n".join(tables)
 

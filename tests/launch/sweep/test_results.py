@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from posttrain_launch.compose.composer import Composer
+from posttrain_launch.sweep.create import _default_metric
 from posttrain_launch.sweep.folder import (
     PRUNED,
     Sweep,
@@ -15,7 +17,7 @@ from posttrain_launch.sweep.folder import (
     trial_folder,
     write_sweep,
 )
-from posttrain_launch.sweep.results import read_results
+from posttrain_launch.sweep.results import direction_of, read_results
 from posttrain_launch.sweep.table import results_text
 
 GIB = 2**30
@@ -88,6 +90,37 @@ def test_the_best_is_one_that_was_done_by_the_metric_that_is_named(sweep):
     assert read_results(replace(sweep, direction="maximize"))["best"] == 0
     array = read_results(replace(sweep, backend={"kind": "slurm_array"}))
     assert array["winner"].startswith("posttrain submit model.path=/m ")
+
+
+@pytest.mark.parametrize(
+    ("metric", "direction"),
+    [
+        ("eval/loss", "minimize"),
+        ("eval_channel_loss/accuracy", "minimize"),  # a channel of that name
+        ("eval_dpo/accuracy", "maximize"),
+        ("eval_dpo_channel_margin/sort", "maximize"),
+        ("eval_reward/calibration_error", "minimize"),
+    ],
+)
+def test_which_way_a_metric_is_better(metric, direction):
+    assert direction_of(metric) == direction
+
+
+@pytest.mark.parametrize(
+    ("words", "metric", "direction"),
+    [
+        ([], "eval/loss", "minimize"),
+        # A loss of beta=0.1 and one of 0.5 say nothing of each other.
+        (["objective=dpo"], "eval_dpo/accuracy", "maximize"),
+        (["objective=kto"], "eval_kto/accuracy", "maximize"),
+        (["objective=reward"], "eval_reward/accuracy", "maximize"),
+    ],
+)
+def test_trials_that_compare_answers_are_sorted_by_how_often_they_are_right(
+    words, metric, direction
+):
+    with Composer() as composer:
+        assert _default_metric(composer.compose(words)) == (metric, direction)
 
 
 def test_the_table_says_it_in_words(sweep):

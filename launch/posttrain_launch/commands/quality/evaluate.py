@@ -22,6 +22,7 @@ def command(arguments: list[str], debug: bool) -> int:
     adapters = named_folders(line.own.get(ADAPTER, []))
     from posttrain_dist.evaluation.heldout import evaluate
     from posttrain_dist.prepare import prepare_cached
+    from posttrain_dist.report.run.compared import compared_table
     from posttrain_dist.report.text_tables import text_table
 
     config = complete(with_absolute_paths(composed.config))
@@ -40,6 +41,9 @@ def command(arguments: list[str], debug: bool) -> int:
         print(notice, file=sys.stderr)
     losses = {n: each for n, each in results.items() if each["loss"] is not None}
     print(text_table(*_table("held-out loss", losses, "loss", "channels")))
+    for found in results.values():
+        if table := compared_table([found["metrics"]] if "metrics" in found else [], "all rows"):
+            print(f"\n{table}")
     if scored := {n: each for n, each in results.items() if "channel_accuracy" in each}:
         print()
         print(text_table(*_table("top-1 accuracy", scored, "accuracy", "channel_accuracy")))

@@ -51,10 +51,11 @@ def checked_options(values: Mapping[str, Any]) -> OptunaSweeper:
         _one_of("pruner", options.pruner, PRUNERS),
         _one_of("direction", options.direction, ("minimize", "maximize")),
         Rule(
-            metric == TOTAL or (metric.startswith(CHANNEL) and metric != CHANNEL),
+            metric == TOTAL or (metric.startswith("eval_") and bool(metric.partition("/")[2])),
             "hydra.sweeper.metric",
             f"is {metric}, which is no held-out value",
-            f"use {TOTAL}, or {CHANNEL}<channel> for one channel",
+            f"use {TOTAL}, {CHANNEL}<channel> for one channel, or of an objective that compares "
+            "answers eval_dpo/accuracy, with hydra.sweeper.direction=maximize",
         ),
         at_least("hydra.sweeper.n_trials", options.n_trials, most=100_000),
         at_least("hydra.sweeper.n_jobs", options.n_jobs),
