@@ -4,7 +4,7 @@ rows    a unit
 ------  ----------------------------------------------------------------------------------
 pairs   the prompt and all answers; a ranking above the limit becomes a unit for each pair
         of neighbours in rank
-labels  the prompt, one answer, and an answer to another prompt (role 1)
+labels  the prompt, one answer, and an answer to another prompt (role 1), cut to what is left
 scores  the prompt and all answers; above the limit as many as fit, the prompt before them again
 """
 
@@ -121,8 +121,9 @@ class UnitMaker:
 
     def _fitted(self, prompt_tokens: int, said: list[Said], faults: list[str]) -> list[Said]:
         """The answers, cut to what the prompt leaves; none: the unit is left out."""
-        lengths = [len(answer.ids_L) for _, answer in said]
         room = self._max_length - prompt_tokens
+        said = _without_borrowed_room(said, room)
+        lengths = [len(answer.ids_L) for _, answer in said]
         if sum(lengths) <= room:
             return said
         if self._long_rows is LongRows.drop:
@@ -147,7 +148,7 @@ class UnitMaker:
 
     def _unit(self, row: AnsweredRow, said: Sequence[Said], faults: list[str]) -> list[Example]:
         """The samples; `parent` and `unit` count from the first of them."""
-        truncated = any(answer.truncated for _, answer in said)
+        truncated = any(answer.truncated for role, answer in said if role == _ANSWER)
         nothing_L = np.zeros(len(row.prompt_L), np.float32)
         extra = {"role_S": _PROMPT, "value_S": 0.0, "margin_S": 0.0}
         found = [Example(row.prompt_L, nothing_L, _LATER, _LATER, truncated, extra, unit=0)]
@@ -177,6 +178,19 @@ class UnitMaker:
                 )
             )
         return found
+
+
+def _without_borrowed_room(said: list[Said], room: int) -> list[Said]:
+    """An answer to another prompt gets what its row leaves: no answer is cut for it."""
+    left = room - sum(len(answer.ids_L) for role, answer in said if role == _ANSWER)
+    found = []
+    for role, answer in said:
+        if role == _OTHER:
+            answer = _cut(answer, min(max(left, 0), len(answer.ids_L)))
+            if not answer.weight_L.any():
+                continue
+        found.append((role, answer))
+    return found
 
 
 def _even(lengths: Sequence[int], room: int) -> list[int]:

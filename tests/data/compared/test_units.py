@@ -160,3 +160,29 @@ def test_where_all_rows_have_one_prompt_there_is_no_other_and_that_is_told() -> 
     found = made(answered(range(3), answer([9], 1.0)), 99, "labels")
     (unit,) = units(found)
     assert len(unit) == 2 and found.faults == ["no_other_answer"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "own", "other"),
+    [
+        (10, [20, 21, 22, 23], [60, 61, 62]),  # what the row leaves
+        (7, [20, 21, 22, 23], []),  # nothing is left
+        (6, [20, 21, 22], []),  # ... and the answer itself is too long
+    ],
+)
+@pytest.mark.parametrize("long_rows", [LongRows.truncate, LongRows.drop])
+def test_no_answer_is_cut_for_one_to_another_prompt(
+    limit: int, own: list[int], other: list[int], long_rows: LongRows
+) -> None:
+    maker = UnitMaker("labels", False, limit, long_rows)
+    first = answered(range(3), answer(range(20, 24), 1.0))
+    second = answered(range(2), answer(range(60, 66), 0.0))
+    found = [*maker.add(RECORD, first), *maker.add(RECORD, second), *maker.finish()][0][1]
+    fits = len(own) == 4
+    if not fits and long_rows is LongRows.drop:
+        assert not found.examples
+        return
+    (unit,) = units(found)
+    assert ids(unit)[1:] == [own, *([other] if other else [])]
+    assert ("end_of_turn" in found.faults) is not fits
+    assert unit[0].truncated is not fits
