@@ -132,6 +132,9 @@ def read_unpaired(row: dict[str, Any]) -> Answered:
 
 def _answer(value: Any, name: str) -> Messages:
     """The turns of an answer, or of a whole conversation that ends with one."""
+    if not isinstance(value, str | list):
+        fix = "write the answer as text, or as a list of turns that begins with the assistant's"
+        raise bad_field(name, f"is {kind(value)}, expected text or a list of turns", fix)
     if not isinstance(value, str):
         return unweighted(read_turns(value, name), name)
     if _TRANSCRIPT.match(value) and value.lstrip().startswith("Human:"):

@@ -86,6 +86,7 @@ BAD: list[tuple[Format, dict[str, Any], str, str]] = [
     (Format.preference, PAIR | {"rejected": ""}, "rejected", "is empty"),
     (Format.preference, PAIR | {"chosen": [said(" ")]}, "chosen", "empty answer"),
     (Format.preference, PAIR | {"chosen": [said("x"), user("y")]}, "chosen", "ends with a user"),
+    (Format.preference, PAIR | {"rejected": None}, "rejected", "expected text or a list of turns"),
     (Format.preference, PAIR | {"margin": -1}, "margin", "is -1"),
     (Format.preference, PAIR | {"margin": "wide"}, "margin", "is text"),
     (Format.preference, PAIR | {"weight": 2}, "weight", "is not read"),
