@@ -190,6 +190,23 @@ def build_policy(
     Args:
         base: a model that was loaded already, and is not tuned yet.
     """
+    model = load_tuned(config, engine, dtype, base)
+    noise = config.train.neftune_alpha
+    policy = make_policy(model, len(channels), config.tuning, neftune_alpha=noise)
+    engine.attach(policy)
+    if config.model.weights is Weights.load:
+        refuse_nonfinite(policy, resolve(config.model.path), prefix="causal_lm.")
+    return policy
+
+
+def load_tuned(
+    config: RunConfig, engine: TrainEngine, dtype: torch.dtype, base: nn.Module | None = None
+) -> nn.Module:
+    """The model of a run, with what its tuning puts into it, inside the engine's context.
+
+    Args:
+        base: as of `build_policy`.
+    """
     folder = resolve(config.model.path)
     _check_init_from(config, folder)
     nf4 = on_nf4(config, folder)
@@ -210,12 +227,7 @@ def build_policy(
     )
     if config.objective.no_dropout:
         switch_off_dropout(model)
-    noise = config.train.neftune_alpha
-    policy = make_policy(model, len(channels), config.tuning, neftune_alpha=noise)
-    engine.attach(policy)
-    if config.model.weights is Weights.load:
-        refuse_nonfinite(policy, folder, prefix="causal_lm.")
-    return policy
+    return model
 
 
 def parameter_counts(policy: Policy) -> dict[str, int]:

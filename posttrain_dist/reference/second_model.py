@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 
-from posttrain_dist.build import make_engine, make_policy, on_nf4
+from posttrain_dist.build import load_tuned, make_engine, make_policy
 from posttrain_dist.config import RunConfig
 from posttrain_dist.data.packs.collate import filler
 from posttrain_dist.dist import Process
-from posttrain_dist.engine.base import TrainEngine
 from posttrain_dist.flow import Batch
 from posttrain_dist.models import Checkpointing, Weights
-from posttrain_dist.models.architectures.dropout import switch_off_dropout
+from posttrain_dist.models.finite import refuse_nonfinite
 from posttrain_dist.models.folder import resolve
-from posttrain_dist.models.load import load_model
-from posttrain_dist.models.policy import Policy
 from posttrain_dist.objectives.reference_choice import Referenced
 from posttrain_dist.reference.log_probs import log_probs
 from posttrain_dist.tuning.full import Full
@@ -34,7 +30,11 @@ class SecondModel:
     ) -> None:
         config = _config_of(config)
         self._engine = make_engine(config, process, dtype)
-        self._engine.attach_frozen(_build(config, self._engine, dtype, num_channels))
+        model = load_tuned(config, self._engine, dtype)
+        policy = make_policy(model, num_channels, config.tuning)
+        self._engine.attach_frozen(policy)
+        if config.model.weights is Weights.load:
+            refuse_nonfinite(policy, resolve(config.model.path), prefix="causal_lm.")
         self._engine.train(False)
         # In its first forward ZeRO-3 finds out which modules read the weights of others.
         self.score(filler(config.objective).to(self._engine.device))
@@ -59,20 +59,3 @@ def _config_of(config: RunConfig) -> RunConfig:
         return replace(config, model=model)
     named = replace(model, path=objective.reference_model, weights=Weights.load, add_tokens=[])
     return replace(config, model=named, tuning=Full())
-
-
-def _build(config: RunConfig, engine: TrainEngine, dtype: torch.dtype, num_channels: int) -> Policy:
-    folder = resolve(config.model.path)
-    nf4 = on_nf4(config, folder)
-    model = load_model(
-        config.model,
-        folder,
-        dtype=dtype,
-        seed=config.seed,
-        materialise=nullcontext() if nf4 else engine.materialise(),
-        attach=config.tuning.attach,
-        nf4=nf4,
-        device=engine.device,
-    )
-    switch_off_dropout(model)
-    return make_policy(model, num_channels, config.tuning)

@@ -138,9 +138,9 @@ def test_neither_length_nor_the_prompt_tells_which_answer_is_better() -> None:
 
 def test_no_prompt_of_preferences_in_both_splits_nor_of_training_in_the_held_out_rows() -> None:
     train, heldout = ({row["prompt"] for row in preferences(s)} for s in ("train", "heldout"))
-    asked = {split: {turns(row)[0] for row in rows(split)} for split in ("train", "heldout")}
-    assert train.isdisjoint(heldout | asked["heldout"])
-    assert heldout.isdisjoint(asked["train"])
+    prompts = {split: {turns(row)[0] for row in rows(split)} for split in ("train", "heldout")}
+    assert train.isdisjoint(heldout | prompts["heldout"])
+    assert heldout.isdisjoint(prompts["train"])
     assert len(train) + len(heldout) == len(preferences("train")) + len(preferences("heldout"))
 
 

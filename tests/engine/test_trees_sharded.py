@@ -16,11 +16,11 @@ pytestmark = pytest.mark.slow
 def test_two_ranks_train_on_trees_as_one_does_on_paths(
     run_workers, tiny_llama, stage, recompute, lora
 ):
-    asked = json.dumps({"stage": stage, "recompute": recompute, "lora": lora})
-    output = run_workers("step_trees.py", 2, tiny_llama, asked)[0]
-    told = json.loads(next(x for x in output.splitlines() if x.startswith("TOLD "))[5:])
-    single, sharded = told["losses"]
+    case = json.dumps({"stage": stage, "recompute": recompute, "lora": lora})
+    output = run_workers("step_trees.py", 2, tiny_llama, case)[0]
+    found = json.loads(next(x for x in output.splitlines() if x.startswith("FOUND "))[6:])
+    single, sharded = found["losses"]
     assert sharded == pytest.approx(single, rel=1e-6)
     assert single[2] != single[0]
-    assert told["norms"][1] == pytest.approx(told["norms"][0], rel=1e-5)
-    assert told["apart"] < 1e-6
+    assert found["norms"][1] == pytest.approx(found["norms"][0], rel=1e-5)
+    assert found["apart"] < 1e-6

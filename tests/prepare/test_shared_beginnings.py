@@ -32,10 +32,10 @@ def conversation(seed: int, turns: int) -> dict[str, Any]:
     draw = np.random.default_rng(seed)
     messages = []
     for turn in range(turns):
-        asked = " ".join(f"word{i}" for i in draw.integers(0, 99, 4))
+        words = " ".join(f"word{i}" for i in draw.integers(0, 99, 4))
         said = " ".join(f"answer{i}" for i in draw.integers(0, 99, 3))
         messages += [
-            {"role": "user", "content": f"{turn} {asked}"},
+            {"role": "user", "content": f"{turn} {words}"},
             {"role": "assistant", "content": said},
         ]
     return {"messages": messages, "task_type": "t"}

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from preference_runs import losses, notices, pairs_config, trained, write_pairs
+from safetensors.torch import load_file, save_file
 
 from posttrain_dist.checkpoint import store
 from posttrain_dist.config import Full, Lora, RunConfig
-from posttrain_dist.errors import CheckpointError, ConfigError, TrainingError
+from posttrain_dist.errors import CheckpointError, ConfigError, ModelError, TrainingError
 from posttrain_dist.objectives.preference.dpo import Dpo
 from posttrain_dist.objectives.preference.kto import Kto
 from posttrain_dist.objectives.reference_choice import Reference
@@ -110,6 +111,19 @@ def test_an_adapter_that_goes_on_starts_at_itself(
     assert abs(start - math.log(2)) > 1e-3
     line = next(line for line in notices(tmp_path / "third") if "the reference is" in line)
     assert f"without the adapter {tuning.init_from}" in line
+
+
+def test_a_reference_that_is_not_finite_is_refused_by_its_tensor(
+    tmp_path: Path, tiny_llama: Path, rows: Path, builders
+) -> None:
+    other = builders.model(tmp_path / "other", seed=1)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][3] = math.nan
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    config = lora_config(tiny_llama, rows, Reference.frozen, steps=1, reference_model=str(other))
+    with pytest.raises(ModelError, match=r"NaN or infinity: model\.norm\.weight") as caught:
+        trained(config, tmp_path / "run")
+    assert caught.value.where == str(other / "model.safetensors")
 
 
 @pytest.mark.slow

@@ -27,11 +27,11 @@ from posttrain_dist.tuning.lora import Lora
 
 STEPS, MICRO = 3, 2
 rank, world, port = (int(argument) for argument in sys.argv[1:4])
-folder, asked = Path(sys.argv[4]), json.loads(sys.argv[5])
+folder, case = Path(sys.argv[4]), json.loads(sys.argv[5])
 dist.start(dist.Process(rank=rank, world=world, local_rank=rank, master_port=port))
 optimizer = AdamW(lr=3e-3, clip=0.5, weight_decay=0.1)
 cpu, objective = torch.device("cpu"), TokenLoss()
-tuning = Lora(rank=4, alpha=8.0) if asked["lora"] else Full()
+tuning = Lora(rank=4, alpha=8.0) if case["lora"] else Full()
 
 
 def trees(step, r, i):
@@ -42,7 +42,7 @@ def trees(step, r, i):
 def train(engine, ranks, cut):
     """Losses, gradient norms, and the weights behind them; `cut` makes batches of some rows."""
     config = ModelConfig(
-        path=str(folder), activation_checkpointing=Checkpointing[asked["recompute"]]
+        path=str(folder), activation_checkpointing=Checkpointing[case["recompute"]]
     )
     model = load_model(
         config,
@@ -74,14 +74,14 @@ single = SingleEngine(optimizer, cpu)
 losses, norms, weights = train(
     single, range(world), lambda rows: [collate([row]) for row in alone(rows)]
 )
-settings = DeepSpeed(stage=asked["stage"], persistence_threshold=0)
+settings = DeepSpeed(stage=case["stage"], persistence_threshold=0)
 sharded = DeepSpeedEngine(settings, optimizer, cpu, torch.float32)
 other_losses, other_norms, other_weights = train(sharded, [rank], lambda rows: [collate(rows)])
-told = {
+found = {
     "losses": [losses, other_losses],
     "norms": [norms, other_norms],
     "apart": float((weights - other_weights).norm() / weights.norm()),
 }
-print("TOLD " + json.dumps(told))
+print("FOUND " + json.dumps(found))
 dist.barrier()
 dist.stop()

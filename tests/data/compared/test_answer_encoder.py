@@ -27,14 +27,14 @@ def said(content: str, **rest: Any) -> Message:
     return {"role": "assistant", "content": content, **rest}
 
 
-def asked(content: str) -> Message:
+def question(content: str) -> Message:
     return {"role": "user", "content": content}
 
 
 def row(*answers: list[Message], values: tuple[float, ...] = (1.0, 0.0), **rest: Any) -> Record:
     given = tuple(Answer(tuple(a), value) for a, value in zip(answers, values, strict=False))
     return Record(
-        channel="c", where="rows.jsonl:7", messages=(asked("hello"),), answers=given, **rest
+        channel="c", where="rows.jsonl:7", messages=(question("hello"),), answers=given, **rest
     )
 
 
@@ -51,14 +51,14 @@ def test_prompt_and_answers_are_the_rendered_text_up_to_the_end_of_turn(
 ) -> None:
     """The line break that the template writes behind the last end token is cut."""
     tokenizer = tokenizer_of(CHATML)
-    several = [said("it says"), asked("be kind"), said("hello")]
+    several = [said("it says"), question("be kind"), said("hello")]
     found = encode(tokenizer, row(several, [said("the system")]))
     prompt = tokenizer.apply_chat_template(
-        [asked("hello")], tokenize=False, add_generation_prompt=True
+        [question("hello")], tokenize=False, add_generation_prompt=True
     )
     assert tokenizer.decode(found.prompt_L) == prompt
     better, worse = found.answers
-    whole = tokenizer.apply_chat_template([asked("hello"), *several], tokenize=False)
+    whole = tokenizer.apply_chat_template([question("hello"), *several], tokenize=False)
     assert prompt + tokenizer.decode(better.ids_L) == whole.removesuffix("\n")
     assert tokenizer.decode(worse.ids_L) == "the system<|end|>"
     # The user's turn within an answer stays, and is no target.
@@ -116,7 +116,7 @@ def test_all_answers_of_a_row_are_in_the_form_that_all_of_them_pass(
         "hello kind<|im_end|>",
         "it says<|im_end|>",
     ]
-    long = [said("hello"), asked("be kind"), said("it says")]
+    long = [said("hello"), question("be kind"), said("it says")]
     with pytest.raises(DataError, match="inference prompt"):
         encode(tokenizer, row(long, [said("it says")]))
     with pytest.raises(DataError, match=r"several turns, and template\.form=turns"):
