@@ -16,6 +16,7 @@ import pytest
 from posttrain_launch.cli import VERBS, main
 from ray_runs import processes_of, wait_until
 
+from posttrain_dist.config import SLOTS
 from posttrain_dist.files import read_rows
 
 BASE = ["data.max_length=128", "train.batch_size=2", "train.dtype=float32", "optimizer.lr=1e-2"]
@@ -265,6 +266,9 @@ def test_chat_answers_each_line_of_a_pipe(tiny_llama, capsys, monkeypatch):
 
 def test_init_writes_yaml_that_composes(tmp_path, capsys):
     assert main(["init", "mine", "--dir", str(tmp_path)]) == 0
+    written = (tmp_path / "experiment" / "mine.yaml").read_text()
+    [objectives] = [each for each in written.splitlines() if "override /objective" in each]
+    assert sorted(objectives.partition("# ")[2].split(" | ")) == sorted(SLOTS["objective"])
     command = capsys.readouterr().out.splitlines()[-1].split("posttrain ")[1].split()
     assert main([*command, "--cfg", "job", "-p", "train"]) == 0
     assert "steps: 20\n" in capsys.readouterr().out

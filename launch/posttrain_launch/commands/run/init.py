@@ -15,7 +15,7 @@ STARTER = """\
 # what you need. Only differences from the defaults stand here: `posttrain train --cfg job`
 # lists every key, `posttrain train --help` every option.
 defaults:
-  - override /objective: sft      # sft | pretrain
+  - override /objective: sft      # sft | pretrain | dpo | simpo | orpo | kto | reward
   - override /template: tokenizer # the model's own | chatml | llama3 | qwen | ...
   - override /engine: single      # single | zero0 | zero1 | zero2 | zero3 | zero3_offload
   - override /cluster: local      # local | ray; `posttrain submit` takes slurm
@@ -29,7 +29,8 @@ data:
   # One JSON object a line:
   #   {{"messages": [{{"role": "user", "content": "..."}},
   #                 {{"role": "assistant", "content": "..."}}], "task_type": "my_channel"}}
-  # ShareGPT, Alpaca and others are recognised too; parquet, csv, .gz and .zst are read.
+  # ShareGPT, Alpaca and others are recognised too; parquet, csv, .gz and .zst are read. To
+  # compare answers: {{"prompt": "...", "chosen": "...", "rejected": "..."}}
   # `posttrain prepare` or `inspect` shows what would be trained on, before anything is.
   train: embedded                 # a file, folder or glob: /data/train/*.jsonl
   # sources:                      # instead of `train`: several, by weight
