@@ -202,11 +202,7 @@ def build_policy(
 def load_tuned(
     config: RunConfig, engine: TrainEngine, dtype: torch.dtype, base: nn.Module | None = None
 ) -> nn.Module:
-    """The model of a run, with what its tuning puts into it, inside the engine's context.
-
-    Args:
-        base: as of `build_policy`.
-    """
+    """The model of a run, with what its tuning puts into it, inside the engine's context."""
     folder = resolve(config.model.path)
     _check_init_from(config, folder)
     nf4 = on_nf4(config, folder)
