@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,7 @@ def test_a_job_is_followed_to_its_end(cluster, tmp_path):
     watch = subprocess.Popen(
         [*words, sys.executable, "-c", FOLLOW, job, str(large)],
         env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # this may be under nohup
     )  # fmt: skip
     assert watch.stdout is not None
     first = ""
